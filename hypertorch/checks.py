@@ -1,0 +1,102 @@
+"""Validation at the library's boundary: what users hand in, and what their functions return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypertorch.types import TensorMapping
+
+
+def check_hparams(hparams: TensorMapping) -> torch.device:
+    """Returns the device of the outer variables.
+
+    Raises:
+        TypeError: if it is no dictionary of floating-point tensors.
+        ValueError: if it is empty, or spread over several devices.
+    """
+    if not isinstance(hparams, dict) or not all(isinstance(value, Tensor) for value in hparams.values()):
+        raise TypeError(
+            f"`hparams` is {_describe(hparams)}: the outer variables are a flat dict from names to tensors. Start from "
+            "`problem.init_hparams()`."
+        )
+    if not hparams:
+        raise ValueError(
+            "`hparams` is empty: without an outer variable there is nothing to differentiate in. Return at least one "
+            "tensor from `init_hparams`."
+        )
+    for name, value in hparams.items():
+        if not value.is_floating_point():
+            raise TypeError(
+                f"`hparams[{name!r}]` has dtype {value.dtype}, which has no derivative. Use a floating-point tensor; "
+                "integers that the losses need belong into the context or the batch."
+            )
+    devices = sorted({str(value.device) for value in hparams.values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"`hparams` lie on several devices, {devices}: a run happens on one. Move them with `.to(device)`."
+        )
+    return next(iter(hparams.values())).device
+
+
+def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
+    """Raises if `init_params` returned what cannot be trained."""
+    if not isinstance(params, dict) or not all(isinstance(value, Tensor) for value in params.values()):
+        raise TypeError(
+            f"`InnerProblem.init_params` returned {_describe(params)}: the inner variables are a flat dict from names "
+            "to tensors. A module becomes one with `ht.FunctionalModule(module).init_params()`."
+        )
+    missing = sorted(set(buffers) - params.keys())
+    if missing:
+        raise ValueError(
+            f"`InnerProblem.buffers` names {missing}, which `init_params` did not return (it has {sorted(params)}): a "
+            "buffer needs a first value. Return it from `init_params`, or drop the name."
+        )
+    trained = [name for name in params if name not in buffers]
+    if not trained and num_steps:
+        raise ValueError(
+            f"`InnerProblem.init_params` returned no trained variable and `num_steps` is {num_steps}: there is nothing "
+            "to step. Return one, or set `num_steps=0`."
+        )
+    for name in trained:
+        if not params[name].is_floating_point() and num_steps:
+            raise TypeError(
+                f"`InnerProblem.init_params` returned `{name}` with dtype {params[name].dtype}, which cannot be "
+                "trained. Use a floating-point tensor, or name it in `InnerProblem.buffers`."
+            )
+
+
+def check_scalar(value: Any, source: str) -> None:
+    """Raises if a loss is no scalar tensor."""
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        raise ValueError(
+            f"`{source}` returned {_describe(value)}: a loss is a scalar tensor. Reduce it, for instance with "
+            "`.mean()`" + ("; with tasks, write it for one task." if source == "InnerProblem.loss" else ".")
+        )
+
+
+def check_outer_loss(value: Any, method: str) -> None:
+    """Raises if an outer loss is no scalar tensor."""
+    check_scalar(value, f"OuterProblem.{method}")
+
+
+def check_buffers(new_buffers: Any, names: Sequence[str]) -> None:
+    """Raises if the inner loss did not return new values for exactly the buffers."""
+    if set(new_buffers) != set(names):
+        raise ValueError(
+            f"`InnerProblem.loss` returned new values for the buffers {sorted(new_buffers)}, but "
+            f"`InnerProblem.buffers` is {sorted(names)}: each is carried from step to step. Return `(loss, "
+            "{name: new value})` with exactly these names."
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        kinds = sorted({type(entry).__name__ for entry in value.values()})
+        return f"a dict holding {kinds}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,137 @@
+"""The derivatives that dynamics and backends use; the only place that knows how they are computed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hypertorch import tree
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.types import Batch, TensorDict
+
+LossFunction = Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
+"""`(params and buffers, hparams, batch) -> (loss per task or scalar, new values of the buffers)`."""
+
+
+class InnerLoss:
+    """The inner loss of one step, its data, buffers and task route bound.
+
+    Under a tasks axis the loss is one number per task and params have a leading tasks axis; the tasks do not
+    interact, so the gradient of the sum holds each task's own gradient.
+
+    Args:
+        function: the loss with the task route bound.
+        buffers: untrained inner variables (running statistics), which dynamics never see.
+        batch: this step's data.
+
+    Attributes:
+        value: the loss at the first evaluation of its gradient, shape `()` or `(tasks,)`; None before.
+        new_buffers: the buffers as that evaluation left them.
+        tracked_buffers: names of the buffers whose new values have a derivative in the params. PyTorch's own norm
+            layers update their statistics without one, and refuse to take statistics that ask for it.
+    """
+
+    def __init__(self, function: LossFunction, buffers: TensorDict, batch: Batch) -> None:
+        self._function = function
+        self._buffers = buffers
+        self._batch = batch
+        self.value: Tensor | None = None
+        self.new_buffers: TensorDict = buffers
+        self.tracked_buffers: frozenset[str] = frozenset()
+
+    def __call__(self, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns the loss, shape `()` or `(tasks,)`."""
+        value, _ = self._function({**params, **self._buffers}, hparams, self._batch)
+        return value
+
+    def gradient(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        """Returns the gradient in `params`, differentiable once more where grad mode is on.
+
+        A parameter that the loss does not use gets zeros. The value and the new buffers of the first call are kept.
+
+        Raises:
+            ValueError: if the loss depends on no parameter.
+        """
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            variables = {
+                name: value if differentiable and value.requires_grad else value.detach().requires_grad_()
+                for name, value in params.items()
+            }
+            value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
+            gradients = torch.autograd.grad(
+                value.sum() if value.requires_grad else value.sum().requires_grad_(),
+                list(variables.values()),
+                create_graph=differentiable,
+                allow_unused=True,
+            )
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(
+                f"`InnerProblem.loss` returned a value that depends on none of the params {sorted(params)}: it has no "
+                "gradient to descend. Compute it from `params`, without `.detach()` or `torch.no_grad()`."
+            )
+        if self.value is None:
+            self.value = value.detach()
+            self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
+            self.new_buffers = new_buffers if differentiable else tree.detach(new_buffers)
+        return {
+            name: torch.zeros_like(value) if gradient is None else gradient
+            for (name, value), gradient in zip(variables.items(), gradients, strict=True)
+        }
+
+
+def vjp(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], variables: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """Returns the product of the cotangents with the Jacobian of `outputs` in `variables`, by reverse mode.
+
+    None, unlike zeros, says that there is no path from a variable to the outputs: autograd's answer, which is how a
+    hyperparameter that does nothing is noticed. Integer variables, and outputs without a graph, have no path.
+
+    Args:
+        outputs: tensors computed from `variables`.
+        cotangents: one per output, of its shape; None where the output plays no role.
+        variables: the leaves by name.
+    """
+    reached = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output.requires_grad and cotangent is not None
+    ]
+    leaves = {name: value for name, value in variables.items() if value.requires_grad}
+    result: dict[str, Tensor | None] = dict.fromkeys(variables)
+    if reached and leaves:
+        gradients = torch.autograd.grad(
+            [output for output, _ in reached],
+            list(leaves.values()),
+            grad_outputs=[cotangent for _, cotangent in reached],
+            allow_unused=True,
+        )
+        result.update(zip(leaves, gradients, strict=True))
+    return result
+
+
+@contextmanager
+def second_order() -> Iterator[None]:
+    """Makes attention use its math kernel, the only one with a second derivative, and explains missing derivatives.
+
+    Raises:
+        IncompatibleBackendError: if an operation in the inner loss has no second derivative in PyTorch.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        operation = re.search(r"derivative for '?([\w:]+)'? is not implemented|([\w:]+) is not implemented", str(error))
+        if operation is None:
+            raise
+        name = operation.group(1) or operation.group(2)
+        raise IncompatibleBackendError(
+            f"the inner loss uses `{name}`, which PyTorch cannot differentiate twice ({error}): the hypergradient of "
+            "an unrolled gradient step needs that second derivative. Write the operation out of simpler ones."
+        ) from error

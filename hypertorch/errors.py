@@ -1,0 +1,29 @@
+"""The exceptions that hypertorch raises beside `ValueError` and `TypeError`."""
+
+
+class HypertorchError(Exception):
+    """Base of the library's own exceptions: catching it catches all of them."""
+
+
+class IncompatibleBackendError(HypertorchError):
+    """A hypergradient backend cannot serve this problem (its dynamics, horizon or kind of hyperparameter)."""
+
+
+class DetachedHyperparameterError(HypertorchError):
+    """A hyperparameter does not reach the outer loss, so its hypergradient would be a silent zero."""
+
+
+class NonFiniteError(HypertorchError):
+    """A run produced NaN or infinity; the message names the inner step and the entry."""
+
+
+class ReplayError(HypertorchError):
+    """A replayed inner step gave another state than the first time, so its derivative would be of another run."""
+
+
+class CheckpointError(HypertorchError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class DatasetError(HypertorchError):
+    """A data set is missing, damaged, or not laid out as expected."""

@@ -1,0 +1,67 @@
+"""A module brought by the user, as a function of a dictionary of params."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hypertorch.types import TensorDict, TensorMapping
+
+
+class FunctionalModule:
+    """An `nn.Module` seen as `outputs = f(params, *inputs)`; the module itself is never changed.
+
+    Parameters with `requires_grad=False` are frozen: they stay in the module as constants. A parameter shared by
+    several sub-modules has one entry, under its first name.
+
+    Args:
+        module: the module; its mode (`train()` or `eval()`) is the one it has when called.
+
+    Attributes:
+        buffers: names of the module's buffers (running statistics), for `InnerProblem.buffers`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"`module` is a {type(module).__name__}, not a `torch.nn.Module`: it has no parameters to take out. "
+                "Write a plain function of `params` instead."
+            )
+        self.module = module
+        self.buffers: tuple[str, ...] = tuple(name for name, _ in module.named_buffers())
+
+    def init_params(self) -> TensorDict:
+        """Returns copies of the module's trainable parameters and of its buffers, by name."""
+        params = {name: value.detach().clone() for name, value in self.module.named_parameters() if value.requires_grad}
+        return {**params, **{name: value.detach().clone() for name, value in self.module.named_buffers()}}
+
+    def trained_names(self) -> list[str]:
+        """Returns the names of the trainable parameters."""
+        return [name for name, value in self.module.named_parameters() if value.requires_grad]
+
+    def __call__(self, params: TensorMapping, *inputs: Any, **options: Any) -> Any:
+        """Returns the module's outputs; updates of its buffers are dropped.
+
+        Args:
+            params: values of parameters and buffers by name; those missing keep the module's own values.
+            inputs: passed on.
+            options: passed on by name.
+        """
+        return self.with_buffers(params, *inputs, **options)[0]
+
+    def with_buffers(self, params: TensorMapping, *inputs: Any, **options: Any) -> tuple[Any, TensorDict]:
+        """Returns the module's outputs and the new values of its buffers.
+
+        Args:
+            params: values of parameters and buffers by name; those missing keep the module's own values.
+            inputs: passed on.
+            options: passed on by name.
+        """
+        values = dict(params)
+        buffers: dict[str, Tensor] = {}
+        for name, own in self.module.named_buffers():
+            # Modules update their buffers in place; the clone takes the update and leaves the caller's tensor alone.
+            buffers[name] = values[name] = values.get(name, own).clone()
+        return functional_call(self.module, values, inputs, options), buffers

@@ -1,0 +1,216 @@
+"""The front door: one function that validates, runs a backend over the tasks and returns the hypergradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.derivatives import vjp
+from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
+from hypertorch.hypergradients.base import Hypergradient, HypergradientResult
+from hypertorch.inner_loop import BoundProblem, Cost, InnerLoop, join_tasks
+from hypertorch.problem import BilevelProblem, TaskRoute
+from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
+from hypertorch.types import TensorDict
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    hparams: TensorDict,
+    *,
+    backend: Hypergradient,
+    outer_step: int = 0,
+    carry: TensorDict | None = None,
+) -> HypergradientResult:
+    """Returns the hypergradient `df/dhparams` of a bilevel problem as a value.
+
+    A pure function: it writes no `.grad`, keeps no graph, leaves torch's generators as they were, and the same
+    arguments give the same result. Entries of `hparams` need not require grad.
+
+    Cost: that of the backend, for each slice of tasks in turn, plus one evaluation and one vjp of the context.
+
+    Args:
+        problem: the problem.
+        hparams: the outer variables.
+        backend: how the hypergradient is computed.
+        outer_step: chooses the outer data and the noise.
+        carry: `carry` of the previous outer step's result; None or empty to start afresh.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if the problem's functions return what they must not (each message names the function).
+        DetachedHyperparameterError: if a hyperparameter has no path to the outer loss and is not in `allow_unused`.
+        IncompatibleBackendError: if the backend cannot serve the problem.
+        NonFiniteError: if NaN or infinity appears; names the inner step and the entry.
+    """
+    run = _Run(problem, hparams, backend, outer_step, carry)
+    slices = list(task_slices(problem, run.task_route()))
+    parts = run.over(slices)
+    grads = _filled(run.mean_grads(parts), hparams, problem.allow_unused)
+    outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / run.total_weight(parts)
+    if not tree.all_finite([*grads.values(), outer_loss]):
+        raise run.explain_non_finite(slices, grads)
+    return HypergradientResult(
+        grads=grads,
+        outer_loss=outer_loss,
+        params=join_tasks([part.params for part in parts], slices),
+        stats=sum((part.cost for part in parts), Cost()),
+        carry=join_tasks([part.carry for part in parts], slices),
+    )
+
+
+def hypergradient_task_route(
+    problem: BilevelProblem, hparams: TensorDict, *, backend: Hypergradient, outer_step: int = 0
+) -> TaskRoute:
+    """Returns the route by which `hypergradient` runs the tasks of this problem, measured if the problem says "auto".
+
+    The outer loop asks once and writes the answer into its checkpoints, so that a resumed run takes the same route.
+    """
+    return _Run(problem, hparams, backend, outer_step, None).task_route()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """The result for one slice of tasks; `weight` counts them."""
+
+    grads: dict[str, Tensor | None]
+    outer_loss: Tensor
+    params: TensorDict
+    carry: TensorDict
+    cost: Cost
+    weight: int
+
+
+class _Run:
+    """One call of `hypergradient`: what its slices of tasks share."""
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        hparams: TensorDict,
+        backend: Hypergradient,
+        outer_step: int,
+        carry: TensorDict | None,
+    ) -> None:
+        _check_arguments(problem, backend)
+        self._bound = BoundProblem(problem, hparams, outer_step, carry)
+        self._hparams = hparams
+        self._backend = backend
+
+    def task_route(self) -> TaskRoute:
+        """Returns the route that the problem names, or the measured one."""
+        return resolve_task_route(self._bound.problem, repr(self._backend), self._hparams, self.over)
+
+    def over(self, slices: list[TaskSlice | None]) -> list[_Part]:
+        """Returns the results of these slices, one after the other."""
+        with self._bound.execution():
+            return [self._slice(item) for item in slices]
+
+    def _slice(self, task_slice: TaskSlice | None) -> _Part:
+        leaves = tree.leaves_requiring_grad(self._hparams)
+        with torch.enable_grad():
+            context = self._bound.context(leaves, task_slice)
+        loop = self._bound.loop(task_slice, context)
+        variables = {**leaves, **tree.leaves_requiring_grad(context)}
+        result = self._backend.compute(loop, variables)
+        # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
+        chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)
+        return _Part(
+            grads={name: tree.add_optional(result.grads[name], chained[name]) for name in leaves},
+            outer_loss=result.outer_loss,
+            params=result.state.params,
+            carry=loop.carry_after(result.state),
+            cost=loop.cost,
+            weight=1 if task_slice is None else task_slice.stop - task_slice.start,
+        )
+
+    def total_weight(self, parts: list[_Part]) -> int:
+        """Returns the number of tasks."""
+        return sum(part.weight for part in parts)
+
+    def mean_grads(self, parts: list[_Part]) -> dict[str, Tensor | None]:
+        """Returns the mean of the hypergradients over tasks; None where no task has a path."""
+        total: dict[str, Tensor | None] = dict.fromkeys(self._hparams)
+        for part in parts:
+            share = part.weight / self.total_weight(parts)
+            for name, value in part.grads.items():
+                scaled = value if value is None or share == 1.0 else value * share
+                total[name] = tree.add_optional(total[name], scaled)
+        return total
+
+    def explain_non_finite(self, slices: list[TaskSlice | None], grads: TensorDict) -> NonFiniteError:
+        """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
+        with self._bound.execution(), torch.no_grad():
+            constants = tree.detach(self._hparams)
+            for name, value in constants.items():
+                if not tree.all_finite([value]):
+                    return _non_finite(f"`hparams[{name!r}]`", "before the first inner step", "The last outer step")
+            for item in slices:
+                context = self._bound.context(constants, item)
+                found = _first_non_finite(self._bound.loop(item, context), {**constants, **context})
+                if found is not None:
+                    return found
+        culprits = [name for name, value in grads.items() if not tree.all_finite([value])]
+        return NonFiniteError(
+            f"the hypergradient of `{culprits[0]}` is not finite, although every inner state and the outer loss are: "
+            "the reverse pass overflowed, or met an infinite derivative (such as of a square root at 0). Shorten the "
+            "horizon, lower the inner step size, or keep the losses away from the singular point."
+        )
+
+
+def _first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError | None:
+    """Runs forward and returns the error for the first entry that is not finite; None if all are."""
+    state = loop.initial(variables)
+    for name, value in zip(state.names(), state.tensors(), strict=True):
+        if not tree.all_finite([value]):
+            return _non_finite(f"`{name}`", "in the initial inner state", "`init_params`")
+    for step in range(loop.num_steps):
+        state, loss = loop.step_and_loss(state, variables, step)
+        if loss is not None and not tree.all_finite([loss]):
+            return _non_finite("the inner loss", f"at inner step {step}", "The inner step size, or the loss itself,")
+        for name, value in zip(state.names(), state.tensors(), strict=True):
+            if not tree.all_finite([value]):
+                return _non_finite(f"`{name}`", f"after inner step {step}", "The inner step size")
+    if not tree.all_finite([loop.outer_loss(state.params, variables)]):
+        return _non_finite("the outer loss", f"after {loop.num_steps} inner steps", "`OuterProblem.loss`")
+    return None
+
+
+def _non_finite(entry: str, where: str, suspect: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {suspect} is the first thing to look "
+        "at; a smaller inner step size keeps the inner run stable."
+    )
+
+
+def _filled(grads: dict[str, Tensor | None], hparams: TensorDict, allow_unused: tuple[str, ...]) -> TensorDict:
+    """Returns the hypergradient with zeros for the hyperparameters that may be unused.
+
+    Raises:
+        DetachedHyperparameterError: if another one has no path to the outer loss.
+    """
+    detached = [name for name, value in grads.items() if value is None and name not in allow_unused]
+    if detached:
+        raise DetachedHyperparameterError(
+            f"`hparams[{detached[0]!r}]` does not reach the outer loss"
+            + (f" (nor do {detached[1:]})" if detached[1:] else "")
+            + ": its hypergradient would be a silent zero. Use it in `init_params`, in a loss or in the dynamics, "
+            "without `.detach()`, `.item()` or `torch.no_grad()`; or list it in `allow_unused`."
+        )
+    return {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in grads.items()}
+
+
+def _check_arguments(problem: BilevelProblem, backend: Hypergradient) -> None:
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(
+            f"`problem` is a {type(problem).__name__}, not a `BilevelProblem`: there is no inner loop to "
+            "differentiate. Pass `source.at(outer_step)` if you have a `ProblemSource`."
+        )
+    if not isinstance(backend, Hypergradient):
+        raise TypeError(
+            f"`backend` is {backend!r}, not a `Hypergradient`: it is what computes the derivative. Pass an instance, "
+            "for example `ht.hypergradients.Reverse()`."
+        )

@@ -1,0 +1,334 @@
+"""The inner loop of one problem at one outer step, as the pure functions that every backend is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.checks import check_buffers, check_hparams, check_outer_loss, check_params, check_scalar
+from hypertorch.derivatives import InnerLoss, second_order
+from hypertorch.dynamics.hyper import check_settings
+from hypertorch.noise import preserved_generators, seed_generators
+from hypertorch.problem import BilevelProblem
+from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
+from hypertorch.types import Batch, TensorDict
+
+_INIT, _OUTER, _CONTEXT = -1, -2, -3  # positions of noise beside the inner steps, which count from 0
+
+
+class InnerState(NamedTuple):
+    """The inner state `s = (w, v)`: params (with untrained buffers among them), and the optimiser's buffers."""
+
+    params: TensorDict
+    dynamics: TensorDict
+
+    def tensors(self) -> list[Tensor]:
+        """Returns every tensor, in a fixed order."""
+        return [*self.params.values(), *self.dynamics.values()]
+
+    def names(self) -> list[str]:
+        """Returns the names of `tensors()`: of params as they are, of the optimiser's buffers with `dynamics.`."""
+        return [*self.params, *(f"dynamics.{name}" for name in self.dynamics)]
+
+    def replace_tensors(self, tensors: list[Tensor]) -> InnerState:
+        """Returns a state of the same names that holds these tensors."""
+        split = len(self.params)
+        return InnerState(
+            dict(zip(self.params, tensors[:split], strict=True)),
+            dict(zip(self.dynamics, tensors[split:], strict=True)),
+        )
+
+    def detached(self) -> InnerState:
+        """Returns the same state cut from its graph."""
+        return InnerState(tree.detach(self.params), tree.detach(self.dynamics))
+
+
+@dataclass
+class Cost:
+    """What a run took, counted as it went.
+
+    Attributes:
+        steps: inner steps evaluated, replays included.
+        vjps: inner steps differentiated in reverse mode.
+        stored_states: most inner states kept at once.
+        graph_steps: most inner steps whose graph was kept at once.
+    """
+
+    steps: int = 0
+    vjps: int = 0
+    stored_states: int = 0
+    graph_steps: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            steps=self.steps + other.steps,
+            vjps=self.vjps + other.vjps,
+            stored_states=max(self.stored_states, other.stored_states),
+            graph_steps=max(self.graph_steps, other.graph_steps),
+        )
+
+
+class InnerLoop:
+    """One problem at one outer step as pure functions of `(state, hparams)`, task route, data and noise bound.
+
+    This is all that a backend sees. Each function seeds torch's generators from the position in the run, so that a
+    replayed step draws the same noise.
+
+    Args:
+        problem: the problem.
+        outer_batch: the outer data of these tasks.
+        task_slice: which tasks; None for a problem without tasks.
+        per_task: names in hparams (entries of the context) that have a tasks axis.
+        outer_step: part of the key of the noise.
+        device: of the noise.
+        carry: state to start from (warm start), as an earlier run's `carry` holds it; empty to start afresh.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        *,
+        outer_batch: Batch,
+        task_slice: TaskSlice | None,
+        per_task: frozenset[str],
+        outer_step: int,
+        device: torch.device,
+        carry: TensorDict,
+    ) -> None:
+        self.num_steps = problem.num_steps
+        self.has_step_loss = problem.outer.has_step_loss
+        self.cost = Cost()
+        self._tracked_buffers: frozenset[str] = frozenset()
+        self._problem = problem
+        self._outer_batch = outer_batch
+        self._task_slice = task_slice
+        self._noise_key = (problem.seed, outer_step, 0 if task_slice is None else task_slice.start)
+        self.device = device
+        self._carry = carry
+        self.first_index = int(carry["index"]) if carry else 0
+        num_tasks = None if task_slice is None else task_slice.num_tasks
+        self._init = lift(lambda _, hparams, __: problem.inner.init_params(hparams), num_tasks, per_task)
+        self._inner = lift(self._inner_loss, num_tasks, per_task)
+        self._outer = lift(self._outer_loss, num_tasks, per_task)
+        self._metrics = lift(problem.outer.metrics, num_tasks, per_task)
+        self._num_tasks = num_tasks
+        self._per_task = per_task
+
+    def initial(self, hparams: TensorDict) -> InnerState:
+        """Returns the inner state before the first step, `s_0 = Phi_0(hparams)`."""
+        if self._carry:
+            state = InnerState(tree.without_prefix("params", self._carry), tree.without_prefix("dynamics", self._carry))
+            return state
+        self._seed(_INIT)
+        params = self._init({}, hparams, None)
+        problem = self._problem
+        check_params(params, problem.inner.buffers, problem.num_steps)
+        trained = self._trained(params)
+        check_settings(
+            type(problem.dynamics).__name__, problem.dynamics.settings(), list(trained), hparams, problem.num_steps
+        )
+        return InnerState(params, problem.dynamics.init(trained, hparams) if problem.num_steps else {})
+
+    def step(self, state: InnerState, hparams: TensorDict, step: int) -> InnerState:
+        """Returns the inner state after a step of the horizon, `s_t = Phi_t(s_{t-1}, hparams)`."""
+        return self.step_and_loss(state, hparams, step)[0]
+
+    def step_and_loss(self, state: InnerState, hparams: TensorDict, step: int) -> tuple[InnerState, Tensor | None]:
+        """Returns the state after a step, and the inner loss before it, shape `()` or `(tasks,)`."""
+        index = self.first_index + step
+        batch = self._inner_batch(index)
+        buffers = {name: state.params[name] for name in self._problem.inner.buffers}
+        loss = InnerLoss(self._inner, buffers, batch)
+        self._seed(index)
+        params, dynamics = self._problem.dynamics.step(
+            loss, self._trained(state.params), state.dynamics, hparams, index
+        )
+        self.cost.steps += 1
+        self._tracked_buffers |= loss.tracked_buffers
+        return InnerState({**params, **loss.new_buffers} if buffers else params, dynamics), loss.value
+
+    def leaves(self, state: InnerState) -> InnerState:
+        """Returns a state cut from its graph, as leaves that a derivative can be taken in, for a step to run again.
+
+        A buffer that no step so far has tracked is a constant.
+        """
+        constant = set(self._problem.inner.buffers) - self._tracked_buffers
+        params = tree.leaves_requiring_grad(state.params)
+        return InnerState(
+            {name: value.detach() if name in constant else params[name] for name, value in state.params.items()},
+            tree.leaves_requiring_grad(state.dynamics),
+        )
+
+    def outer_losses(self, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
+        self._seed(_OUTER)
+        return self._outer(params, hparams, self._outer_batch)
+
+    def outer_loss(self, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns the outer loss at the last params, a scalar: the mean over tasks."""
+        return self.outer_losses(params, hparams).mean()
+
+    def step_loss(self, params: TensorDict, hparams: TensorDict, step: int) -> Tensor:
+        """Returns the term of the outer loss at the params after a step, a scalar: the mean over tasks."""
+        return self.step_losses(params, hparams, step).mean()
+
+    def step_losses(self, params: TensorDict, hparams: TensorDict, step: int) -> Tensor:
+        """Returns the term of the outer loss at the params after a step, shape `()` or `(tasks,)`."""
+
+        def at_index(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            loss = self._problem.outer.step_loss(params, hparams, batch, self.first_index + step)
+            check_outer_loss(loss, "step_loss")
+            return loss
+
+        self._seed(_OUTER, step)
+        return lift(at_index, self._num_tasks, self._per_task)(params, hparams, self._outer_batch)
+
+    def metrics(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        """Returns the problem's figures, each of shape `()` or `(tasks,)`."""
+        self._seed(_OUTER)
+        return self._metrics(params, hparams, self._outer_batch)
+
+    def carry_after(self, state: InnerState) -> TensorDict:
+        """Returns what a warm-started next run needs: this run's last state; nothing if the problem starts afresh."""
+        if not self._problem.warm_start:
+            return {}
+        state = state.detached()
+        return {
+            **tree.with_prefix("params", state.params),
+            **tree.with_prefix("dynamics", state.dynamics),
+            "index": torch.tensor(self.first_index + self.num_steps),
+        }
+
+    def _trained(self, params: TensorDict) -> TensorDict:
+        buffers = self._problem.inner.buffers
+        return {name: value for name, value in params.items() if name not in buffers} if buffers else params
+
+    def _inner_batch(self, index: int) -> Batch:
+        batch = self._problem.inner.batch(index)
+        if self._task_slice is None or batch is None:
+            return batch
+        assert self._problem.num_tasks is not None
+        if index == self.first_index:
+            check_tasks_axis("InnerProblem.batch", batch, self._problem.num_tasks)
+        return self._task_slice.take(batch)
+
+    def _inner_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> tuple[Tensor, TensorDict]:
+        result = self._problem.inner.loss(params, hparams, batch)
+        value, new_buffers = result if isinstance(result, tuple) else (result, {})
+        check_scalar(value, "InnerProblem.loss")
+        check_buffers(new_buffers, self._problem.inner.buffers)
+        return value, new_buffers
+
+    def _outer_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        value = self._problem.outer.loss(params, hparams, batch)
+        check_outer_loss(value, "loss")
+        return value
+
+    def _seed(self, *position: int) -> None:
+        seed_generators(self.device, *self._noise_key, *position)
+
+
+class BoundProblem:
+    """A problem at one outer step: its outer data drawn and its arguments validated, once.
+
+    Args:
+        problem: the problem.
+        hparams: the outer variables; only names, shapes and the device are kept.
+        outer_step: chooses the outer data and the noise.
+        carry: state of all tasks to start from (warm start); empty to start afresh.
+
+    Raises:
+        TypeError: if `hparams` is no dictionary of floating-point tensors.
+        ValueError: if the outer data lacks the tasks axis, or a carry meets a problem that starts afresh.
+    """
+
+    def __init__(self, problem: BilevelProblem, hparams: TensorDict, outer_step: int, carry: TensorDict | None) -> None:
+        self.problem = problem
+        self.device = check_hparams(hparams)
+        self._outer_step = outer_step
+        self._carry = carry or {}
+        if self._carry and not problem.warm_start:
+            raise ValueError(
+                f"`carry` holds {sorted(self._carry)}, but the problem has `warm_start=False`: every run starts from "
+                "`init_params`. Pass `carry=None`, or set `warm_start=True`."
+            )
+        self._outer_batch = problem.outer.batch(outer_step)
+        if problem.num_tasks is not None:
+            check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
+
+    @contextmanager
+    def execution(self) -> Iterator[None]:
+        """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
+        with second_order(), preserved_generators(self.device):
+            yield
+
+    def context(self, hparams: TensorDict, task_slice: TaskSlice | None) -> TensorDict:
+        """Returns the context of some tasks, in the form that they are run in, with its graph into `hparams`.
+
+        Raises:
+            ValueError: if an entry has the name of a hyperparameter, or lacks its tasks axis.
+        """
+        problem = self.problem
+        if problem.context is None:
+            return {}
+        first = 0 if task_slice is None else task_slice.start
+        seed_generators(self.device, problem.seed, self._outer_step, first, _CONTEXT)
+        batch = self._outer_batch if task_slice is None else task_slice.keep_axis(self._outer_batch)
+        context = problem.context(hparams, batch)
+        clash = sorted(context.keys() & hparams.keys())
+        if clash:
+            raise ValueError(
+                f"`context` returned {clash}, which are names of hyperparameters too: the losses could not tell them "
+                "apart. Rename the entries of the context."
+            )
+        if task_slice is None:
+            return context
+        per_task = {name: value for name, value in context.items() if name not in problem.shared_context}
+        check_tasks_axis("context", per_task, task_slice.stop - task_slice.start)
+        return {name: task_slice.drop_axis(value) if name in per_task else value for name, value in context.items()}
+
+    def loop(self, task_slice: TaskSlice | None, context: TensorDict) -> InnerLoop:
+        """Returns the inner loop of some tasks, given (the names of) their context."""
+        outer_batch, carry = self._outer_batch, self._carry
+        if task_slice is not None:
+            outer_batch = task_slice.take(outer_batch)
+            carry = {name: value if name == "index" else task_slice.take(value) for name, value in carry.items()}
+        return InnerLoop(
+            self.problem,
+            outer_batch=outer_batch,
+            task_slice=task_slice,
+            per_task=frozenset(context) - frozenset(self.problem.shared_context),
+            outer_step=self._outer_step,
+            device=self.device,
+            carry=carry,
+        )
+
+
+def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> TensorDict:
+    """Returns tensors of all tasks from those of their slices; `index` of a carry is the same for all.
+
+    Args:
+        parts: one dictionary per slice, in the form that the slice was run in.
+        slices: the slices; a single None for a problem without tasks.
+    """
+    if len(parts) == 1 and (slices[0] is None or not slices[0].squeeze):
+        return parts[0]
+
+    def join(name: str) -> Tensor:
+        values = [part[name] for part in parts]
+        if name == "index":
+            return values[0]
+        return torch.cat(
+            [
+                value[None] if item is not None and item.squeeze else value
+                for value, item in zip(values, slices, strict=True)
+            ]
+        )
+
+    return {name: join(name) for name in parts[0]}

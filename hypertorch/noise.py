@@ -1,0 +1,69 @@
+"""Random numbers that depend on a key and on nothing else, so that any step can be replayed.
+
+Two needs, two functions: `random_words` for draws that must be equal on every platform (episodes, minibatches), and
+`seed_generators` for the noise that a model draws itself (dropout), which comes from torch's default generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+_WORD = (1 << 64) - 1
+
+
+def mix(*key: int) -> int:
+    """Returns a 64-bit seed for a tuple of integers; neighbouring keys give unrelated seeds.
+
+    References:
+        Steele, Lea and Flood (2014), Fast splittable pseudorandom number generators (the finaliser of SplitMix64).
+    """
+    state = 0
+    for word in key:
+        state = (state + (word & _WORD) + 0x9E3779B97F4A7C15) & _WORD
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
+        state ^= state >> 31
+    return state
+
+
+def random_words(count: int, *key: int) -> np.ndarray:
+    """Returns `count` random uint64 words for a key of integers, the same on every platform and numpy version.
+
+    The raw stream of the Philox generator is fixed by its definition; what libraries derive from it (permutations,
+    floats) may change between versions, so callers derive those from the words themselves.
+    """
+    return np.random.Philox(key=mix(*key)).random_raw(count)
+
+
+def random_permutation(length: int, *key: int) -> np.ndarray:
+    """Returns a permutation of `0 .. length - 1` for a key of integers, the same on every platform."""
+    return np.argsort(random_words(length, *key), kind="stable")
+
+
+def seed_generators(device: torch.device, *key: int) -> None:
+    """Sets torch's default generators of the host and of `device` to a state given by the key alone."""
+    seed = mix(*key) >> 1  # torch takes signed 64-bit seeds
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[_cuda_index(device)].manual_seed(seed)
+
+
+@contextmanager
+def preserved_generators(device: torch.device) -> Iterator[None]:
+    """Leaves torch's default generators of the host and of `device` as they were found."""
+    host = torch.default_generator.get_state()
+    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(host)
+        if accelerator is not None:
+            torch.cuda.set_rng_state(accelerator, device)
+
+
+def _cuda_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

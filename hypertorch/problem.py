@@ -1,0 +1,197 @@
+"""What a user writes: an inner problem, an outer problem, and the two joined into a bilevel problem."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from hypertorch.constraints import Constraint
+from hypertorch.dynamics import Dynamics
+from hypertorch.types import Batch, TensorDict
+
+Context: TypeAlias = Callable[[TensorDict, Batch], TensorDict]
+"""`(hparams, outer batch) -> tensors` that are computed once, before the inner loop."""
+
+TaskRoute: TypeAlias = Literal["auto", "vmap", "loop"]
+"""How the tasks of a batch are run: vectorised, one after the other, or whichever was measured to be faster."""
+
+
+class InnerProblem(ABC):
+    """The problem that is solved by training: its variables, its data and its loss `L(params, hparams)`.
+
+    Attributes:
+        buffers: names of the entries of `init_params` that are carried along but not trained (running statistics).
+            The dynamics never see them; `loss` returns their new values.
+    """
+
+    buffers: tuple[str, ...] = ()
+
+    @abstractmethod
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        """Returns the inner variables before the first step; they may depend on `hparams`, or be some of them."""
+
+    def batch(self, step: int) -> Batch:
+        """Returns the data of an inner step, a pure function of its index: a replayed step sees the same data."""
+        return None
+
+    @abstractmethod
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor | tuple[Tensor, TensorDict]:
+        """Returns the scalar inner loss, or the loss and the new values of the `buffers`."""
+
+
+class OuterProblem(ABC):
+    """The problem that judges the trained params: outer variables, held-out data and the loss `E(params, hparams)`."""
+
+    @abstractmethod
+    def init_hparams(self) -> TensorDict:
+        """Returns the outer variables before the first outer step."""
+
+    def batch(self, outer_step: int) -> Batch:
+        """Returns the data of an outer step, a pure function of its index."""
+        return None
+
+    @abstractmethod
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the scalar outer loss at the last params."""
+
+    def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+        """Returns a term `E_t` added to the outer loss at the params after inner step `index`; none unless overridden.
+
+        The outer objective is then `sum_t E_t(s_t) + E(s_T)`.
+        """
+        raise TypeError("this outer problem has no terms at inner steps")
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+        """Returns scalar figures to report, such as an accuracy; they are not differentiated."""
+        return {}
+
+    @property
+    def has_step_loss(self) -> bool:
+        """Whether the problem adds terms at inner steps."""
+        return type(self).step_loss is not OuterProblem.step_loss
+
+
+class ProblemSource(ABC):
+    """Where the outer loop gets its problems: one per outer step, all with the same outer variables."""
+
+    @abstractmethod
+    def init_hparams(self) -> TensorDict:
+        """Returns the outer variables before the first outer step."""
+
+    @abstractmethod
+    def at(self, outer_step: int) -> BilevelProblem:
+        """Returns the problem of an outer step, a pure function of its index."""
+
+
+@dataclass(frozen=True, eq=False)
+class BilevelProblem(ProblemSource):
+    """Minimise `E(w_T(hparams), hparams)`, where `w_T` comes from `num_steps` steps of `dynamics` on the inner loss.
+
+    Args:
+        inner: the inner problem.
+        outer: the outer problem.
+        dynamics: the inner optimiser.
+        num_steps: the horizon (unit: steps). 0 is legal: a closed form in `init_params` is differentiated through.
+        num_tasks: None for one inner problem; else every tensor of the batches has a leading `tasks` axis of this
+            length, each task has params of its own, all share hparams, and the outer loss is the mean over tasks.
+        context: computed once before the inner loop; its entries are read like hparams by `init_params` and the
+            losses, and may be integers. With tasks, each entry has a leading tasks axis, and row `i` must depend on
+            row `i` of the outer batch only, since tasks may be run in chunks.
+        shared_context: names of context entries without a tasks axis.
+        allow_unused: names of hparams that may have no path to the outer loss; they get zeros.
+        task_route: how tasks are run: "vmap", "loop", or "auto" for the faster by a measurement.
+        task_chunk: tasks run at once under "vmap" (memory is proportional to it); None for all.
+        warm_start: start each outer step from the inner state that the last one ended with, instead of
+            `init_params`; schedules over the horizon are refused.
+        seed: of the noise that the model draws in its losses (dropout) or in `init_params`.
+
+    Raises:
+        ValueError: if a number is out of range or options contradict each other.
+        TypeError: if a part is of the wrong kind.
+    """
+
+    inner: InnerProblem
+    outer: OuterProblem
+    _: KW_ONLY
+    dynamics: Dynamics
+    num_steps: int
+    num_tasks: int | None = None
+    context: Context | None = None
+    shared_context: tuple[str, ...] = ()
+    allow_unused: tuple[str, ...] = ()
+    task_route: TaskRoute = "auto"
+    task_chunk: int | None = None
+    warm_start: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_kind("inner", self.inner, InnerProblem)
+        _check_kind("outer", self.outer, OuterProblem)
+        _check_kind("dynamics", self.dynamics, Dynamics)
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
+            raise ValueError(
+                f"`num_steps` is {self.num_steps!r}: the inner loop takes a whole number of steps, at least 0. Pass 0 "
+                "only for a closed form in `init_params`."
+            )
+        if self.num_tasks is not None and self.num_tasks < 1:
+            raise ValueError(
+                f"`num_tasks` is {self.num_tasks}: a batch holds at least one task. Pass None for a single problem "
+                "whose tensors have no tasks axis."
+            )
+        if self.task_route not in ("auto", "vmap", "loop"):
+            raise ValueError(
+                f"`task_route` is {self.task_route!r}, which names no way to run tasks. Use 'auto', 'vmap' or 'loop'."
+            )
+        if self.task_chunk is not None and self.task_chunk < 1:
+            raise ValueError(
+                f"`task_chunk` is {self.task_chunk}: a chunk holds at least one task. Pass None for all tasks at once."
+            )
+        for name, setting in self.dynamics.settings().items():
+            self._check_schedule(name, setting)
+
+    def _check_schedule(self, name: str, setting: object) -> None:
+        is_schedule = isinstance(setting, (list, tuple)) or getattr(setting, "per_step", False)
+        if self.warm_start and is_schedule:
+            raise ValueError(
+                f"`{name}` of the dynamics is a schedule over the horizon, but `warm_start` is True: a warm-started "
+                "run goes on from step to step and has no horizon. Use one value, or `warm_start=False`."
+            )
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the outer variables of the outer problem and of the dynamics.
+
+        Raises:
+            ValueError: if both declare the same name.
+        """
+        declared, owned = self.outer.init_hparams(), self.dynamics.init_hparams()
+        clash = sorted(declared.keys() & owned.keys())
+        if clash:
+            raise ValueError(
+                f"`init_hparams` of the outer problem and of the dynamics both return {clash}: one value cannot serve "
+                "both. Rename one of them."
+            )
+        return {**declared, **owned}
+
+    def at(self, outer_step: int) -> BilevelProblem:
+        """Returns itself: the same problem at every outer step."""
+        return self
+
+    def constraints(self) -> Mapping[str, Constraint]:
+        """Returns the natural constraints of learnt settings of the dynamics, by name or pattern."""
+        return self.dynamics.constraints()
+
+    def with_task_route(self, route: TaskRoute) -> BilevelProblem:
+        """Returns the same problem with its tasks run by this route."""
+        return replace(self, task_route=route)
+
+
+def _check_kind(argument: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{argument}` is a {type(value).__name__}, not a `{kind.__name__}`: the library calls the methods of that "
+            f"interface. Pass an instance of a subclass of `{kind.__name__}`."
+        )

@@ -1,0 +1,184 @@
+"""The tasks axis: which tasks are run together, and functions of one task lifted to a batch of tasks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from hypertorch import tree
+from hypertorch.problem import BilevelProblem, TaskRoute
+from hypertorch.types import Batch, TensorDict
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSlice:
+    """The tasks `start .. stop - 1` of a batch, run together.
+
+    Args:
+        start: first task.
+        stop: one past the last.
+        squeeze: drop the tasks axis, for a slice of one task that is run like a single problem.
+        whole: the slice is the whole batch, which then is not copied or viewed.
+    """
+
+    start: int
+    stop: int
+    squeeze: bool = False
+    whole: bool = False
+
+    @property
+    def num_tasks(self) -> int | None:
+        """Length of the tasks axis that the slice's tensors have; None without one."""
+        return None if self.squeeze else self.stop - self.start
+
+    def keep_axis(self, batch: Batch) -> Batch:
+        """Returns this slice's part of a batch, with a tasks axis."""
+        return batch if self.whole else tree.map_batch(lambda value: value[self.start : self.stop], batch)
+
+    def take(self, batch: Batch) -> Batch:
+        """Returns this slice's part of a batch, in the form that the slice is run in."""
+        if self.squeeze:
+            return tree.map_batch(lambda value: value[self.start], batch)
+        return self.keep_axis(batch)
+
+    def drop_axis(self, value: Tensor) -> Tensor:
+        """Returns a tensor of this slice (with a tasks axis) in the form that the slice is run in."""
+        return value[0] if self.squeeze else value
+
+
+def task_slices(problem: BilevelProblem, route: TaskRoute) -> Iterator[TaskSlice | None]:
+    """Yields the slices of a task batch in the order they are run; one None for a problem without tasks.
+
+    Args:
+        problem: the problem.
+        route: "vmap" (chunks of `task_chunk`) or "loop" (one task at a time, without a tasks axis).
+    """
+    if problem.num_tasks is None:
+        yield None
+        return
+    if route == "loop":
+        for task in range(problem.num_tasks):
+            yield TaskSlice(start=task, stop=task + 1, squeeze=True)
+        return
+    size = problem.task_chunk or problem.num_tasks
+    for start in range(0, problem.num_tasks, size):
+        stop = min(start + size, problem.num_tasks)
+        yield TaskSlice(start=start, stop=stop, whole=stop - start == problem.num_tasks)
+
+
+def check_tasks_axis(what: str, batch: Batch, num_tasks: int) -> None:
+    """Raises `ValueError` if a tensor of a batch lacks the leading tasks axis."""
+    for value in tree.batch_tensors(batch):
+        if value.dim() == 0 or value.shape[0] != num_tasks:
+            raise ValueError(
+                f"`{what}` has a tensor of shape {tuple(value.shape)}, but `num_tasks` = {num_tasks}: with tasks, the "
+                "first axis of every tensor counts them. Stack the tasks' data, or set `num_tasks=None`."
+            )
+
+
+def lift(
+    function: Callable[[TensorDict, TensorDict, Batch], Any], num_tasks: int | None, per_task: frozenset[str]
+) -> Callable[[TensorDict, TensorDict, Batch], Any]:
+    """Returns `function(params, hparams, batch)` of one task as a function of a batch of tasks.
+
+    Only the function is vectorised; its derivative is taken from outside by autograd, on the sum over tasks, which is
+    exact for every layer. (The derivative *over* a `vmap` that holds an inner `torch.func.grad` is silently wrong for
+    batch, layer and instance norms with a learnt scale.)
+
+    Args:
+        function: of one task.
+        num_tasks: length of the tasks axis of params and batch; None leaves the function as it is.
+        per_task: names in `hparams` (entries of the context) that have a tasks axis; all others are shared.
+    """
+    if num_tasks is None:
+        return function
+
+    def over_tasks(params: TensorDict, hparams: TensorDict, batch: Batch) -> Any:
+        has_data = bool(tree.batch_tensors(batch))
+        axes = (0, 0 if params else None, {name: 0 if name in per_task else None for name in hparams}, 0)
+        # An index of the tasks makes sure that there is something to vectorise over.
+        index = torch.arange(num_tasks)
+        if not has_data:
+            return vmap(lambda _, p, h: function(p, h, batch), in_dims=axes[:3], randomness="different")(
+                index, params, hparams
+            )
+        return vmap(lambda _, p, h, b: function(p, h, b), in_dims=axes, randomness="different")(
+            index, params, hparams, batch
+        )
+
+    return over_tasks
+
+
+_MEASURED_TASKS = 4
+_measured_routes: dict[Hashable, TaskRoute] = {}
+
+
+def resolve_task_route(
+    problem: BilevelProblem, kind: Hashable, hparams: TensorDict, run: Callable[[list[TaskSlice]], object]
+) -> TaskRoute:
+    """Returns the route by which a problem's tasks are run: the one it names, or the faster by a measurement.
+
+    "auto" runs a few tasks of the problem by either route, after a warm-up, and keeps the answer for problems of the
+    same classes and sizes. Where an operation cannot be vectorised the loop is taken. What was chosen is logged.
+
+    Args:
+        problem: the problem.
+        kind: what is run (a backend, or a plain unroll): routes are measured for each.
+        hparams: the outer variables.
+        run: runs the given slices.
+    """
+    if problem.num_tasks is None or problem.task_route != "auto":
+        return "vmap" if problem.task_route == "auto" else problem.task_route
+    shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
+    key = (kind, type(problem.inner), type(problem.outer), problem.num_tasks, problem.num_steps, shapes)
+    if key not in _measured_routes:
+        _measured_routes[key] = _faster_route(min(problem.num_tasks, _MEASURED_TASKS), run)
+    return _measured_routes[key]
+
+
+def _faster_route(num_tasks: int, run: Callable[[list[TaskSlice]], object]) -> TaskRoute:
+    together = [TaskSlice(start=0, stop=num_tasks)]
+    one_by_one = [TaskSlice(start=task, stop=task + 1, squeeze=True) for task in range(num_tasks)]
+    try:
+        run(together)
+    except RuntimeError as error:
+        if "vmap" not in str(error) and "batching rule" not in str(error):
+            raise
+        _logger.info("tasks run one by one: an operation cannot be vectorised (%s)", error)
+        return "loop"
+    run(one_by_one)
+    seconds = {"vmap": float("inf"), "loop": float("inf")}
+    for _ in range(2):
+        seconds["vmap"] = min(seconds["vmap"], _time(lambda: run(together)))
+        seconds["loop"] = min(seconds["loop"], _time(lambda: run(one_by_one)))
+    route: TaskRoute = "vmap" if seconds["vmap"] <= seconds["loop"] else "loop"
+    _logger.info(
+        "%d tasks took %.1f ms vectorised and %.1f ms one by one: tasks run by %r",
+        num_tasks,
+        1e3 * seconds["vmap"],
+        1e3 * seconds["loop"],
+        route,
+    )
+    return route
+
+
+def _time(run: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

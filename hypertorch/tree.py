@@ -1,0 +1,98 @@
+"""Algebra on flat dictionaries of tensors, and slicing of nested batches along the tasks axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hypertorch.types import Batch, TensorDict, TensorMapping
+
+
+def detach(tree: TensorMapping) -> TensorDict:
+    """Returns the same values, cut from any graph."""
+    return {name: value.detach() for name, value in tree.items()}
+
+
+def leaves_requiring_grad(tree: TensorMapping) -> TensorDict:
+    """Returns detached tensors that a derivative can be taken in; integer and boolean entries stay as they are."""
+    return {
+        name: value.detach().requires_grad_() if is_differentiable(value) else value for name, value in tree.items()
+    }
+
+
+def is_differentiable(value: Tensor) -> bool:
+    """Returns whether a derivative in this tensor makes sense: it holds floating-point or complex numbers."""
+    return value.is_floating_point() or value.is_complex()
+
+
+def zeros_like(tree: TensorMapping) -> TensorDict:
+    """Returns zeros of the same names, shapes, dtypes and devices."""
+    return {name: torch.zeros_like(value) for name, value in tree.items()}
+
+
+def add(left: TensorMapping, right: TensorMapping, alpha: float = 1.0) -> TensorDict:
+    """Returns `left + alpha * right`, entry by entry; both must have the same names."""
+    return {name: torch.add(value, right[name], alpha=alpha) for name, value in left.items()}
+
+
+def dot(left: TensorMapping, right: TensorMapping) -> Tensor:
+    """Returns the inner product over all entries, a scalar in the widest dtype of the entries."""
+    terms = [(value * right[name]).sum() for name, value in left.items()]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def norm(tree: TensorMapping) -> Tensor:
+    """Returns the Euclidean norm over all entries, a scalar."""
+    return dot(tree, tree).sqrt()
+
+
+def with_prefix(prefix: str, tree: TensorMapping) -> TensorDict:
+    """Returns the entries renamed to `prefix.name`."""
+    return {f"{prefix}.{name}": value for name, value in tree.items()}
+
+
+def without_prefix(prefix: str, tree: TensorMapping) -> TensorDict:
+    """Returns the entries called `prefix.name`, under `name`."""
+    start = f"{prefix}."
+    return {name[len(start) :]: value for name, value in tree.items() if name.startswith(start)}
+
+
+def add_optional(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Returns the sum of two derivatives, where None means that there is no path (and not a zero)."""
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
+
+
+def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Returns the batch with `function` applied to every tensor in its nested tuples, lists and dicts."""
+    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def batch_tensors(batch: Batch) -> list[Tensor]:
+    """Returns every tensor of a nested batch, in a fixed order."""
+    return [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def concatenate(trees: Sequence[TensorMapping]) -> TensorDict:
+    """Returns the entries of all trees joined along their first axis."""
+    return {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Returns whether no tensor holds NaN or infinity.
+
+    Cost: one reduction per tensor and a single copy to the host.
+    """
+    # A sum is NaN or infinite when an entry is; a finite overflow of the sum itself is settled by a second look.
+    tensors = [tensor.detach() for tensor in tensors if is_differentiable(tensor)]
+    if not tensors:
+        return True
+    with torch.no_grad():
+        sums = torch.stack([tensor.sum().to(tensors[0].device, torch.float32) for tensor in tensors])
+        if bool(torch.isfinite(sums).all()):
+            return True
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

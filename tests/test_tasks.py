@@ -1,0 +1,238 @@
+"""The tasks axis: routes agree with each other and with a loop over plain problems, for every norm layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hypertorch as ht
+from hypertorch.fewshot.backbones import BatchNorm
+from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaOuter, task_problem
+
+Reverse = ht.hypergradients.Reverse
+F64 = torch.float64
+
+
+class SplitLayerNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4, 4, 4)), nn.Parameter(torch.zeros(4, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[1:]) * self.weight + self.bias
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "batch": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "batch with running statistics": lambda: nn.BatchNorm2d(4),
+    "instance": lambda: nn.InstanceNorm2d(4, affine=True),
+    "layer": lambda: nn.LayerNorm([4, 4, 4]),
+    "layer without scale": lambda: nn.LayerNorm([4, 4, 4], elementwise_affine=False),
+    "layer, split scale": SplitLayerNorm,
+    "group": lambda: nn.GroupNorm(2, 4),
+    "root mean square": lambda: nn.RMSNorm([4, 4, 4]),
+    "ours, episode": lambda: BatchNorm(4, statistics="episode"),
+    "ours, running": lambda: BatchNorm(4, statistics="running", momentum=0.7),
+}
+
+
+def net(norm: str) -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), NORMS[norm](), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    with torch.no_grad():
+        for parameter in module.parameters():  # scales away from 1, where the known errors would hide
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=F64))
+    return module
+
+
+def one_by_one(problem: ht.BilevelProblem, hparams: TensorDict) -> TensorDict:
+    """Returns the mean of the hypergradients of each task as a problem of its own: the plainest thing there is."""
+    total = {name: torch.zeros_like(value) for name, value in hparams.items()}
+    inner, outer = problem.inner, problem.outer
+    assert problem.num_tasks is not None
+    for task in range(problem.num_tasks):
+        alone = ht.BilevelProblem(
+            type(inner)(inner.net.module, *(part[task] for part in inner.data)),  # type: ignore[attr-defined]
+            type(outer)(outer.net.module, *(part[task] for part in outer.data)),  # type: ignore[attr-defined]
+            dynamics=problem.dynamics,
+            num_steps=problem.num_steps,
+        )
+        grads = ht.hypergradient(alone, hparams, backend=Reverse()).grads
+        total = {name: total[name] + grads[name] / problem.num_tasks for name in total}
+    return total
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_norm_layer_gives_a_wrong_hypergradient_in_batched_maml(norm: str) -> None:
+    problem = task_problem(net(norm), item=(1, 4, 4))
+    hparams = problem.init_hparams()
+    expected = one_by_one(problem, hparams)
+    for route in ("vmap", "loop"):
+        actual = ht.hypergradient(problem.with_task_route(route), hparams, backend=Reverse()).grads
+        for name in hparams:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-13)
+    check = ht.check_hypergradient(problem.with_task_route("vmap"), hparams, Reverse(), num_directions=1)
+    assert check.passed, str(check)
+
+
+def test_the_trap_that_the_route_avoids_is_still_there() -> None:
+    """Documents why: the derivative over a vmap of an inner `func.grad` is wrong. A torch that mends it fails here."""
+    module = net("layer")
+    names = [name for name, _ in module.named_parameters()]
+    theta = {name: value.detach() for name, value in module.named_parameters()}
+    problem = task_problem(module, item=(1, 4, 4))
+    inputs, labels = problem.inner.data  # type: ignore[attr-defined]
+
+    def loss(params: TensorDict, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(torch.func.functional_call(module, params, (x,)), y)
+
+    def task(params: TensorDict, x: Tensor, y: Tensor) -> Tensor:
+        grads = torch.func.grad(loss)(params, x, y)
+        return loss({name: params[name] - 0.1 * grads[name] for name in names}, x, y)
+
+    def over(params: TensorDict) -> Tensor:
+        return torch.func.vmap(task, in_dims=(None, 0, 0))(params, inputs, labels).mean()
+
+    wrong = torch.func.grad(over)(theta)
+    each = [torch.func.grad(task)(theta, x, y) for x, y in zip(inputs, labels, strict=True)]
+    right = {name: torch.stack([grads[name] for grads in each]).mean(0) for name in names}
+    gap = max(float((wrong[name] - right[name]).abs().max()) for name in names)
+    assert gap > 1e-4, "mended upstream: the compiled route may differentiate over vmap"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("chunk", [None, 1, 2, 3])
+def test_chunks_equal_the_loop(chunk: int | None, dtype: torch.dtype) -> None:
+    problem = task_problem(net("ours, episode"), item=(1, 4, 4), num_tasks=5, task_route="vmap", task_chunk=chunk)
+    hparams = {name: value.to(dtype) for name, value in problem.init_hparams().items()}
+    for part in (problem.inner, problem.outer):
+        part.data = (part.data[0].to(dtype), part.data[1])  # type: ignore[attr-defined]
+    tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == F64 else {"rtol": 1e-5, "atol": 1e-6}
+    loop = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
+    chunked = ht.hypergradient(problem, hparams, backend=Reverse())
+    torch.testing.assert_close(chunked.outer_loss, loop.outer_loss, **tolerance)
+    for name in hparams:
+        torch.testing.assert_close(chunked.grads[name], loop.grads[name], **tolerance)
+    for name in loop.params:
+        torch.testing.assert_close(chunked.params[name], loop.params[name], **tolerance)
+
+
+def test_unroll_gives_a_figure_per_task_on_every_route() -> None:
+    problem = task_problem(net("ours, running"), item=(1, 4, 4), num_tasks=4)
+    hparams = problem.init_hparams()
+    vectorised = ht.unroll(problem.with_task_route("vmap"), hparams)
+    looped = ht.unroll(problem.with_task_route("loop"), hparams)
+    assert vectorised.outer_loss.shape == (4,)
+    assert vectorised.inner_losses.shape == (4, 3)
+    torch.testing.assert_close(vectorised.outer_loss, looped.outer_loss)
+    torch.testing.assert_close(vectorised.inner_losses, looped.inner_losses)
+    torch.testing.assert_close(vectorised.metrics["accuracy"], looped.metrics["accuracy"])
+    result = ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse())
+    torch.testing.assert_close(result.outer_loss, vectorised.outer_loss.mean())
+
+
+class Prototype(ht.InnerProblem):
+    """Reads a context with a tasks axis and one without."""
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": hparams["centre"] + hparams["shift"]}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return (params["w"] - hparams["centre"] * hparams["scale"]).square().sum()
+
+
+class Judge(LambdaOuter):
+    def batch(self, outer_step: int) -> Batch:
+        return {"x": torch.arange(12, dtype=F64).reshape(4, 3) + outer_step}
+
+
+def test_context_with_tasks_and_shared_entries() -> None:
+    hparams = {"theta": torch.tensor(0.7, dtype=F64), "scale": torch.tensor(1.3, dtype=F64)}
+
+    def context(h: TensorDict, batch: Batch) -> TensorDict:
+        return {"centre": batch["x"] * h["theta"], "shift": h["theta"].exp()}
+
+    problem = ht.BilevelProblem(
+        Prototype(),
+        Judge(hparams, lambda p, h, b: (p["w"] * b["x"]).mean().square()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+        num_tasks=4,
+        context=context,
+        shared_context=("shift",),
+    )
+    results = {
+        "vmap": ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse()),
+        "loop": ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse(checkpoint_every=1)),
+    }
+    for name in hparams:
+        torch.testing.assert_close(results["vmap"].grads[name], results["loop"].grads[name], rtol=1e-13, atol=0)
+    for route in ("vmap", "loop"):
+        check = ht.check_hypergradient(problem.with_task_route(route), hparams, Reverse())
+        assert check.passed, str(check)
+
+
+def test_a_missing_tasks_axis_is_explained() -> None:
+    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=3)
+    problem.inner.data = tuple(part[:2] for part in problem.inner.data)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"`InnerProblem.batch` has a tensor of shape \(2, .*`num_tasks` = 3"):
+        ht.hypergradient(problem.with_task_route("vmap"), problem.init_hparams(), backend=Reverse())
+
+
+def test_dropout_noise_differs_between_tasks_and_is_repeatable() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    problem = task_problem(module, item=(1, 4, 4), num_tasks=3)
+    same = tuple(part[:1].expand_as(part) for part in problem.inner.data)  # type: ignore[attr-defined]
+    problem.inner.data = problem.outer.data = same  # type: ignore[attr-defined]
+    for route in ("vmap", "loop"):
+        first = ht.unroll(problem.with_task_route(route), problem.init_hparams()).outer_loss
+        again = ht.unroll(problem.with_task_route(route), problem.init_hparams()).outer_loss
+        assert torch.equal(first, again)
+        assert len(set(first.tolist())) == 3
+
+
+def test_slices_cover_the_tasks_in_order() -> None:
+    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=5, task_chunk=2)
+    bounds = [(item.start, item.stop) for item in task_slices(problem, "vmap") if item is not None]
+    assert bounds == [(0, 2), (2, 4), (4, 5)]
+    assert [item.squeeze for item in task_slices(problem, "loop") if item is not None] == [True] * 5
+
+
+def test_auto_measures_once_and_takes_the_faster_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=3)
+    clock = {"now": 0.0}
+    calls: list[int] = []
+    monkeypatch.setattr("hypertorch.tasks.time.perf_counter", lambda: clock["now"])
+
+    def run(slices: list[TaskSlice]) -> None:
+        calls.append(len(slices))
+        clock["now"] += 1.0 if len(slices) == 1 else 0.5
+
+    hparams = problem.init_hparams()
+    assert resolve_task_route(problem, "a stub", hparams, run) == "loop"
+    measured = len(calls)
+    assert resolve_task_route(problem, "a stub", hparams, run) == "loop"
+    assert len(calls) == measured
+    assert resolve_task_route(problem.with_task_route("vmap"), "a stub", hparams, run) == "vmap"
+
+
+def test_auto_takes_the_loop_where_an_operation_cannot_be_vectorised() -> None:
+    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=3)
+    inner, outer = problem.inner, problem.outer
+    data_dependent = type(
+        "DataDependent",
+        (type(inner),),
+        {"loss": lambda self, p, h, b: type(inner).loss(self, p, h, b) if b[0].sum() > -1e9 else None},
+    )(inner.net.module, *inner.data)  # type: ignore[attr-defined]
+    rerouted = ht.BilevelProblem(data_dependent, outer, dynamics=problem.dynamics, num_steps=2, num_tasks=3)
+    result = ht.hypergradient(rerouted, problem.init_hparams(), backend=Reverse())
+    expected = ht.hypergradient(rerouted.with_task_route("loop"), problem.init_hparams(), backend=Reverse())
+    assert all(torch.equal(result.grads[name], expected.grads[name]) for name in expected.grads)
