@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -19,6 +20,10 @@ class FunctionalModule:
     Args:
         module: the module; its mode (`train()` or `eval()`) is the one it has when called.
 
+    Raises:
+        TypeError: if it is no module.
+        IncompatibleBackendError: if it uses weight normalisation, whose second derivative PyTorch gets wrong.
+
     Attributes:
         buffers: names of the module's buffers (running statistics), for `InnerProblem.buffers`.
     """
@@ -29,6 +34,7 @@ class FunctionalModule:
                 f"`module` is a {type(module).__name__}, not a `torch.nn.Module`: it has no parameters to take out. "
                 "Write a plain function of `params` instead."
             )
+        _refuse_weight_norm(module)
         self.module = module
         self.buffers: tuple[str, ...] = tuple(name for name, _ in module.named_buffers())
 
@@ -65,3 +71,20 @@ class FunctionalModule:
             # Modules update their buffers in place; the clone takes the update and leaves the caller's tensor alone.
             buffers[name] = values[name] = values.get(name, own).clone()
         return functional_call(self.module, values, inputs, options), buffers
+
+
+def _refuse_weight_norm(module: nn.Module) -> None:
+    """Raises if a weight is computed by PyTorch's fused weight normalisation.
+
+    Its first derivative is right and its second silently wrong (`torch.autograd.gradgradcheck` of
+    `torch._weight_norm` fails on PyTorch 2.13), so an unrolled hypergradient would be wrong by tens of per cent.
+    """
+    for name, part in module.named_modules():
+        if type(part).__name__ == "_WeightNorm" or any(
+            type(hook).__name__ == "WeightNorm" for hook in part._forward_pre_hooks.values()
+        ):
+            raise IncompatibleBackendError(
+                f"`module` normalises a weight at `{name}` with PyTorch's weight_norm, whose second derivative is "
+                "silently wrong: hypergradients through an inner loop would be too. Remove it, or write the weight as "
+                "`g * v / v.norm(...)` in a parametrisation of your own, which is exact."
+            )

@@ -123,8 +123,7 @@ class InnerLoop:
     def initial(self, hparams: TensorDict) -> InnerState:
         """Returns the inner state before the first step, `s_0 = Phi_0(hparams)`."""
         if self._carry:
-            state = InnerState(tree.without_prefix("params", self._carry), tree.without_prefix("dynamics", self._carry))
-            return state
+            return InnerState(tree.without_prefix("params", self._carry), tree.without_prefix("dynamics", self._carry))
         self._seed(_INIT)
         params = self._init({}, hparams, None)
         problem = self._problem

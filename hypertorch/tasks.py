@@ -123,7 +123,7 @@ _measured_routes: dict[Hashable, TaskRoute] = {}
 
 
 def resolve_task_route(
-    problem: BilevelProblem, kind: Hashable, hparams: TensorDict, run: Callable[[list[TaskSlice]], object]
+    problem: BilevelProblem, kind: Hashable, hparams: TensorDict, run: Callable[[list[TaskSlice | None]], object]
 ) -> TaskRoute:
     """Returns the route by which a problem's tasks are run: the one it names, or the faster by a measurement.
 
@@ -145,9 +145,11 @@ def resolve_task_route(
     return _measured_routes[key]
 
 
-def _faster_route(num_tasks: int, run: Callable[[list[TaskSlice]], object]) -> TaskRoute:
-    together = [TaskSlice(start=0, stop=num_tasks)]
-    one_by_one = [TaskSlice(start=task, stop=task + 1, squeeze=True) for task in range(num_tasks)]
+def _faster_route(num_tasks: int, run: Callable[[list[TaskSlice | None]], object]) -> TaskRoute:
+    together: list[TaskSlice | None] = [TaskSlice(start=0, stop=num_tasks)]
+    one_by_one: list[TaskSlice | None] = [
+        TaskSlice(start=task, stop=task + 1, squeeze=True) for task in range(num_tasks)
+    ]
     try:
         run(together)
     except RuntimeError as error:

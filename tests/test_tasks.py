@@ -212,7 +212,7 @@ def test_auto_measures_once_and_takes_the_faster_route(monkeypatch: pytest.Monke
     calls: list[int] = []
     monkeypatch.setattr("hypertorch.tasks.time.perf_counter", lambda: clock["now"])
 
-    def run(slices: list[TaskSlice]) -> None:
+    def run(slices: list[TaskSlice | None]) -> None:
         calls.append(len(slices))
         clock["now"] += 1.0 if len(slices) == 1 else 0.5
 

@@ -1,0 +1,51 @@
+"""Checks of the integers that describe an episode or a data set."""
+
+from __future__ import annotations
+
+
+def check_integer(name: str, value: int, *, minimum: int, why: str, advice: str) -> None:
+    """Raises unless `value` is an integer of at least `minimum`; `why` and `advice` complete the message.
+
+    Raises:
+        TypeError: if it is no integer (a bool is none).
+        ValueError: if it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` is {value!r}, a {type(value).__name__}: {why}. Pass an integer; {advice}.")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}: {why}. {advice[0].upper()}{advice[1:]}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises unless `seed` is an integer from 0 on."""
+    check_integer("seed", seed, minimum=0, why="it keys the random stream", advice="use for instance `seed=0`")
+
+
+def check_step(step: int) -> None:
+    """Raises unless `step` is an integer from 0 on."""
+    check_integer("step", step, minimum=0, why="batches are numbered from 0", advice="ask for batch 0 or later")
+
+
+def check_num_tasks(num_tasks: int) -> None:
+    """Raises unless `num_tasks` is an integer from 1 on."""
+    check_integer(
+        "num_tasks", num_tasks, minimum=1, why="a batch without an episode has no outer loss", advice="use 1 or more"
+    )
+
+
+def check_num_queries(num_queries: int) -> None:
+    """Raises unless `num_queries` is an integer from 1 on."""
+    check_integer(
+        "num_queries",
+        num_queries,
+        minimum=1,
+        why="without query examples an episode cannot be judged",
+        advice="use 1 or more (15 is usual)",
+    )
+
+
+def check_shot(shot: int) -> None:
+    """Raises unless `shot` is an integer from 1 on."""
+    check_integer(
+        "shot", shot, minimum=1, why="without support examples there is nothing to learn from", advice="use 1 or more"
+    )

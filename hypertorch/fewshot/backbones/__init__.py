@@ -1,0 +1,7 @@
+"""Networks of the few-shot literature: one file per network."""
+
+from hypertorch.fewshot.backbones.batch_norm import BatchNorm
+from hypertorch.fewshot.backbones.conv4 import Conv4
+from hypertorch.fewshot.backbones.mlp import MLP
+
+__all__ = ["MLP", "BatchNorm", "Conv4"]

@@ -1,0 +1,6 @@
+"""Data sets of classes to draw episodes from, and sources of ready episodes."""
+
+from hypertorch.fewshot.datasets.image_classes import ImageClasses as ImageClasses
+from hypertorch.fewshot.datasets.omniglot import Omniglot as Omniglot
+from hypertorch.fewshot.datasets.sinusoid import Sinusoid as Sinusoid
+from hypertorch.fewshot.datasets.strokes import StrokeCharacters as StrokeCharacters

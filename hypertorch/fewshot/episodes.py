@@ -1,0 +1,59 @@
+"""What an episode is, and where episodes come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Examples(NamedTuple):
+    """Inputs with their targets, one row per example.
+
+    Attributes:
+        inputs: `(tasks, examples, *item)`, floating point.
+        targets: `(tasks, examples)` int64 labels in `0 .. way - 1` for classification, or `(tasks, examples, features)`
+            floats for regression.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Episode(NamedTuple):
+    """A batch of few-shot problems: each task learns from its `support` and is judged on its `query`.
+
+    Attributes:
+        support: the examples a task is given, `way * shot` of them in classification (`shot` in regression), ordered by
+            class, then by drawing.
+        query: other examples of the same task, `way * num_queries` (or `num_queries`), in the same order. No example
+            is in both.
+    """
+
+    support: Examples
+    query: Examples
+
+
+class EpisodeSource(ABC):
+    """A stream of episode batches in which batch `step` is a pure function of `step`.
+
+    Purity is what lets a run be replayed, resumed and evaluated anywhere: the same source gives the same batch in every
+    process and worker, whatever was asked before.
+
+    Attributes:
+        num_tasks: episodes in one batch, the length of the leading `tasks` axis of every tensor.
+    """
+
+    num_tasks: int
+
+    @abstractmethod
+    def at(self, step: int) -> Episode:
+        """Returns the batch of episodes number `step`, a pure function of it.
+
+        Args:
+            step: which batch, at least 0.
+
+        Returns:
+            An `Episode` whose tensors all start with a `tasks` axis of length `num_tasks`.
+        """

@@ -1,0 +1,134 @@
+"""Model-agnostic meta-learning: the initialisation of the inner loop is the outer variable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot.episodes import Episode, Examples
+from hypertorch.fewshot.learners.base import Learner
+from hypertorch.fewshot.learners.objectives import Classification, Objective
+from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
+from hypertorch.functional import FunctionalModule
+from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
+from hypertorch.types import TensorDict
+from hypertorch.unroll import unroll
+
+
+class MAML(Learner):
+    """All weights are adapted to the support set from an initialisation that is learnt.
+
+    Outer variables: the network's weights `theta`, and step sizes where `learn_lr` says so. Inner variables: a copy
+    of the weights per episode, `w_0 = theta`, trained on the support set for `num_steps` steps. Outer loss: that of
+    the query set at `w_T`. The network fits in training mode and predicts in evaluation mode; its buffers are carried
+    through the inner loop.
+
+    Cost: per episode, `num_steps` steps on the support set and their second derivatives, one pass over the query set.
+
+    Args:
+        network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
+        dynamics: the inner optimiser.
+        num_steps: inner steps (unit: steps).
+        learn_lr: None, or learn the step size: "one", per "step", per "parameter" (Meta-SGD), or "step,parameter".
+        objective: loss and figures of support and query; classification by default.
+
+    Raises:
+        ValueError: if `learn_lr` does not fit the dynamics.
+
+    References:
+        Finn, Abbeel and Levine (2017), algorithms 1 and 2; Li et al. (2017), Meta-SGD (learnt step sizes);
+        Antoniou, Edwards and Storkey (2019), section 4 (step sizes per step).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        dynamics: Dynamics,
+        num_steps: int,
+        learn_lr: LearnLR = None,
+        objective: Objective | None = None,
+    ) -> None:
+        self._fit = FunctionalModule(copy.deepcopy(network).train())
+        self._predict = FunctionalModule(copy.deepcopy(network).eval())
+        self._objective = objective or Classification()
+        self._num_steps = num_steps
+        initial = self._fit.init_params()
+        initialisation = {name: initial[name] for name in self._fit.trained_names()}
+        self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
+        self._initial: TensorDict = {**initialisation, **step_sizes}
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the network's weights, by their names in the module, and the logarithms of learnt step sizes."""
+        return {name: value.clone() for name, value in self._initial.items()}
+
+    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem of a batch of episodes."""
+        return BilevelProblem(
+            _Support(self._fit, self._objective, episode.support),
+            _Query(self._predict, self._objective, episode.query, self._initial),
+            dynamics=self._dynamics,
+            num_steps=self._num_steps,
+            num_tasks=num_tasks,
+        )
+
+    def adapt(self, hparams: TensorDict, support: Examples) -> Callable[[Tensor], Tensor]:
+        """Returns the network with weights fitted to the support set.
+
+        Args:
+            hparams: trained outer variables.
+            support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
+        """
+        params = unroll(self.problem(Episode(support, support), None), hparams).params
+        return lambda inputs: self._predict(params, inputs).detach()
+
+
+@dataclass(eq=False)
+class _Support(InnerProblem):
+    """Fits the network's weights to support examples, from the learnt initialisation."""
+
+    network: FunctionalModule
+    objective: Objective
+    support: Examples
+
+    def __post_init__(self) -> None:
+        self.buffers = self.network.buffers
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        trained = {name: hparams[name] for name in self.network.trained_names()}
+        some = next(iter(trained.values()))
+        stored = {name: value.to(some.device) for name, value in self.network.module.named_buffers()}
+        return {**trained, **stored}
+
+    def batch(self, step: int) -> Examples:
+        return self.support
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
+        outputs, new_buffers = self.network.with_buffers(params, batch.inputs)
+        return self.objective.loss(outputs, batch.targets), new_buffers
+
+
+@dataclass(frozen=True, eq=False)
+class _Query(OuterProblem):
+    """Judges fitted weights on query examples."""
+
+    network: FunctionalModule
+    objective: Objective
+    query: Examples
+    initial: TensorDict
+
+    def init_hparams(self) -> TensorDict:
+        return self.initial
+
+    def batch(self, outer_step: int) -> Examples:
+        return self.query
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
+        return self.objective.loss(self.network(params, batch.inputs), batch.targets)
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:
+        return self.objective.metrics(self.network(params, batch.inputs), batch.targets)

@@ -1,0 +1,164 @@
+"""Episodes drawn from a set of classes, each batch a pure function of seed and step."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypertorch.fewshot._checks import (
+    check_integer,
+    check_num_queries,
+    check_num_tasks,
+    check_seed,
+    check_shot,
+    check_step,
+)
+from hypertorch.fewshot.datasets.image_classes import ImageClasses
+from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
+from hypertorch.noise import random_words
+
+_LAST_WORD = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeSampler(EpisodeSource):
+    """Draws `way`-way `shot`-shot episodes from a data set of classes.
+
+    Each task takes `way` distinct classes, uniformly, and `shot + num_queries` distinct images of each; the first
+    `shot` are the support. Labels `0 .. way - 1` follow the order in which the classes were drawn, so they say nothing
+    about the data set's own order.
+
+    The choice is the ordering of raw 64-bit words of a Philox stream keyed by `(seed, step)`: the same on every
+    platform, device, process and worker, in any order of access, and independent of the generators of numpy and torch.
+
+    Cost: one gather of `num_tasks * way * (shot + num_queries)` images and `num_tasks * num_classes` random words.
+
+    Args:
+        dataset: the classes, on the device where the episodes are wanted.
+        way: classes per episode, at least 2.
+        shot: support images per class, at least 1.
+        num_queries: query images per class, at least 1.
+        num_tasks: episodes in a batch, at least 1.
+        seed: selects the stream of episodes.
+        dtype: floating-point type of the inputs, whose values lie in [0, 1].
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if a number is too small, `way` exceeds the number of classes, or `shot + num_queries` exceeds the
+            images of the smallest class.
+    """
+
+    dataset: ImageClasses
+    _: KW_ONLY
+    way: int
+    shot: int
+    num_queries: int
+    num_tasks: int
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dataset, ImageClasses):
+            raise TypeError(
+                f"`dataset` is a {type(self.dataset).__name__}: episodes are drawn from images sorted by class. Pass "
+                "an `ImageClasses`, such as `StrokeCharacters(split='meta_train')`."
+            )
+        check_integer("way", self.way, minimum=2, why="one class leaves nothing to tell apart", advice="use 2 or more")
+        check_shot(self.shot)
+        check_num_queries(self.num_queries)
+        check_num_tasks(self.num_tasks)
+        check_seed(self.seed)
+        if not self.dtype.is_floating_point:
+            raise TypeError(
+                f"`dtype` is {self.dtype}: images in [0, 1] need a floating-point type. Use `torch.float32`."
+            )
+        self._check_size()
+
+    @property
+    def num_classes(self) -> int:
+        """Classes to draw from."""
+        return self.dataset.num_classes
+
+    def at(self, step: int) -> Episode:
+        """Returns the batch of episodes number `step`.
+
+        Args:
+            step: which batch, at least 0.
+
+        Returns:
+            An `Episode` on the data set's device with `support.inputs` of shape
+            `(tasks, way * shot, channels, height, width)`, `support.targets` `(tasks, way * shot)` int64, and `query`
+            the same with `num_queries` in place of `shot`.
+
+        Raises:
+            TypeError: if `step` is no integer.
+            ValueError: if `step` is negative.
+        """
+        rows = self.rows(step)
+        parts = rows[:, :, : self.shot], rows[:, :, self.shot :]
+        images = self.dataset.images.flatten(1)  # a view; gathering rows of a matrix is the fastest form
+        # The parts lie one after the other, so that one gather serves both and each is a contiguous view of the result.
+        order = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(images.device)
+        inputs = images.index_select(0, order).to(self.dtype).div_(255)
+        support, query = inputs.split([part.size for part in parts])
+        return Episode(self._examples(support, self.shot), self._examples(query, self.num_queries))
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns which rows of `dataset.images` make up batch `step`.
+
+        Args:
+            step: which batch, at least 0.
+
+        Returns:
+            int64 `(tasks, way, shot + num_queries)`: by class, support images first.
+
+        Raises:
+            TypeError: if `step` is no integer.
+            ValueError: if `step` is negative.
+        """
+        check_step(step)
+        counts, starts = self.dataset.counts_array, self.dataset.starts
+        largest = int(counts.max())
+        words = random_words(self.num_tasks * (self.num_classes + self.way * largest), self.seed, step)
+        class_words, image_words = np.split(words, [self.num_tasks * self.num_classes])
+        classes = _smallest(class_words.reshape(self.num_tasks, self.num_classes), self.way)
+        image_words = image_words.reshape(self.num_tasks, self.way, largest)
+        if largest != int(counts.min()):
+            # Images that a smaller class does not have sort last, behind those that it has.
+            image_words = np.where(np.arange(largest) < counts[classes][..., None], image_words, _LAST_WORD)
+        drawn = np.argsort(image_words, axis=-1, kind="stable")[..., : self.shot + self.num_queries]
+        return starts[classes][..., None] + drawn
+
+    def _examples(self, inputs: Tensor, per_class: int) -> Examples:
+        labels = torch.arange(self.way, device=inputs.device).repeat_interleave(per_class)
+        shape = (self.num_tasks, self.way * per_class)
+        return Examples(inputs.view(*shape, *self.dataset.item_shape), labels.repeat(self.num_tasks, 1))
+
+    def _check_size(self) -> None:
+        if self.way > self.num_classes:
+            raise ValueError(
+                f"`way` is {self.way}, but `dataset` has {self.num_classes} classes: the classes of an episode are "
+                f"distinct. Use `way` of at most {self.num_classes}, or a data set with more classes."
+            )
+        smallest = int(self.dataset.counts_array.argmin())
+        count, needed = self.dataset.counts[smallest], self.shot + self.num_queries
+        if needed > count:
+            raise ValueError(
+                f"`shot + num_queries` is {self.shot} + {self.num_queries} = {needed}, but class "
+                f"{self.dataset.class_names[smallest]!r} has {count} images: support and query share no image. Lower "
+                f"`shot` or `num_queries` until they sum to at most {count}."
+            )
+
+
+def _smallest(words: np.ndarray, count: int) -> np.ndarray:
+    """Returns the positions of the `count` smallest words of each row, in ascending order of the words."""
+    if count < words.shape[-1]:
+        # Sorting only the chosen few: five times faster than sorting thousands of classes.
+        chosen = np.argpartition(words, count - 1, axis=-1)[:, :count]
+    else:
+        chosen = np.broadcast_to(np.arange(count), words.shape)
+    ascending = np.argsort(np.take_along_axis(words, chosen, axis=-1), axis=-1)
+    return np.take_along_axis(chosen, ascending, axis=-1)

@@ -1,0 +1,85 @@
+"""Shapes, rules of batch norm and refusals of the few-shot networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hypertorch.fewshot.backbones import MLP, BatchNorm, Conv4
+
+
+@pytest.mark.parametrize(
+    ("downsample", "image_size", "num_features"),
+    [("max_pool", 28, 64), ("stride", 28, 256), ("max_pool", 84, 1600), ("stride", 84, 2304), ("stride", 1, 64)],
+)
+def test_conv4_features_and_logits(downsample: str, image_size: int, num_features: int) -> None:
+    images = torch.rand(6, 1, image_size, image_size)
+    features = Conv4(downsample=downsample, image_size=image_size)  # type: ignore[arg-type]
+    assert features.num_features == num_features
+    assert features(images).shape == (6, num_features)
+    assert Conv4(way=5, downsample=downsample, image_size=image_size)(images).shape == (6, 5)  # type: ignore[arg-type]
+
+
+def test_conv4_has_the_published_number_of_weights() -> None:
+    # 4 convolutions of 64 filters without bias, scale and shift of 4 norms, and the classifier on 64 features.
+    count = sum(parameter.numel() for parameter in Conv4(way=5).parameters())
+    assert count == 9 * 64 + 3 * 9 * 64 * 64 + 4 * 2 * 64 + 64 * 5 + 5
+
+
+def test_conv4_refusals() -> None:
+    with pytest.raises(ValueError, match="`downsample` is 'pool'.*Use 'max_pool' or 'stride'"):
+        Conv4(downsample="pool")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`image_size` is 15, which cannot be halved four times"):
+        Conv4(image_size=15)
+    with pytest.raises(ValueError, match="`statistics` is 'batch'.*'episode'.*'running'"):
+        Conv4(statistics="batch")  # type: ignore[arg-type]
+
+
+def reference_norm() -> tuple[BatchNorm, nn.BatchNorm2d, torch.Tensor]:
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(3).double(), nn.BatchNorm2d(3, track_running_stats=False).double()
+    with torch.no_grad():
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.copy_(torch.randn(3))
+            other.copy_(mine)
+    return ours, theirs, torch.randn(4, 3, 5, 5, dtype=torch.float64)
+
+
+def test_episode_statistics_equal_batch_norm_in_either_mode() -> None:
+    ours, theirs, images = reference_norm()
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.eval()(images), theirs(images), rtol=1e-12, atol=1e-12)
+    assert not list(ours.buffers())
+
+
+def test_running_statistics_normalise_by_the_stored_ones_in_evaluation() -> None:
+    norm = BatchNorm(3, statistics="running", momentum=1.0).double()
+    support, query = torch.randn(8, 3, 4, 4, dtype=torch.float64) * 3 + 1, torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        norm(support)
+        alone = norm.eval()(query[:1])
+        together = norm(query)[:1]
+    torch.testing.assert_close(alone, together)  # a query does not depend on its companions
+    mean, var = support.mean((0, 2, 3)), support.var((0, 2, 3), correction=0)
+    expected = (query[:1] - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    torch.testing.assert_close(alone, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_running_momentum_is_the_weight_of_the_new_call() -> None:
+    norm = BatchNorm(2, statistics="running", momentum=0.25).double()
+    images = torch.full((1, 2, 1, 1), 8.0, dtype=torch.float64)
+    with torch.no_grad():
+        norm(images)
+    torch.testing.assert_close(norm.running_mean, torch.full((2,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(norm.running_var, torch.full((2,), 0.75, dtype=torch.float64))
+
+
+def test_mlp_shapes_and_refusals() -> None:
+    assert MLP()(torch.rand(10, 1)).shape == (10, 1)
+    assert MLP(in_features=784, hidden=(8,), out_features=None)(torch.rand(2, 1, 28, 28)).shape == (2, 8)
+    assert MLP(in_features=3, hidden=(), out_features=2)(torch.rand(2, 3)).shape == (2, 2)
+    with pytest.raises(ValueError, match="a layer has at least one unit"):
+        MLP(hidden=(0,))
+    with pytest.raises(ValueError, match="`hidden` is empty and `out_features` is None"):
+        MLP(hidden=(), out_features=None)

@@ -1,0 +1,82 @@
+"""What a bilevel problem refuses, and the names it merges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import hypertorch as ht
+from hypertorch.types import TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter
+
+INNER = LambdaInner(lambda h: {"w": h["c"]}, lambda p, h, b: p["w"].square())
+OUTER = LambdaOuter({"c": torch.ones(())}, lambda p, h, b: p["w"])
+SGD = ht.dynamics.SGD
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": -1}, "`num_steps` is -1.*at least 0"),
+        ({"num_steps": 1.5}, "`num_steps` is 1.5"),
+        ({"num_tasks": 0}, "`num_tasks` is 0.*Pass None"),
+        ({"task_route": "pmap"}, "`task_route` is 'pmap'.*Use 'auto'"),
+        ({"task_chunk": 0}, "`task_chunk` is 0.*Pass None"),
+        ({"warm_start": True, "dynamics": SGD(lr=[0.1, 0.1])}, "`lr` of the dynamics is a schedule.*`warm_start`"),
+        ({"warm_start": True, "dynamics": SGD(lr=ht.Hyper("lr", per="step"))}, "has no horizon"),
+    ],
+)
+def test_wrong_options_are_explained(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ht.BilevelProblem(INNER, OUTER, **{"dynamics": SGD(lr=0.1), "num_steps": 2, **options})
+
+
+def test_wrong_parts_are_explained() -> None:
+    with pytest.raises(TypeError, match="`inner` is a LambdaOuter, not a `InnerProblem`"):
+        ht.BilevelProblem(OUTER, OUTER, dynamics=SGD(lr=0.1), num_steps=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`dynamics` is a float"):
+        ht.BilevelProblem(INNER, OUTER, dynamics=0.1, num_steps=1)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Owning(ht.GradientDynamics):
+    """Dynamics with an outer variable of its own."""
+
+    name: str
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        return {}
+
+    def init_hparams(self) -> TensorDict:
+        return {self.name: torch.tensor(0.5)}
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        return {name: value - hparams[self.name] * grads[name] for name, value in params.items()}, state
+
+
+def test_outer_variables_of_problem_and_dynamics_are_merged() -> None:
+    problem = ht.BilevelProblem(INNER, OUTER, dynamics=Owning("rate"), num_steps=1)
+    assert set(problem.init_hparams()) == {"c", "rate"}
+    grads = ht.hypergradient(problem, problem.init_hparams(), backend=ht.hypergradients.Reverse()).grads
+    assert float(grads["rate"]) == pytest.approx(-2.0)  # w = c - rate 2c
+
+
+def test_a_clash_of_names_is_refused() -> None:
+    problem = ht.BilevelProblem(INNER, OUTER, dynamics=Owning("c"), num_steps=1)
+    with pytest.raises(ValueError, match=r"both return \['c'\].*Rename one"):
+        problem.init_hparams()
+
+
+def test_a_problem_is_its_own_source() -> None:
+    problem = ht.BilevelProblem(INNER, OUTER, dynamics=SGD(lr=0.1), num_steps=1)
+    assert problem.at(7) is problem
+
+
+def test_calling_step_loss_of_a_problem_without_one_is_an_error() -> None:
+    assert not OUTER.has_step_loss
+    with pytest.raises(TypeError, match="no terms at inner steps"):
+        OUTER.step_loss({}, {}, None, 0)
