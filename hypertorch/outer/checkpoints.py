@@ -1,0 +1,183 @@
+"""Checkpoints of an outer run: everything that the next outer step depends on."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypertorch.errors import CheckpointError
+from hypertorch.outer.encoding import decode, encode
+from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tensor_file
+from hypertorch.types import TensorDict
+
+_FORMAT = "hypertorch.checkpoint"
+_VERSION = "1"
+_FILE_NAME = re.compile(r"step_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """The state of an outer run after `step` outer steps.
+
+    Attributes:
+        step: outer steps done.
+        hparams: the outer variables after them.
+        optimizer: the outer optimizer's state dictionary.
+        optimizer_kind: its class.
+        scheduler: the scheduler's state dictionary; None without one.
+        scheduler_kind: its class; None without one.
+        carry: what the last hypergradient handed on to the next.
+        carry_on_host: names of its entries that belong in host memory even if `hparams` do not.
+        task_route: how tasks are run; None if that was not yet decided.
+        best_hparams: the best outer variables by validation; empty without any.
+        best_step: outer steps done when they were found.
+        best_value: their figure of merit.
+        validated_step: the last outer step after which was validated.
+        seconds: run time so far.
+    """
+
+    step: int
+    hparams: TensorDict
+    optimizer: dict[str, Any]
+    optimizer_kind: str
+    scheduler: dict[str, Any] | None = None
+    scheduler_kind: str | None = None
+    carry: TensorDict = field(default_factory=dict)
+    carry_on_host: tuple[str, ...] = ()
+    task_route: str | None = None
+    best_hparams: TensorDict = field(default_factory=dict)
+    best_step: int | None = None
+    best_value: float | None = None
+    validated_step: int = 0
+    seconds: float = 0.0
+
+
+_TENSOR_FIELDS = ("hparams", "best_hparams", "carry")
+_JSON_FIELDS = tuple(name for name in Checkpoint.__dataclass_fields__ if name not in _TENSOR_FIELDS)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where an outer run keeps its checkpoints, and how often it writes one.
+
+    A checkpoint is one safetensors file, `step_00000500.safetensors`, whose header holds what is no tensor as JSON:
+    reading one never runs code. A file appears whole or not at all, and carries a checksum. The run writes one every
+    `every` outer steps, at the end, and when it is interrupted.
+
+    Args:
+        directory: folder of the files; made when the first is written.
+        every: outer steps between two checkpoints, at least 1.
+        keep: how many of the newest are kept, at least 1.
+
+    Raises:
+        ValueError: if `every` or `keep` is below 1.
+    """
+
+    directory: Path
+    _: KW_ONLY
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directory", Path(self.directory))
+        for name, value, purpose in (("every", self.every, "written"), ("keep", self.keep, "kept")):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`{name}` of `Checkpoints` is {value!r}: no checkpoint would be {purpose}. Pass a whole number of "
+                    "at least 1, or leave `checkpoints` out for a run without them."
+                )
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Writes a checkpoint, removes the ones that are no longer kept, and returns the new file.
+
+        Raises:
+            CheckpointError: if the file cannot be written, or a part of the state can be kept neither as a tensor nor
+                as JSON (the message names it).
+        """
+        tensors: TensorDict = {}
+        for name in _TENSOR_FIELDS:
+            tensors.update({f"{name}/{key}": value for key, value in getattr(checkpoint, name).items()})
+        state = {name: encode(getattr(checkpoint, name), name, tensors) for name in _JSON_FIELDS}
+        # A header of safetensors is sorted; the order of hparams is that of the optimizer's state.
+        state["order"] = {name: list(getattr(checkpoint, name)) for name in _TENSOR_FIELDS}
+        path = self.directory / f"step_{checkpoint.step:08d}.safetensors"
+        write_tensor_file(path, tensors, {"format": _FORMAT, "version": _VERSION, "state": json.dumps(state)})
+        self._remove_old()
+        return path
+
+    def paths(self) -> list[Path]:
+        """Returns the files of complete checkpoints, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        found = [(match, path) for path in self.directory.iterdir() if (match := _FILE_NAME.fullmatch(path.name))]
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
+
+    def newest(self) -> Path | None:
+        """Returns the file of the newest complete checkpoint; None if there is none."""
+        paths = self.paths()
+        return paths[-1] if paths else None
+
+    def load(self, path: Path) -> Checkpoint:
+        """Returns a checkpoint, with its tensors in host memory.
+
+        Raises:
+            CheckpointError: if the file is damaged; the message says which checkpoint to go on from instead.
+        """
+        return load_checkpoint(path, remedy=self._remedy(path))
+
+    def _remedy(self, path: Path) -> str:
+        paths = self.paths()
+        earlier = paths[: paths.index(path)] if path in paths else []
+        goes_on = f"`{earlier[-1].name}`, the previous checkpoint" if earlier else "the start: there is no earlier one"
+        return f"Delete this file; the run then resumes from {goes_on}."
+
+    def _remove_old(self) -> None:
+        leftovers = self.directory.glob(f"step_*{PARTIAL}")
+        for path in [*self.paths()[: -self.keep], *leftovers]:
+            path.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
+    """Returns the checkpoint in a file, with its tensors in host memory.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged, the last sentence of the message.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, or is no checkpoint of this version.
+    """
+    tensors, texts = read_tensor_file(path, remedy=remedy)
+    if texts.get("format") != _FORMAT:
+        raise CheckpointError(f"`{path}` is of format {texts.get('format')!r}, not a checkpoint of a run. {remedy}")
+    if texts.get("version") != _VERSION:
+        raise CheckpointError(
+            f"`{path}` is a checkpoint of version {texts.get('version')!r}; this release of hypertorch reads version "
+            f"{_VERSION!r} only. Resume with the release that wrote it, or start again in another folder."
+        )
+    state = json.loads(texts["state"])
+    entries = {name: {key: tensors[f"{name}/{key}"] for key in keys} for name, keys in state.pop("order").items()}
+    return Checkpoint(**entries, **{name: decode(value, tensors) for name, value in state.items()})
+
+
+def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> None:
+    """Raises `CheckpointError` if a checkpoint's outer variables are not those of the problem, naming what differs."""
+    differing = [
+        f"`{name}` ({_describe(stored.get(name))} in the checkpoint, {_describe(expected.get(name))} in the problem)"
+        for name in {**stored, **expected}
+        if _describe(stored.get(name)) != _describe(expected.get(name))
+    ]
+    if not differing and list(stored) != list(expected):
+        differing = [f"their order ({list(stored)} in the checkpoint, {list(expected)} in the problem)"]
+    if differing:
+        raise CheckpointError(
+            f"`{path}` belongs to another problem; its hyperparameters differ in {', '.join(differing)}: the run "
+            "cannot go on from it. Resume with the settings that it was started with, or choose another folder."
+        )
+
+
+def _describe(value: Any) -> str:
+    return "absent" if value is None else f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

@@ -1,0 +1,31 @@
+"""The norm of a hypergradient, and its clipping."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypertorch.types import TensorDict, TensorMapping
+
+
+def total_norm(grads: TensorMapping) -> Tensor:
+    """Returns the Euclidean norm over all entries of all tensors, a scalar in at least single precision."""
+    norms = [
+        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads.values()
+    ]
+    widest = torch.float32
+    for norm in norms:
+        widest = torch.promote_types(widest, norm.dtype)
+    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]))
+
+
+def clip_to_norm(grads: TensorMapping, norm: Tensor, clip_norm: float) -> TensorDict:
+    """Returns the hypergradient scaled by `min(1, clip_norm / norm)`: the same direction, at most this long.
+
+    Args:
+        grads: the hypergradient.
+        norm: its `total_norm`.
+        clip_norm: greatest norm allowed, above 0.
+    """
+    factor = (clip_norm / norm).clamp(max=1.0)
+    return {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}

@@ -1,0 +1,114 @@
+"""Evaluation of outer variables on fresh episodes."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from hypertorch.outer.progress import progress_display
+from hypertorch.outer.report import Estimate, Report
+from hypertorch.outer.scalars import to_floats
+from hypertorch.problem import BilevelProblem, ProblemSource, TaskRoute
+from hypertorch.types import TensorDict
+from hypertorch.unroll import unroll
+
+OUTER_LOSS = "outer_loss"
+"""Name under which the outer loss is logged and reported."""
+
+
+def evaluate(
+    source: ProblemSource,
+    hparams: TensorDict,
+    *,
+    num_episodes: int = 600,
+    first_step: int = 0,
+    task_route: TaskRoute | None = None,
+    progress: bool = False,
+) -> Report:
+    """Returns the means of the problem's metrics and of its outer loss over episodes, with 95 % intervals.
+
+    An episode is one task of a problem with tasks, or one run of a problem without. They come from the successive
+    problems `source.at(first_step)`, `source.at(first_step + 1)`, ...; of the last one, surplus tasks are left out. The
+    interval is that of independent episodes: see `Estimate`.
+
+    Cost: as many plain inner runs as there are episodes; no hypergradient, no graph, one copy from the accelerator.
+
+    Args:
+        source: where the episodes come from, usually of classes not seen in training.
+        hparams: the outer variables.
+        num_episodes: how many, at least 1.
+        first_step: the first step asked of `source`.
+        task_route: how tasks are run, "vmap" or "loop"; None for what the problems say.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if `num_episodes` is below 1 or `first_step` below 0, or a metric is not one figure per episode or
+            is called `outer_loss`.
+    """
+    if num_episodes < 1:
+        raise ValueError(
+            f"`num_episodes` is {num_episodes}: there is no mean over no episodes. Pass at least 1, and 600 or more "
+            "for a narrow interval."
+        )
+    if first_step < 0:
+        raise ValueError(f"`first_step` is {first_step}: steps of a source count from 0. Pass 0 or more.")
+    start = time.perf_counter()
+    figures: dict[str, list[Tensor]] = {}
+    count = 0
+    with progress_display(enabled=progress, title="episodes", total=num_episodes, metric=None) as display:
+        for step in _steps_from(first_step):
+            problem = source.at(step)
+            problem = problem if task_route is None else problem.with_task_route(task_route)
+            taken = min(problem.num_tasks or 1, num_episodes - count)
+            for name, values in _figures_of(problem, hparams, step).items():
+                figures.setdefault(name, []).append(values[:taken])
+            count += taken
+            display.advance(count)
+            if count == num_episodes:
+                break
+    return Report(metrics=_estimates(figures, count), seconds=time.perf_counter() - start)
+
+
+def _steps_from(first: int) -> range:
+    return range(first, first + 2**62)
+
+
+def _figures_of(problem: BilevelProblem, hparams: TensorDict, step: int) -> dict[str, Tensor]:
+    """Returns every figure of one inner run, each of shape `(tasks,)`."""
+    result = unroll(problem, hparams, outer_step=step)
+    if OUTER_LOSS in result.metrics:
+        raise ValueError(
+            f"`OuterProblem.metrics` returned `{OUTER_LOSS}`, the name that the outer loss itself is reported under: "
+            "one of them would be lost. Rename the metric."
+        )
+    shape = () if problem.num_tasks is None else (problem.num_tasks,)
+    for name, value in result.metrics.items():
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"`OuterProblem.metrics` returned `{name}` of shape {tuple(value.shape)}, where shape {shape} was "
+                "expected: a metric is one figure per episode. Reduce it to a scalar, for instance with `.mean()`."
+            )
+    return {
+        name: value.detach().reshape(-1) for name, value in (*result.metrics.items(), (OUTER_LOSS, result.outer_loss))
+    }
+
+
+def _estimates(figures: dict[str, list[Tensor]], count: int) -> dict[str, Estimate]:
+    moments: dict[str, Tensor] = {}
+    for name, parts in figures.items():
+        values = torch.cat(parts)
+        if len(values) != count:
+            raise ValueError(
+                f"`OuterProblem.metrics` returned `{name}` for {len(values)} of {count} episodes only: its mean would "
+                "be over others than the rest. Return the same metrics from every problem."
+            )
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        moments[f"mean {name}"] = values.mean()
+        moments[f"variance {name}"] = values.var(correction=1) if count > 1 else values.new_tensor(0.0)
+    numbers = to_floats(moments)
+    return {
+        name: Estimate.from_sums(mean=numbers[f"mean {name}"], variance=numbers[f"variance {name}"], count=count)
+        for name in figures
+    }

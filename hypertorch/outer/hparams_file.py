@@ -1,0 +1,60 @@
+"""Outer variables in a file of their own: what a finished run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from hypertorch.errors import CheckpointError
+from hypertorch.outer.checkpoints import load_checkpoint
+from hypertorch.outer.tensor_files import read_tensor_file, write_tensor_file
+from hypertorch.types import TensorDict, TensorMapping
+
+HPARAMS_FILE = "hparams.safetensors"
+"""Name of the file with the trained outer variables in the folder of a run's checkpoints."""
+
+_FORMAT = "hypertorch.hparams"
+
+
+def save_hparams(path: str | Path, hparams: TensorMapping) -> None:
+    """Writes outer variables to a safetensors file, whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        hparams: the outer variables.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+    texts = {"format": _FORMAT, "order": json.dumps(list(hparams))}
+    write_tensor_file(Path(path), hparams, texts)
+
+
+def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> TensorDict:
+    """Returns the outer variables of a run.
+
+    Args:
+        path: a file that `save_hparams` wrote; a checkpoint of a run, which gives its best outer variables so far by
+            validation, else its last ones; or a folder that holds `hparams.safetensors`.
+        device: where the tensors go.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is damaged or of another kind.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / HPARAMS_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"`path` is {str(path)!r}, where there is no file: a run writes `{HPARAMS_FILE}` into the folder of its "
+            "checkpoints when it ends. Finish the run with `resume=True`, or pass one of its checkpoints."
+        )
+    tensors, texts = read_tensor_file(path, remedy="Use another checkpoint of the run, or write the file again.")
+    if texts.get("format") == _FORMAT:
+        hparams = {name: tensors[name] for name in json.loads(texts["order"])}
+    else:
+        checkpoint = load_checkpoint(path, remedy="Pass a file that `save_hparams` or `Checkpoints` wrote.")
+        hparams = checkpoint.best_hparams or checkpoint.hparams
+    return {name: value.to(device) for name, value in hparams.items()}

@@ -1,0 +1,106 @@
+"""Where the figures of an outer run go."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+
+class Logger(ABC):
+    """Receives the figures of an outer run. Subclass it to send them elsewhere."""
+
+    @abstractmethod
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Receives figures by name, after `step` outer steps; more than once per step if there is a validation."""
+
+    @abstractmethod
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step` outer steps: the run resumes from there and will log it again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Writes out what is pending and frees files. A later `log` (of a run that goes on) opens them again."""
+
+
+class MemoryLogger(Logger):
+    """Keeps the figures in a list, for plots and tests.
+
+    Attributes:
+        records: one dict per call of `log`: `step` and the figures.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, float]] = []
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a record."""
+        self.records.append({"step": step, **scalars})
+
+    def rewind(self, step: int) -> None:
+        """Removes the records after a step."""
+        self.records = [record for record in self.records if record["step"] <= step]
+
+    def close(self) -> None:
+        """Does nothing: the records stay."""
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Returns the steps at which a figure was logged, and its values."""
+        records = [record for record in self.records if name in record]
+        return [record["step"] for record in records], [record[name] for record in records]
+
+
+class JsonLinesLogger(Logger):
+    """Appends one JSON object per record to a file, such as `{"step": 10, "outer_loss": 0.52}`.
+
+    Every line is handed to the operating system at once, so that a killed process loses none. Figures that are not
+    finite are written as null, which JSON has no number for.
+
+    Args:
+        path: the file; it and its folder are made when the first record comes, and an existing file is appended to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._file: IO[str] | None = None
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends a line."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+        values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Removes the lines after a step, and lines that a killed process left unfinished."""
+        self.close()
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _is_record_up_to(line, step)]
+        if kept == lines:
+            return
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(self._path)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _is_record_up_to(line: str, step: int) -> bool:
+    if not line.endswith("\n"):
+        return False
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step

@@ -1,0 +1,344 @@
+"""The outer loop: descends the hypergradient, and keeps, logs and validates what it finds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+from hypertorch.constraints import Constraint
+from hypertorch.errors import CheckpointError
+from hypertorch.hypergradients import Hypergradient, hypergradient_task_route
+from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams
+from hypertorch.outer.constraining import match_constraints, project_in_place
+from hypertorch.outer.evaluation import evaluate
+from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
+from hypertorch.outer.interrupts import uninterrupted
+from hypertorch.outer.loggers import Logger
+from hypertorch.outer.progress import ProgressDisplay, progress_display
+from hypertorch.outer.report import Report
+from hypertorch.outer.scalars import to_floats
+from hypertorch.outer.state import OptimizerFactory, OuterState, SchedulerFactory
+from hypertorch.outer.step import propose, take
+from hypertorch.outer.stopwatch import Stopwatch
+from hypertorch.outer.validation import Validation
+from hypertorch.problem import BilevelProblem, ProblemSource
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What an outer run found.
+
+    Attributes:
+        hparams: the outer variables after the last step.
+        best_hparams: those with the best validation; `hparams` without a validation.
+        best_step: outer steps after which they were found.
+        best_value: their figure of merit; None without a validation.
+        num_outer_steps: outer steps done.
+        seconds: run time, that of the runs it was resumed from included.
+    """
+
+    hparams: TensorDict
+    best_hparams: TensorDict
+    best_step: int
+    best_value: float | None
+    num_outer_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class OuterLoop:
+    """Minimises the outer loss over the outer variables by gradient steps.
+
+    Each outer step takes the problem of that step, computes its hypergradient, clips it, steps the optimizer and the
+    scheduler, and moves constrained outer variables back into their sets; the first step starts from inside them. A
+    run that was stopped at any moment and is resumed continues bit for bit.
+
+    Logged every `log_every` steps and at the end, in one record: `outer_loss`, the outer problem's metrics under their
+    names, `hypergradient_norm` (before clipping), `learning_rate`, every outer variable of one entry as
+    `hparams/<name>`, and `steps_per_second` (validation and checkpoints left out). All but the speed are what the step
+    started from; the record bears the number of steps then done. Logged after each validation, in a record of its own:
+    `validation/<metric>` and `validation/<metric>_half_width`.
+
+    Cost: per step, one hypergradient and one optimizer step. The loop waits for an accelerator once per record.
+
+    Args:
+        source: where the problems come from; a `BilevelProblem` is its own source.
+        optimizer: makes the outer optimizer from the list of outer variables, in the order of `init_hparams`.
+        backend: how hypergradients are computed.
+        scheduler: makes a learning-rate scheduler, stepped after every outer step.
+        constraints: by name of an outer variable, or by pattern (`"lr*"`); a name wins over a pattern, an earlier
+            pattern over a later one, and all of these over the natural constraints that the problem declares.
+        clip_norm: greatest Euclidean norm of the hypergradient over all outer variables; None for no clipping.
+        validation: when and on what to validate; None for never.
+        loggers: receive the figures.
+        log_every: outer steps between two records, at least 1.
+        checkpoints: where and how often to write checkpoints; None for never.
+        progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a number is out of range.
+    """
+
+    source: ProblemSource
+    _: KW_ONLY
+    optimizer: OptimizerFactory
+    backend: Hypergradient
+    scheduler: SchedulerFactory | None = None
+    constraints: Mapping[str, Constraint] | None = None
+    clip_norm: float | None = None
+    validation: Validation | None = None
+    loggers: Sequence[Logger] = ()
+    log_every: int = 10
+    checkpoints: Checkpoints | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        _check_kind("source", self.source, ProblemSource, "a `BilevelProblem` or `learner.on(episodes)`")
+        _check_kind("backend", self.backend, Hypergradient, "for example `ht.hypergradients.Reverse()`")
+        for pattern, constraint in (self.constraints or {}).items():
+            _check_kind(f"constraints[{pattern!r}]", constraint, Constraint, "for example `ht.Positive()`")
+        for position, logger in enumerate(self.loggers):
+            _check_kind(f"loggers[{position}]", logger, Logger, "for example `ht.JsonLinesLogger(path)`")
+        _check_count("log_every", self.log_every, "outer steps between two records")
+        if self.clip_norm is not None and not (self.clip_norm > 0.0 and math.isfinite(self.clip_norm)):
+            raise ValueError(
+                f"`clip_norm` is {self.clip_norm}: no hypergradient can be scaled to that length. Pass a finite number "
+                "above 0, or None for no clipping."
+            )
+
+    def run(self, num_outer_steps: int, *, resume: bool = False) -> Trained:
+        """Returns what `num_outer_steps` outer steps found.
+
+        With checkpoints, the best outer variables are also written to `hparams.safetensors` in their folder, and an
+        interrupt (or `SystemExit`) writes a checkpoint first. Whatever ends a run, loggers are closed and what was
+        written stays.
+
+        Args:
+            num_outer_steps: outer steps in all, those of the runs it resumes included; at least 1.
+            resume: go on from the newest checkpoint if there is one; a run that has done as many steps returns at
+                once. False starts afresh, and refuses a folder that holds checkpoints.
+
+        Raises:
+            ValueError: if `num_outer_steps` is below 1, `resume` is asked for without `checkpoints`, or a constraint
+                or the validation's metric names nothing.
+            CheckpointError: if a checkpoint is damaged, of another problem or in the way, or cannot be written.
+            NonFiniteError: if NaN or infinity appears; names the outer step, the inner step and the entry.
+            HypertorchError: whatever else the hypergradient raises.
+        """
+        _check_count("num_outer_steps", num_outer_steps, "outer steps to take")
+        state = OuterState(self.source.init_hparams(), optimizer=self.optimizer, scheduler=self.scheduler)
+        resumed = self._begin(state, resume=resume)
+        run = _Run(self, state, num_outer_steps, resumed=resumed)
+        if not run.is_over():
+            run.to_the_end()
+        return self._conclude(state)
+
+    def _begin(self, state: OuterState, *, resume: bool) -> bool:
+        """Brings state and loggers to where the run starts; returns whether that is a checkpoint."""
+        newest = None if self.checkpoints is None else self.checkpoints.newest()
+        if not resume:
+            if newest is not None:
+                raise CheckpointError(
+                    f"`checkpoints` holds `{newest}` of an earlier run, which `resume=False` would mix with this one. "
+                    "Pass `resume=True` to go on from it, choose another folder, or delete the earlier run's."
+                )
+            return False
+        if self.checkpoints is None:
+            raise ValueError(
+                "`resume` is True, but the loop has no `checkpoints`: there is nothing to go on from. Pass "
+                "`checkpoints=Checkpoints(folder)`, to this run and to the one that it resumes."
+            )
+        if newest is not None:
+            checkpoint = self.checkpoints.load(newest)
+            check_same_hparams(newest, checkpoint.hparams, state.hparams)
+            state.restore(checkpoint)
+        for logger in self.loggers:
+            logger.rewind(state.step)
+        return newest is not None
+
+    def _conclude(self, state: OuterState) -> Trained:
+        hparams = state.copy_hparams()
+        best = state.best_hparams or hparams
+        if self.checkpoints is not None:
+            save_hparams(self.checkpoints.directory / HPARAMS_FILE, best)
+        return Trained(
+            hparams=hparams,
+            best_hparams=best,
+            best_step=state.step if state.best_step is None else state.best_step,
+            best_value=state.best_value,
+            num_outer_steps=state.step,
+            seconds=state.seconds,
+        )
+
+
+class _Run:
+    """One call of `OuterLoop.run`.
+
+    The loop's body is ordered so that a checkpoint at any moment is a moment between two of these: a step with its
+    record, a validation with its record. Each of them changes the state in a section that no interrupt tears apart.
+    """
+
+    def __init__(self, loop: OuterLoop, state: OuterState, num_outer_steps: int, *, resumed: bool) -> None:
+        self._loop = loop
+        self._state = state
+        self._num_outer_steps = num_outer_steps
+        self._saved = self._position() if resumed else None
+        self._stopwatch = Stopwatch(seconds=state.seconds, step=state.step)
+        self._constraints: dict[str, Constraint] = {}
+
+    def is_over(self) -> bool:
+        """Returns whether all steps are done, and validated."""
+        state = self._state
+        return state.step > self._num_outer_steps or (
+            state.step == self._num_outer_steps and not self._validation_is_due()
+        )
+
+    def to_the_end(self) -> None:
+        """Takes the remaining steps."""
+        loop, metric = self._loop, self._loop.validation and self._loop.validation.metric
+        try:
+            with progress_display(
+                enabled=loop.progress,
+                title="outer steps",
+                total=self._num_outer_steps,
+                metric=metric,
+                first=self._state.step,
+            ) as display:
+                with self._stopwatch.excluded():
+                    self._prepare()
+                self._iterate(display)
+        except (KeyboardInterrupt, SystemExit):
+            with uninterrupted():
+                self._save()
+            raise
+        finally:
+            self._state.seconds = self._stopwatch.seconds
+            for logger in loop.loggers:
+                logger.close()
+
+    def _prepare(self) -> None:
+        """Settles what holds for all steps, so that a mistake shows before the first."""
+        loop, state = self._loop, self._state
+        if state.step >= self._num_outer_steps:
+            return
+        problem = loop.source.at(state.step)
+        self._constraints = match_constraints(
+            state.leaves, chosen=loop.constraints or {}, natural=problem.constraints()
+        )
+        if state.step == 0:
+            project_in_place(state.hparams, self._constraints)
+        if state.task_route is None and problem.num_tasks is not None:
+            state.task_route = hypergradient_task_route(
+                problem, state.hparams, backend=loop.backend, outer_step=state.step
+            )
+        if loop.validation is not None:
+            loop.validation.figure(self._evaluate(loop.validation, num_episodes=1))
+
+    def _iterate(self, display: ProgressDisplay) -> None:
+        state = self._state
+        while True:
+            if self._validation_is_due():
+                with self._stopwatch.excluded():
+                    self._validate(display)
+            if self._checkpoint_is_due():
+                with self._stopwatch.excluded(), uninterrupted():
+                    self._save()
+            if state.step >= self._num_outer_steps:
+                return
+            self._step(display)
+
+    def _step(self, display: ProgressDisplay) -> None:
+        loop, state = self._loop, self._state
+        done = state.step + 1
+        to_log = done % loop.log_every == 0 or done == self._num_outer_steps
+        proposal = propose(
+            self._problem_at(state.step),
+            state,
+            backend=loop.backend,
+            clip_norm=loop.clip_norm,
+            with_figures=to_log,
+        )
+        with uninterrupted():
+            take(proposal, state, self._constraints)
+            if to_log:
+                figures = to_floats(proposal.figures)
+                self._log({**figures, "steps_per_second": self._stopwatch.rate(done)}, display)
+        display.advance(done)
+
+    def _problem_at(self, step: int) -> BilevelProblem:
+        problem = self._loop.source.at(step)
+        # A route that the problem names itself is the user's wish.
+        if self._state.task_route is None or problem.task_route != "auto":
+            return problem
+        return problem.with_task_route(self._state.task_route)
+
+    def _validate(self, display: ProgressDisplay) -> None:
+        validation, state = self._loop.validation, self._state
+        if validation is None:
+            return
+        report = self._evaluate(validation, num_episodes=validation.num_episodes)
+        value = validation.figure(report)
+        with uninterrupted():
+            if validation.improves(value, state.best_value):
+                state.best_hparams, state.best_step, state.best_value = state.copy_hparams(), state.step, value
+            state.validated_step = state.step
+            self._log(_validation_figures(report), display)
+
+    def _evaluate(self, validation: Validation, *, num_episodes: int) -> Report:
+        # Round-off depends on the route, and which outer variables are the best may depend on round-off: the route is
+        # the one in the checkpoint.
+        return evaluate(
+            validation.source, self._state.hparams, num_episodes=num_episodes, task_route=self._state.task_route
+        )
+
+    def _log(self, figures: Mapping[str, float], display: ProgressDisplay) -> None:
+        for logger in self._loop.loggers:
+            logger.log(self._state.step, figures)
+        display.show(figures)
+
+    def _validation_is_due(self) -> bool:
+        validation, step = self._loop.validation, self._state.step
+        if validation is None or step == self._state.validated_step:
+            return False
+        return step % validation.every == 0 or step == self._num_outer_steps
+
+    def _checkpoint_is_due(self) -> bool:
+        checkpoints, step = self._loop.checkpoints, self._state.step
+        if checkpoints is None or step == 0:
+            return False
+        return step % checkpoints.every == 0 or step == self._num_outer_steps
+
+    def _save(self) -> None:
+        """Writes a checkpoint, unless there is nothing new since the last."""
+        if self._loop.checkpoints is None or self._state.step == 0 or self._saved == self._position():
+            return
+        self._state.seconds = self._stopwatch.seconds
+        self._loop.checkpoints.save(self._state.capture())
+        self._saved = self._position()
+
+    def _position(self) -> tuple[int, int]:
+        return self._state.step, self._state.validated_step
+
+
+def _validation_figures(report: Report) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, estimate in report.metrics.items():
+        figures[f"validation/{name}"] = estimate.mean
+        figures[f"validation/{name}_half_width"] = estimate.half_width
+    return figures
+
+
+def _check_kind(argument: str, value: object, kind: type, example: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{argument}` is {value!r}, not a `{kind.__name__}`: the outer loop calls the methods of that interface. "
+            f"Pass {example}."
+        )
+
+
+def _check_count(argument: str, value: object, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{argument}` is {value!r}: it counts {meaning}. Pass a whole number of at least 1.")

@@ -1,0 +1,210 @@
+"""What changes from outer step to outer step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from hypertorch.checks import check_hparams
+from hypertorch.errors import CheckpointError
+from hypertorch.outer.checkpoints import Checkpoint
+from hypertorch.types import TensorDict, TensorMapping
+
+OptimizerFactory: TypeAlias = Callable[[list[Tensor]], Optimizer]
+"""Makes the outer optimizer for the outer variables, such as `partial(torch.optim.Adam, lr=1e-3)`."""
+
+SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler]
+"""Makes the scheduler of an outer optimizer, such as `partial(torch.optim.lr_scheduler.StepLR, step_size=1000)`."""
+
+
+class OuterState:
+    """The state of an outer run: outer variables, optimizer, scheduler, and what is carried along.
+
+    Args:
+        init_hparams: the outer variables to start from; they are copied.
+        optimizer: makes the outer optimizer.
+        scheduler: makes its scheduler; None for none.
+
+    Raises:
+        TypeError: if the factories return something else, or an optimizer or scheduler that cannot be driven.
+        ValueError: if the optimizer holds other tensors than the outer variables, or `init_hparams` is no set of
+            outer variables.
+    """
+
+    def __init__(
+        self, init_hparams: TensorDict, *, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None
+    ) -> None:
+        check_hparams(init_hparams)
+        # The plain memory layout is the one that a checkpoint restores; kernels may round differently on another.
+        self.leaves = {
+            name: value.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+            for name, value in init_hparams.items()
+        }
+        self.optimizer = optimizer(list(self.leaves.values()))
+        _check_optimizer(self.optimizer, self.leaves)
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        _check_scheduler(self.scheduler)
+        self.step = 0
+        self.carry: TensorDict = {}
+        self.task_route: Any = None
+        self.best_hparams: TensorDict = {}
+        self.best_step: int | None = None
+        self.best_value: float | None = None
+        self.validated_step = 0
+        self.seconds = 0.0
+
+    @property
+    def hparams(self) -> TensorDict:
+        """The outer variables as plain tensors; an outer step changes them in place."""
+        return {name: leaf.detach() for name, leaf in self.leaves.items()}
+
+    def copy_hparams(self) -> TensorDict:
+        """Returns the outer variables as they are now."""
+        return {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
+
+    def learning_rates(self) -> dict[str, float | Tensor]:
+        """Returns the outer learning rate, or one per parameter group, by the name it is logged under."""
+        rates = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
+        # A tensor is changed in place by a scheduler before it is read.
+        rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
+        if len(rates) == 1:
+            return {"learning_rate": rates[0]}
+        return {f"learning_rate/{position}": rate for position, rate in enumerate(rates)}
+
+    def descend(self, grads: TensorMapping, carry: TensorDict) -> None:
+        """Takes one step of the optimizer and of the scheduler along a hypergradient."""
+        for name, leaf in self.leaves.items():
+            leaf.grad = grads[name]
+        self.optimizer.step()
+        for leaf in self.leaves.values():
+            leaf.grad = None
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.carry = carry
+        self.step += 1
+
+    def own_carry(self, carry: TensorMapping) -> TensorDict:
+        """Returns a carry that shares no memory with the outer variables, which are about to change in place."""
+        storages = {leaf.untyped_storage().data_ptr() for leaf in self.leaves.values()}
+        return {
+            name: value.clone(memory_format=torch.contiguous_format)
+            if value.untyped_storage().data_ptr() in storages
+            else value.contiguous()
+            for name, value in carry.items()
+        }
+
+    def capture(self) -> Checkpoint:
+        """Returns the state as a checkpoint, which shares its tensors."""
+        return Checkpoint(
+            step=self.step,
+            hparams=self.hparams,
+            optimizer=self.optimizer.state_dict(),
+            optimizer_kind=_kind(self.optimizer),
+            scheduler=None if self.scheduler is None else self.scheduler.state_dict(),
+            scheduler_kind=None if self.scheduler is None else _kind(self.scheduler),
+            carry=self.carry,
+            carry_on_host=tuple(name for name, value in self.carry.items() if value.device.type == "cpu"),
+            task_route=self.task_route,
+            best_hparams=self.best_hparams,
+            best_step=self.best_step,
+            best_value=self.best_value,
+            validated_step=self.validated_step,
+            seconds=self.seconds,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint of the same problem.
+
+        Raises:
+            CheckpointError: if it was made with another class of optimizer or scheduler.
+        """
+        _check_kind("optimizer", checkpoint.optimizer_kind, _kind(self.optimizer))
+        _check_kind("scheduler", checkpoint.scheduler_kind, None if self.scheduler is None else _kind(self.scheduler))
+        device = next(iter(self.leaves.values())).device
+        with torch.no_grad():
+            for name, leaf in self.leaves.items():
+                leaf.copy_(checkpoint.hparams[name])
+        _load_optimizer(self.optimizer, checkpoint.optimizer)
+        if self.scheduler is not None and checkpoint.scheduler is not None:
+            self.scheduler.load_state_dict(checkpoint.scheduler)
+        self.carry = {
+            name: value if name in checkpoint.carry_on_host else value.to(device)
+            for name, value in checkpoint.carry.items()
+        }
+        self.best_hparams = {name: value.to(device) for name, value in checkpoint.best_hparams.items()}
+        for name in ("step", "task_route", "best_step", "best_value", "validated_step", "seconds"):
+            setattr(self, name, getattr(checkpoint, name))
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise CheckpointError(
+            f"`optimizer` does not fit the state in the checkpoint ({error}): the run cannot go on with it. Resume "
+            "with the settings that it was started with, or choose another folder."
+        ) from error
+    # PyTorch casts the state to the dtype of the variable; in another dtype the next steps would round differently.
+    variables = [variable for group in optimizer.param_groups for variable in group["params"]]
+    for position, entries in state["state"].items():
+        current = optimizer.state[variables[position]]
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and current[name].dtype != value.dtype:
+                current[name] = value.to(current[name].device)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _check_kind(argument: str, stored: str | None, present: str | None) -> None:
+    if stored != present:
+        raise CheckpointError(
+            f"`{argument}` is {present or 'not given'}, but the checkpoint was made with {stored or 'none'}: its state "
+            "fits no other. Resume with the settings that the run was started with, or choose another folder."
+        )
+
+
+def _check_optimizer(optimizer: Any, leaves: Mapping[str, Tensor]) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"`optimizer` returned a {type(optimizer).__name__}, not a `torch.optim.Optimizer`: it is called with the "
+            "list of outer variables. Pass for example `functools.partial(torch.optim.Adam, lr=1e-3)`."
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"`optimizer` returned `{type(optimizer).__name__}`, whose `step` needs a closure to evaluate the outer "
+            "loss again and again: each evaluation here is a whole inner run, and it is done once per outer step. Use "
+            "an optimizer of one gradient per step, such as Adam or SGD."
+        )
+    held = {id(variable) for group in optimizer.param_groups for variable in group["params"]}
+    forgotten = [name for name, leaf in leaves.items() if id(leaf) not in held]
+    if forgotten or len(held) != len(leaves):
+        detail = f"lacks {forgotten}" if forgotten else "holds tensors that are no outer variables"
+        raise ValueError(
+            f"`optimizer` returned an optimizer that {detail}: it must update the outer variables, all of them and "
+            "nothing else. Hand the list that it is called with to the optimizer as it is."
+        )
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    if scheduler is None:
+        return
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            f"`scheduler` returned a {type(scheduler).__name__}, not a `torch.optim.lr_scheduler.LRScheduler`: it is "
+            "called with the outer optimizer. Pass for example `functools.partial(StepLR, step_size=1000)`."
+        )
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "`scheduler` returned a `ReduceLROnPlateau`, whose step needs a figure of merit: it is stepped here after "
+            "every outer step, where there is none. Use a schedule in the number of steps, such as "
+            "`CosineAnnealingLR`."
+        )

@@ -1,0 +1,95 @@
+"""One outer step: a hypergradient, and what is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hypertorch.constraints import Constraint
+from hypertorch.errors import NonFiniteError
+from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
+from hypertorch.outer.clipping import clip_to_norm, total_norm
+from hypertorch.outer.constraining import project_in_place
+from hypertorch.outer.evaluation import OUTER_LOSS
+from hypertorch.outer.state import OuterState
+from hypertorch.problem import BilevelProblem
+from hypertorch.types import TensorDict
+from hypertorch.unroll import outer_metrics
+
+HYPERGRADIENT_NORM = "hypergradient_norm"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proposal:
+    """A computed outer step that is not yet taken.
+
+    Attributes:
+        grads: the clipped hypergradient.
+        carry: what the next hypergradient is handed.
+        figures: what is to be logged, as numbers or tensors of one entry; empty if nothing is.
+    """
+
+    grads: TensorDict
+    carry: TensorDict
+    figures: Mapping[str, float | Tensor]
+
+
+def propose(
+    problem: BilevelProblem,
+    state: OuterState,
+    *,
+    backend: Hypergradient,
+    clip_norm: float | None,
+    with_figures: bool,
+) -> Proposal:
+    """Returns the outer step from a state, without changing it: interrupted here, a run loses nothing.
+
+    Args:
+        problem: the problem of this outer step.
+        state: where the run stands.
+        backend: how the hypergradient is computed.
+        clip_norm: greatest norm of the hypergradient; None for no clipping.
+        with_figures: also compute what is logged.
+
+    Raises:
+        NonFiniteError: with the outer step named; and whatever else the hypergradient raises.
+    """
+    try:
+        result = hypergradient(
+            problem, state.hparams, backend=backend, outer_step=state.step, carry=state.carry or None
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(f"outer step {state.step}: {error}") from error
+    norm = total_norm(result.grads) if with_figures or clip_norm is not None else None
+    figures: dict[str, float | Tensor] = {}
+    if with_figures and norm is not None:
+        figures = _figures(problem, state, result, norm)
+    grads = result.grads if clip_norm is None or norm is None else clip_to_norm(result.grads, norm, clip_norm)
+    return Proposal(grads=grads, carry=state.own_carry(result.carry), figures=figures)
+
+
+def take(proposal: Proposal, state: OuterState, constraints: Mapping[str, Constraint]) -> None:
+    """Moves the state one outer step on."""
+    state.descend(proposal.grads, proposal.carry)
+    project_in_place(state.hparams, constraints)
+
+
+def _figures(
+    problem: BilevelProblem, state: OuterState, result: HypergradientResult, norm: Tensor
+) -> dict[str, float | Tensor]:
+    metrics = outer_metrics(problem, result.params, state.hparams, outer_step=state.step)
+    figures: dict[str, float | Tensor] = {
+        OUTER_LOSS: result.outer_loss,
+        HYPERGRADIENT_NORM: norm,
+        **state.learning_rates(),
+    }
+    clash = sorted(metrics.keys() & figures.keys())
+    if clash:
+        raise ValueError(
+            f"`OuterProblem.metrics` returned {clash}, names that the outer loop logs other figures under: one of them "
+            "would be lost. Rename the metric."
+        )
+    values = {f"hparams/{name}": value.clone() for name, value in state.hparams.items() if value.numel() == 1}
+    return {OUTER_LOSS: result.outer_loss, **metrics, **figures, **values}

@@ -1,0 +1,113 @@
+"""Files of named tensors with a text beside them: written whole or not at all, and checked when read."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hypertorch.errors import CheckpointError
+from hypertorch.types import TensorDict, TensorMapping
+
+_CHECKSUM = "hypertorch.checksum"
+PARTIAL = ".partial"
+"""Suffix of a file that is being written; a run killed meanwhile leaves it behind, and it is never read."""
+
+
+def write_tensor_file(path: Path, tensors: TensorMapping, texts: Mapping[str, str]) -> None:
+    """Writes a safetensors file so that, whenever the process or the machine stops, it is whole or absent.
+
+    Cost: a copy of the tensors in host memory where they are elsewhere, and one pass for a checksum.
+
+    Args:
+        path: the file; an existing one is replaced.
+        tensors: what to write, from any device.
+        texts: texts to keep in the file's header.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+    on_host = _on_host(tensors)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(on_host, partial, metadata={**texts, _CHECKSUM: _checksum(on_host, texts)})
+        _flush_to_disk(partial)
+        partial.replace(path)
+        _flush_to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"`{path}` could not be written ({error}): the disk may be full or the folder read-only. Files written "
+            "before are untouched; make room, or choose another folder, and start again."
+        ) from error
+
+
+def read_tensor_file(path: Path, *, remedy: str) -> tuple[TensorDict, dict[str, str]]:
+    """Returns the tensors, in host memory, and the texts of a file that `write_tensor_file` wrote.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged, the last sentence of the message.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated or altered, or is of another origin.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            texts = dict(file.metadata() or {})
+            # Copied into memory aligned as torch aligns it: some kernels round differently on other addresses.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"`{path}` cannot be read ({error}): it is missing, incomplete or damaged. {remedy}"
+        ) from error
+    checksum = texts.pop(_CHECKSUM, None)
+    if checksum is None:
+        raise CheckpointError(f"`{path}` holds no checksum: it was not written by hypertorch. {remedy}")
+    if checksum != _checksum(tensors, texts):
+        raise CheckpointError(f"`{path}` does not match its checksum: its content was altered or damaged. {remedy}")
+    return tensors, texts
+
+
+def _on_host(tensors: TensorMapping) -> TensorDict:
+    """Returns contiguous copies in host memory that do not overlap, as the format demands."""
+    on_host: TensorDict = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        copy = value.detach().to("cpu").contiguous()
+        storage = copy.untyped_storage().data_ptr()
+        on_host[name] = copy.clone() if storage in seen else copy
+        seen.add(storage)
+    return on_host
+
+
+def _checksum(tensors: TensorMapping, texts: Mapping[str, str]) -> str:
+    total = 0
+    for name in sorted(texts):
+        total = zlib.crc32(f"{name}={texts[name]}".encode(), total)
+    for name in sorted(tensors):
+        value = tensors[name]
+        total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
+        total = zlib.crc32(_bytes(value), total)
+    return f"{total:08x}"
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of files, would survive a power failure."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

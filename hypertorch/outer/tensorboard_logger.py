@@ -1,0 +1,42 @@
+"""Figures of an outer run for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from hypertorch.outer.loggers import Logger
+
+
+class TensorBoardLogger(Logger):
+    """Writes every figure as a TensorBoard scalar.
+
+    Args:
+        directory: folder of the event files; made when the first record comes.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one scalar per figure."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
+            self._purge_step = None
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def rewind(self, step: int) -> None:
+        """Makes TensorBoard hide what earlier event files hold after a step."""
+        self.close()
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Writes out pending events and closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

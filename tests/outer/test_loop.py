@@ -1,0 +1,416 @@
+"""The outer loop: what it computes, logs, constrains, validates and refuses."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypertorch as ht
+from hypertorch import outer
+from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
+from hypertorch.outer import step as step_module
+from hypertorch.outer.state import OuterState
+from hypertorch.types import Batch, TensorDict
+from tests.outer.problems import Outer, Quadratics, centres
+from tests.outer.runs import make_loop
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def by_hand(source: Quadratics, num_steps: int, *, lr: float = 0.1, clip_norm: float = math.inf) -> list[TensorDict]:
+    """The outer variables before each step and after the last, by the formula."""
+    path = [source.init_hparams()]
+    for step in range(num_steps):
+        grads = source.formula(path[-1], step)[1]
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+        factor = min(1.0, clip_norm / norm)
+        path.append({name: value - lr * factor * grads[name] for name, value in path[-1].items()})
+    return path
+
+
+@pytest.mark.parametrize("num_tasks", [None, 4])
+def test_descends_the_hypergradient(num_tasks: int | None) -> None:
+    source = Quadratics(num_tasks=num_tasks)
+    trained = make_loop(source).run(6)
+    for name, value in by_hand(source, 6)[-1].items():
+        torch.testing.assert_close(trained.hparams[name], value, rtol=1e-12, atol=1e-14)
+    assert trained.num_outer_steps == trained.best_step == 6
+    assert trained.best_value is None
+    assert trained.best_hparams.keys() == trained.hparams.keys()
+    assert trained.seconds > 0
+
+
+def test_init_hparams_stay_untouched() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Fixed(Quadratics):
+        kept: tuple[Tensor, Tensor] = (torch.ones(3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+
+        def init_hparams(self) -> TensorDict:
+            return {"start": self.kept[0], "curvature": self.kept[1]}
+
+    source = Fixed()
+    make_loop(source).run(3)
+    assert source.kept[0].tolist() == [1.0, 1.0, 1.0]
+    assert not source.kept[0].requires_grad
+
+
+def test_clipping_scales_to_the_norm() -> None:
+    source = Quadratics()
+    trained = make_loop(source, clip_norm=0.2).run(5)
+    for name, value in by_hand(source, 5, clip_norm=0.2)[-1].items():
+        torch.testing.assert_close(trained.hparams[name], value, rtol=1e-12, atol=1e-14)
+    unclipped = make_loop(source, clip_norm=1e6).run(5)
+    for name, value in by_hand(source, 5)[-1].items():
+        torch.testing.assert_close(unclipped.hparams[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_the_scheduler_steps_once_per_outer_step() -> None:
+    memory = outer.MemoryLogger()
+    scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=0.5)
+    make_loop(scheduler=scheduler, loggers=[memory]).run(5)
+    assert memory.series("learning_rate")[1] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
+
+
+def test_a_learning_rate_tensor_is_logged_as_it_was_used() -> None:
+    memory = outer.MemoryLogger()
+    optimizer = partial(torch.optim.Adam, lr=torch.tensor(0.1), capturable=False, foreach=False)
+    scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
+    make_loop(optimizer=optimizer, scheduler=scheduler, loggers=[memory]).run(3)
+    assert memory.series("learning_rate")[1] == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_each_group_has_its_learning_rate() -> None:
+    def grouped(variables: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": variables[:1], "lr": 0.3}, {"params": variables[1:]}], lr=0.1)
+
+    memory = outer.MemoryLogger()
+    make_loop(optimizer=grouped, loggers=[memory]).run(1)
+    assert memory.records[0]["learning_rate/0"] == 0.3
+    assert memory.records[0]["learning_rate/1"] == 0.1
+
+
+def test_records_hold_what_the_step_started_from() -> None:
+    source, memory = Quadratics(), outer.MemoryLogger()
+    make_loop(source, loggers=[memory], log_every=2).run(5)
+    assert [record["step"] for record in memory.records] == [2, 4, 5]
+    path = by_hand(source, 5)
+    for record in memory.records:
+        before = int(record["step"]) - 1
+        loss, grads = source.formula(path[before], before)
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in grads.values()))
+        params = 1 + (1 - 0.1 * path[before]["curvature"]) ** 3 * (path[before]["start"] - 1)
+        distance = (params - centres(before, 4, 3)).abs().amax(1).mean()
+        assert record["outer_loss"] == pytest.approx(float(loss), rel=1e-12)
+        assert record["hypergradient_norm"] == pytest.approx(norm, rel=1e-12)
+        assert record["hparams/curvature"] == pytest.approx(float(path[before]["curvature"]), rel=1e-12)
+        assert record["distance"] == pytest.approx(float(distance), rel=1e-6)
+        assert record["steps_per_second"] > 0
+        assert "hparams/start" not in record
+
+
+def test_one_copy_to_the_host_per_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    original = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: copies.append(1) or original(self))
+    make_loop(loggers=[outer.MemoryLogger()], log_every=3).run(6)
+    assert len(copies) == 2
+
+
+def test_figures_are_computed_only_where_they_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = step_module.outer_metrics
+    monkeypatch.setattr(
+        step_module, "outer_metrics", lambda *args, **named: calls.append(1) or original(*args, **named)
+    )
+    make_loop(log_every=4).run(8)
+    assert len(calls) == 2
+
+
+# Constraints
+
+
+def test_constraints_hold_after_every_step() -> None:
+    memory = outer.MemoryLogger()
+    constraints = {"st*": ht.constraints.Simplex(), "curvature": ht.constraints.Box(lower=1.999, upper=2.001)}
+    trained = make_loop(constraints=constraints, loggers=[memory]).run(5)
+    assert ht.constraints.Simplex().feasible(trained.hparams["start"])
+    assert all(1.999 <= value <= 2.001 for value in memory.series("hparams/curvature")[1])
+    assert float(trained.hparams["curvature"]) in (1.999, 2.001)
+
+
+def test_the_first_step_starts_from_inside() -> None:
+    memory = outer.MemoryLogger()
+    make_loop(constraints={"curvature": ht.constraints.Box(upper=1.5)}, loggers=[memory]).run(1)
+    assert memory.records[0]["hparams/curvature"] == 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearntRate(Quadratics):
+    """Quadratics whose inner step size is learnt directly, so that it has a natural constraint."""
+
+    def init_hparams(self) -> TensorDict:
+        return {**super().init_hparams(), "lr": torch.tensor(0.01, dtype=torch.float64)}
+
+    def at(self, outer_step: int) -> ht.BilevelProblem:
+        return replace(super().at(outer_step), dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr")))
+
+
+def test_natural_constraints_apply_unless_replaced() -> None:
+    optimizer = partial(torch.optim.SGD, lr=10.0, maximize=True)
+    natural = make_loop(LearntRate(), optimizer=optimizer).run(1)
+    assert float(natural.hparams["lr"]) == 1e-12
+    chosen = make_loop(LearntRate(), optimizer=optimizer, constraints={"l?": ht.constraints.Box(lower=0.25)}).run(1)
+    assert float(chosen.hparams["lr"]) == 0.25
+    free = make_loop(LearntRate(), optimizer=optimizer, constraints={"lr": ht.constraints.Box()}).run(1)
+    assert float(free.hparams["lr"]) < 0
+
+
+def test_a_name_wins_over_a_pattern_and_the_first_pattern_over_the_second() -> None:
+    nine, eight, seven = (ht.constraints.Box(lower=value, upper=value) for value in (9.0, 8.0, 7.0))
+    trained = make_loop(constraints={"*": nine, "c*": eight, "start": seven}).run(1)
+    assert trained.hparams["start"].tolist() == [7.0, 7.0, 7.0]
+    assert float(trained.hparams["curvature"]) == 9.0
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    message = r"`constraints` has the entry 'lr\*', which matches none of .*'start', 'curvature'"
+    with pytest.raises(ValueError, match=message):
+        make_loop(constraints={"lr*": ht.constraints.Positive()}).run(1)
+
+
+# Validation
+
+
+def test_validation_keeps_the_best() -> None:
+    memory = outer.MemoryLogger()
+    validation = outer.Validation(
+        source=Quadratics(offset=50), every=2, num_episodes=6, metric="outer_loss", mode="min"
+    )
+    trained = make_loop(validation=validation, loggers=[memory], optimizer=partial(torch.optim.SGD, lr=2.5)).run(7)
+    steps, losses = memory.series("validation/outer_loss")
+    assert steps == [2, 4, 6, 7]
+    assert trained.best_value == min(losses)
+    assert trained.best_step == steps[losses.index(min(losses))] == 6
+    report = outer.evaluate(validation.source, trained.best_hparams, num_episodes=6)
+    assert report.metrics["outer_loss"].mean == pytest.approx(trained.best_value, rel=1e-12)
+    record = next(record for record in memory.records if "validation/outer_loss" in record)
+    assert set(record) == {
+        "step",
+        *(f"validation/{name}{end}" for name in ("distance", "outer_loss") for end in ("", "_half_width")),
+    }
+
+
+def test_the_larger_figure_wins_in_mode_max() -> None:
+    memory = outer.MemoryLogger()
+    validation = outer.Validation(source=Quadratics(offset=50), every=1, num_episodes=4, metric="distance")
+    trained = make_loop(validation=validation, loggers=[memory]).run(4)
+    steps, values = memory.series("validation/distance")
+    assert trained.best_value == max(values)
+    assert trained.best_step == steps[values.index(max(values))]
+
+
+def test_improvement_is_strict_and_never_nan() -> None:
+    validation = outer.Validation(source=Quadratics(), every=1, num_episodes=1)
+    assert validation.improves(0.5, None)
+    assert validation.improves(0.6, 0.5)
+    assert not validation.improves(0.5, 0.5)
+    assert not validation.improves(math.nan, None)
+    assert not validation.improves(math.nan, 0.5)
+    assert replace(validation, mode="min").improves(0.4, 0.5)
+
+
+def test_a_misspelt_metric_shows_before_the_first_step() -> None:
+    validation = outer.Validation(source=Quadratics(), every=100, num_episodes=1, metric="acuracy")
+    memory = outer.MemoryLogger()
+    message = r"`metric` of `Validation` is 'acuracy', which the problem does not report; it has \['distance', 'outer_l"
+    with pytest.raises(ValueError, match=message):
+        make_loop(validation=validation, loggers=[memory]).run(100)
+    assert memory.records == []
+
+
+# Optimizers, schedulers
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"`optimizer` returned `LBFGS`, whose `step` needs a closure"):
+        make_loop(optimizer=torch.optim.LBFGS).run(1)
+
+
+def test_refused_optimizers() -> None:
+    with pytest.raises(TypeError, match=r"`optimizer` returned a list, not a `torch\.optim\.Optimizer`"):
+        make_loop(optimizer=list).run(1)
+    with pytest.raises(ValueError, match=r"`optimizer` returned an optimizer that lacks \['curvature'\]"):
+        make_loop(optimizer=lambda variables: SGD(variables[:1])).run(1)
+    with pytest.raises(ValueError, match=r"holds tensors that are no outer variables"):
+        make_loop(optimizer=lambda variables: SGD([*variables, torch.zeros(1)])).run(1)
+
+
+def test_refused_schedulers() -> None:
+    with pytest.raises(TypeError, match=r"`scheduler` returned a `ReduceLROnPlateau`, whose step needs a figure"):
+        make_loop(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau).run(1)
+    with pytest.raises(TypeError, match=r"`scheduler` returned a SGD, not a"):
+        make_loop(scheduler=lambda optimizer: optimizer).run(1)
+
+
+# Errors
+
+
+def test_a_failing_hypergradient_names_the_outer_step_and_closes_the_loggers() -> None:
+    closed = []
+
+    class Watching(outer.MemoryLogger):
+        def close(self) -> None:
+            closed.append(len(self.records))
+
+    diverging = Quadratics(lr=1e200, num_steps=6)
+    with pytest.raises(NonFiniteError, match=r"outer step 0: .* inner step"):
+        make_loop(diverging, loggers=[Watching()]).run(3)
+    assert closed == [0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithUnused(Quadratics):
+    def init_hparams(self) -> TensorDict:
+        return {**super().init_hparams(), "unused": torch.tensor(1.0, dtype=torch.float64)}
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(DetachedHyperparameterError, match=r"unused"):
+        make_loop(WithUnused()).run(1)
+    with pytest.raises(RuntimeError, match=r"the power went out"):
+        make_loop(Quadratics(fail_at=2)).run(3)
+
+
+@pytest.mark.parametrize("name", ["outer_loss", "learning_rate", "hypergradient_norm"])
+def test_a_metric_must_not_hide_a_figure_of_the_loop(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`OuterProblem\.metrics` returned \['{name}'\], names that the outer loop"):
+        make_loop(Quadratics(metric=name)).run(1)
+
+
+def test_refused_arguments() -> None:
+    source = Quadratics()
+    with pytest.raises(TypeError, match=r"`source` is .*, not a `ProblemSource`"):
+        make_loop(source.init_hparams())
+    with pytest.raises(TypeError, match=r"`backend` is 'reverse', not a `Hypergradient`.*Reverse"):
+        make_loop(backend="reverse")
+    with pytest.raises(TypeError, match=r"`constraints\['start'\]` is 'positive', not a `Constraint`"):
+        make_loop(constraints={"start": "positive"})
+    with pytest.raises(TypeError, match=r"`loggers\[1\]` is None, not a `Logger`"):
+        make_loop(loggers=[outer.MemoryLogger(), None])
+    for clip_norm in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"`clip_norm` is .*: no hypergradient can be scaled"):
+            make_loop(clip_norm=clip_norm)
+    with pytest.raises(ValueError, match=r"`log_every` is 0"):
+        make_loop(log_every=0)
+    for num_outer_steps in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=r"`num_outer_steps` is .*Pass a whole number of at least 1"):
+            make_loop().run(num_outer_steps)
+
+
+def test_refused_validations() -> None:
+    settings: dict[str, Any] = {"source": Quadratics(), "every": 1, "num_episodes": 1}
+    with pytest.raises(TypeError, match=r"`source` of `Validation` is a int, not a `ProblemSource`"):
+        outer.Validation(**{**settings, "source": 3})
+    with pytest.raises(ValueError, match=r"`every` of `Validation` is 0"):
+        outer.Validation(**{**settings, "every": 0})
+    with pytest.raises(ValueError, match=r"`num_episodes` of `Validation` is 0"):
+        outer.Validation(**{**settings, "num_episodes": 0})
+    with pytest.raises(ValueError, match=r"`mode` of `Validation` is 'best'"):
+        outer.Validation(**settings, mode="best")
+
+
+# Task routes
+
+
+def test_the_task_route_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hypertorch.outer import loop as loop_module
+
+    seen: list[str] = []
+    original = step_module.hypergradient
+    monkeypatch.setattr(loop_module, "hypergradient_task_route", lambda *args, **named: "loop")
+    monkeypatch.setattr(
+        step_module,
+        "hypergradient",
+        lambda problem, *args, **named: seen.append(problem.task_route) or original(problem, *args, **named),
+    )
+    make_loop(Quadratics(num_tasks=2, task_route="auto")).run(2)
+    assert seen == ["loop", "loop"]
+    make_loop(Quadratics(num_tasks=2, task_route="vmap")).run(1)
+    assert seen[2:] == ["vmap"]
+    make_loop(Quadratics(num_tasks=None, task_route="auto")).run(1)
+    assert seen[3:] == ["auto"]
+
+
+# Carry, memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warm(Quadratics):
+    """Quadratics that go on from the last inner state."""
+
+    def at(self, outer_step: int) -> ht.BilevelProblem:
+        return replace(super().at(outer_step), warm_start=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direct(Outer):
+    """Judges by the start as well, which a warm-started inner run does not reach."""
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return super().loss(params, hparams, batch) + (hparams["start"] - params["w"].detach()).square().sum() / 8
+
+
+def test_the_carry_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Mapping[str, Tensor] | None] = []
+    original = step_module.hypergradient
+
+    def watching(problem: ht.BilevelProblem, *args: Any, carry: TensorDict | None, **named: Any) -> Any:
+        seen.append(carry)
+        problem = replace(problem, outer=Direct(**vars(problem.outer)))
+        return original(problem, *args, carry=carry, **named)
+
+    monkeypatch.setattr(step_module, "hypergradient", watching)
+    make_loop(Warm()).run(3)
+    assert seen[0] is None
+    assert [int(carry["index"]) for carry in seen[1:] if carry] == [3, 6]
+
+
+def test_a_carry_shares_no_memory_with_the_outer_variables() -> None:
+    state = OuterState(Quadratics().init_hparams(), optimizer=SGD, scheduler=None)
+    start = state.leaves["start"].detach()
+    carry = state.own_carry({"alias": start, "part": start[1:], "other": torch.arange(6).reshape(2, 3).T})
+    start.zero_()
+    assert carry["alias"].tolist() == [3.0, -2.0, 0.5]
+    assert carry["part"].tolist() == [-2.0, 0.5]
+    assert carry["other"].is_contiguous()
+
+
+def live_bytes() -> int:
+    gc.collect()
+    # By type: asking a lazy object for its class may run code.
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
+    return sum(storages.values())
+
+
+def test_memory_is_flat_over_outer_steps() -> None:
+    measured: list[int] = []
+
+    class Measuring(outer.MemoryLogger):
+        def log(self, step: int, scalars: Mapping[str, float]) -> None:
+            if "outer_loss" in scalars:
+                measured.append(live_bytes())
+
+    validation = outer.Validation(source=Quadratics(), every=2, num_episodes=4, metric="distance")
+    optimizer = partial(torch.optim.Adam, lr=0.01)
+    make_loop(optimizer=optimizer, loggers=[Measuring()], validation=validation, log_every=10).run(40)
+    assert len(measured) == 4
+    assert len(set(measured)) == 1
