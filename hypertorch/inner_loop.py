@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,15 +9,15 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.checks import check_buffers, check_hparams, check_outer_loss, check_params, check_scalar
-from hypertorch.derivatives import InnerLoss, second_order
+from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
+from hypertorch.derivatives import InnerLoss
 from hypertorch.dynamics.hyper import check_settings
-from hypertorch.noise import preserved_generators, seed_generators
+from hypertorch.noise import seed_generators
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
 from hypertorch.types import Batch, TensorDict
 
-_INIT, _OUTER, _CONTEXT = -1, -2, -3  # positions of noise beside the inner steps, which count from 0
+INIT, OUTER, CONTEXT = -1, -2, -3  # positions of noise beside the inner steps, which count from 0
 
 
 class InnerState(NamedTuple):
@@ -124,7 +122,7 @@ class InnerLoop:
         """Returns the inner state before the first step, `s_0 = Phi_0(hparams)`."""
         if self._carry:
             return InnerState(tree.without_prefix("params", self._carry), tree.without_prefix("dynamics", self._carry))
-        self._seed(_INIT)
+        self._seed(INIT)
         params = self._init({}, hparams, None)
         problem = self._problem
         check_params(params, problem.inner.buffers, problem.num_steps)
@@ -166,7 +164,7 @@ class InnerLoop:
 
     def outer_losses(self, params: TensorDict, hparams: TensorDict) -> Tensor:
         """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
-        self._seed(_OUTER)
+        self._seed(OUTER)
         return self._outer(params, hparams, self._outer_batch)
 
     def outer_loss(self, params: TensorDict, hparams: TensorDict) -> Tensor:
@@ -185,12 +183,12 @@ class InnerLoop:
             check_outer_loss(loss, "step_loss")
             return loss
 
-        self._seed(_OUTER, step)
+        self._seed(OUTER, step)
         return lift(at_index, self._num_tasks, self._per_task)(params, hparams, self._outer_batch)
 
     def metrics(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the problem's figures, each of shape `()` or `(tasks,)`."""
-        self._seed(_OUTER)
+        self._seed(OUTER)
         return self._metrics(params, hparams, self._outer_batch)
 
     def carry_after(self, state: InnerState) -> TensorDict:
@@ -231,103 +229,3 @@ class InnerLoop:
 
     def _seed(self, *position: int) -> None:
         seed_generators(self.device, *self._noise_key, *position)
-
-
-class BoundProblem:
-    """A problem at one outer step: its outer data drawn and its arguments validated, once.
-
-    Args:
-        problem: the problem.
-        hparams: the outer variables; only names, shapes and the device are kept.
-        outer_step: chooses the outer data and the noise.
-        carry: state of all tasks to start from (warm start); empty to start afresh.
-
-    Raises:
-        TypeError: if `hparams` is no dictionary of floating-point tensors.
-        ValueError: if the outer data lacks the tasks axis, or a carry meets a problem that starts afresh.
-    """
-
-    def __init__(self, problem: BilevelProblem, hparams: TensorDict, outer_step: int, carry: TensorDict | None) -> None:
-        self.problem = problem
-        self.device = check_hparams(hparams)
-        self._outer_step = outer_step
-        self._carry = carry or {}
-        if self._carry and not problem.warm_start:
-            raise ValueError(
-                f"`carry` holds {sorted(self._carry)}, but the problem has `warm_start=False`: every run starts from "
-                "`init_params`. Pass `carry=None`, or set `warm_start=True`."
-            )
-        self._outer_batch = problem.outer.batch(outer_step)
-        if problem.num_tasks is not None:
-            check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
-
-    @contextmanager
-    def execution(self) -> Iterator[None]:
-        """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
-        with second_order(), preserved_generators(self.device):
-            yield
-
-    def context(self, hparams: TensorDict, task_slice: TaskSlice | None) -> TensorDict:
-        """Returns the context of some tasks, in the form that they are run in, with its graph into `hparams`.
-
-        Raises:
-            ValueError: if an entry has the name of a hyperparameter, or lacks its tasks axis.
-        """
-        problem = self.problem
-        if problem.context is None:
-            return {}
-        first = 0 if task_slice is None else task_slice.start
-        seed_generators(self.device, problem.seed, self._outer_step, first, _CONTEXT)
-        batch = self._outer_batch if task_slice is None else task_slice.keep_axis(self._outer_batch)
-        context = problem.context(hparams, batch)
-        clash = sorted(context.keys() & hparams.keys())
-        if clash:
-            raise ValueError(
-                f"`context` returned {clash}, which are names of hyperparameters too: the losses could not tell them "
-                "apart. Rename the entries of the context."
-            )
-        if task_slice is None:
-            return context
-        per_task = {name: value for name, value in context.items() if name not in problem.shared_context}
-        check_tasks_axis("context", per_task, task_slice.stop - task_slice.start)
-        return {name: task_slice.drop_axis(value) if name in per_task else value for name, value in context.items()}
-
-    def loop(self, task_slice: TaskSlice | None, context: TensorDict) -> InnerLoop:
-        """Returns the inner loop of some tasks, given (the names of) their context."""
-        outer_batch, carry = self._outer_batch, self._carry
-        if task_slice is not None:
-            outer_batch = task_slice.take(outer_batch)
-            carry = {name: value if name == "index" else task_slice.take(value) for name, value in carry.items()}
-        return InnerLoop(
-            self.problem,
-            outer_batch=outer_batch,
-            task_slice=task_slice,
-            per_task=frozenset(context) - frozenset(self.problem.shared_context),
-            outer_step=self._outer_step,
-            device=self.device,
-            carry=carry,
-        )
-
-
-def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> TensorDict:
-    """Returns tensors of all tasks from those of their slices; `index` of a carry is the same for all.
-
-    Args:
-        parts: one dictionary per slice, in the form that the slice was run in.
-        slices: the slices; a single None for a problem without tasks.
-    """
-    if len(parts) == 1 and (slices[0] is None or not slices[0].squeeze):
-        return parts[0]
-
-    def join(name: str) -> Tensor:
-        values = [part[name] for part in parts]
-        if name == "index":
-            return values[0]
-        return torch.cat(
-            [
-                value[None] if item is not None and item.squeeze else value
-                for value, item in zip(values, slices, strict=True)
-            ]
-        )
-
-    return {name: join(name) for name in parts[0]}

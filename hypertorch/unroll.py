@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.inner_loop import BoundProblem, join_tasks
+from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.derivatives import vjp
 from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
 from hypertorch.hypergradients.base import Hypergradient, HypergradientResult
-from hypertorch.inner_loop import BoundProblem, Cost, InnerLoop, join_tasks
+from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
+from hypertorch.inner_loop import Cost
 from hypertorch.problem import BilevelProblem, TaskRoute
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict
@@ -145,45 +147,12 @@ class _Run:
         """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
         with self._bound.execution(), torch.no_grad():
             constants = tree.detach(self._hparams)
-            for name, value in constants.items():
-                if not tree.all_finite([value]):
-                    return _non_finite(f"`hparams[{name!r}]`", "before the first inner step", "The last outer step")
             for item in slices:
                 context = self._bound.context(constants, item)
-                found = _first_non_finite(self._bound.loop(item, context), {**constants, **context})
+                found = first_non_finite(self._bound.loop(item, context), {**constants, **context})
                 if found is not None:
                     return found
-        culprits = [name for name, value in grads.items() if not tree.all_finite([value])]
-        return NonFiniteError(
-            f"the hypergradient of `{culprits[0]}` is not finite, although every inner state and the outer loss are: "
-            "the reverse pass overflowed, or met an infinite derivative (such as of a square root at 0). Shorten the "
-            "horizon, lower the inner step size, or keep the losses away from the singular point."
-        )
-
-
-def _first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError | None:
-    """Runs forward and returns the error for the first entry that is not finite; None if all are."""
-    state = loop.initial(variables)
-    for name, value in zip(state.names(), state.tensors(), strict=True):
-        if not tree.all_finite([value]):
-            return _non_finite(f"`{name}`", "in the initial inner state", "`init_params`")
-    for step in range(loop.num_steps):
-        state, loss = loop.step_and_loss(state, variables, step)
-        if loss is not None and not tree.all_finite([loss]):
-            return _non_finite("the inner loss", f"at inner step {step}", "The inner step size, or the loss itself,")
-        for name, value in zip(state.names(), state.tensors(), strict=True):
-            if not tree.all_finite([value]):
-                return _non_finite(f"`{name}`", f"after inner step {step}", "The inner step size")
-    if not tree.all_finite([loop.outer_loss(state.params, variables)]):
-        return _non_finite("the outer loss", f"after {loop.num_steps} inner steps", "`OuterProblem.loss`")
-    return None
-
-
-def _non_finite(entry: str, where: str, suspect: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {suspect} is the first thing to look "
-        "at; a smaller inner step size keeps the inner run stable."
-    )
+        return non_finite_hypergradient(grads)
 
 
 def _filled(grads: dict[str, Tensor | None], hparams: TensorDict, allow_unused: tuple[str, ...]) -> TensorDict:

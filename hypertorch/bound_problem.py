@@ -1,0 +1,117 @@
+"""A problem at one outer step: its data drawn, its context and inner loops ready to be made for any of its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hypertorch.checks import check_hparams
+from hypertorch.derivatives import second_order
+from hypertorch.inner_loop import CONTEXT, InnerLoop
+from hypertorch.noise import preserved_generators, seed_generators
+from hypertorch.problem import BilevelProblem
+from hypertorch.tasks import TaskSlice, check_tasks_axis
+from hypertorch.types import TensorDict
+
+
+class BoundProblem:
+    """A problem at one outer step: its outer data drawn and its arguments validated, once.
+
+    Args:
+        problem: the problem.
+        hparams: the outer variables; only names, shapes and the device are kept.
+        outer_step: chooses the outer data and the noise.
+        carry: state of all tasks to start from (warm start); empty to start afresh.
+
+    Raises:
+        TypeError: if `hparams` is no dictionary of floating-point tensors.
+        ValueError: if the outer data lacks the tasks axis, or a carry meets a problem that starts afresh.
+    """
+
+    def __init__(self, problem: BilevelProblem, hparams: TensorDict, outer_step: int, carry: TensorDict | None) -> None:
+        self.problem = problem
+        self.device = check_hparams(hparams)
+        self._outer_step = outer_step
+        self._carry = carry or {}
+        if self._carry and not problem.warm_start:
+            raise ValueError(
+                f"`carry` holds {sorted(self._carry)}, but the problem has `warm_start=False`: every run starts from "
+                "`init_params`. Pass `carry=None`, or set `warm_start=True`."
+            )
+        self._outer_batch = problem.outer.batch(outer_step)
+        if problem.num_tasks is not None:
+            check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
+
+    @contextmanager
+    def execution(self) -> Iterator[None]:
+        """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
+        with second_order(), preserved_generators(self.device):
+            yield
+
+    def context(self, hparams: TensorDict, task_slice: TaskSlice | None) -> TensorDict:
+        """Returns the context of some tasks, in the form that they are run in, with its graph into `hparams`.
+
+        Raises:
+            ValueError: if an entry has the name of a hyperparameter, or lacks its tasks axis.
+        """
+        problem = self.problem
+        if problem.context is None:
+            return {}
+        first = 0 if task_slice is None else task_slice.start
+        seed_generators(self.device, problem.seed, self._outer_step, first, CONTEXT)
+        batch = self._outer_batch if task_slice is None else task_slice.keep_axis(self._outer_batch)
+        context = problem.context(hparams, batch)
+        clash = sorted(context.keys() & hparams.keys())
+        if clash:
+            raise ValueError(
+                f"`context` returned {clash}, which are names of hyperparameters too: the losses could not tell them "
+                "apart. Rename the entries of the context."
+            )
+        if task_slice is None:
+            return context
+        per_task = {name: value for name, value in context.items() if name not in problem.shared_context}
+        check_tasks_axis("context", per_task, task_slice.stop - task_slice.start)
+        return {name: task_slice.drop_axis(value) if name in per_task else value for name, value in context.items()}
+
+    def loop(self, task_slice: TaskSlice | None, context: TensorDict) -> InnerLoop:
+        """Returns the inner loop of some tasks, given (the names of) their context."""
+        outer_batch, carry = self._outer_batch, self._carry
+        if task_slice is not None:
+            outer_batch = task_slice.take(outer_batch)
+            carry = {name: value if name == "index" else task_slice.take(value) for name, value in carry.items()}
+        return InnerLoop(
+            self.problem,
+            outer_batch=outer_batch,
+            task_slice=task_slice,
+            per_task=frozenset(context) - frozenset(self.problem.shared_context),
+            outer_step=self._outer_step,
+            device=self.device,
+            carry=carry,
+        )
+
+
+def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> TensorDict:
+    """Returns tensors of all tasks from those of their slices; `index` of a carry is the same for all.
+
+    Args:
+        parts: one dictionary per slice, in the form that the slice was run in.
+        slices: the slices; a single None for a problem without tasks.
+    """
+    if len(parts) == 1 and (slices[0] is None or not slices[0].squeeze):
+        return parts[0]
+
+    def join(name: str) -> Tensor:
+        values = [part[name] for part in parts]
+        if name == "index":
+            return values[0]
+        return torch.cat(
+            [
+                value[None] if item is not None and item.squeeze else value
+                for value, item in zip(values, slices, strict=True)
+            ]
+        )
+
+    return {name: join(name) for name in parts[0]}
