@@ -119,6 +119,7 @@ def lift(
 
 
 _MEASURED_TASKS = 4
+_REPEATS = 5  # the fastest of each counts: on a busy machine single times are several times too long
 _measured_routes: dict[Hashable, TaskRoute] = {}
 
 
@@ -159,7 +160,7 @@ def _faster_route(num_tasks: int, run: Callable[[list[TaskSlice | None]], object
         return "loop"
     run(one_by_one)
     seconds = {"vmap": float("inf"), "loop": float("inf")}
-    for _ in range(2):
+    for _ in range(_REPEATS):
         seconds["vmap"] = min(seconds["vmap"], _time(lambda: run(together)))
         seconds["loop"] = min(seconds["loop"], _time(lambda: run(one_by_one)))
     route: TaskRoute = "vmap" if seconds["vmap"] <= seconds["loop"] else "loop"

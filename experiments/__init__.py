@@ -1,0 +1,1 @@
+"""Hydra entry points: experiments as commands, and what they share."""

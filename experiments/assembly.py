@@ -1,0 +1,190 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import hypertorch as ht
+from experiments.failures import ExpectedFailure
+from experiments.run_folder import RunFolder
+from experiments.settings import SPLITS, chosen_device, chosen_dtype
+from hypertorch.fewshot import EpisodeSource, Learner
+
+# Streams of episodes: no two of one run are the same, and neither are those of runs with different seeds.
+_STREAMS = ("train", "validate", *(f"evaluate {split}" for split in SPLITS))
+
+
+def make(config: DictConfig, key: str) -> partial[Any]:
+    """Returns the class or function that a block of the configuration names, with the block's arguments bound.
+
+    Only bound, not called: what the program itself passes (a network, a data set) must not pass through OmegaConf,
+    which would take a dataclass apart.
+
+    Args:
+        config: the configuration.
+        key: dotted name of the block.
+
+    Raises:
+        ExpectedFailure: if the block names nothing, or has an argument that its target does not take.
+    """
+    block = OmegaConf.select(config, key)
+    if not isinstance(block, DictConfig) or "_target_" not in block:
+        raise ExpectedFailure(
+            f"`{key}` is {block!r}, which names nothing to build: a block with `_target_` is needed. Choose one of the "
+            f"files in configs/ ({key}=name), or leave the setting out."
+        )
+    bound = instantiate(block, _partial_=True, _convert_="all")
+    taken = inspect.signature(bound.func).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        names = [parameter.name for parameter in taken]
+        for name in bound.keywords:
+            if name not in names:
+                raise ExpectedFailure(
+                    f"`{key}.{name}` is no argument of {bound.func.__name__}, so nothing would come of it. It takes: "
+                    f"{', '.join(name for name in names if name not in ('self', '_'))}."
+                )
+    return bound
+
+
+def build(config: DictConfig, key: str, *arguments: Any, **options: Any) -> Any:
+    """Returns the object that a block of the configuration describes.
+
+    Args:
+        config: the configuration.
+        key: dotted name of the block.
+        arguments: what the program itself passes.
+        options: the same, by name; they win over the block's.
+
+    Raises:
+        ExpectedFailure: if a setting has a value that its class cannot work with.
+    """
+    bound = make(config, key)
+    try:
+        return bound(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        if "`" in str(error):
+            raise
+        # The class met a value that it was not written for, such as a word in place of a number.
+        raise ExpectedFailure(
+            f"`{key}` is {bound.func.__name__}({_arguments(bound)}), which cannot be built: {error}. "
+            "Correct the setting that has the wrong kind of value."
+        ) from error
+
+
+def build_outer_optimizer(config: DictConfig) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:
+    """Returns what makes the outer optimizer, tried on one number so that a wrong setting shows at once.
+
+    Raises:
+        ExpectedFailure: if the optimizer refuses its settings.
+    """
+    factory = make(config, "outer_optimizer")
+    try:
+        factory([torch.zeros(1, requires_grad=True)])
+    except (TypeError, ValueError) as error:
+        raise ExpectedFailure(
+            f"`outer_optimizer` is {factory.func.__name__}({_arguments(factory)}), which PyTorch refuses: {error}. "
+            "Correct that setting."
+        ) from error
+    return factory
+
+
+def build_scheduler(
+    config: DictConfig,
+) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None:
+    """Returns what makes the learning-rate scheduler; None if there is none."""
+    return None if config.outer_loop.scheduler is None else make(config, "outer_loop.scheduler")
+
+
+def build_learner(config: DictConfig, **changes: Any) -> Learner:
+    """Returns the learner with its network, on the chosen device; the same seed gives the same weights.
+
+    Args:
+        config: the configuration.
+        changes: arguments of the learner other than the configured.
+    """
+    torch.manual_seed(config.seed)
+    network: nn.Module = build(config, "backbone")
+    network = network.to(device=chosen_device(config), dtype=chosen_dtype(config))
+    return build(config, "learner", network, dynamics=build(config, "dynamics"), **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeStreams:
+    """Makes the episodes of a run: for training, for validation, and for the evaluation of each split."""
+
+    config: DictConfig
+
+    def training(self) -> EpisodeSource:
+        """Returns the episodes to learn from."""
+        return self._stream("train", self.config.train_split)
+
+    def validation(self) -> EpisodeSource:
+        """Returns the episodes that choose the best outer variables."""
+        return self._stream("validate", "meta_val")
+
+    def evaluation(self, split: str, seed: int | None = None) -> EpisodeSource:
+        """Returns the episodes of the final evaluation on a split.
+
+        Args:
+            split: one of `SPLITS`.
+            seed: chooses other episodes; None for those that belong to the run.
+        """
+        return self._stream(f"evaluate {split}", split, seed)
+
+    def _stream(self, purpose: str, split: str, seed: int | None = None) -> EpisodeSource:
+        config = self.config
+        number = len(_STREAMS) * (config.seed if seed is None else seed) + _STREAMS.index(purpose)
+        common = {"seed": number, "dtype": chosen_dtype(config)}
+        if purpose != "train":
+            common["num_queries"] = config.evaluation.num_queries
+        if config.dataset is None:
+            return build(config, "episodes", device=chosen_device(config), **common)
+        images = build(config, "dataset", split=split)
+        return build(config, "episodes", images.to(chosen_device(config)), **common)
+
+
+def build_outer_loop(
+    config: DictConfig, source: ht.ProblemSource, validation: ht.ProblemSource, folder: RunFolder
+) -> ht.OuterLoop:
+    """Returns the outer loop that trains on the problems of a source and writes into the run's folder.
+
+    Args:
+        config: the configuration.
+        source: where the problems to learn from come from.
+        validation: where the problems come from by which the best outer variables are chosen.
+        folder: the run's folder.
+    """
+    own = ("num_outer_steps", "scheduler", "checkpoints")
+    settings = OmegaConf.create(
+        {"outer_loop": {key: value for key, value in config.outer_loop.items() if key not in own}}
+    )
+    return build(
+        settings,
+        "outer_loop",
+        source,
+        optimizer=build_outer_optimizer(config),
+        backend=build(config, "hypergradient"),
+        scheduler=build_scheduler(config),
+        validation=ht.Validation(
+            source=validation,
+            every=config.validation.every,
+            num_episodes=config.validation.num_episodes,
+            metric=config.task.metric,
+            mode=config.task.mode,
+        ),
+        loggers=[ht.JsonLinesLogger(folder.metrics), ht.TensorBoardLogger(folder.tensorboard)],
+        checkpoints=build(config, "outer_loop.checkpoints", folder.checkpoints),
+    )
+
+
+def _arguments(bound: partial[Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in bound.keywords.items())

@@ -1,0 +1,94 @@
+"""The settings that the commands themselves read, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.failures import ExpectedFailure
+
+SPLITS = ("meta_train", "meta_val", "meta_test")
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_DEVICES = ("cpu", "cuda", "auto")
+
+
+def check_training_settings(config: DictConfig) -> None:
+    """Checks the settings of a training run that no class checks.
+
+    Raises:
+        ExpectedFailure: naming the setting, its value and what to write instead.
+    """
+    whole_number(config, "seed", minimum=0, purpose="it chooses the initial weights and the episodes")
+    whole_number(config, "outer_loop.num_outer_steps", minimum=1, purpose="it is the length of the run")
+    whole_number(config, "validation.every", minimum=1, purpose="it is the outer steps between two validations")
+    whole_number(config, "validation.num_episodes", minimum=1, purpose="a validation is a mean over episodes")
+    whole_number(config, "evaluation.num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
+    for key in ("resume", "outer_loop.progress"):
+        if not isinstance(OmegaConf.select(config, key), bool):
+            raise ExpectedFailure(
+                f"`{key}` is {OmegaConf.select(config, key)!r}, but it is a switch. Use true or false."
+            )
+    chosen_dtype(config)
+    chosen_device(config)
+
+
+def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) -> int:
+    """Returns a whole number of the configuration.
+
+    Args:
+        config: the configuration.
+        key: dotted name of the setting.
+        minimum: the smallest allowed.
+        purpose: what the number is for, a clause of the message.
+
+    Raises:
+        ExpectedFailure: if it is anything else.
+    """
+    value = OmegaConf.select(config, key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ExpectedFailure(
+            f"`{key}` is {value!r}, but {purpose}, so a whole number of at least {minimum} is needed. Write "
+            f"for example {key}={max(minimum, 1)}."
+        )
+    return value
+
+
+def chosen_dtype(config: DictConfig) -> torch.dtype:
+    """Returns the floating-point type that `dtype` names.
+
+    Raises:
+        ExpectedFailure: if it names none.
+    """
+    return _DTYPES[one_of(config, "dtype", tuple(_DTYPES))]
+
+
+def chosen_device(config: DictConfig) -> torch.device:
+    """Returns the device that `device` names.
+
+    Raises:
+        ExpectedFailure: if it names none, or there is no GPU.
+    """
+    name = one_of(config, "device", _DEVICES)
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ExpectedFailure(
+            "`device` is 'cuda', but PyTorch finds no GPU here (or was installed without CUDA). Use device=cpu, or "
+            "device=auto for a GPU where there is one."
+        )
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def one_of(config: DictConfig, key: str, allowed: tuple[str, ...]) -> str:
+    """Returns a word of the configuration.
+
+    Raises:
+        ExpectedFailure: if it is not among the allowed.
+    """
+    value: Any = OmegaConf.select(config, key)
+    if value not in allowed:
+        raise ExpectedFailure(
+            f"`{key}` is {value!r}, which is not among the choices. Use one of: {', '.join(allowed)}."
+        )
+    return value

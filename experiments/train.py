@@ -1,0 +1,116 @@
+"""Trains a few-shot learner as configured, evaluates it on unseen classes, and writes both into a folder.
+
+scripts/train experiment=maml dataset=omniglot seed=1
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import hypertorch as ht
+from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop
+from experiments.config_errors import CONFIGS
+from experiments.episode_pictures import draw_episodes
+from experiments.failures import Failures
+from experiments.plots import plot_learning_curve, plot_step_sizes
+from experiments.reporting import (
+    duration,
+    peak_memory_mib,
+    print_reports,
+    report_as_dict,
+    versions,
+    write_results,
+)
+from experiments.run_folder import RunFolder, command, open_folder
+from experiments.settings import SPLITS, check_training_settings, chosen_device
+from hypertorch.fewshot import Learner
+
+failures = Failures("train")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+@failures.reported
+def main(config: DictConfig) -> float:
+    """Returns the figure that a sweep optimises: the best validation."""
+    check_training_settings(config)
+    folder = open_folder(config, HydraConfig.get().overrides.task)
+    console = Console(stderr=True)
+    console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
+    streams = EpisodeStreams(config=config)
+    training, validation = streams.training(), streams.validation()
+    learner = build_learner(config)
+    loop = build_outer_loop(config, learner.on(training), learner.on(validation), folder)
+    trained = loop.run(config.outer_loop.num_outer_steps, resume=folder.resumed)
+    reports = evaluate_splits(config, learner, streams, trained)
+    write_results(folder.results, results(config, trained, reports))
+    draw(config, learner, streams, trained, folder)
+    show(config, trained, reports, folder)
+    return reports["meta_val"].metrics[config.task.metric].mean if trained.best_value is None else trained.best_value
+
+
+def evaluate_splits(
+    config: DictConfig, learner: Learner, streams: EpisodeStreams, trained: ht.Trained
+) -> dict[str, ht.Report]:
+    """Returns the figures of the best outer variables on fresh episodes of each split."""
+    return {
+        split: ht.evaluate(
+            learner.on(streams.evaluation(split)),
+            trained.best_hparams,
+            num_episodes=config.evaluation.num_episodes,
+            progress=config.outer_loop.progress,
+        )
+        for split in SPLITS
+    }
+
+
+def results(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report]) -> dict[str, object]:
+    """Returns the contents of results.json."""
+    return {
+        "command": command("scripts/train", HydraConfig.get().overrides.task),
+        "metrics": {split: report_as_dict(report) for split, report in reports.items()},
+        "seed": config.seed,
+        "num_outer_steps": trained.num_outer_steps,
+        "best_step": trained.best_step,
+        "training_minutes": trained.seconds / 60,
+        "evaluation_minutes": sum(report.seconds for report in reports.values()) / 60,
+        "peak_memory_mib": peak_memory_mib(chosen_device(config)),
+        "device": str(chosen_device(config)),
+        "torch_threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def draw(config: DictConfig, learner: Learner, streams: EpisodeStreams, trained: ht.Trained, folder: RunFolder) -> None:
+    """Writes the pictures."""
+    plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", config.task.metric)
+    plot_step_sizes(trained.best_hparams, folder.path / "step_sizes.png")
+    draw_episodes(config, learner, streams.evaluation("meta_test"), trained.best_hparams, folder.path / "episodes.png")
+
+
+def show(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report], folder: RunFolder) -> None:
+    """Prints the closing table."""
+    console = Console()
+    print_reports(console, f"after {trained.best_step} outer steps (best validation)", reports)
+    memory = peak_memory_mib(chosen_device(config))
+    console.print(
+        f"training {duration(trained.seconds)} ({trained.num_outer_steps} outer steps), evaluation "
+        f"{duration(sum(report.seconds for report in reports.values()))}, peak memory "
+        f"{'unknown' if memory is None else f'{memory:.0f} MiB'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    # Schedulers of clusters ask with this signal; leaving by an exception writes a checkpoint first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(failures.exit_code(main))

@@ -1,0 +1,253 @@
+"""The commands from end to end: what a run leaves, how it goes on, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import hypertorch as ht
+from experiments import evaluate, train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = ("debug=default", "outer_loop.progress=false", "backbone.hidden=4")
+SINUSOID = ("experiment=sinusoid", "debug=default", "outer_loop.progress=false")
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(autouse=True)
+def _clean_hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in this process, in an empty folder; returns its exit code and what it wrote to stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(*arguments: str, module=train) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *arguments])
+        capsys.readouterr()
+        code = module.failures.exit_code(module.main)
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def only_run(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "outputs/train/runs").iterdir()
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("experiment", ["hyper_representation", "maml", "sinusoid"])
+def test_a_run_leaves_everything(experiment: str, command: Command, tmp_path: Path) -> None:
+    overrides = SINUSOID if experiment == "sinusoid" else (f"experiment={experiment}", *TINY)
+    learns_step_size = experiment == "hyper_representation"
+    overrides = (*overrides, f"learner.learn_lr={'one' if learns_step_size else 'null'}")
+    code, error = command(*overrides)
+    assert code == 0, error
+    folder = only_run(tmp_path)
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "learning_curve.png", "episodes.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "step_sizes.png").exists() == learns_step_size
+    assert list((folder / "checkpoints").glob("step_*.safetensors"))
+    assert (folder / "checkpoints/hparams.safetensors").exists()
+    assert list((folder / "tensorboard").glob("events.*"))
+    results = json.loads((folder / "results.json").read_text())
+    metric = "mse" if experiment == "sinusoid" else "accuracy"
+    assert set(results["metrics"]) == {"meta_train", "meta_val", "meta_test"}
+    assert results["metrics"]["meta_test"][metric]["num_episodes"] == 4
+    assert results["command"] == " ".join(["scripts/train", *overrides])
+    assert results["seed"] == 0
+    assert "${" not in (folder / "config.yaml").read_text()
+
+
+def test_a_longer_run_goes_on_bit_for_bit(command: Command, tmp_path: Path) -> None:
+    whole = (*SINUSOID, "paths.run_dir=whole")
+    parts = (*SINUSOID, "paths.run_dir=parts")
+    assert command(*whole, "outer_loop.num_outer_steps=4")[0] == 0
+    assert command(*parts, "outer_loop.num_outer_steps=2")[0] == 0
+    assert command(*parts, "outer_loop.num_outer_steps=4", "resume=true")[0] == 0
+    one, other = (tmp_path / name / "checkpoints/hparams.safetensors" for name in ("whole", "parts"))
+    assert ht.load_hparams(one).keys() == ht.load_hparams(other).keys()
+    for name, value in ht.load_hparams(one).items():
+        assert torch.equal(value, ht.load_hparams(other)[name])
+    untimed = [
+        [
+            {key: value for key, value in record.items() if key != "steps_per_second"}
+            for record in records(tmp_path / name)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_resume_finds_the_latest_run_of_the_same_command(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID)[0] == 0
+    folder = only_run(tmp_path)
+    code, error = command(*SINUSOID, "resume=true")
+    assert code == 0
+    assert f"resuming in {folder.relative_to(tmp_path)}" in error.replace(str(tmp_path) + "/", "")
+    assert only_run(tmp_path) == folder
+    code, error = command(*SINUSOID, "seed=1", "resume=true")
+    assert code == 1
+    assert "no run of the same command (debug=default experiment=sinusoid" in error
+
+
+def test_a_finished_run_is_not_overwritten(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID, "paths.run_dir=here")[0] == 0
+    before = (tmp_path / "here/results.json").read_bytes()
+    code, error = command(*SINUSOID, "paths.run_dir=here")
+    assert code == 1
+    assert "`paths.run_dir` is" in error
+    assert "resume=true" in error
+    code, error = command(*SINUSOID, "paths.run_dir=here", "dynamics.lr=0.5", "resume=true")
+    assert code == 1
+    assert "`dynamics.lr` is 0.5, but the run in" in error
+    assert (tmp_path / "here/results.json").read_bytes() == before
+
+
+def test_evaluation_repeats_the_figures_of_the_run(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID, "paths.run_dir=trained")[0] == 0
+    code, error = command("run=trained", "num_episodes=4", "paths.run_dir=evaluated", module=evaluate)
+    assert code == 0, error
+    trained, evaluated = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("trained", "evaluated")
+    )
+    assert trained["metrics"]["meta_test"] == evaluated["metrics"]["meta_test"]
+
+
+def test_a_multirun_goes_on_after_a_failed_job(command: Command, tmp_path: Path) -> None:
+    code, error = command("--multirun", *SINUSOID, "dynamics.lr=-1,0.01", "paths.sweep_dir=sweep")
+    assert code == 1
+    assert "error: job 0 (" in error
+    assert "`lr` of `SGD` is -1" in error
+    assert not (tmp_path / "sweep/0/results.json").exists()
+    assert (tmp_path / "sweep/1/results.json").exists()
+
+
+FAILURES = {
+    "unknown group choice": (("experiment=mmal",), ["`experiment` is 'mmal'", "Did you mean maml?"]),
+    "unknown group": (("datset=omniglot",), ["`datset` is no setting", "Did you mean dataset?"]),
+    "unknown setting": (
+        ("outer_loop.num_steps=3",),
+        ["`outer_loop.num_steps` is no setting", "num_outer_steps, ", "Did you mean outer_loop.num_outer_steps"],
+    ),
+    "no value": (("seed",), ["`seed` is not of the form setting=value"]),
+    "several values": (("seed=1,2",), ["`seed=1,2` gives several values", "--multirun"]),
+    "group chosen twice": (("+dataset=omniglot",), ["`+dataset=...` adds a second choice"]),
+    "groups that do not fit": (("dataset=sinusoid",), ["`backbone.in_channels` is taken from `task.in_channels`"]),
+    "unknown argument": (("+dynamics.speed=1",), ["`dynamics.speed` is no argument of SGD", "momentum"]),
+    "block replaced by a number": (("episodes=5",), ["episodes.way", "`episodes` is not a container"]),
+    "block replaced by null": (("~dynamics",), ["`dynamics` is {", "which names nothing to build"]),
+    "word for a width": (("backbone.hidden=wide",), ["`backbone` is Conv4(", "hidden='wide'"]),
+    "negative length": (("outer_loop.num_outer_steps=-1",), ["`outer_loop.num_outer_steps` is -1"]),
+    "word for a number": (("validation.every=often",), ["`validation.every` is 'often'"]),
+    "word for a switch": (("resume=maybe",), ["`resume` is 'maybe'"]),
+    "unknown device": (("device=tpu",), ["`device` is 'tpu'", "cpu, cuda, auto"]),
+    "unknown type": (("dtype=float16",), ["`dtype` is 'float16'", "float64"]),
+    "way of one": (("episodes.way=1",), ["`way` must be at least 2, got 1"]),
+    "word for way": (("episodes.way=five",), ["`way` is 'five'"]),
+    "way larger than the number of classes": (("episodes.way=5000",), ["`way` is 5000", "classes"]),
+    "more drawings than there are": (("episodes.shot=15", "episodes.num_queries=15"), ["`shot + num_queries`"]),
+    "negative step size": (("dynamics.lr=-0.1",), ["`lr` of `SGD` is -0.1"]),
+    "wrong outer optimizer": (("outer_optimizer.lr=-1",), ["`outer_optimizer` is Adam(", "Invalid learning rate: -1"]),
+    "backend that cannot serve": (
+        ("hypergradient.checkpoint_every=50",),
+        ["checkpoint_every=50", "`num_steps` = 5"],
+    ),
+    "missing data": (("dataset=omniglot", "dataset.root=nowhere"), ["nowhere"]),
+    "non-finite inner loss": (
+        ("experiment=maml", "dynamics.lr=1e38", "learner.num_steps=3"),
+        ["NaN or infinity", "inner step"],
+    ),
+    "resume without a run": (("resume=true",), ["`resume` is True", "no run of the same command"]),
+    "resume of a folder without a run": (
+        ("resume=true", "paths.run_dir=new"),
+        ["`paths.run_dir` is", "no run to go on"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_mistake_gives_one_message(case: str, command: Command) -> None:
+    overrides, expected = FAILURES[case]
+    code, error = command(*TINY, *overrides)
+    assert code == 1
+    assert "Traceback" not in error
+    assert error.count("error: ") == 1
+    for text in expected:
+        assert text in error, error
+
+
+def test_evaluation_of_no_run_gives_one_message(command: Command) -> None:
+    code, error = command("run=nowhere", module=evaluate)
+    assert code == 1
+    assert "`run` is 'nowhere'" in error
+    code, error = command(module=evaluate)
+    assert code == 1
+    assert "`run` is not given" in error
+
+
+def test_a_bug_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(train, "build_outer_loop", broken)
+    with pytest.raises(ValueError, match="not enough values"):
+        command(*SINUSOID)
+
+
+def test_an_interrupt_leaves_a_run_that_goes_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate_splits", interrupted)
+        code, error = command(*SINUSOID)
+    assert code == 1
+    assert "interrupted" in error
+    assert "resume=true" in error
+    assert command(*SINUSOID, "resume=true")[0] == 0
+    assert (only_run(tmp_path) / "results.json").exists()
+
+
+def test_the_script_runs_as_a_process(tmp_path: Path) -> None:
+    def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        command = [sys.executable, str(ROOT / "experiments/train.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    done = script(*SINUSOID)
+    assert done.returncode == 0, done.stderr
+    assert "meta_test" in done.stdout
+    assert "peak memory" in done.stdout
+    failed = script("sed=1")
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert "Did you mean seed?" in failed.stderr
+
+
+def test_the_saved_configuration_is_that_of_the_run(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID, "dynamics.lr=0.02")[0] == 0
+    folder = only_run(tmp_path)
+    assert OmegaConf.load(folder / "config.yaml").dynamics.lr == 0.02
+    assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*SINUSOID, "dynamics.lr=0.02"]

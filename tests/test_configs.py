@@ -1,0 +1,111 @@
+"""Every YAML file composes, and every experiment builds the objects it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+import experiments.resolvers  # noqa: F401
+import hypertorch as ht
+from experiments.assembly import build_learner, build_outer_optimizer, make
+from experiments.settings import check_training_settings
+from hypertorch.fewshot import EpisodeSource, Learner
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+CHOICES = [(path.parent.name, path.stem) for path in sorted(CONFIGS.glob("*/*.yaml"))]
+EXPERIMENTS = [name for group, name in CHOICES if group == "experiment"]
+# What a file needs of other groups to be of use.
+COMPANIONS = {
+    ("dataset", "sinusoid"): ["experiment=sinusoid"],
+    ("backbone", "mlp"): ["experiment=sinusoid"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _hydra(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("HYPERTORCH_DATA", raising=False)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    config = compose("train", list(overrides))
+    OmegaConf.resolve(config)
+    return config
+
+
+def test_groups_are_those_of_the_design() -> None:
+    assert set(GROUPS) == {
+        "backbone", "dataset", "debug", "dynamics", "experiment", "hypergradient", "learner", "outer_loop",
+        "outer_optimizer", "paths",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_file_composes(group: str, name: str) -> None:
+    companions = COMPANIONS.get((group, name), [])
+    config = composed(*companions, f"{group}={name}")
+    check_training_settings(config)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_builds(experiment: str) -> None:
+    config = composed(f"experiment={experiment}")
+    assert isinstance(build_learner(config), Learner)
+    assert isinstance(make(config, "hypergradient")(), ht.Hypergradient)
+    assert callable(build_outer_optimizer(config))
+    if config.dataset is None:
+        assert isinstance(make(config, "episodes")(), EpisodeSource)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_target_exists(path: Path) -> None:
+    targets = list(found_under("_target_", yaml.safe_load(path.read_text(encoding="utf-8"))))
+    assert all(callable(get_object(target)) for target in targets)
+    if path.parent.name in ("backbone", "dynamics", "hypergradient", "learner", "outer_optimizer"):
+        assert targets or "defaults" in path.read_text(encoding="utf-8")
+
+
+def found_under(key: str, value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        if key in value:
+            yield value[key]
+        for item in value.values():
+            yield from found_under(key, item)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_first_comment_of_an_experiment_is_its_command(experiment: str) -> None:
+    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1] == f"# scripts/train experiment={experiment}"
+
+
+def test_folders_are_named_in_one_place() -> None:
+    for path in CONFIGS.rglob("*.yaml"):
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.parent.name != "paths":
+            assert "outputs/" not in str(values), f"{path} names a folder"
+
+
+def test_the_root_of_a_data_set_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert composed("dataset=omniglot").dataset.download is True
+    monkeypatch.setenv("HYPERTORCH_DATA", "somewhere")
+    config = composed("dataset=omniglot")
+    assert config.dataset.root == "somewhere"
+    assert config.dataset.download is False
+
+
+def test_debugging_is_short_and_on_the_cpu() -> None:
+    config = composed("debug=default", "device=auto")
+    assert config.outer_loop.num_outer_steps <= 2
+    assert composed("debug=default").device == "cpu"
