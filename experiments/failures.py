@@ -55,7 +55,8 @@ def explain(error: BaseException, config_name: str) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted. What was done so far is kept; the same command with resume=true goes on from there."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return explain_config_error(error, config_name)
+        ours = _own_cause(error)
+        return explain_config_error(error, config_name) if ours is None else str(ours)
     if isinstance(error, (ExpectedFailure, HypertorchError)):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -70,6 +71,16 @@ def explain(error: BaseException, config_name: str) -> str | None:
         )
     if isinstance(error, (TypeError, ValueError)) and "`" in str(error) and _raised_by_own_code(error):
         return str(error)
+    return None
+
+
+def _own_cause(error: BaseException) -> ExpectedFailure | None:
+    """Returns the failure of our own that a library wrapped into this error; None if there is none."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ExpectedFailure):
+            return inner
+        inner = inner.__cause__ or inner.__context__
     return None
 
 

@@ -59,10 +59,7 @@ class InnerLoss:
         """
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
-            variables = {
-                name: value if differentiable and value.requires_grad else value.detach().requires_grad_()
-                for name, value in params.items()
-            }
+            variables = {name: _own_view(value, differentiable) for name, value in params.items()}
             value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
             gradients = torch.autograd.grad(
                 value.sum() if value.requires_grad else value.sum().requires_grad_(),
@@ -83,6 +80,15 @@ class InnerLoss:
             name: torch.zeros_like(value) if gradient is None else gradient
             for (name, value), gradient in zip(variables.items(), gradients, strict=True)
         }
+
+
+def _own_view(param: Tensor, differentiable: bool) -> Tensor:
+    """Returns a tensor of its own to differentiate in.
+
+    The param's tensor may also be a hyperparameter that the loss reads, or another param; the gradient in that tensor
+    would gather their paths too.
+    """
+    return param.view_as(param) if differentiable and param.requires_grad else param.detach().requires_grad_()
 
 
 def vjp(

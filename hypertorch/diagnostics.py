@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
-from hypertorch.hypergradients import Hypergradient, hypergradient
+from hypertorch.hypergradients import Hypergradient, hypergradient, hypergradient_task_route
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -99,6 +99,9 @@ def check_hypergradient(
         TypeError: if a hyperparameter is not float64.
     """
     _check_dtype(hparams)
+    # One route for all evaluations: the noise that a model draws differs between routes.
+    route = hypergradient_task_route(problem, hparams, backend=backend, outer_step=outer_step)
+    problem = problem.with_task_route(route)
     result = hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
     generator = torch.Generator().manual_seed(seed)
     scale = float(result.outer_loss.abs())

@@ -73,6 +73,25 @@ class FunctionalModule:
         return functional_call(self.module, values, inputs, options), buffers
 
 
+def refuse_untracked_statistics(module: nn.Module) -> None:
+    """Raises if a norm layer stores statistics without a derivative, for a module that predicts with stored ones.
+
+    PyTorch's norm layers update their running statistics outside the graph. Where an inner loop fits in training mode
+    and the outer loss is computed in evaluation mode, the path through the statistics would be dropped silently.
+
+    Raises:
+        IncompatibleBackendError: naming the layer.
+    """
+    for name, part in module.named_modules():
+        if getattr(part, "track_running_stats", False):
+            raise IncompatibleBackendError(
+                f"`{name or 'module'}` is a {type(part).__name__} with running statistics, which PyTorch updates "
+                "without a derivative: the hypergradient through them would silently be missing. Use "
+                "`hypertorch.fewshot.BatchNorm(features, statistics='running')`, which keeps it, or pass "
+                "`track_running_stats=False` for the statistics of each call."
+            )
+
+
 def _refuse_weight_norm(module: nn.Module) -> None:
     """Raises if a weight is computed by PyTorch's fused weight normalisation.
 

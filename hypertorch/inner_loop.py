@@ -78,6 +78,12 @@ class InnerLoop:
     This is all that a backend sees. Each function seeds torch's generators from the position in the run, so that a
     replayed step draws the same noise.
 
+    Attributes:
+        num_steps: the horizon (unit: steps).
+        has_step_loss: whether the outer loss has terms at inner steps.
+        cost: what was done so far, counted.
+        inner_losses: the inner loss before each step taken so far, replays included, of shape `()` or `(tasks,)`.
+
     Args:
         problem: the problem.
         outer_batch: the outer data of these tasks.
@@ -102,6 +108,7 @@ class InnerLoop:
         self.num_steps = problem.num_steps
         self.has_step_loss = problem.outer.has_step_loss
         self.cost = Cost()
+        self.inner_losses: list[Tensor] = []
         self._tracked_buffers: frozenset[str] = frozenset()
         self._problem = problem
         self._outer_batch = outer_batch
@@ -147,6 +154,8 @@ class InnerLoop:
             loss, self._trained(state.params), state.dynamics, hparams, index
         )
         self.cost.steps += 1
+        if loss.value is not None:
+            self.inner_losses.append(loss.value)
         self._tracked_buffers |= loss.tracked_buffers
         return InnerState({**params, **loss.new_buffers} if buffers else params, dynamics), loss.value
 

@@ -103,7 +103,8 @@ class BilevelProblem(ProblemSource):
             row `i` of the outer batch only, since tasks may be run in chunks.
         shared_context: names of context entries without a tasks axis.
         allow_unused: names of hparams that may have no path to the outer loss; they get zeros.
-        task_route: how tasks are run: "vmap", "loop", or "auto" for the faster by a measurement.
+        task_route: how tasks are run: "vmap", "loop", or "auto" for the faster by a measurement. Noise that the model
+            draws itself (dropout) differs between the two; name one where bits must not depend on a measurement.
         task_chunk: tasks run at once under "vmap" (memory is proportional to it); None for all.
         warm_start: start each outer step from the inner state that the last one ended with, instead of
             `init_params`; schedules over the horizon are refused.
@@ -137,9 +138,9 @@ class BilevelProblem(ProblemSource):
                 f"`num_steps` is {self.num_steps!r}: the inner loop takes a whole number of steps, at least 0. Pass 0 "
                 "only for a closed form in `init_params`."
             )
-        if self.num_tasks is not None and self.num_tasks < 1:
+        if self.num_tasks is not None and (not isinstance(self.num_tasks, int) or self.num_tasks < 1):
             raise ValueError(
-                f"`num_tasks` is {self.num_tasks}: a batch holds at least one task. Pass None for a single problem "
+                f"`num_tasks` is {self.num_tasks!r}: a batch holds at least one task. Pass None for a single problem "
                 "whose tensors have no tasks axis."
             )
         if self.task_route not in ("auto", "vmap", "loop"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def lift(
 
     def over_tasks(params: TensorDict, hparams: TensorDict, batch: Batch) -> Any:
         has_data = bool(tree.batch_tensors(batch))
-        axes = (0, 0 if params else None, {name: 0 if name in per_task else None for name in hparams}, 0)
+        data_axes = tree.map_leaves(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+        axes = (0, 0 if params else None, {name: 0 if name in per_task else None for name in hparams}, data_axes)
         # An index of the tasks makes sure that there is something to vectorise over.
         index = torch.arange(num_tasks)
         if not has_data:
@@ -154,7 +156,7 @@ def _faster_route(num_tasks: int, run: Callable[[list[TaskSlice | None]], object
     try:
         run(together)
     except RuntimeError as error:
-        if "vmap" not in str(error) and "batching rule" not in str(error):
+        if not re.search("vmap|batching rule", str(error), flags=re.IGNORECASE):
             raise
         _logger.info("tasks run one by one: an operation cannot be vectorised (%s)", error)
         return "loop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,11 @@ def add_optional(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """Returns the batch with `function` applied to every tensor in its nested tuples, lists and dicts."""
     return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def map_leaves(function: Callable[[Any], Any], batch: Batch) -> Any:
+    """Returns the batch with `function` applied to every leaf, tensor or not, of its nested tuples, lists and dicts."""
+    return pytree.tree_map(function, batch)
 
 
 def batch_tensors(batch: Batch) -> list[Tensor]:

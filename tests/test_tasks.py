@@ -236,3 +236,36 @@ def test_auto_takes_the_loop_where_an_operation_cannot_be_vectorised() -> None:
     result = ht.hypergradient(rerouted, problem.init_hparams(), backend=Reverse())
     expected = ht.hypergradient(rerouted.with_task_route("loop"), problem.init_hparams(), backend=Reverse())
     assert all(torch.equal(result.grads[name], expected.grads[name]) for name in expected.grads)
+
+
+def test_auto_takes_the_loop_for_an_lstm() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1])
+
+    problem = task_problem(Recurrent().double(), item=(3, 4))
+    hparams = problem.init_hparams()
+    expected = one_by_one(problem, hparams)
+    actual = ht.hypergradient(problem, hparams, backend=Reverse()).grads
+    for name in hparams:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-13)
+
+
+def test_batches_may_hold_what_is_no_tensor() -> None:
+    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=2)
+    expected = ht.hypergradient(problem.with_task_route("loop"), problem.init_hparams(), backend=Reverse()).grads
+    problem.inner.data = (*problem.inner.data, "a word", 3)  # type: ignore[attr-defined]
+    actual = ht.hypergradient(problem.with_task_route("vmap"), problem.init_hparams(), backend=Reverse()).grads
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-13)
+
+
+def test_the_check_takes_one_route_for_a_model_with_noise() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 3)).double()
+    problem = task_problem(module, item=(1, 4, 4), num_tasks=3)
+    check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(), num_directions=1)
+    assert check.passed, str(check)

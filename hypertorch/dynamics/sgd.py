@@ -32,7 +32,7 @@ class SGD(GradientDynamics):
 
     Args:
         lr: step size, at least 0.
-        momentum: in [0, 1).
+        momentum: in [0, 1].
         dampening: in [0, 1].
         weight_decay: factor of the parameter added to its gradient, at least 0.
         nesterov: use Nesterov's form; needs momentum, and no dampening.

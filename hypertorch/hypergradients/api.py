@@ -53,7 +53,7 @@ def hypergradient(
     parts = run.over(slices)
     grads = _filled(run.mean_grads(parts), hparams, problem.allow_unused)
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / run.total_weight(parts)
-    if not tree.all_finite([*grads.values(), outer_loss]):
+    if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
         raise run.explain_non_finite(slices, grads)
     return HypergradientResult(
         grads=grads,
@@ -83,6 +83,7 @@ class _Part:
     params: TensorDict
     carry: TensorDict
     cost: Cost
+    inner_losses: Tensor
     weight: int
 
 
@@ -99,6 +100,7 @@ class _Run:
     ) -> None:
         _check_arguments(problem, backend)
         self._bound = BoundProblem(problem, hparams, outer_step, carry)
+        _check_allow_unused(problem, hparams)
         self._hparams = hparams
         self._backend = backend
 
@@ -126,6 +128,7 @@ class _Run:
             params=result.state.params,
             carry=loop.carry_after(result.state),
             cost=loop.cost,
+            inner_losses=torch.stack(loop.inner_losses) if loop.inner_losses else result.outer_loss,
             weight=1 if task_slice is None else task_slice.stop - task_slice.start,
         )
 
@@ -170,6 +173,15 @@ def _filled(grads: dict[str, Tensor | None], hparams: TensorDict, allow_unused: 
             "without `.detach()`, `.item()` or `torch.no_grad()`; or list it in `allow_unused`."
         )
     return {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in grads.items()}
+
+
+def _check_allow_unused(problem: BilevelProblem, hparams: TensorDict) -> None:
+    unknown = sorted(set(problem.allow_unused) - hparams.keys())
+    if unknown:
+        raise ValueError(
+            f"`allow_unused` names {unknown}, which are not among the hyperparameters {sorted(hparams)}: a misspelt "
+            "name would allow nothing. Correct it or leave it out."
+        )
 
 
 def _check_arguments(problem: BilevelProblem, backend: Hypergradient) -> None:

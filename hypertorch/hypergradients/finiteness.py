@@ -30,7 +30,11 @@ def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError |
             if not tree.all_finite([value]):
                 return _non_finite(f"`{name}`", f"after inner step {step}", "The inner step size")
     if not tree.all_finite([loop.outer_loss(state.params, variables)]):
-        return _non_finite("the outer loss", f"after {loop.num_steps} inner steps", "`OuterProblem.loss`")
+        return _non_finite(
+            "the outer loss",
+            f"after {loop.num_steps} inner steps",
+            "An overflowing inner step, or the outer loss,",
+        )
     return None
 
 

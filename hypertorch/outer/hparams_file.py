@@ -37,7 +37,8 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
 
     Args:
         path: a file that `save_hparams` wrote; a checkpoint of a run, which gives its best outer variables so far by
-            validation, else its last ones; or a folder that holds `hparams.safetensors`.
+            validation, else its last ones; or a folder that holds
+            `hparams.safetensors`, itself or in its `checkpoints`.
         device: where the tensors go.
 
     Raises:
@@ -45,7 +46,8 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
     """
     path = Path(path)
     if path.is_dir():
-        path = path / HPARAMS_FILE
+        inside = path / "checkpoints" / HPARAMS_FILE
+        path = inside if inside.is_file() else path / HPARAMS_FILE
     if not path.is_file():
         raise CheckpointError(
             f"`path` is {str(path)!r}, where there is no file: a run writes `{HPARAMS_FILE}` into the folder of its "

@@ -263,3 +263,48 @@ def test_warm_start_continues_where_the_last_run_ended() -> None:
     torch.testing.assert_close(second.params["w"], expected.params["w"], rtol=1e-13, atol=0)
     assert int(second.carry["index"]) == 6
     assert not expected.carry
+
+
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("case", ["read by the loss too", "twice the same", "twice the same computed"])
+def test_params_that_are_hyperparameters_or_each_other(every: int | None, case: str) -> None:
+    """The inner gradient is that of the param alone, though its tensor also enters the loss by another name."""
+    a, y = normal(6, 3, seed=1), normal(6, seed=2)
+
+    def init(h: TensorDict) -> TensorDict:
+        if case == "read by the loss too":
+            return {"w": h["w"]}
+        same = h["w"] if case == "twice the same" else h["w"].exp()
+        return {"w": same, "v": same}
+
+    def inner(p: TensorDict, h: TensorDict, b: Batch) -> Tensor:
+        return (a @ p["w"] - y).square().mean() + (p["w"] * h["w"].sin()).sum() + p.get("v", p["w"]).pow(4).sum()
+
+    def outer(p: TensorDict, h: TensorDict, b: Batch) -> Tensor:
+        return (p["w"] * p.get("v", p["w"])).sum()
+
+    problem = scalar_problem(
+        init=init, inner=inner, outer=outer, hparams={"w": 0.3 * normal(3, seed=0)}, dynamics=SGD(lr=0.05), num_steps=4
+    )
+    result = compute(problem, Reverse(checkpoint_every=every))
+    torch.testing.assert_close(result.outer_loss, ht.unroll(problem, problem.init_hparams()).outer_loss)
+    check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(checkpoint_every=every))
+    assert check.passed, str(check)
+
+
+def test_a_non_finite_inner_loss_with_finite_gradients_is_noticed() -> None:
+    class Inner(LambdaInner):
+        def batch(self, step: int) -> Batch:
+            return torch.tensor(float("inf") if step == 2 else 0.0, dtype=F64)
+
+    problem = scalar_problem()
+    inner = Inner(problem.inner._init, lambda p, h, b: (p["w"] - h["c"]).square() + b)  # type: ignore[attr-defined]
+    bad = ht.BilevelProblem(inner, problem.outer, dynamics=SGD(lr=0.1), num_steps=5)
+    for backend in (Reverse(), Reverse(checkpoint_every=2)):
+        with pytest.raises(NonFiniteError, match="the inner loss holds NaN or infinity at inner step 2"):
+            compute(bad, backend)
+
+
+def test_unknown_names_in_allow_unused_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`allow_unused` names \['typo'\].*Correct it"):
+        compute(scalar_problem(allow_unused=("typo",)))

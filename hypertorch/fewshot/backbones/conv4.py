@@ -32,9 +32,11 @@ class Conv4(nn.Module):
 
     Attributes:
         num_features: features per image before the classifier.
+        item_shape: channels, height and width of an image.
 
     Raises:
-        ValueError: if `downsample` is unknown, or the image is too small to be halved four times.
+        ValueError: if `downsample` is unknown, a number is below 1, or the image is too small to be halved four times;
+            and, from a call, if the images have another shape.
 
     References:
         Vinyals et al. (2016), Matching networks, section 4.1; Finn, Abbeel and Levine (2017), MAML, section 5.2.
@@ -55,6 +57,10 @@ class Conv4(nn.Module):
             raise ValueError(
                 f"`downsample` is {downsample!r}, which names no way to halve an image. Use 'max_pool' or 'stride'."
             )
+        for name, value in {"hidden": hidden, "in_channels": in_channels, "way": 1 if way is None else way}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}: a network has at least one. Use a positive number.")
+        self.item_shape = (in_channels, image_size, image_size)
         size = image_size
         for _ in range(4):
             size = size // 2 if downsample == "max_pool" else -(-size // 2)
@@ -72,6 +78,12 @@ class Conv4(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns features, or logits if there is a classifier."""
+        if images.dim() != 4 or images.shape[1:] != self.item_shape:
+            raise ValueError(
+                f"`images` have shape {tuple(images.shape)}, but this Conv4 was built for (batch, "
+                f"{', '.join(map(str, self.item_shape))}). Pass `in_channels` and `image_size` of your images to it, "
+                "or scale the images."
+            )
         return self.classifier(self.blocks(images))
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from hypertorch import tree
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Learner
+from hypertorch.fewshot.learners.base import Learner, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.fewshot.learners.step_sizes import LOG_LR, LearnLR, learnt_step_size
-from hypertorch.functional import FunctionalModule
+from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -53,6 +53,7 @@ class HyperRepresentation(Learner):
 
     Raises:
         ValueError: if `way` is below 1, or `learn_lr` does not fit.
+        IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong.
 
     References:
         Franceschi, Frasconi, Salzo, Grazzi and Pontil (2018), Bilevel programming for hyperparameter optimization and
@@ -76,6 +77,7 @@ class HyperRepresentation(Learner):
                 f"`learn_lr` is {learn_lr!r}, but the head's size is known only with the features: it has one step "
                 "size, or one per step. Use None, 'one' or 'step'."
             )
+        refuse_untracked_statistics(backbone)
         self._fit = FunctionalModule(copy.deepcopy(backbone).train())
         self._predict = FunctionalModule(copy.deepcopy(backbone).eval())
         self._way = way
@@ -111,6 +113,7 @@ class HyperRepresentation(Learner):
             hparams: trained outer variables.
             support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
         """
+        check_examples(support, "support")
 
         def outputs(inputs: Tensor) -> Tensor:
             unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])
@@ -123,6 +126,7 @@ class HyperRepresentation(Learner):
 
     def _features_of_one(self, hparams: TensorDict, episode: Episode) -> TensorDict:
         """Returns support and query features of one episode, with its labels: the context of the inner loop."""
+        check_hparams_of("HyperRepresentation", hparams, self._initial)
         weights = {name: value for name, value in hparams.items() if not name.startswith(LOG_LR)}
         support, query = episode.support.inputs, episode.query.inputs
         if self._fit.buffers:
@@ -142,8 +146,8 @@ class HyperRepresentation(Learner):
 
     def _features(self, hparams: TensorDict, episode: Episode) -> TensorDict:
         """Returns the context of a batch of episodes."""
-        if self._fit.buffers:
-            # Statistics stored in place cannot differ between tasks under vmap.
+        if self._fit.buffers or len(episode.support.inputs) == 1:
+            # Statistics stored in place cannot differ between tasks under vmap; and one task needs none.
             tasks = range(len(episode.support.inputs))
             each = [self._features_of_one(hparams, tree.map_batch(itemgetter(task), episode)) for task in tasks]
             return {name: torch.stack([context[name] for context in each]) for name in each[0]}

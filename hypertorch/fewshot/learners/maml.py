@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Learner
+from hypertorch.fewshot.learners.base import Learner, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
-from hypertorch.functional import FunctionalModule
+from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -37,7 +37,8 @@ class MAML(Learner):
         objective: loss and figures of support and query; classification by default.
 
     Raises:
-        ValueError: if `learn_lr` does not fit the dynamics.
+        ValueError: if `learn_lr` does not fit the dynamics, or the network has nothing to train.
+        IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
 
     References:
         Finn, Abbeel and Levine (2017), algorithms 1 and 2; Li et al. (2017), Meta-SGD (learnt step sizes);
@@ -53,12 +54,17 @@ class MAML(Learner):
         learn_lr: LearnLR = None,
         objective: Objective | None = None,
     ) -> None:
+        refuse_untracked_statistics(network)
         self._fit = FunctionalModule(copy.deepcopy(network).train())
         self._predict = FunctionalModule(copy.deepcopy(network).eval())
         self._objective = objective or Classification()
         self._num_steps = num_steps
         initial = self._fit.init_params()
         initialisation = {name: initial[name] for name in self._fit.trained_names()}
+        if not initialisation:
+            raise ValueError(
+                "`network` has no trainable parameter: there is nothing to learn or adapt. Set `requires_grad` on some."
+            )
         self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
         self._initial: TensorDict = {**initialisation, **step_sizes}
 
@@ -69,7 +75,7 @@ class MAML(Learner):
     def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
         """Returns the bilevel problem of a batch of episodes."""
         return BilevelProblem(
-            _Support(self._fit, self._objective, episode.support),
+            _Support(self._fit, self._objective, episode.support, self._initial),
             _Query(self._predict, self._objective, episode.query, self._initial),
             dynamics=self._dynamics,
             num_steps=self._num_steps,
@@ -83,6 +89,7 @@ class MAML(Learner):
             hparams: trained outer variables.
             support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
         """
+        check_examples(support, "support")
         params = unroll(self.problem(Episode(support, support), None), hparams).params
         return lambda inputs: self._predict(params, inputs).detach()
 
@@ -94,11 +101,13 @@ class _Support(InnerProblem):
     network: FunctionalModule
     objective: Objective
     support: Examples
+    initial: TensorDict
 
     def __post_init__(self) -> None:
         self.buffers = self.network.buffers
 
     def init_params(self, hparams: TensorDict) -> TensorDict:
+        check_hparams_of("MAML", hparams, self.initial)
         trained = {name: hparams[name] for name in self.network.trained_names()}
         some = next(iter(trained.values()))
         stored = {name: value.to(some.device) for name, value in self.network.module.named_buffers()}

@@ -39,7 +39,16 @@ class Classification(Objective):
     label_smoothing: float = 0.0
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean cross-entropy (unit: nats)."""
+        """Returns the mean cross-entropy (unit: nats).
+
+        Raises:
+            ValueError: if there is not one row of logits per label.
+        """
+        if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"`outputs` have shape {tuple(outputs.shape)} for labels of shape {tuple(targets.shape)}: "
+                "classification needs one row of logits per label. End the network with a layer of `way` outputs."
+            )
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> TensorDict:

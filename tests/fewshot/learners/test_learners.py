@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
+from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.backbones import MLP, Conv4
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 from hypertorch.fewshot.learners import MAML, HyperRepresentation, Learner, Regression
@@ -114,6 +115,7 @@ def test_the_representation_is_computed_once_per_episode(monkeypatch: pytest.Mon
     monkeypatch.setattr(Conv4, "forward", lambda self, images: (calls.append(len(images)), forward(self, images))[1])
     source = learner("hyper_representation").on(Blobs(num_tasks=2))
     problem = source.at(0).with_task_route("loop")
+    calls.clear()
     ht.hypergradient(problem, source.init_hparams(), backend=Reverse())
     assert calls == [18, 18]  # support and query of each episode together, whatever the number of inner steps
 
@@ -179,7 +181,7 @@ def test_a_new_learner_is_a_few_lines() -> None:
             return ht.BilevelProblem(Means(), Distance(episode), dynamics=SGD(lr=1.0), num_steps=0, num_tasks=num_tasks)
 
         def adapt(self, hparams: TensorDict, support: Examples) -> Callable[[Tensor], Tensor]:
-            raise AssertionError
+            return lambda inputs: torch.zeros(len(inputs), 3)
 
     class Means(ht.InnerProblem):
         def init_params(self, hparams: TensorDict) -> TensorDict:
@@ -209,9 +211,66 @@ def test_a_new_learner_is_a_few_lines() -> None:
     assert check.passed, str(check)
 
 
+@pytest.mark.parametrize("kind", ["maml", "hyper_representation"])
+def test_outer_variables_of_another_network_are_refused(kind: str) -> None:
+    made = learner(kind)
+    hparams = made.init_hparams()
+    episode = Blobs(num_tasks=1).at(0)
+    support = Examples(episode.support.inputs[0], episode.support.targets[0])
+    name = next(iter(hparams))
+    with pytest.raises(ValueError, match="`hparams` of .* lacks .*Pass all entries"):
+        made.adapt({key: value for key, value in hparams.items() if key != name}, support)(support.inputs)
+    with pytest.raises(ValueError, match=r"has shape \(2,\), but the model has .*trained with another network"):
+        made.adapt({**hparams, name: torch.zeros(2, dtype=torch.float64)}, support)(support.inputs)
+
+
+@pytest.mark.parametrize("kind", ["maml", "hyper_representation"])
+def test_episodes_that_do_not_fit_are_refused(kind: str) -> None:
+    made = learner(kind)
+    with pytest.raises(ValueError, match=r"`images` have shape \(\d+, 2, 4, 4\).*built for \(batch, 1, 4, 4\)"):
+        made.on(Blobs(item=(2, 4, 4)))
+    with pytest.raises(ValueError, match=r"labels 0 to 4, which the learner cannot work on"):
+        made.on(Blobs(way=5))
+    with pytest.raises(ValueError, match="`episodes` have 2 classes, but the learner has 3 outputs"):
+        made.on(Blobs(way=2))
+    with pytest.raises(ValueError, match=r"`support` has inputs of shape .*Drop a tasks axis"):
+        made.adapt(made.init_hparams(), Examples(torch.zeros(2, 6, 1, 4, 4), torch.zeros(6, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("kind", ["maml", "hyper_representation"])
+def test_norms_that_drop_a_derivative_are_refused(kind: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    leaf = MAML if kind == "maml" else HyperRepresentation
+    with pytest.raises(IncompatibleBackendError, match="`1` is a BatchNorm2d with running statistics.*Use"):
+        leaf(network, dynamics=SGD(lr=0.1), num_steps=1)
+
+
+@pytest.mark.parametrize("kind", ["maml", "hyper_representation"])
+def test_recurrent_networks_run_by_themselves(kind: str) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x)[0][:, -1]
+
+    torch.manual_seed(0)
+    network, dynamics = Recurrent().double(), SGD(lr=0.2)
+    made = (
+        MAML(network, dynamics=dynamics, num_steps=2)
+        if kind == "maml"
+        else HyperRepresentation(network, way=3, dynamics=dynamics, num_steps=2)
+    )
+    source = made.on(Blobs(item=(4, 4)))
+    check = ht.check_hypergradient(source.at(0), source.init_hparams(), Reverse(), num_directions=1, step_size=1e-4)
+    assert check.passed, str(check)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MAML(nn.Flatten(), dynamics=SGD(lr=0.1), num_steps=1), "`network` has no trainable parameter"),
         (lambda: learner("maml", learn_lr="layer"), "`learn_lr` is 'layer'.*'one', 'step'"),
         (lambda: learner("hyper_representation", learn_lr="parameter"), "`learn_lr` is 'parameter', but the head"),
         (
