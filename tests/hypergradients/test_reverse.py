@@ -216,3 +216,17 @@ def test_more_steps_between_checkpoints_than_there_are_steps_is_refused() -> Non
     problem = net_problem(ht.dynamics.SGD(lr=0.3), {}, num_steps=5)
     with pytest.raises(IncompatibleBackendError, match=r"checkpoint_every=6.* `num_steps` = 5.*Use at most"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=6))
+
+
+def test_noise_differs_between_inner_steps_and_is_repeatable() -> None:
+    class Noisy(ForgetfulInner):
+        def batch(self, step: int) -> Batch:
+            return None
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            return (params["w"] * hparams["c"]).sum() + torch.randn((), dtype=F64)
+
+    problem = ht.BilevelProblem(Noisy(), ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.0), num_steps=4)
+    first, again = (ht.unroll(problem, problem.init_hparams()).inner_losses for _ in range(2))
+    assert len(set(first.tolist())) == 4
+    assert torch.equal(first, again)
