@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -269,3 +270,21 @@ def test_the_check_takes_one_route_for_a_model_with_noise() -> None:
     problem = task_problem(module, item=(1, 4, 4), num_tasks=3)
     check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(), num_directions=1)
     assert check.passed, str(check)
+
+
+def test_warm_starts_give_every_task_its_own_state() -> None:
+    problem = task_problem(net("ours, running"), item=(1, 4, 4), num_tasks=4, num_steps=2, warm_start=True)
+    hparams = problem.init_hparams()
+    results = {}
+    names = [name for name in hparams if name != "lr"]
+    allowed = dataclasses.replace(problem, allow_unused=tuple(names))
+    for route, chunk in (("vmap", None), ("vmap", 3), ("loop", None)):
+        routed = dataclasses.replace(allowed, task_route=route, task_chunk=chunk)
+        first = ht.hypergradient(routed, hparams, backend=Reverse())
+        results[route, chunk] = ht.hypergradient(routed, hparams, backend=Reverse(), carry=first.carry, outer_step=1)
+    expected = results["vmap", None]
+    assert int(expected.carry["index"]) == 4
+    for other in results.values():
+        torch.testing.assert_close(other.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=1e-13)
+        for name, value in expected.carry.items():
+            torch.testing.assert_close(other.carry[name], value, rtol=1e-10, atol=1e-13)

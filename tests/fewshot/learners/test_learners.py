@@ -283,3 +283,16 @@ def test_recurrent_networks_run_by_themselves(kind: str) -> None:
 def test_wrong_arguments_are_explained(make: Callable[[], Learner], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("statistics", ["episode", "running"])
+def test_features_are_centred_and_scaled_by_the_support_set(statistics: str) -> None:
+    made = learner("hyper_representation", statistics)
+    support = Blobs(num_tasks=1).at(0).support
+    problem = made.problem(Episode(support, support), 1)
+    assert problem.context is not None
+    context = problem.context(made.init_hparams(), Episode(support, support))
+    features = context["support"][0]
+    torch.testing.assert_close(features.mean(0), torch.zeros_like(features[0]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(features.square().sum(1).mean(), torch.ones((), dtype=torch.float64))
+    torch.testing.assert_close(context["query"], context["support"])
