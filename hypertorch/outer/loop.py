@@ -98,6 +98,12 @@ class OuterLoop:
     def __post_init__(self) -> None:
         _check_kind("source", self.source, ProblemSource, "a `BilevelProblem` or `learner.on(episodes)`")
         _check_kind("backend", self.backend, Hypergradient, "for example `ht.hypergradients.Reverse()`")
+        if not callable(self.optimizer):
+            raise TypeError(
+                f"`optimizer` is a {type(self.optimizer).__name__}, which is made already: the loop owns the outer "
+                "variables and makes the optimizer of them. Pass a class with its settings bound, for example "
+                "`functools.partial(torch.optim.Adam, lr=1e-3)`."
+            )
         for pattern, constraint in (self.constraints or {}).items():
             _check_kind(f"constraints[{pattern!r}]", constraint, Constraint, "for example `ht.Positive()`")
         for position, logger in enumerate(self.loggers):

@@ -414,3 +414,9 @@ def test_memory_is_flat_over_outer_steps() -> None:
     make_loop(optimizer=optimizer, loggers=[Measuring()], validation=validation, log_every=10).run(40)
     assert len(measured) == 4
     assert len(set(measured)) == 1
+
+
+def test_an_optimizer_that_is_made_already_is_refused() -> None:
+    made = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(TypeError, match=r"`optimizer` is a Adam, which is made already.*functools\.partial"):
+        make_loop(optimizer=made)
