@@ -177,7 +177,13 @@ FAILURES = {
         ("experiment=maml", "dynamics.lr=1e38", "learner.num_steps=3"),
         ["NaN or infinity", "inner step"],
     ),
-    "resume without a run": (("resume=true",), ["`resume` is True", "no run of the same command"]),
+    "resume without a run": (("resume=true",), ["error: `resume` is True", "no run of the same command", "start anew"]),
+    "hyperparameter that does nothing": (
+        ("experiment=maml", "learner.num_steps=0", "learner.learn_lr=one"),
+        ["`hparams['log_lr']` does not reach the outer loss"],
+    ),
+    "network for other images": (("task.in_channels=3",), ["`images` have shape", "`in_channels`"]),
+    "network for other classes": (("experiment=maml", "backbone.way=3"), ["labels 0 to 4", "cannot work on"]),
     "resume of a folder without a run": (
         ("resume=true", "paths.run_dir=new"),
         ["`paths.run_dir` is", "no run to go on"],
