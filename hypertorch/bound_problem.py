@@ -81,7 +81,7 @@ class BoundProblem:
         outer_batch, carry = self._outer_batch, self._carry
         if task_slice is not None:
             outer_batch = task_slice.take(outer_batch)
-            carry = {name: value if name == "index" else task_slice.take(value) for name, value in carry.items()}
+            carry = {name: value if _is_shared(name) else task_slice.take(value) for name, value in carry.items()}
         return InnerLoop(
             self.problem,
             outer_batch=outer_batch,
@@ -94,7 +94,7 @@ class BoundProblem:
 
 
 def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> TensorDict:
-    """Returns tensors of all tasks from those of their slices; `index` of a carry is the same for all.
+    """Returns tensors of all tasks from those of their slices; the shared entries of a carry are the same for all.
 
     Args:
         parts: one dictionary per slice, in the form that the slice was run in.
@@ -105,7 +105,7 @@ def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> Tenso
 
     def join(name: str) -> Tensor:
         values = [part[name] for part in parts]
-        if name == "index":
+        if _is_shared(name):
             return values[0]
         return torch.cat(
             [
@@ -115,3 +115,8 @@ def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> Tenso
         )
 
     return {name: join(name) for name in parts[0]}
+
+
+def _is_shared(name: str) -> bool:
+    """Returns whether an entry of a carry has no tasks axis."""
+    return name == "index" or name.startswith("shared.")

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
-from hypertorch.derivatives import InnerLoss
+from hypertorch.derivatives import GradientRoute, InnerLoss
 from hypertorch.dynamics.hyper import check_settings
-from hypertorch.noise import seed_generators
+from hypertorch.noise import mix, seed_generators
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
 from hypertorch.types import Batch, TensorDict
 
-INIT, OUTER, CONTEXT = -1, -2, -3  # positions of noise beside the inner steps, which count from 0
+INIT, OUTER, CONTEXT, MAP, BACKEND = -1, -2, -3, -4, -5  # positions of noise beside the inner steps, which count from 0
 
 
 class InnerState(NamedTuple):
@@ -53,13 +53,15 @@ class Cost:
 
     Attributes:
         steps: inner steps evaluated, replays included.
-        vjps: inner steps differentiated in reverse mode.
+        vjps: inner steps differentiated in reverse mode, once for every cotangent.
+        jvps: inner steps differentiated in forward mode, once for every tangent.
         stored_states: most inner states kept at once.
         graph_steps: most inner steps whose graph was kept at once.
     """
 
     steps: int = 0
     vjps: int = 0
+    jvps: int = 0
     stored_states: int = 0
     graph_steps: int = 0
 
@@ -67,6 +69,7 @@ class Cost:
         return Cost(
             steps=self.steps + other.steps,
             vjps=self.vjps + other.vjps,
+            jvps=self.jvps + other.jvps,
             stored_states=max(self.stored_states, other.stored_states),
             graph_steps=max(self.graph_steps, other.graph_steps),
         )
@@ -81,6 +84,13 @@ class InnerLoop:
     Attributes:
         num_steps: the horizon (unit: steps).
         has_step_loss: whether the outer loss has terms at inner steps.
+        has_buffers: whether untrained buffers (running statistics) are carried along with the params.
+        has_tasks_axis: whether the tensors of the state have a leading tasks axis.
+        first_task: position of this loop's first task in the batch.
+        is_warm_started: whether the next run starts from this run's last state.
+        dynamics: the inner optimiser.
+        device: of the noise.
+        first_index: index of the first step, counted since the state was made (unit: steps).
         cost: what was done so far, counted.
         inner_losses: the inner loss before each step taken so far, replays included, of shape `()` or `(tasks,)`.
 
@@ -107,17 +117,22 @@ class InnerLoop:
     ) -> None:
         self.num_steps = problem.num_steps
         self.has_step_loss = problem.outer.has_step_loss
+        self.has_buffers = bool(problem.inner.buffers)
+        self.is_warm_started = problem.warm_start
+        self.dynamics = problem.dynamics
+        self.first_task = 0 if task_slice is None else task_slice.start
         self.cost = Cost()
         self.inner_losses: list[Tensor] = []
         self._tracked_buffers: frozenset[str] = frozenset()
         self._problem = problem
         self._outer_batch = outer_batch
         self._task_slice = task_slice
-        self._noise_key = (problem.seed, outer_step, 0 if task_slice is None else task_slice.start)
+        self._noise_key = (problem.seed, outer_step, self.first_task)
         self.device = device
         self._carry = carry
         self.first_index = int(carry["index"]) if carry else 0
         num_tasks = None if task_slice is None else task_slice.num_tasks
+        self.has_tasks_axis = num_tasks is not None
         self._init = lift(lambda _, hparams, __: problem.inner.init_params(hparams), num_tasks, per_task)
         self._inner = lift(self._inner_loss, num_tasks, per_task)
         self._outer = lift(self._outer_loss, num_tasks, per_task)
@@ -133,31 +148,84 @@ class InnerLoop:
         params = self._init({}, hparams, None)
         problem = self._problem
         check_params(params, problem.inner.buffers, problem.num_steps)
-        trained = self._trained(params)
+        trained = self.trained(params)
         check_settings(
             type(problem.dynamics).__name__, problem.dynamics.settings(), list(trained), hparams, problem.num_steps
         )
         return InnerState(params, problem.dynamics.init(trained, hparams) if problem.num_steps else {})
 
-    def step(self, state: InnerState, hparams: TensorDict, step: int) -> InnerState:
+    def step(
+        self, state: InnerState, hparams: TensorDict, step: int, route: GradientRoute = "differentiable"
+    ) -> InnerState:
         """Returns the inner state after a step of the horizon, `s_t = Phi_t(s_{t-1}, hparams)`."""
-        return self.step_and_loss(state, hparams, step)[0]
+        return self.step_and_loss(state, hparams, step, route)[0]
 
-    def step_and_loss(self, state: InnerState, hparams: TensorDict, step: int) -> tuple[InnerState, Tensor | None]:
+    def step_and_loss(
+        self, state: InnerState, hparams: TensorDict, step: int, route: GradientRoute = "differentiable"
+    ) -> tuple[InnerState, Tensor | None]:
         """Returns the state after a step, and the inner loss before it, shape `()` or `(tasks,)`."""
+        loss = self.bound_loss(state, step, route)
+        new_state = self.apply(loss, state, hparams, step)
+        self.count_step(loss)
+        return new_state, loss.value
+
+    def bound_loss(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
+        """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded."""
         index = self.first_index + step
-        batch = self._inner_batch(index)
-        buffers = {name: state.params[name] for name in self._problem.inner.buffers}
-        loss = InnerLoss(self._inner, buffers, batch)
+        loss = InnerLoss(self._inner, self._buffers(state), self._inner_batch(index), route)
         self._seed(index)
-        params, dynamics = self._problem.dynamics.step(
-            loss, self._trained(state.params), state.dynamics, hparams, index
+        return loss
+
+    def apply(self, loss: InnerLoss, state: InnerState, hparams: TensorDict, step: int) -> InnerState:
+        """Returns the state after a step whose loss is bound already; nothing is counted or kept."""
+        params, dynamics = self.dynamics.step(
+            loss, self.trained(state.params), state.dynamics, hparams, self.first_index + step
         )
-        self.cost.steps += 1
-        if loss.value is not None:
-            self.inner_losses.append(loss.value)
+        return InnerState({**params, **loss.new_buffers} if self.has_buffers else params, dynamics)
+
+    def count_step(self, loss: InnerLoss) -> None:
+        """Counts a step and keeps the value of its loss; not for losses inside a transform of `torch.func`."""
         self._tracked_buffers |= loss.tracked_buffers
-        return InnerState({**params, **loss.new_buffers} if buffers else params, dynamics), loss.value
+        self.count_value(loss.value)
+
+    def count_value(self, value: Tensor | None) -> None:
+        """Counts a step and keeps the value of its loss, shape `()` or `(tasks,)`."""
+        self.cost.steps += 1
+        if value is not None:
+            self.inner_losses.append(value)
+
+    def map_loss(self, state: InnerState, route: GradientRoute = "differentiable") -> InnerLoss:
+        """Returns the inner loss whose minimum is the inner solution, its data and the state's buffers bound.
+
+        The data is `InnerProblem.full_batch`, or that of the last inner step.
+        """
+        inner = self._problem.inner
+        batch = self._own_tasks(inner.full_batch()) if inner.has_full_batch else self._inner_batch(self._last_index)
+        loss = InnerLoss(self._inner, self._buffers(state), batch, route)
+        self._seed(MAP)
+        return loss
+
+    def map_step(self, state: InnerState, hparams: TensorDict, route: GradientRoute = "differentiable") -> InnerState:
+        """Returns the state after the last step's rule is applied once more, to the loss of the inner solution."""
+        loss = self.map_loss(state, route)
+        new_state = self.apply(loss, state, hparams, self._last_index - self.first_index)
+        self.count_step(loss)
+        return new_state
+
+    def trained(self, params: TensorDict) -> TensorDict:
+        """Returns the params that are trained, without the untrained buffers."""
+        if not self.has_buffers:
+            return params
+        return {name: value for name, value in params.items() if name not in self._problem.inner.buffers}
+
+    def carried(self, prefix: str) -> TensorDict:
+        """Returns the entries `prefix.name` of the carry that this run started with; empty for a fresh start."""
+        return tree.without_prefix(prefix, self._carry)
+
+    def generator(self, *position: int) -> torch.Generator:
+        """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
+        seed, outer_step, _ = self._noise_key
+        return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
 
     def leaves(self, state: InnerState) -> InnerState:
         """Returns a state cut from its graph, as leaves that a derivative can be taken in, for a step to run again.
@@ -211,16 +279,22 @@ class InnerLoop:
             "index": torch.tensor(self.first_index + self.num_steps),
         }
 
-    def _trained(self, params: TensorDict) -> TensorDict:
-        buffers = self._problem.inner.buffers
-        return {name: value for name, value in params.items() if name not in buffers} if buffers else params
+    @property
+    def _last_index(self) -> int:
+        return self.first_index + max(self.num_steps - 1, 0)
+
+    def _buffers(self, state: InnerState) -> TensorDict:
+        return {name: state.params[name] for name in self._problem.inner.buffers}
 
     def _inner_batch(self, index: int) -> Batch:
         batch = self._problem.inner.batch(index)
+        return self._own_tasks(batch, check=index == self.first_index)
+
+    def _own_tasks(self, batch: Batch, *, check: bool = True) -> Batch:
         if self._task_slice is None or batch is None:
             return batch
         assert self._problem.num_tasks is not None
-        if index == self.first_index:
+        if check:
             check_tasks_axis("InnerProblem.batch", batch, self._problem.num_tasks)
         return self._task_slice.take(batch)
 

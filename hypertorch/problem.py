@@ -42,6 +42,18 @@ class InnerProblem(ABC):
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor | tuple[Tensor, TensorDict]:
         """Returns the scalar inner loss, or the loss and the new values of the `buffers`."""
 
+    def full_batch(self) -> Batch:
+        """Returns the data that defines the inner solution, for backends that differentiate at it alone.
+
+        Unless overridden they take the batch of the last inner step.
+        """
+        raise TypeError("this inner problem names no data of its solution")
+
+    @property
+    def has_full_batch(self) -> bool:
+        """Whether the problem names the data of its solution."""
+        return type(self).full_batch is not InnerProblem.full_batch
+
 
 class OuterProblem(ABC):
     """The problem that judges the trained params: outer variables, held-out data and the loss `E(params, hparams)`."""
@@ -102,7 +114,8 @@ class BilevelProblem(ProblemSource):
             losses, and may be integers. With tasks, each entry has a leading tasks axis, and row `i` must depend on
             row `i` of the outer batch only, since tasks may be run in chunks.
         shared_context: names of context entries without a tasks axis.
-        allow_unused: names of hparams that may have no path to the outer loss; they get zeros.
+        allow_unused: names of hparams that may have no path to the outer loss, or none that the backend follows; they
+            get zeros.
         task_route: how tasks are run: "vmap", "loop", or "auto" for the faster by a measurement. Noise that the model
             draws itself (dropout) differs between the two; name one where bits must not depend on a measurement.
         task_chunk: tasks run at once under "vmap" (memory is proportional to it); None for all.

@@ -10,9 +10,11 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.derivatives import vjp
-from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
-from hypertorch.hypergradients.base import Hypergradient, HypergradientResult
+from hypertorch.errors import NonFiniteError
+from hypertorch.hypergradients.base import BlackBox, Hypergradient, HypergradientResult
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
+from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
+from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.inner_loop import Cost
 from hypertorch.problem import BilevelProblem, TaskRoute
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
@@ -45,13 +47,15 @@ def hypergradient(
         TypeError: if an argument is of the wrong kind.
         ValueError: if the problem's functions return what they must not (each message names the function).
         DetachedHyperparameterError: if a hyperparameter has no path to the outer loss and is not in `allow_unused`.
-        IncompatibleBackendError: if the backend cannot serve the problem.
+        IncompatibleBackendError: if the backend cannot serve the problem, or drops every path from a hyperparameter.
         NonFiniteError: if NaN or infinity appears; names the inner step and the entry.
     """
     run = _Run(problem, hparams, backend, outer_step, carry)
     slices = list(task_slices(problem, run.task_route()))
     parts = run.over(slices)
-    grads = _filled(run.mean_grads(parts), hparams, problem.allow_unused)
+    found = run.mean_grads(parts)
+    check_reachability(backend, found, problem.allow_unused, run.probe(slices))
+    grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / run.total_weight(parts)
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
         raise run.explain_non_finite(slices, grads)
@@ -61,6 +65,7 @@ def hypergradient(
         params=join_tasks([part.params for part in parts], slices),
         stats=sum((part.cost for part in parts), Cost()),
         carry=join_tasks([part.carry for part in parts], slices),
+        figures=join_tasks([part.figures for part in parts], slices),
     )
 
 
@@ -82,6 +87,7 @@ class _Part:
     outer_loss: Tensor
     params: TensorDict
     carry: TensorDict
+    figures: TensorDict
     cost: Cost
     inner_losses: Tensor
     weight: int
@@ -111,22 +117,42 @@ class _Run:
     def over(self, slices: list[TaskSlice | None]) -> list[_Part]:
         """Returns the results of these slices, one after the other."""
         with self._bound.execution():
-            return [self._slice(item) for item in slices]
+            return [self._slice(item, self._backend) for item in slices]
 
-    def _slice(self, task_slice: TaskSlice | None) -> _Part:
+    def probe(self, slices: list[TaskSlice | None]) -> Probe:
+        """Returns what finds out which hyperparameters reach the outer loss."""
+        problem = self._bound.problem
+        if isinstance(self._backend, BlackBox):
+            return cached_probe(
+                problem, "values", self._hparams, lambda: moved_by_values(self._bound, self._hparams, slices)
+            )
+        return cached_probe(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
+
+    def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
+        reached: set[str] = set()
+        with self._bound.execution():
+            for item in slices:
+                if reached == self._hparams.keys():
+                    break
+                part = self._slice(item, Reverse(checkpoint_every="sqrt"))
+                reached |= {name for name, value in part.grads.items() if value is not None}
+        return frozenset(reached)
+
+    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> _Part:
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
             context = self._bound.context(leaves, task_slice)
         loop = self._bound.loop(task_slice, context)
         variables = {**leaves, **tree.leaves_requiring_grad(context)}
-        result = self._backend.compute(loop, variables)
+        result = backend.compute(loop, variables)
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
         chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)
         return _Part(
             grads={name: tree.add_optional(result.grads[name], chained[name]) for name in leaves},
             outer_loss=result.outer_loss,
             params=result.state.params,
-            carry=loop.carry_after(result.state),
+            carry={**loop.carry_after(result.state), **result.carry},
+            figures=result.figures,
             cost=loop.cost,
             inner_losses=torch.stack(loop.inner_losses) if loop.inner_losses else result.outer_loss,
             weight=1 if task_slice is None else task_slice.stop - task_slice.start,
@@ -156,23 +182,6 @@ class _Run:
                 if found is not None:
                     return found
         return non_finite_hypergradient(grads)
-
-
-def _filled(grads: dict[str, Tensor | None], hparams: TensorDict, allow_unused: tuple[str, ...]) -> TensorDict:
-    """Returns the hypergradient with zeros for the hyperparameters that may be unused.
-
-    Raises:
-        DetachedHyperparameterError: if another one has no path to the outer loss.
-    """
-    detached = [name for name, value in grads.items() if value is None and name not in allow_unused]
-    if detached:
-        raise DetachedHyperparameterError(
-            f"`hparams[{detached[0]!r}]` does not reach the outer loss"
-            + (f" (nor do {detached[1:]})" if detached[1:] else "")
-            + ": its hypergradient would be a silent zero. Use it in `init_params`, in a loss or in the dynamics, "
-            "without `.detach()`, `.item()` or `torch.no_grad()`; or list it in `allow_unused`."
-        )
-    return {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in grads.items()}
 
 
 def _check_allow_unused(problem: BilevelProblem, hparams: TensorDict) -> None:

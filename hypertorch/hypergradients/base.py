@@ -19,15 +19,24 @@ class BackendResult:
         grads: the derivative of the outer loss in each variable; None where there is no path to it.
         outer_loss: scalar, the mean over the loop's tasks.
         state: the last inner state.
+        figures: what the backend has to say about its own accuracy, each of shape `()` or `(tasks,)`.
+        carry: what the backend itself must keep for the next outer step. Names that begin with `shared.` have no
+            tasks axis; `params.`, `dynamics.` and `index` belong to the inner state.
     """
 
     grads: dict[str, Tensor | None]
     outer_loss: Tensor
     state: InnerState
+    figures: TensorDict = field(default_factory=dict)
+    carry: TensorDict = field(default_factory=dict)
 
 
 class Hypergradient(ABC):
-    """A way to compute the hypergradient; leaves are frozen dataclasses of settings and hold no state."""
+    """A way to compute the hypergradient; leaves are frozen dataclasses of settings and hold no state.
+
+    In the grads of `compute`, None says that the backend follows no path from a variable to the outer loss: there is
+    none, or the backend drops it; the front door finds out which. A backend that cannot tell is a `PathBlind`.
+    """
 
     @abstractmethod
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
@@ -42,6 +51,27 @@ class Hypergradient(ABC):
         """
 
 
+class PathBlind(Hypergradient):
+    """A marker: the backend answers zeros, not None, where a variable does not reach the outer loss (forward mode).
+
+    Where such a zero appears, the front door asks reverse mode, once for each problem, whether there is a path.
+    """
+
+
+class RandomDirections(PathBlind):
+    """A marker: the backend answers noise where a variable does not reach the outer loss.
+
+    The front door asks reverse mode, once for each problem, which variables do.
+    """
+
+
+class BlackBox(PathBlind):
+    """A marker: the backend sees values only, and answers noise where a variable does not change them.
+
+    The front door moves every variable, once for each problem, to see which ones do.
+    """
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HypergradientResult:
     """The hypergradient at one outer step, as values without a graph.
@@ -52,6 +82,8 @@ class HypergradientResult:
         params: the last params, with a leading tasks axis if the problem has tasks.
         stats: steps, vjps and stored states, counted; for one slice of tasks at a time.
         carry: what must survive to the next outer step; empty unless the problem is warm-started.
+        figures: what the backend says about its own accuracy (the residual of a linear solve, say), each of shape
+            `()` or `(tasks,)`; most backends say nothing.
     """
 
     grads: TensorDict
@@ -59,3 +91,4 @@ class HypergradientResult:
     params: TensorDict
     stats: Cost
     carry: TensorDict = field(default_factory=dict)
+    figures: TensorDict = field(default_factory=dict)
