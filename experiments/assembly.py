@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,16 +105,30 @@ def build_scheduler(
 
 
 def build_learner(config: DictConfig, **changes: Any) -> Learner:
-    """Returns the learner with its network, on the chosen device; the same seed gives the same weights.
+    """Returns the learner as it is evaluated, on the chosen device; the same seed gives the same weights.
 
     Args:
         config: the configuration.
-        changes: arguments of the learner other than the configured.
+        changes: arguments of the learner other than the configured; those that it does not take are left out.
     """
+    steps = config.evaluation.num_steps
+    return _build_learner(config, {**({} if steps is None else {"num_steps": steps}), **changes})
+
+
+def build_training_learner(config: DictConfig) -> Learner:
+    """Returns the learner as it is trained: on episodes of `training.way` classes, where that is set."""
+    return _build_learner(config, {} if config.training.way is None else {"way": config.training.way})
+
+
+def _build_learner(config: DictConfig, changes: Mapping[str, Any]) -> Learner:
     torch.manual_seed(config.seed)
     network: nn.Module = build(config, "backbone")
     network = network.to(device=chosen_device(config), dtype=chosen_dtype(config))
-    return build(config, "learner", network, dynamics=build(config, "dynamics"), **changes)
+    takes = inspect.signature(make(config, "learner").func).parameters
+    options = {name: value for name, value in changes.items() if name in takes}
+    if "dynamics" in takes:
+        options["dynamics"] = build(config, "dynamics")
+    return build(config, "learner", network, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +157,10 @@ class EpisodeStreams:
     def _stream(self, purpose: str, split: str, seed: int | None = None) -> EpisodeSource:
         config = self.config
         number = len(_STREAMS) * (config.seed if seed is None else seed) + _STREAMS.index(purpose)
-        common = {"seed": number, "dtype": chosen_dtype(config)}
-        if purpose != "train":
+        common: dict[str, Any] = {"seed": number, "dtype": chosen_dtype(config)}
+        if purpose == "train":
+            common |= {name: value for name, value in config.training.items() if value is not None}
+        else:
             common["num_queries"] = config.evaluation.num_queries
         if config.dataset is None:
             return build(config, "episodes", device=chosen_device(config), **common)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop
+from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop, build_training_learner
 from experiments.config_errors import CONFIGS
 from experiments.episode_pictures import draw_episodes
 from experiments.failures import Failures
@@ -47,7 +47,8 @@ def main(config: DictConfig) -> float:
     streams = EpisodeStreams(config=config)
     training, validation = streams.training(), streams.validation()
     learner = build_learner(config)
-    loop = build_outer_loop(config, learner.on(training), learner.on(validation), folder)
+    source = build_training_learner(config).on(training)
+    loop = build_outer_loop(config, source, learner.on(validation), folder)
     trained = loop.run(config.outer_loop.num_outer_steps, resume=folder.resumed)
     reports = evaluate_splits(config, learner, streams, trained)
     write_results(folder.results, results(config, trained, reports))

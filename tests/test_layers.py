@@ -27,6 +27,7 @@ BESIDE = {
     "fewshot.sampler": LAYERS[0],
     "fewshot.datasets": LAYERS[0],
     "fewshot.backbones": LAYERS[0],
+    "fewshot.augmentation": LAYERS[0],
     "fewshot._checks": LAYERS[0],
     "fewshot._random": LAYERS[0],
     "fewshot.learners": sum(LAYERS[:5], ()),
@@ -37,6 +38,7 @@ EPISODES = (
     "fewshot.sampler",
     "fewshot.datasets",
     "fewshot.backbones",
+    "fewshot.augmentation",
     "fewshot._checks",
     "fewshot._random",
 )

@@ -1,21 +1,43 @@
 """Few-shot learning: episodes, data sets, backbones and learners, each learner a bilevel problem."""
 
-from hypertorch.fewshot.backbones import MLP, BatchNorm, Conv4
-from hypertorch.fewshot.datasets import ImageClasses, Omniglot, Sinusoid, StrokeCharacters
+from hypertorch.fewshot.augmentation import Augmentation, Normalisation
+from hypertorch.fewshot.backbones import MLP, BatchNorm, Conv4, ResNet12
+from hypertorch.fewshot.datasets import (
+    CIFARFS,
+    ImageClasses,
+    ImageFolder,
+    MiniImageNet,
+    Omniglot,
+    Sinusoid,
+    StrokeCharacters,
+)
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 from hypertorch.fewshot.learners import (
+    ANIL,
+    IMAML,
     MAML,
+    R2D2,
     Classification,
+    HeadLearner,
     HyperRepresentation,
     Learner,
+    MetaSGD,
+    NetworkLearner,
     Objective,
+    ProtoNet,
     Regression,
+    Reptile,
 )
 from hypertorch.fewshot.sampler import EpisodeSampler
 
 __all__ = [
+    "ANIL",
+    "CIFARFS",
+    "IMAML",
     "MAML",
     "MLP",
+    "R2D2",
+    "Augmentation",
     "BatchNorm",
     "Classification",
     "Conv4",
@@ -23,12 +45,21 @@ __all__ = [
     "EpisodeSampler",
     "EpisodeSource",
     "Examples",
+    "HeadLearner",
     "HyperRepresentation",
     "ImageClasses",
+    "ImageFolder",
     "Learner",
+    "MetaSGD",
+    "MiniImageNet",
+    "NetworkLearner",
+    "Normalisation",
     "Objective",
     "Omniglot",
+    "ProtoNet",
     "Regression",
+    "Reptile",
+    "ResNet12",
     "Sinusoid",
     "StrokeCharacters",
 ]

@@ -16,10 +16,12 @@ from hypertorch.fewshot._checks import (
     check_shot,
     check_step,
 )
+from hypertorch.fewshot.augmentation import Augmentation, Normalisation
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
-from hypertorch.noise import random_words
+from hypertorch.noise import mix, random_words
 
+_AUGMENTATION = 1  # keeps its random stream apart from that of the classes and images
 _LAST_WORD = np.uint64(2**64 - 1)
 
 
@@ -43,7 +45,10 @@ class EpisodeSampler(EpisodeSource):
         num_queries: query images per class, at least 1.
         num_tasks: episodes in a batch, at least 1.
         seed: selects the stream of episodes.
-        dtype: floating-point type of the inputs, whose values lie in [0, 1].
+        dtype: floating-point type of the inputs, whose values lie in [0, 1] before normalisation.
+        augmentation: random changes of every image, for episodes to learn from; None for none. They are drawn by
+            torch's generator of the device: a function of seed and step, but not the same on every device.
+        normalisation: applied last; None for none.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -59,6 +64,8 @@ class EpisodeSampler(EpisodeSource):
     num_tasks: int
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    augmentation: Augmentation | None = None
+    normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.dataset, ImageClasses):
@@ -103,6 +110,7 @@ class EpisodeSampler(EpisodeSource):
         # The parts lie one after the other, so that one gather serves both and each is a contiguous view of the result.
         order = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(images.device)
         inputs = images.index_select(0, order).to(self.dtype).div_(255)
+        inputs = self._changed(inputs.view(-1, *self.dataset.item_shape), step)
         support, query = inputs.split([part.size for part in parts])
         return Episode(self._examples(support, self.shot), self._examples(query, self.num_queries))
 
@@ -131,6 +139,12 @@ class EpisodeSampler(EpisodeSource):
             image_words = np.where(np.arange(largest) < counts[classes][..., None], image_words, _LAST_WORD)
         drawn = np.argsort(image_words, axis=-1, kind="stable")[..., : self.shot + self.num_queries]
         return starts[classes][..., None] + drawn
+
+    def _changed(self, images: Tensor, step: int) -> Tensor:
+        if self.augmentation is not None:
+            generator = torch.Generator(images.device).manual_seed(mix(self.seed, step, _AUGMENTATION) >> 1)
+            images = self.augmentation(images, generator)
+        return images if self.normalisation is None else self.normalisation(images)
 
     def _examples(self, inputs: Tensor, per_class: int) -> Examples:
         labels = torch.arange(self.way, device=inputs.device).repeat_interleave(per_class)

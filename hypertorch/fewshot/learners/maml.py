@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
-from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Learner, check_examples, check_hparams_of
-from hypertorch.fewshot.learners.objectives import Classification, Objective
-from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
-from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
-from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
+from hypertorch.fewshot.learners.network_learner import NetworkLearner
+from hypertorch.fewshot.learners.objectives import Objective
+from hypertorch.fewshot.learners.step_sizes import LearnLR
 from hypertorch.types import TensorDict
-from hypertorch.unroll import unroll
 
 
-class MAML(Learner):
+class MAML(NetworkLearner):
     """All weights are adapted to the support set from an initialisation that is learnt.
 
     Outer variables: the network's weights `theta`, and step sizes where `learn_lr` says so. Inner variables: a copy
     of the weights per episode, `w_0 = theta`, trained on the support set for `num_steps` steps. Outer loss: that of
-    the query set at `w_T`. The network fits in training mode and predicts in evaluation mode; its buffers are carried
-    through the inner loop.
+    the query set at `w_T`. First-order MAML is the same learner under the backend `FirstOrder`.
 
     Cost: per episode, `num_steps` steps on the support set and their second derivatives, one pass over the query set.
 
@@ -33,7 +24,7 @@ class MAML(Learner):
         network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
-        learn_lr: None, or learn the step size: "one", per "step", per "parameter" (Meta-SGD), or "step,parameter".
+        learn_lr: None, or learn the step size: "one", per "step", per "parameter", or "step,parameter".
         objective: loss and figures of support and query; classification by default.
 
     Raises:
@@ -41,8 +32,8 @@ class MAML(Learner):
         IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
 
     References:
-        Finn, Abbeel and Levine (2017), algorithms 1 and 2; Li et al. (2017), Meta-SGD (learnt step sizes);
-        Antoniou, Edwards and Storkey (2019), section 4 (step sizes per step).
+        Finn, Abbeel and Levine (2017), algorithms 1 and 2, and section 5.2 (first order); Antoniou, Edwards and
+        Storkey (2019), section 4 (step sizes per step).
     """
 
     def __init__(
@@ -54,90 +45,12 @@ class MAML(Learner):
         learn_lr: LearnLR = None,
         objective: Objective | None = None,
     ) -> None:
-        refuse_untracked_statistics(network)
-        self._fit = FunctionalModule(copy.deepcopy(network).train())
-        self._predict = FunctionalModule(copy.deepcopy(network).eval())
-        self._objective = objective or Classification()
-        self._num_steps = num_steps
-        initial = self._fit.init_params()
-        initialisation = {name: initial[name] for name in self._fit.trained_names()}
-        if not initialisation:
-            raise ValueError(
-                "`network` has no trainable parameter: there is nothing to learn or adapt. Set `requires_grad` on some."
-            )
-        self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
-        self._initial: TensorDict = {**initialisation, **step_sizes}
+        super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr=learn_lr, objective=objective)
 
-    def init_hparams(self) -> TensorDict:
-        """Returns the network's weights, by their names in the module, and the logarithms of learnt step sizes."""
-        return {name: value.clone() for name, value in self._initial.items()}
+    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns the loss of the support set."""
+        return loss
 
-    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
-        """Returns the bilevel problem of a batch of episodes."""
-        return BilevelProblem(
-            _Support(self._fit, self._objective, episode.support, self._initial),
-            _Query(self._predict, self._objective, episode.query, self._initial),
-            dynamics=self._dynamics,
-            num_steps=self._num_steps,
-            num_tasks=num_tasks,
-        )
-
-    def adapt(self, hparams: TensorDict, support: Examples) -> Callable[[Tensor], Tensor]:
-        """Returns the network with weights fitted to the support set.
-
-        Args:
-            hparams: trained outer variables.
-            support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
-        """
-        check_examples(support, "support")
-        params = unroll(self.problem(Episode(support, support), None), hparams).params
-        return lambda inputs: self._predict(params, inputs).detach()
-
-
-@dataclass(eq=False)
-class _Support(InnerProblem):
-    """Fits the network's weights to support examples, from the learnt initialisation."""
-
-    network: FunctionalModule
-    objective: Objective
-    support: Examples
-    initial: TensorDict
-
-    def __post_init__(self) -> None:
-        self.buffers = self.network.buffers
-
-    def init_params(self, hparams: TensorDict) -> TensorDict:
-        check_hparams_of("MAML", hparams, self.initial)
-        trained = {name: hparams[name] for name in self.network.trained_names()}
-        some = next(iter(trained.values()))
-        stored = {name: value.to(some.device) for name, value in self.network.module.named_buffers()}
-        return {**trained, **stored}
-
-    def batch(self, step: int) -> Examples:
-        return self.support
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
-        outputs, new_buffers = self.network.with_buffers(params, batch.inputs)
-        return self.objective.loss(outputs, batch.targets), new_buffers
-
-
-@dataclass(frozen=True, eq=False)
-class _Query(OuterProblem):
-    """Judges fitted weights on query examples."""
-
-    network: FunctionalModule
-    objective: Objective
-    query: Examples
-    initial: TensorDict
-
-    def init_hparams(self) -> TensorDict:
-        return self.initial
-
-    def batch(self, outer_step: int) -> Examples:
-        return self.query
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
-        return self.objective.loss(self.network(params, batch.inputs), batch.targets)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:
-        return self.objective.metrics(self.network(params, batch.inputs), batch.targets)
+    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns the loss of the query set."""
+        return loss

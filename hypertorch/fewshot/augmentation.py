@@ -1,0 +1,118 @@
+"""Random changes of training images, and their normalisation: batches at once, a pure function of a generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random crop, mirror and colour for images of training episodes; each image is changed on its own.
+
+    Cost: one gather and a few operations for a whole batch of images.
+
+    Args:
+        crop_padding: images are padded by so many zeros on each side and cropped to their size at a random place (unit:
+            pixels); 0 for none.
+        flip: mirror left and right with probability one half.
+        brightness: images are multiplied by a factor drawn from `1 -/+ brightness`, in [0, 1).
+        contrast: the distance of an image from its mean grey is multiplied by a factor from `1 -/+ contrast`, in
+            [0, 1).
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.crop_padding, bool) or not isinstance(self.crop_padding, int) or self.crop_padding < 0:
+            raise ValueError(
+                f"`crop_padding` is {self.crop_padding!r}: images are moved by whole pixels. Pass 0 or more; 4 is "
+                "usual for 32 x 32 pixels."
+            )
+        for name in ("brightness", "contrast"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(
+                    f"`{name}` is {value}: factors are drawn from 1 - {name} to 1 + {name}, and must stay positive. "
+                    "Use a number in [0, 1)."
+                )
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns changed copies.
+
+        Args:
+            images: floats in [0, 1] of shape `(batch, channels, height, width)`.
+            generator: on the images' device; its state is all that the result depends on besides the images.
+        """
+        images = self._moved(images, generator)
+        for name, centre in (("brightness", None), ("contrast", "mean")):
+            strength = getattr(self, name)
+            if strength:
+                factor = 1.0 + strength * (2.0 * _uniform(images, generator) - 1.0)
+                middle = images.mean(dim=(1, 2, 3), keepdim=True) if centre else 0.0
+                images = ((images - middle) * factor + middle).clamp(0.0, 1.0)
+        return images
+
+    def _moved(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Crops and mirrors by one gather of pixels."""
+        if not self.crop_padding and not self.flip:
+            return images
+        batch, _, height, width = images.shape
+        pad, device = self.crop_padding, images.device
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device).expand(batch, -1)
+        if self.flip:
+            mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        shift = torch.randint(2 * pad + 1, (2, batch, 1), generator=generator, device=device)
+        padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+        index = torch.arange(batch, device=device)[:, None, None]
+        moved = padded[index, :, (rows + shift[0])[:, :, None], (columns + shift[1])[:, None, :]]
+        return moved.permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalisation:
+    """Subtracts a mean from every channel and divides by a standard deviation.
+
+    Args:
+        mean: one number per channel.
+        std: one number per channel, above 0.
+
+    Raises:
+        ValueError: if the lengths differ, or a deviation is not above 0.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        # Lists from a config file become tuples, so that nothing can change the checked value.
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0.0:
+            raise ValueError(
+                f"`mean` and `std` are {self.mean} and {self.std}: each channel has one of both, and is divided by the "
+                "second. Give as many of either, the second above 0."
+            )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns normalised images of shape `(batch, channels, height, width)`."""
+        if images.shape[1] not in (1, len(self.mean)) and len(self.mean) != 1:
+            raise ValueError(
+                f"`images` have {images.shape[1]} channels, but `mean` has {len(self.mean)} entries. Give one number "
+                "per channel."
+            )
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def _uniform(images: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device, dtype=images.dtype)

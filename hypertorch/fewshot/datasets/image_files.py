@@ -1,0 +1,94 @@
+"""Decoding image files of any size into equal squares of bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.progress import track
+
+from hypertorch.errors import DatasetError
+from hypertorch.fewshot.datasets.cache import cached_array
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# Part of the cache's key: to be raised whenever the same files would be decoded to other pixels.
+_DECODING = "fit, Lanczos, 1"
+
+
+def is_image(path: Path) -> bool:
+    """Returns whether a file's name is that of an image (and not one of the hidden files that systems add)."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def read_images(
+    name: str,
+    files: Sequence[Path],
+    *,
+    image_size: int,
+    channels: int,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Returns images cropped to a centred square and scaled by Lanczos' filter, from the cache after the first time.
+
+    Cost: about 1 ms per photograph at first, milliseconds in all from the cache. The cache's key holds the path, size
+    and time of every file.
+
+    Args:
+        name: first part of the cache file's name.
+        files: the files, at least one.
+        image_size: height and width of the result (unit: pixels).
+        channels: 1 for grey, 3 for colour.
+        cache_dir: folder of the cache; by default the user's cache folder.
+        progress: shows a bar while decoding.
+
+    Returns:
+        uint8 `(files, channels, image_size, image_size)`.
+
+    Raises:
+        ValueError: if `channels` is neither 1 nor 3.
+        DatasetError: if a file is no readable image.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` is {channels}: images are grey or coloured. Use 1 or 3.")
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    key = f"{image_size} {channels} {_DECODING} Pillow {PIL.__version__} {digest.hexdigest()}"
+
+    def decode_all() -> np.ndarray:
+        images = np.empty((len(files), channels, image_size, image_size), dtype=np.uint8)
+        for image, file in zip(images, track(files, f"Decoding {name}", disable=not progress), strict=True):
+            image[:] = _decode(file, image_size, channels)
+        return images
+
+    return cached_array(name, key, decode_all, cache_dir)
+
+
+def open_image(file: Path, mode: str) -> Image.Image:
+    """Returns a decoded image in a Pillow mode ("L" or "RGB").
+
+    Raises:
+        DatasetError: if the file is no readable image.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises all three
+        raise DatasetError(
+            f"{str(file)!r} is no readable image ({error}): it is damaged, or not what its name says. Copy it again, "
+            "or remove it."
+        ) from error
+
+
+def _decode(file: Path, image_size: int, channels: int) -> np.ndarray:
+    image = open_image(file, "L" if channels == 1 else "RGB")
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

@@ -1,0 +1,158 @@
+"""Learners that adapt all weights of a network in each episode."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot.episodes import Episode, Examples
+from hypertorch.fewshot.learners.base import Learner, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.objectives import Classification, Objective
+from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
+from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
+from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
+from hypertorch.types import TensorDict
+from hypertorch.unroll import unroll
+
+
+class NetworkLearner(Learner):
+    """Abstract: all weights of a network are trained on the support set, from weights that all episodes share.
+
+    Outer variables: the network's weights `theta`, and step sizes where `learn_lr` says so. Inner variables: a copy
+    of the weights per episode, `w_0 = theta`, trained on the support set for `num_steps` steps. A subclass says what
+    the inner and the outer loss are, given those of the objective. The network fits in training mode and predicts in
+    evaluation mode; its buffers are carried through the inner loop.
+
+    Args:
+        network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
+        dynamics: the inner optimiser.
+        num_steps: inner steps (unit: steps).
+        learn_lr: None, or learn the step size: "one", per "step", per "parameter", or "step,parameter".
+        objective: loss and figures of support and query; classification by default.
+
+    Raises:
+        ValueError: if `learn_lr` does not fit the dynamics, or the network has nothing to train.
+        IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, dynamics: Dynamics, num_steps: int, learn_lr: LearnLR, objective: Objective | None
+    ) -> None:
+        refuse_untracked_statistics(network)
+        self._fit = FunctionalModule(copy.deepcopy(network).train())
+        self._predict = FunctionalModule(copy.deepcopy(network).eval())
+        self._objective = objective or Classification()
+        self._num_steps = num_steps
+        initial = self._fit.init_params()
+        initialisation = {name: initial[name] for name in self._fit.trained_names()}
+        if not initialisation:
+            raise ValueError(
+                "`network` has no trainable parameter: there is nothing to learn or adapt. Set `requires_grad` on some."
+            )
+        self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
+        self._initial: TensorDict = {**initialisation, **step_sizes}
+
+    @abstractmethod
+    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns what an episode's weights minimise.
+
+        Args:
+            loss: of the support set at these weights, a scalar.
+            params: the episode's weights.
+            hparams: the outer variables, the shared weights among them under the same names.
+        """
+
+    @abstractmethod
+    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
+        """Returns what the outer variables minimise.
+
+        Args:
+            loss: of the query set at the fitted weights, a scalar.
+            params: the fitted weights.
+            hparams: the outer variables, the shared weights among them under the same names.
+        """
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the network's weights, by their names in the module, and the logarithms of learnt step sizes."""
+        return {name: value.clone() for name, value in self._initial.items()}
+
+    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem of a batch of episodes."""
+        return BilevelProblem(
+            _Support(self, self._fit, self._objective, episode.support, self._initial),
+            _Query(self, self._predict, self._objective, episode.query),
+            dynamics=self._dynamics,
+            num_steps=self._num_steps,
+            num_tasks=num_tasks,
+        )
+
+    def adapt(self, hparams: TensorDict, support: Examples) -> Callable[[Tensor], Tensor]:
+        """Returns the network with weights fitted to the support set.
+
+        Args:
+            hparams: trained outer variables.
+            support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
+        """
+        check_examples(support, "support")
+        params = unroll(self.problem(Episode(support, support), None), hparams).params
+        return lambda inputs: self._predict(params, inputs).detach()
+
+
+@dataclass(eq=False)
+class _Support(InnerProblem):
+    """Fits the network's weights to support examples, from the learnt initialisation."""
+
+    learner: NetworkLearner
+    network: FunctionalModule
+    objective: Objective
+    support: Examples
+    initial: TensorDict
+
+    def __post_init__(self) -> None:
+        self.buffers = self.network.buffers
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        check_hparams_of(type(self.learner).__name__, hparams, self.initial)
+        trained = {name: hparams[name] for name in self.network.trained_names()}
+        some = next(iter(trained.values()))
+        stored = {name: value.to(some.device) for name, value in self.network.module.named_buffers()}
+        return {**trained, **stored}
+
+    def batch(self, step: int) -> Examples:
+        return self.support
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
+        outputs, new_buffers = self.network.with_buffers(params, batch.inputs)
+        loss = self.objective.loss(outputs, batch.targets)
+        return self.learner.inner_loss(loss, self._trained(params), hparams), new_buffers
+
+    def _trained(self, params: TensorDict) -> TensorDict:
+        return {name: value for name, value in params.items() if name not in self.buffers}
+
+
+@dataclass(frozen=True, eq=False)
+class _Query(OuterProblem):
+    """Judges fitted weights on query examples."""
+
+    learner: NetworkLearner
+    network: FunctionalModule
+    objective: Objective
+    query: Examples
+
+    def init_hparams(self) -> TensorDict:
+        return self.learner.init_hparams()
+
+    def batch(self, outer_step: int) -> Examples:
+        return self.query
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
+        loss = self.objective.loss(self.network(params, batch.inputs), batch.targets)
+        return self.learner.outer_loss(loss, params, hparams)
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:
+        return self.objective.metrics(self.network(params, batch.inputs), batch.targets)

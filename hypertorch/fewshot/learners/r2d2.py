@@ -1,0 +1,76 @@
+"""R2-D2: a ridge-regression head in closed form, differentiated through."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hypertorch.dynamics import SGD
+from hypertorch.fewshot.learners.head_learner import HeadLearner
+from hypertorch.types import TensorDict
+
+
+class R2D2(HeadLearner):
+    """The head is the ridge regression of one-hot labels on support features, solved exactly.
+
+    With support features `X` (a constant 1 appended), labels `Y` and `n` examples, by Woodbury's identity
+
+        W = X' (X X' + exp(log_ridge) I)^{-1} Y,        logits = scale * h(x) W + shift,
+
+    a linear system of the size of the support set, not of the features. Outer variables: the representation,
+    `log_ridge`, `log_scale` and `shift`. There is no inner loop: every backend that reaches the initialisation gives
+    the same hypergradient.
+
+    Cost: per episode, one pass and one vjp of the representation, and one solve of an `n x n` system.
+
+    Args:
+        backbone: from inputs to features, shape `(batch, features)`. It is copied.
+        way: classes of an episode.
+        ridge: first value of the ridge penalty, above 0.
+        scale: first value of the factor of the regression's outputs, above 0.
+
+    Raises:
+        ValueError: if `way` is below 1, or `ridge` or `scale` is not above 0.
+        IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong; from a
+            hypergradient, if the backend does not reach the initialisation.
+
+    References:
+        Bertinetto, Henriques, Torr and Vedaldi (2019), Meta-learning with differentiable closed-form solvers,
+        equations 4 to 6.
+    """
+
+    def __init__(self, backbone: nn.Module, *, way: int = 5, ridge: float = 50.0, scale: float = 1.0) -> None:
+        for name, value in {"ridge": ridge, "scale": scale}.items():
+            if not value > 0.0:
+                raise ValueError(f"`{name}` is {value}: its logarithm is learnt. Pass a number above 0.")
+        some = next(backbone.parameters())
+        super().__init__(
+            backbone,
+            way=way,
+            dynamics=SGD(lr=0.0),
+            num_steps=0,
+            objective=None,
+            normalise=False,
+            own_hparams={
+                "log_ridge": some.new_tensor(ridge).log().detach(),
+                "log_scale": some.new_tensor(scale).log().detach(),
+                "shift": some.new_zeros(()),
+            },
+        )
+
+    def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
+        """Returns `weight`, the ridge solution, shape `(features + 1, way)`."""
+        labels = F.one_hot(targets, self.way).to(support.dtype)
+        features = _with_ones(support)
+        gram = features @ features.T
+        ridge = hparams["log_ridge"].exp() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return {"weight": features.T @ torch.linalg.solve(gram + ridge, labels)}
+
+    def outputs(self, head: TensorDict, features: Tensor, hparams: TensorDict) -> Tensor:
+        """Returns the scaled and shifted regression of the labels, shape `(batch, way)`."""
+        return hparams["log_scale"].exp() * (_with_ones(features) @ head["weight"]) + hparams["shift"]
+
+
+def _with_ones(features: Tensor) -> Tensor:
+    return torch.cat([features, features.new_ones(len(features), 1)], dim=1)

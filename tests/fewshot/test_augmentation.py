@@ -1,0 +1,99 @@
+"""Augmentation changes each image on its own, as a pure function of seed and step; normalisation is a formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hypertorch.fewshot import Augmentation, EpisodeSampler, ImageClasses, Normalisation
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(batch: int = 64) -> torch.Tensor:
+    return torch.rand(batch, 3, 6, 5, generator=generator(9), dtype=torch.float64)
+
+
+def test_crops_and_mirrors_are_views_into_the_padded_image() -> None:
+    images = pictures()
+    changed = Augmentation(crop_padding=2, flip=True)(images, generator())
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
+    shifts, mirrors = set(), set()
+    for before, after in zip(padded, changed, strict=True):
+        matches = [
+            (row, column, flip)
+            for row in range(5)
+            for column in range(5)
+            for flip in (False, True)
+            for crop in [before[:, row : row + 6, column : column + 5]]
+            if torch.equal(crop.flip(2) if flip else crop, after)
+        ]
+        assert len(matches) == 1
+        shifts.add(matches[0][:2])
+        mirrors.add(matches[0][2])
+    assert len(shifts) > 15 and mirrors == {False, True}
+
+
+def test_colours_change_by_one_factor_per_image() -> None:
+    images = 0.4 + 0.1 * pictures()
+    brighter = Augmentation(brightness=0.3)(images, generator())
+    factors = (brighter / images).flatten(1)
+    assert torch.allclose(factors, factors[:, :1]) and factors.min() > 0.7 and factors.max() < 1.3
+    assert factors[:, 0].std() > 0.1
+    flatter = Augmentation(contrast=0.3)(images, generator())
+    torch.testing.assert_close(flatter.mean((1, 2, 3)), images.mean((1, 2, 3)))
+    assert (flatter.flatten(1).std(1) / images.flatten(1).std(1)).std() > 0.1
+
+
+def test_nothing_asked_is_nothing_done() -> None:
+    images = pictures()
+    assert torch.equal(Augmentation()(images, generator()), images)
+
+
+def test_normalisation_is_its_formula() -> None:
+    images = pictures()
+    normal = Normalisation(mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 4.0])(images)
+    torch.testing.assert_close(normal[:, 2], (images[:, 2] - 0.3) / 4.0)
+
+
+def test_episodes_are_changed_by_seed_and_step_alone() -> None:
+    images = (255 * pictures(40)).to(torch.uint8)
+    dataset = ImageClasses(images=images, counts=(10,) * 4, class_names=tuple("abcd"))
+
+    def sampler(augmentation: Augmentation | None) -> EpisodeSampler:
+        return EpisodeSampler(
+            dataset, way=3, shot=1, num_queries=2, num_tasks=2, seed=1, augmentation=augmentation,
+            normalisation=Normalisation(mean=(0.5,), std=(0.25,)),
+        )  # fmt: skip
+
+    augmented = sampler(Augmentation(crop_padding=1, flip=True))
+    first, again, later = augmented.at(0), augmented.at(0), augmented.at(1)
+    assert torch.equal(first.query.inputs, again.query.inputs)
+    assert not torch.equal(first.query.inputs, later.query.inputs)
+    plain = sampler(None).at(0)
+    assert torch.equal(plain.query.targets, first.query.targets)
+    assert not torch.equal(plain.query.inputs, first.query.inputs)
+    assert float(plain.support.inputs.min()) >= -2.0 and float(plain.support.inputs.max()) <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_padding": -1}, "`crop_padding` is -1: images are moved"),
+        ({"crop_padding": 1.5}, "`crop_padding` is 1.5"),
+        ({"brightness": 1.0}, r"`brightness` is 1.0: factors are drawn .*\[0, 1\)"),
+        ({"contrast": -0.1}, "`contrast` is -0.1"),
+    ],
+)
+def test_wrong_settings_are_explained(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**settings)
+
+
+def test_wrong_normalisations_are_explained() -> None:
+    with pytest.raises(ValueError, match="`mean` and `std` are .*Give as many of either"):
+        Normalisation(mean=(0.1, 0.2), std=(1.0,))
+    with pytest.raises(ValueError, match="`images` have 3 channels, but `mean` has 2 entries"):
+        Normalisation(mean=(0.1, 0.2), std=(1.0, 1.0))(pictures())

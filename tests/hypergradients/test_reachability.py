@@ -1,0 +1,144 @@
+"""A hyperparameter that does nothing, or that a backend drops, is named; never a silent zero, never noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import hypertorch as ht
+from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
+from hypertorch.hypergradients.base import BackendResult, BlackBox, PathBlind, RandomDirections
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.types import TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter
+
+F64 = torch.float64
+Reverse = ht.hypergradients.Reverse
+
+
+def answer(loop: InnerLoop, variables: TensorDict, **grads: float | None) -> BackendResult:
+    """What a backend returns that answers these numbers, and the exact derivative elsewhere."""
+    exact = Reverse().compute(loop, variables)
+    chosen = {
+        name: None if value is None else torch.full_like(variables[name], value) for name, value in grads.items()
+    }
+    return BackendResult(grads={**exact.grads, **chosen}, outer_loss=exact.outer_loss, state=exact.state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropsInitialisation(ht.Hypergradient):
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        return answer(loop, variables, w0=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zeros(PathBlind):
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        return answer(loop, variables, **dict.fromkeys(variables, 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(RandomDirections):
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        return answer(loop, variables, **dict.fromkeys(variables, 0.7))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values(BlackBox):
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        return answer(loop, variables, **dict.fromkeys(variables, 0.7))
+
+
+def problem(*, target: str = "idle", **options: object) -> ht.BilevelProblem:
+    """Descends (w - c)^2 from w0 and judges w^2; `idle` does nothing unless it is the `target`."""
+    hparams = {name: torch.tensor(0.5, dtype=F64) for name in ("w0", "c", "idle")}
+    return ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["w0"]}, lambda p, h, b: (p["w"] - h["c"]).square()),
+        LambdaOuter(hparams, lambda p, h, b: p["w"].square() + (h["idle"] if target == "outer" else 0.0)),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=3,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> ht.HypergradientResult:
+    return ht.hypergradient(problem, problem.init_hparams(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", [Reverse(), DropsInitialisation(), Zeros(), Noise(), Values()], ids=repr)
+def test_what_does_nothing_is_named_under_every_kind_of_backend(backend: ht.Hypergradient) -> None:
+    with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['idle'\]` does not reach the outer loss"):
+        compute(problem(), backend)
+    grads = compute(problem(allow_unused=("idle", "w0")), backend).grads
+    assert set(grads) == {"w0", "c", "idle"}
+
+
+@pytest.mark.parametrize("backend", [Reverse(), Zeros(), Noise(), Values()], ids=repr)
+def test_what_has_a_path_is_no_false_alarm(backend: ht.Hypergradient) -> None:
+    assert set(compute(problem(target="outer"), backend).grads) == {"w0", "c", "idle"}
+
+
+def test_what_a_backend_drops_is_named_with_the_backend() -> None:
+    message = r"`hparams\['w0'\]` reaches the outer loss, but by no path that `DropsInitialisation\(\)` follows"
+    with pytest.raises(IncompatibleBackendError, match=message):
+        compute(problem(target="outer"), DropsInitialisation())
+    grads = compute(problem(target="outer", allow_unused=("w0",)), DropsInitialisation()).grads
+    assert grads["w0"] == 0.0 and grads["c"] != 0.0
+
+
+def test_a_true_zero_is_returned() -> None:
+    """At w0 = c = 0 the derivative vanishes although there is a path."""
+    hparams = {name: torch.tensor(0.0, dtype=F64) for name in ("w0", "c", "idle")}
+    for backend in (Reverse(), Zeros()):
+        grads = ht.hypergradient(problem(target="outer"), hparams, backend=backend).grads
+        assert grads["w0"] == 0.0 and grads["c"] == 0.0
+
+
+def test_values_alone_decide_for_a_black_box() -> None:
+    """A loss without a derivative, such as an accuracy, is served by value."""
+    hard = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["w0"]}, lambda p, h, b: (p["w"] - h["c"].detach()).square()),
+        LambdaOuter(
+            {name: torch.tensor(0.5, dtype=F64) for name in ("w0", "c")}, lambda p, h, b: (p["w"] > 0.2).double()
+        ),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+    )
+    hparams = hard.init_hparams()
+    with pytest.raises(DetachedHyperparameterError):
+        ht.hypergradient(hard, hparams, backend=Reverse())
+
+    @dataclass(frozen=True)
+    class Constant(BlackBox):
+        def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+            state = loop.initial(variables)
+            ones = {name: torch.ones_like(value) for name, value in variables.items()}
+            return BackendResult(grads=dict(ones), outer_loss=torch.zeros(()), state=state.detached())
+
+    assert ht.hypergradient(hard, hparams, backend=Constant()).grads["c"] == 1.0
+
+
+def test_the_probe_is_asked_once_for_each_problem() -> None:
+    calls = 0
+
+    def outer(p: TensorDict, h: TensorDict, b: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return p["w"].square() + h["idle"]
+
+    hparams = {name: torch.tensor(0.5, dtype=F64) for name in ("w0", "c", "idle")}
+    counted = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["w0"]}, lambda p, h, b: (p["w"] - h["c"]).square()),
+        LambdaOuter(hparams, outer),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=3,
+    )
+    compute(counted, Noise())
+    first = calls
+    compute(counted, Noise())
+    assert calls - first == first - 1  # the second time without the probe's evaluation
+    changed = {**hparams, "idle": torch.tensor(0.1, dtype=F64)}
+    ht.hypergradient(counted, changed, backend=Noise())
+    assert calls - first == 2 * (first - 1)
