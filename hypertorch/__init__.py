@@ -2,7 +2,21 @@
 
 from hypertorch import constraints, dynamics, errors, hypergradients, tree
 from hypertorch.constraints import BoundedSum, Box, Constraint, Positive, Simplex
-from hypertorch.diagnostics import DirectionalCheck, HypergradientCheck, check_hypergradient
+from hypertorch.diagnostics import (
+    Accuracy,
+    BackendComparison,
+    BackendFigures,
+    DirectionalCheck,
+    GeometricFit,
+    HorizonBias,
+    HorizonPoint,
+    HypergradientCheck,
+    SpectralRadius,
+    check_hypergradient,
+    compare_backends,
+    horizon_bias,
+    spectral_radius,
+)
 from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
 from hypertorch.functional import FunctionalModule
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
@@ -15,6 +29,7 @@ from hypertorch.outer import (
     Logger,
     MemoryLogger,
     OuterLoop,
+    RealTime,
     Report,
     TensorBoardLogger,
     Trained,
@@ -29,6 +44,9 @@ from hypertorch.unroll import UnrollResult, unroll
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accuracy",
+    "BackendComparison",
+    "BackendFigures",
     "BilevelProblem",
     "BoundedSum",
     "Box",
@@ -39,7 +57,10 @@ __all__ = [
     "Dynamics",
     "Estimate",
     "FunctionalModule",
+    "GeometricFit",
     "GradientDynamics",
+    "HorizonBias",
+    "HorizonPoint",
     "Hyper",
     "Hypergradient",
     "HypergradientCheck",
@@ -53,21 +74,26 @@ __all__ = [
     "OuterProblem",
     "Positive",
     "ProblemSource",
+    "RealTime",
     "Report",
     "Simplex",
+    "SpectralRadius",
     "TensorBoardLogger",
     "Trained",
     "UnrollResult",
     "Validation",
     "check_hypergradient",
+    "compare_backends",
     "constraints",
     "dynamics",
     "errors",
     "evaluate",
+    "horizon_bias",
     "hypergradient",
     "hypergradients",
     "load_hparams",
     "save_hparams",
+    "spectral_radius",
     "tree",
     "unroll",
 ]

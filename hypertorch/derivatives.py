@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypertorch import tree
@@ -172,6 +175,123 @@ def vjp(
     return result
 
 
+class Pushed(NamedTuple):
+    """What a function returned, and its Jacobian times every tangent.
+
+    Attributes:
+        outputs: the function's outputs.
+        tangents: for every output that depends on what was moved, its tangents, of shape `(tangents, *output)`.
+        values: what else the function returned, not differentiated.
+    """
+
+    outputs: tuple[TensorDict, ...]
+    tangents: tuple[TensorDict, ...]
+    values: TensorDict
+
+
+def jvps(
+    function: Callable[..., tuple[tuple[TensorDict, ...], TensorDict]],
+    primals: Sequence[TensorDict],
+    tangents: Sequence[TensorDict],
+    *,
+    vectorised: bool,
+) -> Pushed:
+    """Returns a function's outputs and the product of its Jacobian with each of several tangents, by forward mode.
+
+    Vectorised, the function is evaluated once and only the tangents have the further axis: noise is the same for all
+    of them, and checks on values still see plain numbers. Else it is evaluated once for each tangent, on dual numbers.
+
+    Args:
+        function: `(*dictionaries) -> (dictionaries to differentiate, further values)`. It takes its gradients by
+            the route "functional" if vectorised, else by "dual".
+        primals: its arguments.
+        tangents: for each argument, the entries that are moved: at least one in all, of shape `(tangents, *entry)`.
+        vectorised: by `torch.func.vmap` of `torch.func.jvp`, not one by one.
+    """
+    _load_forward_mode()
+    with torch.no_grad():
+        return (_jvps_at_once if vectorised else _jvps_one_by_one)(function, primals, tangents)
+
+
+@cache
+def _load_forward_mode() -> None:
+    """Makes the first dual number of this process.
+
+    PyTorch then compiles some formulas in a way that it warns of as deprecated, which is no fault of the user's.
+    """
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+def _jvps_at_once(
+    function: Callable[..., tuple[tuple[TensorDict, ...], TensorDict]],
+    primals: Sequence[TensorDict],
+    tangents: Sequence[TensorDict],
+) -> Pushed:
+    moving = tuple({name: whole[name] for name in part} for whole, part in zip(primals, tangents, strict=True))
+
+    def at(*duals: TensorDict) -> tuple[tuple, tuple]:
+        outputs, values = function(*({**whole, **part} for whole, part in zip(primals, duals, strict=True)))
+        moved = tuple(
+            {name: value for name, value in part.items() if forward_ad.unpack_dual(value).tangent is not None}
+            for part in outputs
+        )
+        # `jvp` refuses a function without outputs, which one is whose outputs are all constant.
+        return (moved, duals), (outputs, values)
+
+    def push(*tangent: TensorDict) -> tuple[tuple[TensorDict, ...], tuple[TensorDict, ...], TensorDict]:
+        pushed: Any = torch.func.jvp(at, moving, tangent, has_aux=True)
+        _, (moved, _), (outputs, values) = pushed
+        return moved, outputs, values
+
+    # The outputs themselves do not depend on the tangent: None says so, and refuses what does.
+    out_dims: Any = (0, None, None)
+    moved, outputs, values = torch.func.vmap(push, out_dims=out_dims, randomness="same")(*tangents)
+    return Pushed(outputs, moved, values)
+
+
+def _jvps_one_by_one(
+    function: Callable[..., tuple[tuple[TensorDict, ...], TensorDict]],
+    primals: Sequence[TensorDict],
+    tangents: Sequence[TensorDict],
+) -> Pushed:
+    count = len(next(value for part in tangents for value in part.values()))
+    rows: list[tuple[TensorDict, ...]] = []
+    for row in range(count):
+        with forward_ad.dual_level():
+            duals = (
+                {**whole, **{name: _dual(whole[name], value[row]) for name, value in part.items()}}
+                for whole, part in zip(primals, tangents, strict=True)
+            )
+            results, values = function(*duals)
+            pairs = [{name: forward_ad.unpack_dual(value) for name, value in part.items()} for part in results]
+            # A buffer computed beside the loss has its graph.
+            outputs = tuple({name: pair.primal.detach() for name, pair in part.items()} for part in pairs)
+            values = {name: forward_ad.unpack_dual(value).primal.detach() for name, value in values.items()}
+            rows.append(
+                tuple(
+                    {name: pair.tangent.detach() for name, pair in part.items() if pair.tangent is not None}
+                    for part in pairs
+                )
+            )
+    moved = [{name for row in rows for name in row[position]} for position in range(len(outputs))]
+    stacked = tuple(
+        {
+            name: torch.stack([row[position].get(name, torch.zeros_like(value)) for row in rows])
+            for name, value in part.items()
+            if name in moved[position]
+        }
+        for position, part in enumerate(outputs)
+    )
+    return Pushed(outputs, stacked, values)
+
+
+def _dual(value: Tensor, tangent: Tensor) -> Tensor:
+    # A tangent takes the memory layout of its value, and there must be room for every entry of it.
+    return forward_ad.make_dual(value.contiguous() if 0 in value.stride() else value, tangent)
+
+
 @contextmanager
 def second_order() -> Iterator[None]:
     """Makes attention use its math kernel, the only one with a second derivative, and explains missing derivatives.
@@ -191,3 +311,69 @@ def second_order() -> Iterator[None]:
             f"the inner loss uses `{name}`, which PyTorch cannot differentiate twice ({error}): the hypergradient of "
             "an unrolled gradient step needs that second derivative. Write the operation out of simpler ones."
         ) from error
+
+
+class NotVectorisableError(IncompatibleBackendError, RuntimeError):
+    """An operation cannot be vectorised over tangents.
+
+    It is a `RuntimeError` too, as PyTorch's own is: who can run the tasks one by one instead then does so.
+    """
+
+
+_NO_FORWARD_DERIVATIVE = re.compile(
+    r"forward AD with ([\w:]+) that does not support it|must implement the jvp function for custom (autograd.Function)"
+)
+_NOT_VECTORISED = re.compile(
+    r"vmap|batching rule|functorch|torch\.func|saved tensor hooks|mutate a captured Tensor|access data pointer",
+    flags=re.IGNORECASE,
+)
+
+
+@contextmanager
+def forward_mode(one_by_one: str | None) -> Iterator[None]:
+    """Explains what cannot be differentiated in forward mode, or not for several tangents at once.
+
+    Args:
+        one_by_one: how the user asks for one tangent at a time; None if that is what is done.
+
+    Raises:
+        IncompatibleBackendError: instead of PyTorch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        advice = _forward_mode_advice(str(error), vectorised=one_by_one is not None)
+        if advice is not None:
+            raise IncompatibleBackendError(f"{advice}, or use reverse mode, for example `Reverse()`.") from error
+        if one_by_one is not None and _NOT_VECTORISED.search(str(error)):
+            raise NotVectorisableError(
+                "the inner problem cannot be vectorised (by vmap) over several tangents. PyTorch says: "
+                f"{str(error).splitlines()[0]} Push one at a time with `{one_by_one}`, or use reverse mode, for "
+                "example `Reverse()`."
+            ) from error
+        raise
+
+
+def _forward_mode_advice(text: str, *, vectorised: bool) -> str | None:
+    """Returns what PyTorch's error means for forward mode and what to do; None if it is of another kind."""
+    operation = _NO_FORWARD_DERIVATIVE.search(text)
+    if operation is not None:
+        return (
+            f"the inner problem uses `{operation.group(1) or operation.group(2)}`, which has no forward derivative in "
+            "PyTorch: no tangent can be pushed through it. Write it out of simpler operations"
+            # PyTorch takes some operations apart to vectorise them, such as group norm.
+            + ("" if vectorised else ", try several tangents at once (a `chunk_size` above 1)")
+            # PyTorch has another implementation, with a forward derivative, of what oneDNN does (an LSTM).
+            + (", switch oneDNN off (`torch.backends.mkldnn.flags(enabled=False)`)" if "mkldnn" in operation[0] else "")
+        )
+    if "ZeroTensors are immutable" in text:
+        return (
+            f"the inner problem uses an operation that cannot push a tangent past a constant argument ({text}). "
+            "`mse_loss` with a mean is one: write it as `(outputs - targets).square().mean()`"
+        )
+    if "Nested forward mode AD" in text:
+        return (
+            "the inner problem takes forward derivatives of its own, which PyTorch cannot nest into dual numbers. Push "
+            "several tangents at once (a `chunk_size` above 1)"
+        )
+    return None

@@ -27,3 +27,15 @@ class CheckpointError(HypertorchError):
 
 class DatasetError(HypertorchError):
     """A data set is missing, damaged, or not laid out as expected."""
+
+
+class LinearSolveWarning(UserWarning):
+    """An equation that a hypergradient rests on was not solved well: a linear system, or the inner problem itself.
+
+    Attributes:
+        residual: what is left of that equation, relative to its size; the largest of all tasks.
+    """
+
+    def __init__(self, message: str, residual: float) -> None:
+        super().__init__(message)
+        self.residual = residual

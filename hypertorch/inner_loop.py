@@ -11,7 +11,6 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
 from hypertorch.derivatives import GradientRoute, InnerLoss
-from hypertorch.dynamics.hyper import check_settings
 from hypertorch.noise import mix, seed_generators
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
@@ -85,6 +84,7 @@ class InnerLoop:
         num_steps: the horizon (unit: steps).
         has_step_loss: whether the outer loss has terms at inner steps.
         has_buffers: whether untrained buffers (running statistics) are carried along with the params.
+        has_context: whether some of the hparams were computed from the others before the loop.
         has_tasks_axis: whether the tensors of the state have a leading tasks axis.
         first_task: position of this loop's first task in the batch.
         is_warm_started: whether the next run starts from this run's last state.
@@ -118,6 +118,7 @@ class InnerLoop:
         self.num_steps = problem.num_steps
         self.has_step_loss = problem.outer.has_step_loss
         self.has_buffers = bool(problem.inner.buffers)
+        self.has_context = problem.context is not None
         self.is_warm_started = problem.warm_start
         self.dynamics = problem.dynamics
         self.first_task = 0 if task_slice is None else task_slice.start
@@ -140,6 +141,11 @@ class InnerLoop:
         self._num_tasks = num_tasks
         self._per_task = per_task
 
+    def start_afresh(self) -> None:
+        """Drops the carry: the run starts from `init_params`, at index 0."""
+        self._carry = {}
+        self.first_index = 0
+
     def initial(self, hparams: TensorDict) -> InnerState:
         """Returns the inner state before the first step, `s_0 = Phi_0(hparams)`."""
         if self._carry:
@@ -149,9 +155,8 @@ class InnerLoop:
         problem = self._problem
         check_params(params, problem.inner.buffers, problem.num_steps)
         trained = self.trained(params)
-        check_settings(
-            type(problem.dynamics).__name__, problem.dynamics.settings(), list(trained), hparams, problem.num_steps
-        )
+        one_task = {name: value[0] for name, value in trained.items()} if self.has_tasks_axis else trained
+        problem.dynamics.check(one_task, hparams, problem.num_steps)
         return InnerState(params, problem.dynamics.init(trained, hparams) if problem.num_steps else {})
 
     def step(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics import Dynamics
+from hypertorch.dynamics.hyper import Setting, is_schedule
 from hypertorch.types import Batch, TensorDict
 
 Context: TypeAlias = Callable[[TensorDict, Batch], TensorDict]
@@ -167,9 +168,8 @@ class BilevelProblem(ProblemSource):
         for name, setting in self.dynamics.settings().items():
             self._check_schedule(name, setting)
 
-    def _check_schedule(self, name: str, setting: object) -> None:
-        is_schedule = isinstance(setting, (list, tuple)) or getattr(setting, "per_step", False)
-        if self.warm_start and is_schedule:
+    def _check_schedule(self, name: str, setting: Setting) -> None:
+        if self.warm_start and is_schedule(setting):
             raise ValueError(
                 f"`{name}` of the dynamics is a schedule over the horizon, but `warm_start` is True: a warm-started "
                 "run goes on from step to step and has no horizon. Use one value, or `warm_start=False`."

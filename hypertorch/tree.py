@@ -34,20 +34,40 @@ def zeros_like(tree: TensorMapping) -> TensorDict:
     return {name: torch.zeros_like(value) for name, value in tree.items()}
 
 
-def add(left: TensorMapping, right: TensorMapping, alpha: float = 1.0) -> TensorDict:
-    """Returns `left + alpha * right`, entry by entry; both must have the same names."""
+def add(left: TensorMapping, right: TensorMapping, alpha: float | Tensor = 1.0) -> TensorDict:
+    """Returns `left + alpha * right`, entry by entry; both must have the same names.
+
+    Args:
+        left: the first.
+        right: the second.
+        alpha: a number; or a tensor of shape `(tasks,)`, one for each task, where entries have a leading tasks axis.
+    """
+    if isinstance(alpha, Tensor):
+        return {name: value + _beside(alpha, value) * right[name] for name, value in left.items()}
     return {name: torch.add(value, right[name], alpha=alpha) for name, value in left.items()}
 
 
-def dot(left: TensorMapping, right: TensorMapping) -> Tensor:
-    """Returns the inner product over all entries, a scalar in the widest dtype of the entries."""
-    terms = [(value * right[name]).sum() for name, value in left.items()]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+def dot(left: TensorMapping, right: TensorMapping, *, tasks_axis: bool = False) -> Tensor:
+    """Returns the inner product over all entries in the widest dtype of the entries, a scalar.
+
+    Args:
+        left: one vector.
+        right: the other.
+        tasks_axis: whether entries have a leading tasks axis; the result is then one number per task, `(tasks,)`.
+    """
+    products = [value * right[name] for name, value in left.items()]
+    terms = [product.reshape(len(product), -1).sum(1) if tasks_axis else product.sum() for product in products]
+    return torch.stack(terms).sum(0) if terms else torch.zeros(())
 
 
-def norm(tree: TensorMapping) -> Tensor:
-    """Returns the Euclidean norm over all entries, a scalar."""
-    return dot(tree, tree).sqrt()
+def norm(tree: TensorMapping, *, tasks_axis: bool = False) -> Tensor:
+    """Returns the Euclidean norm over all entries, a scalar; with a tasks axis one for each task, `(tasks,)`."""
+    return dot(tree, tree, tasks_axis=tasks_axis).sqrt()
+
+
+def _beside(factor: Tensor, value: Tensor) -> Tensor:
+    """Returns one number, or one per task, shaped and typed to multiply an entry."""
+    return factor.to(value.dtype).reshape(factor.shape + (1,) * (value.dim() - factor.dim()))
 
 
 def with_prefix(prefix: str, tree: TensorMapping) -> TensorDict:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from hypertorch.constraints import Constraint
 from hypertorch.derivatives import InnerLoss
 from hypertorch.dynamics.hyper import Setting
-from hypertorch.types import TensorDict
+from hypertorch.dynamics.setting_checks import check_settings
+from hypertorch.types import TensorDict, TensorMapping
 
 
 class Dynamics(ABC):
@@ -48,6 +49,18 @@ class Dynamics(ABC):
     def constraints(self) -> dict[str, Constraint]:
         """Returns the natural constraints of learnt settings, by name or pattern of the outer variable."""
         return {}
+
+    def check(self, params: TensorMapping, hparams: TensorMapping, num_steps: int) -> None:
+        """Raises `ValueError` if the settings do not fit a problem; called once a run, before `init`.
+
+        Dynamics that wrap others pass on to each what concerns it.
+
+        Args:
+            params: the trained parameters of one task: no tasks axis, since settings are shared by all tasks.
+            hparams: the outer variables.
+            num_steps: the horizon (unit: steps).
+        """
+        check_settings(type(self).__name__, self.settings(), params, hparams, num_steps)
 
 
 class GradientDynamics(Dynamics):

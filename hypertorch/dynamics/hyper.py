@@ -1,13 +1,14 @@
-"""Settings of a dynamics: plain numbers, schedules, or outer variables to be learnt."""
+"""Settings of a dynamics: plain numbers, schedules, tensors, outer variables to be learnt, or groups of these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from hypertorch.dynamics.patterns import first_match
 from hypertorch.types import TensorMapping
 
 Per: TypeAlias = Literal["step", "parameter", "step,parameter"]
@@ -60,9 +61,9 @@ class Hyper:
         """The name of the entry, or a pattern that matches the names of all entries."""
         return f"{self.name}.*" if self.per_parameter else self.name
 
-    def entry_names(self, parameters: Sequence[str]) -> list[str]:
-        """Returns the names of the entries of `hparams` that are read, given the names of the inner parameters."""
-        return [f"{self.name}.{parameter}" for parameter in parameters] if self.per_parameter else [self.name]
+    def entry_name(self, parameter: str) -> str:
+        """Returns the name of the entry of `hparams` that is read for an inner parameter."""
+        return f"{self.name}.{parameter}" if self.per_parameter else self.name
 
     def value(self, hparams: TensorMapping, parameter: str, index: int) -> Tensor:
         """Returns the setting's value at a step, for a parameter."""
@@ -72,80 +73,122 @@ class Hyper:
         return entry if self.transform is None else self.transform(entry)
 
 
-Setting: TypeAlias = float | Sequence[float] | Hyper
-"""A number, a schedule with one number per inner step, or an outer variable."""
+UngroupedSetting: TypeAlias = float | Sequence[float] | Tensor | Hyper
+"""A number; a schedule with one number per inner step; a constant tensor, of one value or of a shape that broadcasts
+against every parameter; or an outer variable."""
+
+Setting: TypeAlias = UngroupedSetting | Mapping[str, UngroupedSetting]
+"""One of these, or a group of them for parts of the params: from names or patterns of parameters to settings.
+
+Patterns are those of file names, as in `{"head.*": 0.1, "*": Hyper("body_lr")}`. A name wins over a pattern, an earlier
+pattern over a later one; every parameter must belong to one.
+"""
 
 
 def resolve(setting: Setting, hparams: TensorMapping, parameter: str, index: int) -> float | Tensor:
     """Returns the value of a setting at a step, for a parameter: a float stays a float."""
+    if isinstance(setting, (float, int)):
+        return setting
     if isinstance(setting, Hyper):
         return setting.value(hparams, parameter, index)
-    if isinstance(setting, Sequence):
-        return setting[index]
-    return setting
+    if isinstance(setting, Tensor):
+        return setting
+    if isinstance(setting, Mapping):
+        return resolve(own_setting(setting, parameter), hparams, parameter, index)
+    return setting[index]
+
+
+def own_setting(group: Mapping[str, UngroupedSetting], parameter: str) -> UngroupedSetting:
+    """Returns the entry of a group that a parameter belongs to."""
+    pattern = first_match(tuple(group), parameter)
+    if pattern is None:
+        raise KeyError(f"no entry of {list(group)} matches the inner parameter `{parameter}`")
+    return group[pattern]
+
+
+def parts(setting: Setting) -> Iterator[UngroupedSetting]:
+    """Yields the settings of a group, or the setting itself."""
+    if isinstance(setting, Mapping):
+        yield from setting.values()
+    else:
+        yield setting
 
 
 def is_active(setting: Setting) -> bool:
-    """Returns whether a setting can differ from zero at any step, so that its term must be computed."""
-    if isinstance(setting, Hyper):
+    """Returns whether a setting can differ from zero at any step, so that its term must be computed.
+
+    A tensor always can: looking at its values would wait for an accelerator.
+    """
+    return any(_is_active(part) for part in parts(setting))
+
+
+def _is_active(setting: UngroupedSetting) -> bool:
+    if isinstance(setting, (float, int)):
+        return setting != 0.0
+    if isinstance(setting, (Hyper, Tensor)):
         return True
-    if isinstance(setting, Sequence):
-        return any(value != 0.0 for value in setting)
-    return setting != 0.0
+    return any(value != 0.0 for value in setting)
+
+
+def is_schedule(setting: Setting) -> bool:
+    """Returns whether a setting, or a part of it, has a value of its own for every step of the horizon."""
+    return any(part.per_step if isinstance(part, Hyper) else isinstance(part, Sequence) for part in parts(setting))
 
 
 def check_range(owner: str, name: str, setting: Setting, lower: float, upper: float, advice: str) -> None:
-    """Raises `ValueError` if a number, or an entry of a schedule, lies outside `[lower, upper]`."""
-    if isinstance(setting, Hyper):
-        return
-    if isinstance(setting, str) or not isinstance(setting, (int, float, Sequence)):
-        raise TypeError(
-            f"`{name}` of `{owner}` is {setting!r}, which is neither a number, a sequence of numbers nor a `Hyper`. "
-            "To learn a setting, pass `ht.Hyper(name)` and put its tensor into the outer variables."
-        )
-    values = setting if isinstance(setting, Sequence) else (setting,)
-    for value in values:
-        if not lower <= value <= upper:
-            raise ValueError(f"`{name}` of `{owner}` is {value}, outside [{lower}, {upper}]. {advice}")
-
-
-def check_settings(
-    owner: str, settings: Mapping[str, Setting], parameters: Sequence[str], hparams: TensorMapping, num_steps: int
-) -> None:
-    """Raises `ValueError` if a learnt setting has no entry in `hparams`, or a schedule has another length.
+    """Raises unless a setting is of a known kind and its numbers lie in `[lower, upper]`.
 
     Args:
         owner: the dynamics' name, for the message.
-        settings: the settings by name.
-        parameters: names of the trained inner parameters.
-        hparams: the outer variables.
-        num_steps: the horizon (unit: steps).
+        name: the setting's name.
+        setting: the setting; what a `Hyper` reads is not known yet, and not looked at.
+        lower: least number allowed.
+        upper: greatest number allowed.
+        advice: the last sentence of the message.
+
+    Raises:
+        ValueError: if a number, or an entry of a schedule, tensor or group, is out of range, or a group is empty.
+        TypeError: if the setting is of another kind.
     """
-    for name, setting in settings.items():
-        if isinstance(setting, Hyper):
-            for entry in setting.entry_names(parameters):
-                _check_entry(owner, name, setting, entry, hparams, num_steps)
-        elif isinstance(setting, Sequence) and not isinstance(setting, str) and len(setting) != num_steps:
-            raise ValueError(
-                f"`{name}` of `{owner}` is a schedule of {len(setting)} values, but the problem has "
-                f"`num_steps` = {num_steps}: every step needs one. Give {num_steps} values, or one number for all."
-            )
+    if not isinstance(setting, Mapping):
+        _check_range(f"`{name}` of `{owner}`", setting, lower, upper, advice)
+        return
+    if not setting:
+        raise ValueError(
+            f"`{name}` of `{owner}` is an empty mapping: no parameter would have a value. Give it entries such as "
+            "{'head.*': 0.1, '*': 0.01}, or pass one number for all."
+        )
+    for pattern, own in setting.items():
+        _check_range(f"`{name}[{pattern!r}]` of `{owner}`", own, lower, upper, advice)
 
 
-def _check_entry(owner: str, name: str, setting: Hyper, entry: str, hparams: TensorMapping, num_steps: int) -> None:
-    if entry not in hparams:
-        raise ValueError(
-            f"`{name}` of `{owner}` reads the outer variable `{entry}`, which is not among {sorted(hparams)}. "
-            "Return it from `init_hparams`, or give the setting as a number."
+def _check_range(argument: str, setting: UngroupedSetting, lower: float, upper: float, advice: str) -> None:
+    if isinstance(setting, Hyper):
+        return
+    if isinstance(setting, str) or not isinstance(setting, (int, float, Sequence, Tensor)):
+        raise TypeError(
+            f"{argument} is {setting!r}, which is neither a number, a sequence of numbers, a tensor nor a `Hyper`. "
+            "To learn a setting, pass `ht.Hyper(name)` and put its tensor into the outer variables."
         )
-    value = hparams[entry]
-    if setting.per_step and (value.dim() == 0 or value.shape[0] != num_steps):
-        raise ValueError(
-            f"`{entry}` has shape {tuple(value.shape)}, but `{name}` of `{owner}` reads it as a schedule over "
-            f"`num_steps` = {num_steps}. Its first axis must have one entry per step."
+    if isinstance(setting, Tensor):
+        _check_constant(argument, setting)
+        outside = setting[~((setting >= lower) & (setting <= upper))]
+        values = outside[:1].tolist()
+    else:
+        values = setting if isinstance(setting, Sequence) else (setting,)
+    for value in values:
+        if not lower <= value <= upper:
+            raise ValueError(f"{argument} is {value}, outside [{lower}, {upper}]. {advice}")
+
+
+def _check_constant(argument: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{argument} is a tensor of dtype {tensor.dtype}: settings are real numbers. Convert it with `.float()` or "
+            "`.double()`, to the dtype of the params."
         )
-    if setting.per is None and value.numel() != 1:
+    if tensor.requires_grad:
         raise ValueError(
-            f"`{entry}` has shape {tuple(value.shape)}, but `{name}` of `{owner}` reads it as one value. Pass "
-            "`per='step'` for a schedule, or `per='parameter'` for a value per weight."
+            f"{argument} is a tensor that requires grad, but a tensor is a constant here: nothing would be learnt. "
+            "Pass `ht.Hyper(name)` and put the tensor into the outer variables, or pass `tensor.detach()`."
         )

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.constraints import Box, Constraint, Positive
+from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
-from hypertorch.dynamics.hyper import Hyper, Setting, check_range, is_active, resolve
+from hypertorch.dynamics.elementwise import decayed, descend
+from hypertorch.dynamics.hyper import Setting, check_range, is_active, resolve
+from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, PROPORTION, natural_constraints
 from hypertorch.types import TensorDict
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class SGD(GradientDynamics):
     """Gradient descent with momentum, dampening, Nesterov's form and weight decay; every setting can be learnt.
 
-    With `g` the gradient of the inner loss and the buffer `v` (as in `torch.optim.SGD`):
+    With `g` the gradient of the inner loss and the buffer `v`, zero at first (as in `torch.optim.SGD`):
 
         d = g + weight_decay * w
-        v = d                                     at the first step
-        v = momentum * v + (1 - dampening) * d    later
+        v = momentum * v + (1 - dampening) * d
         w = w - lr * (d + momentum * v  if nesterov else  v)
 
-    Without momentum there is no buffer and `w = w - lr * d`. Note that this is not the rule of Maclaurin et al.
-    (2015), whose buffer carries a factor `(1 - momentum)`.
+    With dampening the first step is `v = d`, as in `torch.optim.SGD`, unless `dampen_first` is True. Without momentum
+    there is no buffer and `w = w - lr * d`. Note that this is not the rule of Maclaurin et al. (2015), whose buffer
+    carries a factor `(1 - momentum)`: that is `dampening` and `momentum` set to the same value, with `dampen_first`.
 
     Cost: one gradient per step; state of the size of the parameters if there is momentum, none otherwise.
 
@@ -37,10 +40,11 @@ class SGD(GradientDynamics):
         weight_decay: factor of the parameter added to its gradient, at least 0.
         nesterov: use Nesterov's form; needs momentum, and no dampening.
         maximize: ascend instead of descending.
+        dampen_first: dampen the first step as all others, so that the rule is the same at every step.
 
     Raises:
         ValueError: if a number is out of its range, or `nesterov` is combined wrongly.
-        TypeError: if a setting is not a number, a schedule or a `Hyper`.
+        TypeError: if a setting is of no known kind.
 
     References:
         Sutskever, Martens, Dahl and Hinton (2013), On the importance of initialization and momentum.
@@ -52,6 +56,7 @@ class SGD(GradientDynamics):
     weight_decay: Setting = 0.0
     nesterov: bool = False
     maximize: bool = False
+    dampen_first: bool = False
 
     def __post_init__(self) -> None:
         check_range("SGD", "lr", self.lr, 0.0, float("inf"), "A step size is positive; to ascend, pass maximize=True.")
@@ -76,25 +81,15 @@ class SGD(GradientDynamics):
         }
 
     def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0, weight_decay >= 0, and momentum and dampening in [0, 1), where they are learnt directly.
-
-        A setting learnt through a `transform` is left free: the transform is what keeps it in range.
-        """
-        natural: dict[str, Constraint] = {
-            "lr": Positive(),
-            "momentum": Box(lower=0.0, upper=1.0 - 1e-6),
-            "dampening": Box(lower=0.0, upper=1.0),
-            "weight_decay": Box(lower=0.0, upper=float("inf")),
-        }
-        return {
-            setting.pattern: natural[name]
-            for name, setting in self.settings().items()
-            if isinstance(setting, Hyper) and setting.transform is None
-        }
+        """Returns lr > 0, weight_decay >= 0, momentum in [0, 1) and dampening in [0, 1], where learnt directly."""
+        return natural_constraints(
+            self.settings(),
+            {"lr": POSITIVE, "momentum": DECAY, "dampening": PROPORTION, "weight_decay": NON_NEGATIVE},
+        )
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the momentum buffers, `momentum.{parameter}`, zero; none without momentum."""
-        return tree.with_prefix("momentum", tree.zeros_like(params)) if is_active(self.momentum) else {}
+        return tree.with_prefix("momentum", tree.zeros_like(params)) if self._has_momentum else {}
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
@@ -104,28 +99,35 @@ class SGD(GradientDynamics):
         new_state: TensorDict = {}
         for name, param in params.items():
             direction = -grads[name] if self.maximize else grads[name]
-            if is_active(self.weight_decay):
-                direction = direction + resolve(self.weight_decay, hparams, name, index) * param
-            if is_active(self.momentum):
+            if self._has_weight_decay:
+                direction = decayed(direction, param, resolve(self.weight_decay, hparams, name, index))
+            if self._has_momentum:
                 momentum = resolve(self.momentum, hparams, name, index)
                 buffer = self._buffer(direction, state[f"momentum.{name}"], momentum, hparams, name, index)
                 new_state[f"momentum.{name}"] = buffer
                 direction = direction + momentum * buffer if self.nesterov else buffer
-            new_params[name] = _descend(param, direction, resolve(self.lr, hparams, name, index))
+            new_params[name] = descend(param, direction, resolve(self.lr, hparams, name, index))
         return new_params, new_state
 
     def _buffer(
         self, direction: Tensor, buffer: Tensor, momentum: float | Tensor, hparams: TensorDict, name: str, index: int
     ) -> Tensor:
-        if index == 0:
-            return direction
-        if not is_active(self.dampening):
+        if not self._has_dampening:
             return momentum * buffer + direction
+        if index == 0 and not self.dampen_first:
+            return direction
         return momentum * buffer + (1.0 - resolve(self.dampening, hparams, name, index)) * direction
 
+    # Whether a term is there at all is asked of every parameter at every step, and schedules are long.
 
-def _descend(param: Tensor, direction: Tensor, lr: float | Tensor) -> Tensor:
-    """Returns `param - lr * direction`, in one operation if the step size is a number."""
-    if isinstance(lr, Tensor):
-        return param - lr * direction
-    return param.sub(direction, alpha=lr)
+    @cached_property
+    def _has_momentum(self) -> bool:
+        return is_active(self.momentum)
+
+    @cached_property
+    def _has_dampening(self) -> bool:
+        return is_active(self.dampening)
+
+    @cached_property
+    def _has_weight_decay(self) -> bool:
+        return is_active(self.weight_decay)

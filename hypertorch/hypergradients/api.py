@@ -143,7 +143,10 @@ class _Run:
         with torch.enable_grad():
             context = self._bound.context(leaves, task_slice)
         loop = self._bound.loop(task_slice, context)
-        variables = {**leaves, **tree.leaves_requiring_grad(context)}
+        # What the context only passes on, data say, is no variable.
+        moving = {name for name, value in context.items() if value.requires_grad}
+        cut = tree.leaves_requiring_grad({name: value for name, value in context.items() if name in moving})
+        variables = {**leaves, **{name: cut[name] if name in moving else value for name, value in context.items()}}
         result = backend.compute(loop, variables)
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
         chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)

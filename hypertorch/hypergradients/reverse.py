@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
-from hypertorch.errors import IncompatibleBackendError, ReplayError
+from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
+from hypertorch.hypergradients.memory_plan import plan_loop
+from hypertorch.hypergradients.pull_back import (
+    accumulate,
+    last_term,
+    pull_back_initial,
+    pull_back_segment,
+    pull_back_steps,
+    run_segment,
+)
+from hypertorch.hypergradients.revolve import Advance, Differentiate, Keep, Return, binomial_schedule
+from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.live_memory import parse_bytes
 from hypertorch.types import TensorDict
 
-_REPLAY_TOLERANCE = 100.0  # in units of the dtype's machine epsilon, relative to the tensor's largest entry
+_logger = logging.getLogger(__name__)
+
+Piece: TypeAlias = tuple[int, int, InnerState]
+"""Consecutive steps: the first, one past the last, and the state before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,174 +41,159 @@ class Reverse(Hypergradient):
     With `a_T = dE/ds_T`, going back: `a_{t-1} = a_t dPhi_t/ds_{t-1}` and `df/dhparams` gathers
     `a_t dPhi_t/dhparams`, the initialisation's part `a_0 dPhi_0/dhparams` and the direct term `dE/dhparams`.
 
-    Without `checkpoint_every` the graph of all steps is kept. With it, one state in every `checkpoint_every` is kept,
-    and each segment is run again from its state, with a graph, when the reverse pass reaches it: the same number, less
-    memory. 1 keeps every state and one step's graph; `round(sqrt(num_steps))` needs the least memory.
+    Without settings the graph of all steps is kept. Each setting keeps states instead, from which steps are run again
+    when the reverse pass reaches them: the same number, less memory. At most one of them can be given.
 
-    Cost: `num_steps` steps and as many vjps, and as many steps again with `checkpoint_every`. Memory: graphs of
-    `num_steps` steps; with `checkpoint_every = k`, `num_steps / k` states and graphs of `k` steps.
+    With `checkpoint_every`, one state in every so many is kept and each segment between two is run again with its
+    graph. 1 keeps every state and one step's graph; `round(sqrt(num_steps))` needs the least memory where a step's
+    graph is not larger than a state.
+
+    With `snapshots`, at most so many states and one step's graph are kept, and states in between are run again and
+    again, by the schedule that runs the fewest steps (Revolve).
+
+    With `memory_budget`, one step is measured at each outer step, in bytes of live tensors, and the cheapest of these
+    is taken that fits: the whole graph, else states kept every `k` steps with the `k` that needs the least memory,
+    else Revolve with as many states as fit. The budget is for what the backend holds beside the problem's own data,
+    the hyperparameters and a context; bytes asked for are counted, not what an allocator makes of them, so leave it a
+    tenth. The choice depends on shapes only. `plan_memory` tells it in advance.
+
+    Cost, with `T = num_steps`, in steps beside `T` vjps, and in memory:
+
+        Reverse()                       T steps                        graphs of T steps
+        Reverse(checkpoint_every=k)     2 T - k steps, if k divides T  T / k states, graphs of k steps
+        Reverse(snapshots=c)            T + recomputed_steps(T, c)     c states, the graph of one step
+        Reverse(memory_budget=bytes)    as chosen, one step more       as allowed
 
     Args:
         checkpoint_every: steps between kept states (unit: steps, at least 1); "sqrt" for
-            `round(sqrt(num_steps))`; None for the whole graph.
+            `round(sqrt(num_steps))`.
+        snapshots: most states kept at once, the first one included (unit: states, at least 1).
+        memory_budget: bytes, or a string such as "512MiB" or "1.5 GB".
 
     Raises:
-        ValueError: if `checkpoint_every` is below 1 or an unknown word.
-        IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`.
-        ReplayError: (from `compute`) if a segment run again does not arrive at the same state.
+        ValueError: if a setting is out of its range or an unknown word, or more than one is given.
+        IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, or nothing fits
+            `memory_budget`; the message then says what would.
+        ReplayError: (from `compute`) if steps run again do not arrive at the same state.
 
     References:
         Maclaurin, Duvenaud and Adams (2015), algorithm 2, without reversal; Franceschi et al. (2017), algorithm 1;
-        Griewank and Walther (2000), Revolve (checkpoints).
+        Griewank and Walther (2000), Algorithm 799: Revolve (snapshots).
     """
 
     checkpoint_every: int | Literal["sqrt"] | None = None
+    snapshots: int | None = None
+    memory_budget: int | str | None = None
 
     def __post_init__(self) -> None:
-        every = self.checkpoint_every
-        if every is None or every == "sqrt":
-            return
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) > 1:
             raise ValueError(
-                f"`checkpoint_every` is {every!r}: states are kept every so many steps, at least 1. Pass a whole "
-                "number, 'sqrt', or None to keep the whole graph."
+                f"`{given[0]}` and `{given[1]}` are both given: each says what is kept, and they would contradict each "
+                "other. Pass one of `checkpoint_every`, `snapshots` and `memory_budget`, or none for the whole graph."
             )
+        if self.checkpoint_every not in (None, "sqrt"):
+            _check_count("checkpoint_every", self.checkpoint_every, "states are kept every so many steps", ", 'sqrt',")
+        if self.snapshots is not None:
+            _check_count("snapshots", self.snapshots, "so many states are kept, the first one included", "")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
-        every = self.checkpoint_every
-        if every is None or loop.num_steps == 0:
-            return _whole_graph(loop, variables)
-        if every == "sqrt":
-            every = max(1, round(math.sqrt(loop.num_steps)))
-        if every > loop.num_steps:
-            raise IncompatibleBackendError(
-                f"`Reverse(checkpoint_every={every})` got a problem with `num_steps` = {loop.num_steps}: no state "
-                "would be kept between segments. Use at most that many steps, or `Reverse()` for the whole graph."
-            )
-        return _checkpointed(loop, variables, every)
+        every, snapshots = self.checkpoint_every, self.snapshots
+        if loop.num_steps and self.memory_budget is not None:
+            plan = plan_loop(loop, variables, parse_bytes(self.memory_budget))
+            _logger.debug("%s", plan)
+            every, snapshots = plan.checkpoint_every, plan.snapshots
+        if loop.num_steps == 0 or every is snapshots is None:
+            return differentiate_window(loop, variables, whole_window(loop, variables))
+        constants = tree.detach(variables)
+        if snapshots is not None:
+            return _go_back(loop, variables, _revolving(loop, constants, snapshots))
+        return _go_back(loop, variables, _kept_every(loop, constants, _stretch(every, loop.num_steps)))
 
 
-def _whole_graph(loop: InnerLoop, variables: TensorDict) -> BackendResult:
-    """Runs every step with its graph, then one reverse pass."""
-    with torch.enable_grad():
-        state = loop.initial(variables)
-        outer_loss = torch.zeros((), device=loop.device)
-        for step in range(loop.num_steps):
-            state = loop.step(state, variables, step)
-            if loop.has_step_loss:
-                outer_loss = outer_loss + loop.step_loss(state.params, variables, step)
-        outer_loss = outer_loss + loop.outer_loss(state.params, variables)
-    loop.cost.vjps += loop.num_steps
-    loop.cost.graph_steps = loop.num_steps
-    return BackendResult(
-        grads=vjp([outer_loss], [torch.ones_like(outer_loss)], variables),
-        outer_loss=outer_loss.detach(),
-        state=state.detached(),
-    )
+def _stretch(every: int | Literal["sqrt"] | None, num_steps: int) -> int:
+    """Returns the steps between kept states."""
+    if every is None or every == "sqrt":
+        return max(1, round(math.sqrt(num_steps)))
+    if every > num_steps:
+        raise IncompatibleBackendError(
+            f"`Reverse(checkpoint_every={every})` got a problem with `num_steps` = {num_steps}: no state would be kept "
+            "between segments. Use at most that many steps, or `Reverse()` for the whole graph."
+        )
+    return every
 
 
-def _checkpointed(loop: InnerLoop, variables: TensorDict, every: int) -> BackendResult:
-    """Runs forward keeping states, then goes back segment by segment."""
+def _check_count(name: str, value: object, meaning: str, word: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"`{name}` is {value!r}: {meaning}, at least 1. Pass a whole number{word} or None to keep the whole graph."
+        )
+
+
+def _go_back(loop: InnerLoop, variables: TensorDict, pieces: Iterator[Piece]) -> BackendResult:
+    """Goes back through the pieces of a run, from the last to the first, and through its initial state."""
+    start, stop, departure = next(pieces)
+    # The outer loss is taken at the end of the last piece's own graph, so that its steps are run only once.
+    segment = run_segment(loop, variables, departure, start, stop)
+    last = segment.end.detached()
+    grads, cotangents, outer_loss = last_term(loop, variables, last)
+    part, cotangents, step_losses = pull_back_segment(loop, variables, segment, cotangents)
+    del segment  # not to live beside the next one
+    grads, outer_loss = accumulate(grads, part), outer_loss + step_losses
+    for start, stop, earlier in pieces:
+        del part
+        part, cotangents, step_losses = pull_back_steps(
+            loop, variables, earlier, cotangents, start, stop, arrival=departure
+        )
+        grads, outer_loss = accumulate(grads, part), outer_loss + step_losses
+        departure = earlier
+    grads = accumulate(grads, pull_back_initial(loop, variables, cotangents))
+    return BackendResult(grads=grads, outer_loss=outer_loss, state=last)
+
+
+def _kept_every(loop: InnerLoop, variables: TensorDict, every: int) -> Iterator[Piece]:
+    """Yields stretches of `every` steps from the last to the first, keeping the states before them from one run."""
     starts = range(0, loop.num_steps, every)
-    kept, last = _run_keeping(loop, tree.detach(variables), every)
-    loop.cost.stored_states = len(kept) + 1
-    loop.cost.graph_steps = min(every, loop.num_steps)
-
-    grads, cotangents, outer_loss = _last_term(loop, variables, last)
-    arrival = last
-    for start in reversed(starts):
-        stop = min(start + every, loop.num_steps)
-        departure = kept.pop()
-        part, cotangents, step_losses = _segment(loop, variables, departure, arrival, cotangents, start, stop)
-        grads = _accumulate(grads, part)
-        outer_loss = outer_loss + step_losses
-        arrival = departure
-
-    with torch.enable_grad():
-        initial = loop.initial(variables)
-    grads = _accumulate(grads, vjp(initial.tensors(), cotangents, variables))
-    return BackendResult(grads=grads, outer_loss=outer_loss, state=last.detached())
-
-
-def _run_keeping(loop: InnerLoop, variables: TensorDict, every: int) -> tuple[list[InnerState], InnerState]:
-    """Returns the states before steps 0, every, 2 every, ..., and the last state."""
     kept: list[InnerState] = []
     with torch.no_grad():
         state = loop.initial(variables)
-        for step in range(loop.num_steps):
+        for step in range(starts[-1]):
             if step % every == 0:
                 kept.append(state)
             state = loop.step(state, variables, step)
-    return kept, state
+    kept.append(state)
+    del state  # not to outlive its piece
+    loop.cost.stored_states = len(kept) + 1
+    for start in reversed(starts):
+        yield start, min(start + every, loop.num_steps), kept.pop()
 
 
-def _last_term(
-    loop: InnerLoop, variables: TensorDict, last: InnerState
-) -> tuple[dict[str, Tensor | None], list[Tensor | None], Tensor]:
-    """Returns the direct term, the cotangents of the last state and the outer loss there."""
-    leaves = loop.leaves(last)
-    with torch.enable_grad():
-        outer_loss = loop.outer_loss(leaves.params, variables)
-    grads, cotangents = _pull_back([outer_loss], [torch.ones_like(outer_loss)], leaves, variables)
-    return grads, cotangents, outer_loss.detach()
-
-
-def _segment(
-    loop: InnerLoop,
-    variables: TensorDict,
-    departure: InnerState,
-    arrival: InnerState,
-    cotangents: list[Tensor | None],
-    start: int,
-    stop: int,
-) -> tuple[dict[str, Tensor | None], list[Tensor | None], Tensor]:
-    """Runs steps `start .. stop - 1` again with a graph and pulls the cotangents of their end back to their start."""
-    leaves = loop.leaves(departure)
-    with torch.enable_grad():
-        state = leaves
-        step_losses = torch.zeros((), device=loop.device)
-        for step in range(start, stop):
-            state = loop.step(state, variables, step)
-            if loop.has_step_loss:
-                step_losses = step_losses + loop.step_loss(state.params, variables, step)
-    _check_replay(state, arrival, start, stop)
-    loop.cost.vjps += stop - start
-    outputs = [*state.tensors(), step_losses]
-    grads, cotangents = _pull_back(outputs, [*cotangents, torch.ones_like(step_losses)], leaves, variables)
-    return grads, cotangents, step_losses.detach()
-
-
-def _pull_back(
-    outputs: list[Tensor], cotangents: list[Tensor | None], leaves: InnerState, variables: TensorDict
-) -> tuple[dict[str, Tensor | None], list[Tensor | None]]:
-    """Returns the cotangents of the variables, by name, and of the state's tensors, in order."""
-    # Names of the two cannot clash: the state's are numbered.
-    numbered = {f"\0{position}": tensor for position, tensor in enumerate(leaves.tensors())}
-    joint = vjp(outputs, cotangents, {**variables, **numbered})
-    return {name: joint[name] for name in variables}, [joint[name] for name in numbered]
-
-
-def _accumulate(total: dict[str, Tensor | None], part: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: tree.add_optional(value, part[name]) for name, value in total.items()}
-
-
-def _check_replay(replayed: InnerState, expected: InnerState, start: int, stop: int) -> None:
-    """Raises `ReplayError` if a segment run again arrived elsewhere.
-
-    Some backward kernels differ in the last bit with and without a graph, hence the tolerance.
-    """
+def _revolving(loop: InnerLoop, variables: TensorDict, snapshots: int) -> Iterator[Piece]:
+    """Yields single steps from the last to the first, with states that the binomial schedule keeps or runs again."""
+    kept: dict[int, InnerState] = {}
+    first_run = 0  # the first step that was not run yet
     with torch.no_grad():
-        for name, again, first in zip(expected.names(), replayed.tensors(), expected.tensors(), strict=True):
-            if not tree.is_differentiable(first):
-                continue
-            scale = first.abs().max() if first.numel() else first.sum()
-            gap = (again - first).abs().max() if first.numel() else first.sum()
-            bound = _REPLAY_TOLERANCE * (stop - start) * torch.finfo(first.dtype).eps
-            if bool(gap > bound * scale.clamp(min=torch.finfo(first.dtype).tiny)):
-                raise ReplayError(
-                    f"`{name}` after inner step {stop - 1} differs by {float(gap):.3g} from the first run when steps "
-                    f"{start} to {stop - 1} are run again: the derivative would belong to another run. Let "
-                    "`InnerProblem.batch` and `loss` depend on their arguments only (no iterator, no counter, no "
-                    "generator of your own), or use `Reverse()`, which runs every step once."
-                )
+        state = loop.initial(variables)
+    for action in binomial_schedule(loop.num_steps, snapshots):
+        match action:
+            case Keep(step):
+                kept[step] = state
+                loop.cost.stored_states = max(loop.cost.stored_states, len(kept) + 1)
+            case Return(step):
+                state = kept[step]
+            case Advance(start, stop):
+                with torch.no_grad():
+                    for step in range(start, stop):
+                        if step >= first_run:
+                            state = loop.step(state, variables, step)
+                        else:  # its loss is known
+                            state = loop.apply(loop.bound_loss(state, step), state, variables, step)
+                            loop.count_value(None)
+                first_run = max(first_run, stop)
+            case Differentiate(step, release):
+                if release:
+                    del kept[step]
+                yield step, step + 1, state

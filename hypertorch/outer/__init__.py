@@ -5,6 +5,7 @@ from hypertorch.outer.evaluation import evaluate
 from hypertorch.outer.hparams_file import HPARAMS_FILE, load_hparams, save_hparams
 from hypertorch.outer.loggers import JsonLinesLogger, Logger, MemoryLogger
 from hypertorch.outer.loop import OuterLoop, Trained
+from hypertorch.outer.real_time import RealTime
 from hypertorch.outer.report import Estimate, Report
 from hypertorch.outer.tensorboard_logger import TensorBoardLogger
 from hypertorch.outer.validation import Validation
@@ -18,6 +19,7 @@ __all__ = [
     "Logger",
     "MemoryLogger",
     "OuterLoop",
+    "RealTime",
     "Report",
     "TensorBoardLogger",
     "Trained",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError
@@ -37,6 +37,7 @@ class Trained:
         best_value: their figure of merit; None without a validation.
         num_outer_steps: outer steps done.
         seconds: run time, that of the runs it was resumed from included.
+        carry: what the last hypergradient handed on, a warm-started run's inner state (`params.<name>`) for one.
     """
 
     hparams: TensorDict
@@ -45,6 +46,7 @@ class Trained:
     best_value: float | None
     num_outer_steps: int
     seconds: float
+    carry: TensorDict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +179,7 @@ class OuterLoop:
             best_value=state.best_value,
             num_outer_steps=state.step,
             seconds=state.seconds,
+            carry=state.carry,
         )
 
 

@@ -115,7 +115,8 @@ def test_costs_are_as_documented(num_steps: int) -> None:
     assert (whole.steps, whole.vjps, whole.graph_steps) == (num_steps, num_steps, num_steps)
     for every in every_choice(num_steps):
         stats = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=every)).stats
-        assert (stats.steps, stats.vjps, stats.graph_steps) == (2 * num_steps, num_steps, every)
+        again = (math.ceil(num_steps / every) - 1) * every  # all but the last piece
+        assert (stats.steps, stats.vjps, stats.graph_steps) == (num_steps + again, num_steps, every)
         assert stats.stored_states == math.ceil(num_steps / every) + 1
 
 
@@ -202,7 +203,7 @@ class ForgetfulOuter(ht.OuterProblem):
 
 def test_data_that_change_on_replay_are_noticed() -> None:
     problem = ht.BilevelProblem(ForgetfulInner(), ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=6)
-    with pytest.raises(ReplayError, match=r"`w` after inner step 5 differs .*no iterator, no counter"):
+    with pytest.raises(ReplayError, match=r"`w` after inner step 3 differs .*no iterator, no counter"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=2))
 
 

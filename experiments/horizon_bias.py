@@ -1,0 +1,61 @@
+"""Measures and draws what shorter windows and shorter runs cost in accuracy.
+
+python experiments/horizon_bias.py
+python experiments/horizon_bias.py problem.hidden=16 dynamics@problem.dynamics=sgd problem.dynamics.lr=0.5
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import hypertorch as ht
+from experiments.assembly import build
+from experiments.config_errors import CONFIGS
+from experiments.diagnosis import ascending_lengths, build_problem, json_ready, prepare, run_description, write_csv
+from experiments.diagnosis_plots import plot_horizon_bias
+from experiments.failures import Failures
+from experiments.reporting import write_results
+from experiments.run_folder import open_folder
+from experiments.settings import whole_number
+
+failures = Failures("horizon_bias")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="horizon_bias")
+@failures.reported
+def main(config: DictConfig) -> None:
+    """Measures, prints and writes."""
+    prepare(config)
+    windows, num_steps = ascending_lengths(config, "windows"), ascending_lengths(config, "num_steps")
+    horizon = whole_number(config, "horizon", minimum=1, purpose="windows are taken of a run of this length")
+    implicit = None if config.implicit is None else build(config, "implicit")
+    problem = build_problem(config, horizon)
+    hparams = problem.init_hparams()
+    folder = open_folder(config, HydraConfig.get().overrides.task)
+    bias = ht.horizon_bias(problem, hparams, windows=windows, num_steps=num_steps, implicit=implicit)
+    spectrum = ht.spectral_radius(problem, hparams)
+    console = Console()
+    console.print(f"{bias}\n{spectrum}", markup=False, highlight=False, soft_wrap=True)
+    rows = bias.rows()
+    write_csv(folder.path / "horizon_bias.csv", rows)
+    write_results(
+        folder.results,
+        {
+            **run_description(),
+            "spectral_radius": spectrum.radius,
+            "rates": {name: None if fit is None else fit.rate for name, fit in bias.fits.items()},
+            "rows": [json_ready(row) for row in rows],
+        },
+    )
+    plot_horizon_bias(bias, spectrum.radius, folder.path / "horizon_bias.png")
+    console.print(f"everything is in {folder.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(failures.exit_code(main))

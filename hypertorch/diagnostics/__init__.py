@@ -1,0 +1,24 @@
+"""What to know about a hypergradient before trusting it: checks, comparisons of backends, and the inner map itself."""
+
+from hypertorch.diagnostics.accuracy import Accuracy
+from hypertorch.diagnostics.check import DirectionalCheck, HypergradientCheck, check_hypergradient
+from hypertorch.diagnostics.compare import BackendComparison, BackendFigures, compare_backends
+from hypertorch.diagnostics.geometric_fit import GeometricFit
+from hypertorch.diagnostics.horizon import HorizonBias, HorizonPoint, horizon_bias
+from hypertorch.diagnostics.spectral import SpectralRadius, spectral_radius
+
+__all__ = [
+    "Accuracy",
+    "BackendComparison",
+    "BackendFigures",
+    "DirectionalCheck",
+    "GeometricFit",
+    "HorizonBias",
+    "HorizonPoint",
+    "HypergradientCheck",
+    "SpectralRadius",
+    "check_hypergradient",
+    "compare_backends",
+    "horizon_bias",
+    "spectral_radius",
+]

@@ -1,0 +1,178 @@
+"""What a shorter look back, or a shorter run, costs: the bias of truncation and of implicit differentiation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from hypertorch.diagnostics.accuracy import Accuracy
+from hypertorch.diagnostics.geometric_fit import GeometricFit, fit_geometric
+from hypertorch.diagnostics.text_table import aligned
+from hypertorch.hypergradients import Hypergradient, Reverse, Truncated, hypergradient, hypergradient_task_route
+from hypertorch.problem import BilevelProblem
+from hypertorch.types import TensorDict
+
+Series: TypeAlias = Literal["truncated", "implicit", "implicit to longest", "unrolled to longest"]
+"""What is compared with what.
+
+"truncated": a window of the run, with the whole run. "implicit": implicit differentiation after some steps, with the
+exact hypergradient of as many. "implicit to longest" and "unrolled to longest": implicit and exact hypergradients after
+some steps, with the exact one of the longest run, which stands for that of the inner solution.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonPoint:
+    """One comparison.
+
+    Attributes:
+        length: the window, or the number of steps (unit: steps).
+        accuracy: of what is compared.
+    """
+
+    length: int
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonBias:
+    """Errors against the length of the look back, or of the run; prints as a table for each series.
+
+    Attributes:
+        series: the points of each comparison, by ascending length.
+        fits: the geometric law that each follows; None where none can be told.
+    """
+
+    series: Mapping[Series, tuple[HorizonPoint, ...]]
+    fits: Mapping[Series, GeometricFit | None]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "series", MappingProxyType(dict(self.series)))
+        object.__setattr__(self, "fits", MappingProxyType(dict(self.fits)))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns a dict per point, for JSON or CSV."""
+        return [
+            {
+                "series": name,
+                "length": point.length,
+                "error": point.accuracy.error,
+                "cosine": point.accuracy.cosine,
+                **{f"error.{hparam}": error for hparam, error in point.accuracy.errors.items()},
+            }
+            for name, points in self.series.items()
+            for point in points
+        ]
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        for name, points in self.series.items():
+            fit = self.fits[name]
+            lines.append(f"{name}: {'no geometric rate can be told' if fit is None else fit}")
+            texts = [
+                (str(point.length), f"{point.accuracy.error:.3e}", f"{point.accuracy.cosine:.6f}") for point in points
+            ]
+            lines.append(aligned(("steps", "error", "cosine"), texts))
+        return "\n".join(lines)
+
+
+def horizon_bias(
+    problem: BilevelProblem,
+    hparams: TensorDict,
+    *,
+    windows: Sequence[int] = (),
+    num_steps: Sequence[int] = (),
+    implicit: Hypergradient | None = None,
+    exact: Hypergradient = Reverse(checkpoint_every="sqrt"),  # noqa: B008 (frozen, without state)
+    outer_step: int = 0,
+) -> HorizonBias:
+    """Returns the errors of truncated and of implicit hypergradients as windows and runs grow longer.
+
+    On an inner map that contracts by `r` per step, a window of `K` of `T` steps leaves out terms of size `r^K ... r^T`,
+    and after `T` steps implicit differentiation differs from the exact hypergradient, and either from that of the
+    inner solution, by some `r^T` (times `T`). The rates are fitted by least squares to the logarithms of the errors;
+    `fit_geometric` says which points are left out. Series that end at zero error, because they are compared with their
+    own longest run, are fitted up to half of it.
+
+    Cost: one exact hypergradient of the problem's own `num_steps` and one of a truncated run for each window; for each
+    entry of `num_steps` one exact and one implicit hypergradient of so many steps.
+
+    Args:
+        problem: the problem; its own `num_steps` is the horizon that windows are taken of.
+        hparams: the outer variables. What a backend drops must be in the problem's `allow_unused`, and then counts as
+            an error of its own.
+        windows: look-backs of `Truncated` (unit: steps, at least 1).
+        num_steps: lengths of runs (unit: steps, at least 1). The dynamics must not have a schedule over the horizon.
+        implicit: `Implicit(...)` with the linear solver to use; None to look at unrolled runs only.
+        exact: gives the exact hypergradient.
+        outer_step: chooses the outer data and the noise.
+
+    Raises:
+        ValueError: if there is nothing to do, or a length is below 1.
+        IncompatibleBackendError: if a backend cannot serve the problem.
+
+    References:
+        Shaban, Cheng, Hatch and Boots (2019), Truncated back-propagation for bilevel optimization, proposition 3.1;
+        Grazzi, Franceschi, Pontil and Salzo (2020), On the iteration complexity of hypergradient computation.
+    """
+    windows, num_steps = _ascending("windows", windows), _ascending("num_steps", num_steps)
+    if not windows and not num_steps:
+        raise ValueError(
+            "`windows` and `num_steps` are both empty: there is nothing to compare. Pass windows to look back through, "
+            "lengths of runs, or both."
+        )
+    # One route for all: the noise that a model draws differs between routes.
+    route = hypergradient_task_route(problem, hparams, backend=exact, outer_step=outer_step)
+    problem = problem.with_task_route(route)
+
+    def grads(steps: int, backend: Hypergradient) -> TensorDict:
+        return hypergradient(replace(problem, num_steps=steps), hparams, backend=backend, outer_step=outer_step).grads
+
+    series: dict[Series, tuple[HorizonPoint, ...]] = {}
+    if windows:
+        whole = grads(problem.num_steps, exact)
+        truncated = [grads(problem.num_steps, Truncated(window=window)) for window in windows]
+        series["truncated"] = _points(windows, truncated, [whole] * len(windows))
+    if num_steps:
+        unrolled = [grads(steps, exact) for steps in num_steps]
+        longest = [unrolled[-1]] * len(num_steps)
+        if implicit is not None:
+            implied = [grads(steps, implicit) for steps in num_steps]
+            series["implicit"] = _points(num_steps, implied, unrolled)
+            series["implicit to longest"] = _points(num_steps, implied, longest)
+        series["unrolled to longest"] = _points(num_steps, unrolled, longest)
+    # Near the end of a run that they are compared with, errors fall faster than geometrically.
+    ends = {"truncated": problem.num_steps / 2, "implicit": math.inf}
+    return HorizonBias(
+        series=series,
+        fits={
+            name: _fit(points, ends.get(name, num_steps[-1] / 2 if num_steps else 0)) for name, points in series.items()
+        },
+    )
+
+
+def _points(
+    lengths: Sequence[int], estimates: Sequence[TensorDict], references: Sequence[TensorDict]
+) -> tuple[HorizonPoint, ...]:
+    return tuple(
+        HorizonPoint(length=length, accuracy=Accuracy.of(estimate, reference))
+        for length, estimate, reference in zip(lengths, estimates, references, strict=True)
+    )
+
+
+def _fit(points: Sequence[HorizonPoint], end: float) -> GeometricFit | None:
+    fitted = [point for point in points if point.length <= end]
+    return fit_geometric([point.length for point in fitted], [point.accuracy.error for point in fitted])
+
+
+def _ascending(argument: str, lengths: Sequence[int]) -> list[int]:
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            raise ValueError(
+                f"`{argument}` holds {length!r}: with no step there is nothing to differentiate. Pass whole numbers of "
+                "at least 1."
+            )
+    return sorted(set(lengths))

@@ -1,0 +1,306 @@
+"""Whether the inner map contracts: its largest eigenvalue, and the growth of its product along the trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.bound_problem import BoundProblem
+from hypertorch.derivatives import vjp
+from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
+from hypertorch.errors import NonFiniteError
+from hypertorch.hypergradients import Reverse, hypergradient_task_route
+from hypertorch.hypergradients.finiteness import first_non_finite
+from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.problem import BilevelProblem
+from hypertorch.tasks import TaskSlice, task_slices
+from hypertorch.types import TensorDict
+
+Verdict: TypeAlias = Literal["contracts", "is marginal", "explodes"]
+"""What a factor per step comes to over the horizon: below `1/e`, in between, above `e`."""
+
+_MEANING: dict[Verdict, str] = {
+    "contracts": "what happened early is forgotten, so truncation and implicit differentiation have a limit to reach",
+    "is marginal": "over this horizon what happened early neither fades nor grows much, so no step can be left out",
+    "explodes": "the unrolled hypergradient grows with the horizon; lower the step size, or take fewer steps",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SpectralRadius:
+    """The spectrum of the inner map at one inner step, and the growth of its product up to there; prints as words.
+
+    Attributes:
+        step: the inner step, counted from 0.
+        num_steps: the horizon that the verdicts are about (unit: steps).
+        eigenvalues: the eigenvalue of largest modulus at `step`, complex, shape `()` or `(tasks,)`.
+        residuals: `|J'y - eigenvalue y| / |eigenvalue y|` of its eigenvector, in balanced units, shape `()` or
+            `(tasks,)`.
+        ritz_values: estimates of the outer eigenvalues, complex, largest first, shape `(dimension,)` or
+            `(tasks, dimension)`. The first are accurate; the last only outline the spectrum.
+        step_growths: factor by which the product grows at each step from 0 to `step`, shape `(step + 1,)` or
+            `(tasks, step + 1)`.
+    """
+
+    step: int
+    num_steps: int
+    eigenvalues: Tensor
+    residuals: Tensor
+    ritz_values: Tensor
+    step_growths: Tensor
+
+    @property
+    def radius(self) -> float:
+        """The largest modulus of an eigenvalue, of all tasks."""
+        return float(self.eigenvalues.abs().max())
+
+    @property
+    def growth(self) -> float:
+        """The mean factor per step along the trajectory, `exp` of the Lyapunov exponent; the largest of all tasks."""
+        return float(self.step_growths.log().mean(dim=-1).exp().max())
+
+    @property
+    def verdict(self) -> Verdict:
+        """What repeating the map at `step` over the horizon would do."""
+        return _judged(self.radius, self.num_steps)
+
+    def __str__(self) -> str:
+        worst = int(self.eigenvalues.abs().argmax()) if self.eigenvalues.dim() else 0
+        eigenvalue = complex(self.eigenvalues.reshape(-1)[worst])
+        task = f" (of task {worst}, the largest of {len(self.eigenvalues)})" if self.eigenvalues.dim() else ""
+        return "\n".join(
+            [
+                f"the inner map at step {self.step} {self.verdict}: {_MEANING[self.verdict]}",
+                f"  largest |eigenvalue|{task} {self.radius:.6g}: {_power(self.radius, self.num_steps)} over "
+                f"{self.num_steps} steps (eigenvalue {eigenvalue:.6g}, residual {float(self.residuals.max()):.2g})",
+                f"  growth along the trajectory {self.growth:.6g} per step: "
+                f"{_power(self.growth, self.step + 1)} over {self.step + 1} steps",
+            ]
+        )
+
+
+def spectral_radius(
+    problem: BilevelProblem,
+    hparams: TensorDict,
+    *,
+    step: int | None = None,
+    dimension: int = 30,
+    max_restarts: int = 20,
+    tolerance: float = 1e-8,
+    outer_step: int = 0,
+    seed: int = 0,
+) -> SpectralRadius:
+    """Returns the largest eigenvalue of the inner map `J = dPhi/ds`, and the growth of `J_t ... J_0` up to a step.
+
+    The state `s` holds the params and the optimiser's buffers; `J` is taken at the state that the run has before
+    `step`. Below 1 the effect of the state on later states fades, and with it the bias of truncation and of implicit
+    differentiation; above 1 small changes grow geometrically with the horizon, and hypergradients with them.
+
+    The eigenvalue is found by Arnoldi's method on `J'` (which has the same eigenvalues) with vjps of one recorded
+    step, restarted from the leading Ritz vectors until the residual is small. Unlike power iteration it settles on
+    complex pairs, which momentum makes; and the state is measured in units that balance the map, without which Adam's
+    squared gradients would hide the params. The growth is that of a cotangent carried back from `step` to the start, as
+    reverse mode does it, beginning at the eigenvector:
+
+        growth = (|J_0' ... J_t' y| / |y|)^(1 / (t + 1)),
+
+    the exponential of a finite-time Lyapunov exponent. It is a lower bound of the largest singular value of
+    `J_t ... J_0`, to the same power, from which it differs by a factor that does not grow with the number of steps.
+
+    Cost: `step + 1` steps, run twice, and a vjp for each of them; of the step looked at, `6 + dimension` vjps and half
+    as many for each restart. Memory: `step + 1` states, `dimension + 1` vectors of a state's size and one step's graph.
+
+    Args:
+        problem: the problem.
+        hparams: the outer variables.
+        step: the inner step, counted from 0; None for the last.
+        dimension: of the Krylov space.
+        max_restarts: how often it may be cut down to its leading half and grown again.
+        tolerance: relative residual at which no more restarts are made.
+        outer_step: chooses the outer data and the noise.
+        seed: of the first vector.
+
+    Raises:
+        ValueError: if there is no such step, or a number is out of range.
+        NonFiniteError: if the run, or the derivative at `step`, holds NaN or infinity.
+
+    References:
+        Arnoldi (1951), The principle of minimized iterations; Pascanu, Mikolov and Bengio (2013), On the difficulty of
+        training recurrent neural networks, section 2 (exploding products).
+    """
+    step = _checked_step(step, problem.num_steps)
+    _check_numbers(dimension, max_restarts)
+    # The route whose cost is like this function's: vjps of single steps.
+    route = hypergradient_task_route(problem, hparams, backend=Reverse(checkpoint_every=1), outer_step=outer_step)
+    bound = BoundProblem(problem.with_task_route(route), hparams, outer_step, None)
+    constants = tree.detach(hparams)
+
+    def of_slice(item: TaskSlice | None) -> tuple[Spectrum, Tensor]:
+        with torch.no_grad():
+            context = bound.context(constants, item)
+        variables = {**constants, **context}
+        trajectory = _Trajectory(bound.loop(item, context), variables, step)
+        if not trajectory.is_finite:
+            with torch.no_grad():
+                found = first_non_finite(bound.loop(item, context), variables)
+            raise found or _infinite_derivative(step)
+        start = trajectory.random_vectors(seed)
+        apply = trajectory.transposed(step)
+        if not tree.all_finite([apply(start)]):
+            raise _infinite_derivative(step)
+        spectrum = leading_spectrum(apply, start, dimension=dimension, max_restarts=max_restarts, tolerance=tolerance)
+        return spectrum, trajectory.growths(spectrum.vectors)
+
+    with bound.execution():
+        parts = [of_slice(item) for item in task_slices(problem, route)]
+    has_tasks = problem.num_tasks is not None
+
+    def joined(values: list[Tensor]) -> Tensor:
+        return torch.cat(values) if has_tasks else values[0].squeeze(0)
+
+    return SpectralRadius(
+        step=step,
+        num_steps=problem.num_steps,
+        eigenvalues=joined([spectrum.eigenvalues for spectrum, _ in parts]),
+        residuals=joined([spectrum.residuals for spectrum, _ in parts]),
+        ritz_values=joined([spectrum.ritz_values for spectrum, _ in parts]),
+        step_growths=joined([growths for _, growths in parts]),
+    )
+
+
+class _Trajectory:
+    """The states of a run up to a step, and the transposed derivatives of its steps.
+
+    Those act on vectors `(tasks, entries)`: cotangents of the whole state.
+
+    Attributes:
+        is_finite: whether the state after the last step is.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, without a graph.
+        last_step: the last step to take.
+    """
+
+    def __init__(self, loop: InnerLoop, variables: TensorDict, last_step: int) -> None:
+        self._loop = loop
+        self._variables = variables
+        self._states: list[InnerState] = []
+        with torch.no_grad():
+            state = loop.initial(variables)
+            for step in range(last_step + 1):
+                self._states.append(state)
+                state = loop.step(state, variables, step)
+        self.is_finite = tree.all_finite(state.tensors())
+        self._names = list(_differentiable(state))
+
+    def random_vectors(self, seed: int) -> Tensor:
+        """Returns a standard normal vector, the same for each task."""
+        zeros = torch.zeros_like(self._vectors(_differentiable(self._states[-1])))
+        generator = torch.Generator().manual_seed(seed)
+        return zeros + torch.randn(zeros.shape[1], generator=generator, dtype=zeros.dtype).to(zeros.device)
+
+    def transposed(self, step: int) -> Callable[[Tensor], Tensor]:
+        """Returns `v -> J'v` for the derivative `J` of a step in the state before it."""
+        leaves = self._loop.leaves(self._states[step])
+        with torch.enable_grad():
+            outputs = _differentiable(self._loop.step(leaves, self._variables, step))
+        inputs = _differentiable(leaves)
+
+        def apply(vectors: Tensor) -> Tensor:
+            cotangents = self._cotangents(vectors, outputs)
+            pulled = vjp(list(outputs.values()), [cotangents[name] for name in outputs], inputs, retain_graph=True)
+            # Autograd's None is a zero here.
+            return self._vectors(
+                {
+                    name: torch.zeros_like(leaf) if (value := pulled[name]) is None else value
+                    for name, leaf in inputs.items()
+                }
+            )
+
+        return apply
+
+    def growths(self, vectors: Tensor) -> Tensor:
+        """Returns by what factor each step, from the first, stretches `vectors` on their way back, `(tasks, steps)`."""
+        smallest = torch.finfo(vectors.dtype).tiny
+        factors: list[Tensor] = []
+        for step in reversed(range(len(self._states))):
+            # Only the direction is carried: the product itself leaves the range of floats.
+            vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=smallest)
+            vectors = self.transposed(step)(vectors)
+            factors.append(vectors.norm(dim=-1))
+        return torch.stack(factors[::-1], dim=-1)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the state with one row for each task."""
+        return tensor.flatten(1) if self._loop.has_tasks_axis else tensor.reshape(1, -1)
+
+    def _vectors(self, cotangents: TensorDict) -> Tensor:
+        """Returns the cotangents of a state's tensors, by name, as one vector for each task."""
+        return torch.cat([self._rows(cotangents[name]) for name in self._names], dim=1)
+
+    def _cotangents(self, vectors: Tensor, tensors: TensorDict) -> TensorDict:
+        """Returns the cotangents of a state's tensors, by name, that a vector for each task holds."""
+        parts = vectors.split([self._rows(tensors[name]).shape[1] for name in self._names], dim=1)
+        return {
+            name: part.reshape(tensors[name].shape).to(tensors[name].dtype)
+            for name, part in zip(self._names, parts, strict=True)
+        }
+
+
+def _differentiable(state: InnerState) -> TensorDict:
+    """Returns the tensors of a state that have a derivative, by name: integers have none.
+
+    By name, because a step may return its buffers in another order than they were made in.
+    """
+    named = zip(state.names(), state.tensors(), strict=True)
+    return {name: tensor for name, tensor in named if tree.is_differentiable(tensor)}
+
+
+def _infinite_derivative(step: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"the derivative of inner step {step} in its state is not finite, although the state is: it has no "
+        "eigenvalues. Look for an infinite derivative in the losses (such as of a square root at 0)."
+    )
+
+
+def _judged(factor: float, num_steps: int) -> Verdict:
+    log = math.log(factor) * num_steps if factor > 0 else -math.inf
+    return "contracts" if log < -1 else "explodes" if log > 1 else "is marginal"
+
+
+def _power(base: float, exponent: int) -> str:
+    """Returns `base ** exponent` in words that do not overflow."""
+    digits = exponent * math.log10(base) if base > 0 else -math.inf
+    if digits == -math.inf:
+        return "0"
+    return f"{10**digits:.3g}" if abs(digits) < 4 else f"1e{digits:+.0f}"
+
+
+def _checked_step(step: int | None, num_steps: int) -> int:
+    chosen = num_steps - 1 if step is None else step
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < num_steps:
+        raise ValueError(
+            f"`step` is {step!r} in a problem with `num_steps` = {num_steps}: there is no such inner step, whose map "
+            "could be looked at. Pass a number from 0 to `num_steps - 1`, or None for the last step."
+        )
+    return chosen
+
+
+def _check_numbers(dimension: int, max_restarts: int) -> None:
+    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 4:
+        raise ValueError(
+            f"`dimension` is {dimension!r}: a Krylov space needs at least 4 vectors, to be cut down to a complex pair "
+            "of eigenvalues and grown again. 20 to 30 are usual."
+        )
+    if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
+        raise ValueError(
+            f"`max_restarts` is {max_restarts!r}: the Krylov space is grown once, and as often again as this whole "
+            "number says. Pass 0 for no restarts."
+        )

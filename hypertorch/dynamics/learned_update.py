@@ -1,0 +1,136 @@
+"""A learnt optimiser: the inner update is computed by a network whose weights are outer variables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.constraints import Constraint
+from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.buffers import by_parameter, flattened
+from hypertorch.dynamics.hyper import Setting, check_range, resolve
+from hypertorch.dynamics.natural_constraints import POSITIVE, natural_constraints
+from hypertorch.dynamics.update_rules import UpdateRule
+from hypertorch.functional import FunctionalModule
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedUpdate(GradientDynamics):
+    """Descent by a learnt update rule `m` with weights `phi`, coordinate by coordinate.
+
+    With `g` the gradient of the inner loss and `h` the rule's state:
+
+        u, h = m(g, h, phi)
+        w = w + scale * u
+
+    The weights `phi` are outer variables that the dynamics own: `init_hparams` returns them as `{name}.{weight}`, and
+    the module given as `rule` is never changed. A rule learns to descend from the outer loss alone; terms at all inner
+    steps (`OuterProblem.step_loss`) tell it much more than the last params do.
+
+    With `gradient_is_constant`, `g` enters without its derivatives, which saves the second derivatives of the inner
+    loss in backends that unroll. Then **every path that runs through a gradient is dropped**, `dg/dw` and
+    `dg/dhparams`: hypergradients of `phi` and `scale` are approximate; an initialisation sees the rest of the run as a
+    constant shift; a hyperparameter that only the inner loss reads has no path left and is refused as detached, and
+    one that the outer loss reads too keeps *its direct term only*. Use it where `phi` and `scale` are all that is
+    learnt.
+
+    Cost: one gradient and one evaluation of the rule on every coordinate per step; state as the rule's.
+
+    Args:
+        rule: the update rule, with its first weights; it must have the dtype and device of the inner parameters.
+        name: prefix of the weights among the outer variables.
+        scale: of the update, at least 0; a small one keeps a rule that has not learnt anything from diverging.
+        gradient_is_constant: drop the derivatives of the gradient, as Andrychowicz et al. do.
+
+    Raises:
+        TypeError: if `rule` is no `UpdateRule`.
+        ValueError: if `scale` is out of range; (from a run) if the weights are not among the outer variables, or the
+            rule returns an update of another shape or a state with a dot in a name.
+
+    References:
+        Andrychowicz et al. (2016), Learning to learn by gradient descent by gradient descent, equation 3;
+        Chen et al. (2017), Learning to learn without gradient descent by gradient descent (losses over the whole run).
+    """
+
+    rule: UpdateRule
+    _: KW_ONLY
+    name: str = "update_rule"
+    scale: Setting = 0.1
+    gradient_is_constant: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, UpdateRule):
+            raise TypeError(
+                f"`rule` is a {type(self.rule).__name__}, not an `UpdateRule`: it has no state per coordinate. Pass an "
+                "instance of a subclass, such as `ht.dynamics.CoordinatewiseLSTM()`."
+            )
+        check_range("LearnedUpdate", "scale", self.scale, 0.0, float("inf"), "The rule itself learns the sign.")
+
+    def settings(self) -> Mapping[str, Setting]:
+        """Returns the settings that may be outer variables, by name."""
+        return {"scale": self.scale}
+
+    def constraints(self) -> dict[str, Constraint]:
+        """Returns scale > 0, where it is learnt directly."""
+        return natural_constraints(self.settings(), {"scale": POSITIVE})
+
+    def init_hparams(self) -> TensorDict:
+        """Returns copies of the rule's trainable weights, as `{name}.{weight}`."""
+        first = self._function.init_params()
+        return tree.with_prefix(self.name, {name: first[name] for name in self._function.trained_names()})
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        """Returns the rule's state before the first step, `{entry}.{parameter}`."""
+        self._weights(hparams)
+        buffers = {name: self.rule.initial_state(param) for name, param in params.items()}
+        for own in buffers.values():
+            for entry in own:
+                if "." in entry:
+                    raise ValueError(
+                        f"`{type(self.rule).__name__}.initial_state` names an entry `{entry}`: a dot separates it from "
+                        "the parameter's name. Rename it without one."
+                    )
+        return flattened(buffers)
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        """Returns params and the rule's state after one step."""
+        weights = self._weights(hparams)
+        buffers = by_parameter(state)
+        new_params: TensorDict = {}
+        new_buffers: dict[str, TensorDict] = {}
+        for name, param in params.items():
+            gradient = grads[name].detach() if self.gradient_is_constant else grads[name]
+            update, new_buffers[name] = self._function(weights, gradient, buffers.get(name, {}))
+            self._check_update(update, name, param)
+            new_params[name] = param + resolve(self.scale, hparams, name, index) * update
+        return new_params, flattened(new_buffers)
+
+    @cached_property
+    def _function(self) -> FunctionalModule:
+        return FunctionalModule(self.rule)
+
+    def _weights(self, hparams: TensorDict) -> TensorDict:
+        """Returns the rule's weights among the outer variables; one that is missing would silently be a constant."""
+        names = self._function.trained_names()
+        missing = [name for name in names if f"{self.name}.{name}" not in hparams]
+        if missing:
+            raise ValueError(
+                f"`hparams` lacks `{self.name}.{missing[0]}`, a weight of the `LearnedUpdate` named {self.name!r}: it "
+                "would not be learnt. Start from `problem.init_hparams()`, which returns the weights that dynamics own."
+            )
+        return {name: hparams[f"{self.name}.{name}"] for name in names}
+
+    def _check_update(self, update: Tensor, name: str, param: Tensor) -> None:
+        if update.shape != param.shape:
+            raise ValueError(
+                f"`{type(self.rule).__name__}` returned an update of shape {tuple(update.shape)} for `{name}` of shape "
+                f"{tuple(param.shape)}: each coordinate needs one. Drop the axis of features, for instance with "
+                "`.squeeze(-1)`."
+            )

@@ -1,0 +1,241 @@
+"""Arithmetic that can be undone bit for bit: integers for numbers, and a buffer for what a product would forget.
+
+A number is held as a 64-bit integer in units of `2^-52`. Adding is then exact, and subtracting undoes it. Multiplying
+by a factor below 1 maps several integers to one; which of them it was goes into an information buffer, `log2(1/factor)`
+bits per product, and dividing takes it out again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LARGEST_NUMBER = 2.0**10
+"""Numbers must stay below this: then neither an integer nor the sum of two leaves 64 bits."""
+
+LEAST_FACTOR = 2.0**-16
+GREATEST_FACTOR = 1.0 - 2.0**-53
+
+_UNITS = 2.0**52  # per 1.0
+_WORD_BITS = 32
+_LARGEST_NUMERATOR = 2**12  # the noise of a product, in units
+_EXCESS = 0.01  # information that a fraction may store beyond need, as a share of that need
+_ROUND_OFF = 2.0**-51
+_SWEEPS = 4
+
+
+def encode(numbers: Tensor) -> Tensor:
+    """Returns the nearest integers in units of `2^-52`, int64; for numbers below `LARGEST_NUMBER` in magnitude."""
+    return (numbers.detach().double() * _UNITS).round().long()
+
+
+def decode(integers: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns the numbers that integers stand for, rounded to `dtype`."""
+    return (integers.double() / _UNITS).to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factor:
+    """A factor below 1 in the form that a reversible product needs, `value = (numerator / denominator) (1 + rest)`.
+
+    Only the fraction costs information, and noise of the size of its numerator; the rest is tiny and costs none. For
+    a tensor of values the numerator is shared.
+
+    Attributes:
+        value: the factor, in double precision.
+        numerator: of the fraction, at least 1.
+        denominator: of the fraction, at least the numerator; int64 if it is a tensor.
+        largest_denominator: the largest entry of `denominator`.
+        rest: at least 0, and below 1/20.
+    """
+
+    value: float | Tensor
+    numerator: int
+    denominator: int | Tensor
+    largest_denominator: int
+    rest: float | Tensor
+
+
+@lru_cache(maxsize=2**14)
+def factor_of(value: float) -> Factor:
+    """Returns the factor of one value: the smallest fraction from below that stores at most 1 % too much information.
+
+    If no numerator up to `2^12` is that close (values above 0.997 or so), the closest of all.
+
+    Args:
+        value: in `[LEAST_FACTOR, GREATEST_FACTOR]`.
+
+    Raises:
+        ValueError: if the value is outside.
+    """
+    _check_factor(value)
+    numerators = np.arange(1, _LARGEST_NUMERATOR + 1, dtype=np.float64)
+    # A fraction above the value by its own rounding (49/50 for 0.98) is that value.
+    denominators = np.ceil(numerators / value * (1.0 - _ROUND_OFF))
+    rests = np.maximum(value * denominators / numerators - 1.0, 0.0)
+    close = np.log1p(rests) <= _EXCESS * -math.log(value)
+    best = int(close.argmax() if close.any() else rests.argmin())
+    denominator = int(denominators[best])
+    rest = float(rests[best])
+    return Factor(
+        value=value,
+        numerator=best + 1,
+        denominator=denominator,
+        largest_denominator=denominator,
+        rest=rest if rest > 2 * _ROUND_OFF else 0.0,
+    )
+
+
+def factors_of(values: Tensor, least: float, greatest: float) -> Factor:
+    """Returns the factor of a tensor of values, one for each entry, without waiting for the device.
+
+    All lanes of the information buffer have the width that the least value needs.
+
+    Args:
+        values: each in `[least, greatest]`.
+        least: a number that the host knows, at least `LEAST_FACTOR`.
+        greatest: likewise, at most `GREATEST_FACTOR`.
+
+    Raises:
+        ValueError: if `least` or `greatest` is outside.
+    """
+    _check_factor(least)
+    _check_factor(greatest)
+    values = values.detach().double()
+    # With the denominator rounded up, `rest < value / numerator`.
+    numerator = min(_LARGEST_NUMERATOR, math.ceil(greatest / (_EXCESS * -math.log(greatest))))
+    denominator = (numerator / values).ceil()
+    return Factor(
+        value=values,
+        numerator=numerator,
+        denominator=denominator.long(),
+        largest_denominator=math.ceil(numerator / least) + 1,
+        rest=(values * denominator / numerator - 1.0).clamp(min=0.0),
+    )
+
+
+def _check_factor(value: float) -> None:
+    """Raises `ValueError` if no reversible product with this factor exists."""
+    if not LEAST_FACTOR <= value <= GREATEST_FACTOR:
+        raise ValueError(
+            f"a factor is {value}, outside [{LEAST_FACTOR:.3g}, 1): a product with 0 forgets everything, one with 1 or "
+            "more is no decay. Use one such as 0.9."
+        )
+
+
+class InformationBuffer:
+    """What products of integers with factors below 1 have forgotten, so that each can be undone, last one first.
+
+    Every entry of the tensor has a lane of its own: a 64-bit head, a number below a bound that all lanes share. The
+    bound depends on the factors alone. Where it would pass `2^63`, the low 32 bits of all heads go to a stack as one
+    int32 tensor. Storage so is `64 + 32 words` bits per entry: at most 64 more than the information.
+
+    Attributes:
+        head: the heads, int64, of the integers' shape.
+        words: the stack of int32 tensors.
+
+    Args:
+        like: integers of the shape and on the device of those that will be multiplied.
+
+    References:
+        Maclaurin, Duvenaud and Adams (2015), section 2.2 and algorithm 3 (there with integers of any length).
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.head = torch.zeros_like(like, dtype=torch.int64)
+        self.words: list[Tensor] = []
+        self._bounds: list[int] = [1]  # before every product so far, and now
+
+    @property
+    def capacity_bits(self) -> float:
+        """The most information that a lane can hold by now, whatever the integers were (unit: bits)."""
+        return _WORD_BITS * len(self.words) + math.log2(self._bounds[-1])
+
+    def information_bits(self) -> Tensor:
+        """Returns the information in every lane, of the integers' shape, float64 (unit: bits)."""
+        return _WORD_BITS * len(self.words) + (self.head.double() + 1.0).log2()
+
+    def is_empty(self) -> bool:
+        """Returns whether nothing is left, neither a product to undo nor a bit."""
+        return len(self._bounds) == 1 and not self.words and not bool(self.head.any())
+
+    def multiply(self, integers: Tensor, factor: Factor) -> Tensor:
+        """Returns the integers times the factor, up to noise of its numerator, and keeps what that forgets.
+
+        With `c` the integer, `i` its lane, and the fraction `n/d` (floor division and its remainder):
+
+            i = i d + (c mod d);   c = c // d;   c = c n + (i mod n);   i = i // n;   c = c + round(rest c)
+
+        What `i mod n` puts in is spread like the part of the exact product that `c // d` has left out, so the noise
+        has the mean zero without being centred. The last step is strictly increasing in `c`, so it forgets nothing.
+
+        Args:
+            integers: int64, of the shape of `head`.
+            factor: the factor.
+        """
+        bound = self._bounds[-1]
+        if _overflows(bound, factor):
+            self.words.append((self.head.bitwise_and(2**_WORD_BITS - 1) - 2 ** (_WORD_BITS - 1)).int())
+            self.head = self.head >> _WORD_BITS
+            bound = (bound >> _WORD_BITS) + 1
+        self._bounds.append((bound * factor.largest_denominator - 1) // factor.numerator + 1)
+
+        integers, digit = _divmod(integers, factor.denominator)
+        self.head, noise = _divmod(self.head * factor.denominator + digit, factor.numerator)
+        integers = integers * factor.numerator + noise
+        return integers + _growth(integers, factor)
+
+    def divide(self, integers: Tensor, factor: Factor) -> Tensor:
+        """Returns the integers that the last product was made of, bit for bit.
+
+        Args:
+            integers: what `multiply` returned.
+            factor: the same factor.
+
+        Raises:
+            IndexError: if there is no product to undo.
+        """
+        if len(self._bounds) == 1:
+            raise IndexError("the information buffer holds no product to undo")
+        integers, noise = _divmod(_undo_growth(integers, factor), factor.numerator)
+        self.head, digit = _divmod(self.head * factor.numerator + noise, factor.denominator)
+        self._bounds.pop()
+        if _overflows(self._bounds[-1], factor):
+            word = self.words.pop().long() + 2 ** (_WORD_BITS - 1)
+            self.head = (self.head << _WORD_BITS) + word
+        return integers * factor.denominator + digit
+
+
+def _overflows(bound: int, factor: Factor) -> bool:
+    """Returns whether heads below this bound could leave 64 bits in a product."""
+    return bound * factor.largest_denominator > 2**63
+
+
+def _divmod(integers: Tensor, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the quotient rounded down, and the remainder, which is never negative."""
+    quotient = torch.div(integers, divisor, rounding_mode="floor")
+    return quotient, integers - quotient * divisor
+
+
+def _growth(integers: Tensor, factor: Factor) -> Tensor:
+    """Returns `round(rest c)`, which never decreases as `c` increases: each of its operations does not."""
+    return (integers.double() * factor.rest).round().long()
+
+
+def _undo_growth(grown: Tensor, factor: Factor) -> Tensor:
+    """Returns `c` from `c + round(rest c)`.
+
+    The quotient is off by its rounding, and each sweep of `c <- grown - round(rest c)` divides that by 20 or more: two
+    are enough for all integers of 64 bits.
+    """
+    if isinstance(factor.rest, float) and factor.rest == 0.0:
+        return grown
+    integers = (grown.double() / (1.0 + factor.rest)).round().long()
+    for _ in range(_SWEEPS):
+        integers = grown - _growth(integers, factor)
+    return integers

@@ -1,0 +1,227 @@
+"""Forward-mode differentiation: the derivative of the inner state in every hyperparameter goes along with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.hypergradients.base import BackendResult, PathBlind
+from hypertorch.hypergradients.replay import check_replay
+from hypertorch.hypergradients.tangents import (
+    ForwardState,
+    TangentRoute,
+    check_chunk_size,
+    check_real,
+    complete_grads,
+    directional_grads,
+    with_last_term,
+)
+from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.types import TensorDict
+
+_COUNT = "shared.tangents"  # in a carry: how many tangents it holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward(PathBlind):
+    """The exact hypergradient by forward mode: tangents of all hyperparameters pushed through every inner step.
+
+    With `Z_t = ds_t/dhparams`, one column for every scalar entry of the hyperparameters and of the context:
+
+        Z_0 = dPhi_0/dhparams,   Z_t = dPhi_t/ds Z_{t-1} + dPhi_t/dhparams,   df/dhparams = dE/ds Z_T + dE/dhparams
+
+    Its memory does not grow with `num_steps`, and after any step the hypergradient up to there can be read: for few
+    hyperparameters and long runs. The columns of a chunk are pushed together, by `torch.func.vmap` of
+    `torch.func.jvp`; one at a time (`chunk_size=1`, or a single entry) they are dual numbers over plain autograd,
+    which asks less of a model.
+
+    `start`, `advance` and `read` are `compute` in three parts, for a run that is read as it goes.
+
+    Cost: with `P` scalar entries, `num_steps` steps for each of the `P / chunk_size` chunks, `P num_steps` jvps, and
+    one vjp of the outer loss per chunk. Memory: `1 + chunk_size` states, as many directions in the hyperparameters,
+    and one step with as many tangents, whatever `num_steps` is; with `keep_tangents` all `P` tangents at the end.
+
+    Args:
+        chunk_size: entries of the hyperparameters whose tangents are carried at once (at least 1); None for all.
+        keep_tangents: go on from the tangents of the last outer step, where the inner run goes on too
+            (`warm_start=True`): the derivative then reaches back to the start of the run, through hyperparameters
+            that have changed since (real-time hyperparameter optimisation). Not with a context.
+
+    Raises:
+        ValueError: if `chunk_size` is below 1; (from `compute`) if `carry` holds no tangents, or other ones.
+        IncompatibleBackendError: (from `compute`) if an operation has no forward derivative or cannot be vectorised,
+            or `keep_tangents` meets a problem that starts afresh or has a context.
+        ReplayError: (from `compute`) if the run of another chunk does not arrive at the same state.
+
+    References:
+        Franceschi, Donini, Frasconi and Pontil (2017), algorithm 2 and section 3.3 (real time).
+    """
+
+    chunk_size: int | None = None
+    keep_tangents: bool = False
+
+    def __post_init__(self) -> None:
+        check_chunk_size(self.chunk_size, "entries")
+
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        """Returns the exact derivative of the outer loss in `variables`."""
+        grads = complete_grads(variables, [])
+        carries: list[TensorDict] = []
+        first: BackendResult | None = None
+        for entries in self._chunks(variables):
+            run = self.start(loop, variables, entries)
+            for step in range(loop.num_steps):
+                run = self.advance(loop, variables, run, step)
+            part = self.read(loop, variables, run)
+            first = first or part
+            check_replay(part.state, first.state, 0, loop.num_steps)
+            grads = complete_grads(variables, [grads, part.grads])
+            carries.append(part.carry)
+        return BackendResult(
+            grads=grads,
+            outer_loss=part.outer_loss,
+            state=part.state,
+            carry=_join_carries(carries, 1 if loop.has_tasks_axis else 0),
+        )
+
+    def start(self, loop: InnerLoop, variables: TensorDict, entries: range | None = None) -> ForwardState:
+        """Returns the inner state before the first step, with its tangents.
+
+        Args:
+            loop: the inner loop.
+            variables: hyperparameters and context.
+            entries: which scalar entries of the variables, counted through all of them; None for all.
+        """
+        check_real(variables)
+        total = _num_entries(variables)
+        entries = range(total) if entries is None else entries
+        run = self._route(total).start(loop, variables, _unit_vectors(variables, entries))
+        return self._resumed(loop, run, entries, total) if self.keep_tangents else run
+
+    def advance(self, loop: InnerLoop, variables: TensorDict, run: ForwardState, step: int) -> ForwardState:
+        """Returns the inner state after a step, with its tangents; the one before is left as it is.
+
+        Args:
+            loop: the inner loop.
+            variables: hyperparameters and context.
+            run: the state before.
+            step: position in the horizon.
+        """
+        return self._route(_num_entries(variables)).advance(loop, variables, run, step)
+
+    def read(self, loop: InnerLoop, variables: TensorDict, run: ForwardState) -> BackendResult:
+        """Returns the derivative of the outer loss at the state reached so far, in the entries whose tangents it has.
+
+        Args:
+            loop: the inner loop.
+            variables: hyperparameters and context.
+            run: the state; it can be advanced further afterwards.
+        """
+        done = with_last_term(loop, variables, run)
+        return BackendResult(
+            grads=complete_grads(variables, [directional_grads(variables, done)]),
+            outer_loss=done.outer_loss,
+            state=done.state,
+            carry=_carry(done, loop.has_tasks_axis) if self.keep_tangents else {},
+        )
+
+    def _chunks(self, variables: TensorDict) -> Iterator[range]:
+        total = _num_entries(variables)
+        size = self.chunk_size or total
+        yield from (range(start, min(start + size, total)) for start in range(0, total, size))
+
+    def _route(self, num_entries: int) -> TangentRoute:
+        return TangentRoute(backend="Forward", at_once=min(self.chunk_size or num_entries, num_entries))
+
+    def _resumed(self, loop: InnerLoop, run: ForwardState, entries: range, total: int) -> ForwardState:
+        """Returns the first state with the tangents that the carry holds."""
+        _check_real_time(loop)
+        if not loop.carried("params"):
+            return run
+        count = loop.carried("shared").get("tangents")
+        if count is None or int(count) != total:
+            found = "no tangents" if count is None else f"the tangents of {int(count)} entries"
+            raise ValueError(
+                f"`carry` holds {found}, but `Forward(keep_tangents=True)` differentiates in {total} entries of the "
+                "hyperparameters: the derivative up to here is unknown. Pass the carry of the same backend and "
+                "hyperparameters, or `carry=None` to start afresh."
+            )
+        held = loop.carried("tangents")
+        if loop.has_tasks_axis:
+            held = {name: value.movedim(1, 0) for name, value in held.items()}
+        held = {name: value[entries.start : entries.stop] for name, value in held.items()}
+        return replace(
+            run, tangents=InnerState(tree.without_prefix("params", held), tree.without_prefix("dynamics", held))
+        )
+
+
+def _num_entries(variables: TensorDict) -> int:
+    return sum(value.numel() for value in variables.values() if tree.is_differentiable(value))
+
+
+def _unit_vectors(variables: TensorDict, entries: range) -> TensorDict:
+    """Returns the unit vectors of some scalar entries, for the variables that have one of them.
+
+    Args:
+        variables: hyperparameters and context; integers among them have no entries.
+        entries: counted through all variables.
+    """
+    found: TensorDict = {}
+    first = 0
+    for name, value in variables.items():
+        if not tree.is_differentiable(value):
+            continue
+        start, stop = max(entries.start, first), min(entries.stop, first + value.numel())
+        if start < stop:
+            rows = torch.zeros(len(entries), value.numel(), dtype=value.dtype, device=value.device)
+            rows[start - entries.start : stop - entries.start, start - first : stop - first].fill_diagonal_(1.0)
+            found[name] = rows.reshape(len(entries), *value.shape)
+        first += value.numel()
+    return found
+
+
+def _check_real_time(loop: InnerLoop) -> None:
+    if not loop.is_warm_started:
+        raise IncompatibleBackendError(
+            "`Forward(keep_tangents=True)` got a problem with `warm_start=False`: each of its runs starts from "
+            "`init_params`, where no earlier tangent belongs. Set `warm_start=True`, or `keep_tangents=False`."
+        )
+    if loop.has_context:
+        raise IncompatibleBackendError(
+            "`Forward(keep_tangents=True)` got a problem with a `context`, which is computed anew at every outer step: "
+            "tangents in the last one's entries mean nothing in this one's. Compute it in the losses instead, or pass "
+            "`keep_tangents=False`."
+        )
+
+
+def _carry(run: ForwardState, has_tasks_axis: bool) -> TensorDict:
+    """Returns the tangents as a carry: the tasks axis, if there is one, comes first."""
+    held = {
+        **tree.with_prefix("tangents.params", run.tangents.params),
+        **tree.with_prefix("tangents.dynamics", run.tangents.dynamics),
+    }
+    if has_tasks_axis:
+        held = {name: value.movedim(0, 1) for name, value in held.items()}
+    return {**held, _COUNT: torch.tensor(len(run.derivative))}
+
+
+def _join_carries(carries: list[TensorDict], axis: int) -> TensorDict:
+    """Returns the tangents of all chunks; an entry of the state that a chunk does not move has zeros there."""
+    if len(carries) == 1 or not carries[0]:
+        return carries[0]
+    examples = {name: value for carry in carries for name, value in carry.items() if name != _COUNT}
+
+    def rows(carry: TensorDict, name: str) -> Tensor:
+        if name in carry:
+            return carry[name]
+        shape = list(examples[name].shape)
+        shape[axis] = int(carry[_COUNT])
+        return examples[name].new_zeros(shape)
+
+    joined = {name: torch.cat([rows(carry, name) for carry in carries], dim=axis) for name in examples}
+    return {**joined, _COUNT: torch.stack([carry[_COUNT] for carry in carries]).sum()}

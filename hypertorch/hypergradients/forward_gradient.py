@@ -1,0 +1,110 @@
+"""Forward gradients: directional derivatives along random directions, an unbiased estimate of the hypergradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.hypergradients.base import BackendResult, RandomDirections
+from hypertorch.hypergradients.replay import check_replay
+from hypertorch.hypergradients.tangents import (
+    ForwardState,
+    TangentRoute,
+    check_chunk_size,
+    check_real,
+    complete_grads,
+    directional_grads,
+    with_last_term,
+)
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardGradient(RandomDirections):
+    """An unbiased estimate of the hypergradient from derivatives along random directions, by forward mode.
+
+    With directions `v_k` over all hyperparameters (and the context's entries), whose entries are independent with mean
+    0 and variance 1:
+
+        g = 1/K sum_{k=1..K} (df . v_k) v_k,   E g = df
+
+    The variance of entry `i` is `(|df|^2 + df_i^2) / K` for normal directions and `(|df|^2 - df_i^2) / K` for
+    Rademacher ones: it grows with the number of hyperparameters, at a cost that does not. A new set of directions is
+    drawn at every outer step.
+
+    Cost: with `K` samples, `num_steps` steps for each of the `K / chunk_size` chunks, `K num_steps` jvps, and one vjp
+    of the outer loss per chunk. Memory: `1 + chunk_size` states and one step with as many tangents, whatever
+    `num_steps` is.
+
+    Args:
+        num_samples: directions per outer step, `K` (at least 1).
+        distribution: of a direction's entries: "normal", or "rademacher" (1 or -1, as likely).
+        chunk_size: directions that are carried at once (at least 1); None for all. One at a time they are dual
+            numbers over plain autograd, which asks less of a model.
+
+    Raises:
+        ValueError: if a number is below 1, or the distribution is another word.
+        IncompatibleBackendError: (from `compute`) if an operation has no forward derivative or cannot be vectorised.
+        ReplayError: (from `compute`) if the run of another chunk does not arrive at the same state.
+
+    References:
+        Baydin, Pearlmutter, Syme, Wood and Torr (2022), Gradients without backpropagation, definition 1.
+    """
+
+    num_samples: int = 1
+    distribution: Literal["normal", "rademacher"] = "normal"
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise ValueError(
+                f"`num_samples` is {self.num_samples!r}: without a direction there is no estimate. Pass a whole number "
+                "of at least 1."
+            )
+        if self.distribution not in ("normal", "rademacher"):
+            raise ValueError(
+                f"`distribution` is {self.distribution!r}: with it the estimate would not be known to be unbiased. Use "
+                "'normal' or 'rademacher'."
+            )
+        check_chunk_size(self.chunk_size, "directions")
+
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        """Returns an unbiased estimate of the derivative of the outer loss in `variables`."""
+        check_real(variables)
+        directions = self._directions(loop, variables)
+        size = min(self.chunk_size or self.num_samples, self.num_samples)
+        route = TangentRoute(backend="ForwardGradient", at_once=size)
+        total = complete_grads(variables, [])
+        first: ForwardState | None = None
+        for start in range(0, self.num_samples, size):
+            chunk = {name: value[start : start + size] for name, value in directions.items()}
+            run = route.start(loop, variables, chunk)
+            for step in range(loop.num_steps):
+                run = route.advance(loop, variables, run, step)
+            run = with_last_term(loop, variables, run)
+            first = first or run
+            check_replay(run.state, first.state, 0, loop.num_steps)
+            total = complete_grads(variables, [total, directional_grads(variables, run)])
+        return BackendResult(
+            grads={name: None if value is None else value / self.num_samples for name, value in total.items()},
+            outer_loss=run.outer_loss,
+            state=run.state,
+        )
+
+    def _directions(self, loop: InnerLoop, variables: TensorDict) -> TensorDict:
+        """Returns the directions in every floating-point variable, of shape `(num_samples, *variable)`."""
+        generator = loop.generator()
+
+        def draw(value: Tensor) -> Tensor:
+            shape = (self.num_samples, *value.shape)
+            if self.distribution == "normal":
+                return torch.randn(shape, generator=generator, dtype=value.dtype, device=value.device)
+            signs = torch.randint(0, 2, shape, generator=generator, device=value.device)
+            return (2 * signs - 1).to(value.dtype)
+
+        return {name: draw(value) for name, value in variables.items() if tree.is_differentiable(value)}

@@ -1,0 +1,161 @@
+"""How reverse mode fits a memory budget: what one step holds is measured, what a whole run holds follows from it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from hypertorch import tree
+from hypertorch.bound_problem import BoundProblem
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.hypergradients.revolve import recomputed_steps, states_alive
+from hypertorch.hypergradients.step_memory import StepMemory, measure_step
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.live_memory import format_bytes, parse_bytes
+from hypertorch.problem import BilevelProblem
+from hypertorch.tasks import task_slices
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """How reverse mode runs a problem within a budget.
+
+    Attributes:
+        method: "whole graph", "checkpoints" (a state kept every so many steps) or "revolve" (the binomial schedule).
+        checkpoint_every: steps between kept states; None for the other methods.
+        snapshots: most states kept at once; None for the other methods.
+        peak_bytes: the most bytes of tensors that will live at once, predicted, beside what lives before the run.
+        recomputed_steps: inner steps run again.
+    """
+
+    method: Literal["whole graph", "checkpoints", "revolve"]
+    checkpoint_every: int | None = None
+    snapshots: int | None = None
+    peak_bytes: int
+    recomputed_steps: int
+
+    def __str__(self) -> str:
+        how = {
+            "whole graph": "the whole graph",
+            "checkpoints": f"a state kept every {self.checkpoint_every} steps",
+            "revolve": f"the binomial schedule with {self.snapshots} kept states",
+        }[self.method]
+        return f"{how}: {format_bytes(self.peak_bytes)} at most, {self.recomputed_steps} steps run again"
+
+
+def plan_memory(problem: BilevelProblem, hparams: TensorDict, budget: int | str, *, outer_step: int = 0) -> MemoryPlan:
+    """Returns how `Reverse(memory_budget=budget)` runs a problem, without running it.
+
+    With tasks, the plan is that of the first slice of them that is run together, and what the results of the others
+    hold is not in it; `task_route="auto"` is planned as "vmap". Neither is a context, with its graph.
+
+    Cost: the context, and one step with its vjp, slowed down by counting.
+
+    Args:
+        problem: the problem, of at least one step.
+        hparams: the outer variables.
+        budget: bytes, or a string such as "512MiB".
+        outer_step: chooses the outer data and the noise.
+
+    Raises:
+        ValueError: if the budget is no number of bytes, or the problem has no step to plan.
+        IncompatibleBackendError: if no way to run the problem fits.
+    """
+    if problem.num_steps == 0:
+        raise ValueError(
+            "`problem` has `num_steps` = 0: there is no inner loop whose states could be kept or not. Plan a problem "
+            "of at least one step."
+        )
+    bound = BoundProblem(problem, hparams, outer_step, None)
+    constants = tree.detach(hparams)
+    first = next(task_slices(problem, "loop" if problem.task_route == "loop" else "vmap"))
+    with bound.execution():
+        context = tree.detach(bound.context(constants, first))
+        variables = tree.leaves_requiring_grad({**constants, **context})
+        return plan_loop(bound.loop(first, context), variables, parse_bytes(budget))
+
+
+def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan:
+    """Returns the plan that fits the budget and runs the fewest steps again.
+
+    The whole graph runs none again, states kept every `k` steps all steps but the last `k` once more, the binomial
+    schedule the fewer the more states it may keep.
+
+    Cost: one step and one vjp (`measure_step`).
+
+    Args:
+        loop: an inner loop of at least one step.
+        variables: hyperparameters and context, as leaves.
+        budget: bytes.
+
+    Raises:
+        IncompatibleBackendError: if not even one kept state and one step's graph fit.
+    """
+    memory, num_steps = measure_step(loop, variables), loop.num_steps
+    whole = MemoryPlan(method="whole graph", peak_bytes=_whole_graph_peak(memory, num_steps), recomputed_steps=0)
+    if whole.peak_bytes <= budget:
+        return whole
+    checkpoints = min(
+        (_checkpoints(memory, num_steps, every) for every in range(1, num_steps + 1)),
+        key=lambda plan: (max(plan.peak_bytes, budget), plan.recomputed_steps, plan.peak_bytes),
+    )
+    if checkpoints.peak_bytes <= budget:
+        return checkpoints
+    fitting = bisect_right(
+        range(1, num_steps + 1), budget, key=lambda snapshots: _revolve_peak(memory, num_steps, snapshots)
+    )
+    if fitting == 0:
+        least = min(whole.peak_bytes, checkpoints.peak_bytes, _revolve_peak(memory, num_steps, 1))
+        raise IncompatibleBackendError(
+            f"`memory_budget` is {budget} bytes ({format_bytes(budget)}): one kept state and the graph of one inner "
+            f"step take {least} bytes ({format_bytes(least)}) already. Allow at least that, or make a step smaller (a "
+            "smaller minibatch; with tasks, a smaller `task_chunk`)."
+        )
+    return MemoryPlan(
+        method="revolve",
+        snapshots=fitting,
+        peak_bytes=_revolve_peak(memory, num_steps, fitting),
+        recomputed_steps=recomputed_steps(num_steps, fitting),
+    )
+
+
+def _whole_graph_peak(memory: StepMemory, num_steps: int) -> int:
+    return memory.initial_graph + max(memory.graph_of(num_steps) + memory.last_term, memory.segment(num_steps))
+
+
+def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
+    """Returns the plan with a state kept before steps 0, every, 2 every, ..., whose last piece may be shorter."""
+    kept = ceil(num_steps / every)
+    rest = num_steps - (kept - 1) * every
+    states = memory.initial + (kept - 1) * memory.state
+    peak = states + max(memory.graph_of(rest) + memory.last_term, memory.segment(rest))
+    if kept > 1:
+        # The piece before has a kept state less, but its end to compare with, and the last state.
+        peak = max(peak, states + memory.state + _piece(memory, every))
+    return MemoryPlan(
+        method="checkpoints",
+        checkpoint_every=every,
+        peak_bytes=peak + _losses(memory, num_steps),
+        recomputed_steps=num_steps - rest,
+    )
+
+
+def _revolve_peak(memory: StepMemory, num_steps: int, snapshots: int) -> int:
+    """Returns the most bytes by the binomial schedule."""
+    states = memory.initial + (states_alive(num_steps, snapshots) - 1) * memory.state
+    at_end = memory.initial + min(snapshots, num_steps - 1) * memory.state + memory.graph + memory.last_term
+    return _losses(memory, num_steps) + max(at_end, states + _piece(memory, 1))
+
+
+def _piece(memory: StepMemory, num_steps: int) -> int:
+    """Returns the most bytes, beside states, while a piece of the run is differentiated and added to those behind."""
+    held = memory.cotangents + memory.grads
+    return max(memory.grads + memory.segment(num_steps), held + 2 * memory.grads, held + memory.initial_vjp)
+
+
+def _losses(memory: StepMemory, num_steps: int) -> int:
+    """Returns the bytes of the inner losses that are kept, of every step and its replay."""
+    return 2 * num_steps * memory.loss

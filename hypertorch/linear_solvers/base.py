@@ -1,0 +1,82 @@
+"""What a solver of linear systems is: it sees the matrix only through products with vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.types import TensorDict
+
+Matvec: TypeAlias = Callable[[TensorDict], TensorDict]
+"""`v -> A v`, linear, between dictionaries of the same names and shapes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LinearSolution:
+    """What a solver found for `A x = b`.
+
+    Attributes:
+        solution: `x`, named and shaped like `b`.
+        residual: `|b - A x| / |b|`, computed from `x` itself and from `A` without the solver's damping; 0 where `b` is
+            zero. Of shape `()` or `(tasks,)`.
+        iterations: iterations, terms or columns that were computed; the most that any task needed.
+    """
+
+    solution: TensorDict
+    residual: Tensor
+    iterations: int
+
+
+class LinearSolver(ABC):
+    """A way to solve `A x = b` from products `A v`; leaves are frozen dataclasses of settings and hold no state.
+
+    With a tasks axis every tensor has one in front and `A` is block-diagonal: it never mixes tasks. Dot products,
+    norms, step sizes and stopping tests are then per task, so that a batch of tasks gets the solutions that each task
+    would get alone.
+    """
+
+    @abstractmethod
+    def solve(self, matvec: Matvec, rhs: TensorDict, *, tasks_axis: bool = False) -> LinearSolution:
+        """Returns `x` with `A x = b`, approximately, and how well it solves the system; nothing has a graph.
+
+        Args:
+            matvec: `v -> A v`.
+            rhs: `b`, with at least one entry.
+            tasks_axis: whether every tensor has a leading tasks axis.
+        """
+
+
+class SymmetricSolver(LinearSolver):
+    """A marker: the solver is right for symmetric `A` only, and answers wrongly, without an error, for others."""
+
+
+def with_damping(matvec: Matvec, damping: float) -> Matvec:
+    """Returns `v -> (A + damping I) v`."""
+    if not damping:
+        return matvec
+    return lambda vector: tree.add(matvec(vector), vector, alpha=damping)
+
+
+def relative_size(residual: TensorDict, rhs: TensorDict, *, tasks_axis: bool) -> Tensor:
+    """Returns `|residual| / |rhs|`, shape `()` or `(tasks,)`; 0 where `rhs` is zero."""
+    size = tree.norm(rhs, tasks_axis=tasks_axis)
+    return torch.where(size == 0, 0.0, tree.norm(residual, tasks_axis=tasks_axis) / size)
+
+
+def judged(
+    matvec: Matvec, rhs: TensorDict, solution: TensorDict, iterations: int, *, tasks_axis: bool
+) -> LinearSolution:
+    """Returns a solution together with its residual.
+
+    Cost: one product.
+    """
+    residual = tree.add(rhs, matvec(solution), alpha=-1.0)
+    return LinearSolution(
+        solution=solution, residual=relative_size(residual, rhs, tasks_axis=tasks_axis), iterations=iterations
+    )

@@ -1,0 +1,59 @@
+"""The whole matrix, written out and factorised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, judged
+from hypertorch.linear_solvers.columns import Layout
+from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_not_negative
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(LinearSolver):
+    """The exact solution for any invertible `A`, whose matrix is made from unit vectors and factorised (LU).
+
+    For small systems, and to judge other solvers by.
+
+    Cost: with `n` entries per task, `n + 1` products and a factorisation of order `n^3`; memory of `n^2` numbers for
+    each task. The factorisation waits for the device.
+
+    Args:
+        damping: solve `(A + damping I) x = b` instead; the residual that is returned is still that of `A x = b`.
+        max_entries: most entries per task that are accepted (at least 1).
+
+    Raises:
+        ValueError: if a number is out of its range; (from `solve`) if there are more entries, or the matrix is
+            singular.
+    """
+
+    damping: float = 0.0
+    max_entries: int = 4096
+
+    def __post_init__(self) -> None:
+        check_not_negative("Dense", "damping", self.damping, DAMPING_ADVICE)
+        check_count("Dense", "max_entries", self.max_entries)
+
+    @torch.no_grad()
+    def solve(self, matvec: Matvec, rhs: TensorDict, *, tasks_axis: bool = False) -> LinearSolution:
+        """Returns the solution up to rounding."""
+        layout = Layout(example=rhs, tasks_axis=tasks_axis)
+        if layout.num_entries > self.max_entries:
+            raise ValueError(
+                f"`rhs` has {layout.num_entries} entries per task, more than `max_entries` = {self.max_entries} of "
+                "`Dense`: their matrix takes the square of that in memory, and the cube in time. Use a solver that "
+                "needs no matrix, such as `FixedPoint` (`ConjugateGradient` if it is symmetric), or raise the limit."
+            )
+        matrix = layout.columns(matvec, range(layout.num_entries))
+        matrix.diagonal(dim1=1, dim2=2).add_(self.damping)
+        solution, info = torch.linalg.solve_ex(matrix, layout.vectors(rhs))
+        if bool(info.any()):
+            raise ValueError(
+                f"`matvec` is a singular map of {layout.num_entries} entries: the system has no solution, or many. "
+                f"Pass `damping` above {self.damping} to `Dense`, or use `ConjugateGradient` to take the shortest of "
+                "many."
+            )
+        return judged(matvec, rhs, layout.values(solution), layout.num_entries, tasks_axis=tasks_axis)

@@ -1,0 +1,72 @@
+"""Fixed-point iteration (Richardson's), for any system that the step size makes a contraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hypertorch import tree
+from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, relative_size
+from hypertorch.linear_solvers.settings import (
+    STEP_SIZE_ADVICE,
+    TOLERANCE_ADVICE,
+    check_count,
+    check_not_negative,
+    check_positive,
+)
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint(LinearSolver):
+    """The iteration `x = x + step_size (b - A x)` from `x = 0`, until what is left is small.
+
+    It converges where the spectral radius of `I - step_size A` is below 1, at the rate of that radius, for symmetric
+    and other `A`. For `A = I - J` and a step size of 1 it reads `x = b + J x`: the reverse pass through an inner run
+    that stands still. A task whose residual is small enough is frozen while others go on.
+
+    Cost: `iterations` products. With `tolerance` above 0 every iteration waits for one number from the device.
+
+    Args:
+        max_iterations: most iterations (at least 1).
+        tolerance: `|b - A x| / |b|` at which a task is done; 0 to take all iterations and test nothing.
+        step_size: below 2 over the largest eigenvalue of a symmetric `A`; 1 for `A = I - J` with a contraction `J`.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    References:
+        Grazzi, Franceschi, Pontil and Salzo (2020), On the iteration complexity of hypergradient computation,
+        section 2.2 (fixed-point method).
+    """
+
+    max_iterations: int = 100
+    tolerance: float = 1e-6
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_count("FixedPoint", "max_iterations", self.max_iterations)
+        check_not_negative("FixedPoint", "tolerance", self.tolerance, TOLERANCE_ADVICE)
+        check_positive("FixedPoint", "step_size", self.step_size, STEP_SIZE_ADVICE)
+
+    @torch.no_grad()
+    def solve(self, matvec: Matvec, rhs: TensorDict, *, tasks_axis: bool = False) -> LinearSolution:
+        """Returns the iterate at which every task is done, or the last one."""
+        solution, residual = tree.zeros_like(rhs), rhs
+        left = tree.norm(residual, tasks_axis=tasks_axis)
+        enough = self.tolerance * left
+        # Negated, so that NaN is not taken for a solution.
+        is_active = ~(left <= enough)
+        iterations = 0
+        while iterations < self.max_iterations and (not self.tolerance or bool(is_active.any())):
+            solution = tree.add(solution, residual, alpha=self.step_size * is_active.to(left.dtype))
+            residual = tree.add(rhs, matvec(solution), alpha=-1.0)
+            left = tree.norm(residual, tasks_axis=tasks_axis)
+            is_active = is_active & ~(left <= enough)
+            iterations += 1
+        return LinearSolution(
+            solution=solution,
+            residual=relative_size(residual, rhs, tasks_axis=tasks_axis),
+            iterations=iterations,
+        )

@@ -1,0 +1,31 @@
+"""Checks of the settings that solvers share."""
+
+from __future__ import annotations
+
+import math
+
+
+def check_count(owner: str, name: str, value: int) -> None:
+    """Raises `ValueError` unless a setting counts something, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"`{name}` of `{owner}` is {value!r}: without one there is no solution but zero. Pass a whole number, at "
+            "least 1."
+        )
+
+
+def check_not_negative(owner: str, name: str, value: float, advice: str) -> None:
+    """Raises `ValueError` unless a setting is a finite number, at least 0."""
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"`{name}` of `{owner}` is {value!r}, not a finite number of at least 0. {advice}")
+
+
+def check_positive(owner: str, name: str, value: float, advice: str) -> None:
+    """Raises `ValueError` unless a setting is a finite number above 0."""
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"`{name}` of `{owner}` is {value!r}, not a finite number above 0. {advice}")
+
+
+TOLERANCE_ADVICE = "It bounds |b - A x| / |b|; pass 0 to take all iterations, without a test of each."
+DAMPING_ADVICE = "It is added to every eigenvalue; pass a small number such as 0.01, or another solver that needs none."
+STEP_SIZE_ADVICE = "The iteration converges if it is below 2 / (largest eigenvalue); pass 1 for a map `I - J`."

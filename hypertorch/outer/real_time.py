@@ -1,0 +1,140 @@
+"""Real-time hyperparameter optimisation: outer steps while a single inner run is going on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+
+import torch
+
+from hypertorch.constraints import Constraint
+from hypertorch.hypergradients import Forward, Reverse, hypergradient
+from hypertorch.noise import preserved_generators
+from hypertorch.outer.checkpoints import Checkpoints
+from hypertorch.outer.constraining import match_constraints, project_in_place
+from hypertorch.outer.loggers import Logger
+from hypertorch.outer.loop import OuterLoop, Trained
+from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
+from hypertorch.outer.validation import Validation
+from hypertorch.problem import BilevelProblem
+
+_OWN = ("problem", "every", "chunk_size")  # fields that the outer loop does not have
+_PROBE_STEPS = 2  # a momentum does nothing in the first step
+
+
+@dataclass(frozen=True, eq=False)
+class RealTime:
+    """An outer loop that updates the outer variables while the inner run is still going (RTHO).
+
+    The inner run is never started again. After every `every` inner steps the hypergradient of the outer loss at the
+    present params is read off the tangents, which are carried on along with the inner state:
+
+        s_t = Phi_t(s_{t-1}, hparams),   Z_t = dPhi_t/ds Z_{t-1} + dPhi_t/dhparams             at every inner step
+        hparams <- outer step along  dE/ds Z_t + dE/dhparams                                   at every `every`-th
+
+    After the first update `Z` still holds derivatives at earlier outer variables: an approximation that is good as
+    long as they change slowly. With an outer learning rate of 0 it is the exact hypergradient of the run so far.
+
+    It is an `OuterLoop` over the warm-started problem with the backend `Forward(keep_tangents=True)`: what that says
+    of logging, constraints, checkpoints and resuming holds here, with an update for an outer step. Whether every
+    hyperparameter reaches the outer loss is asked once, of a short fresh run.
+
+    Cost: per inner step, as `Forward`: one jvp for every scalar entry of the outer variables. Memory: one tangent of
+    the size of the inner state for each, whatever the length of the run.
+
+    Args:
+        problem: the problem, without a context and without schedules over the horizon. Its `num_steps` and
+            `warm_start` play no role.
+        optimizer: makes the outer optimizer from the list of outer variables.
+        every: inner steps between two updates (unit: steps, at least 1).
+        chunk_size: entries of the outer variables whose tangents are pushed at once, as in `Forward`.
+        scheduler: makes a learning-rate scheduler, stepped after every update.
+        constraints: by name of an outer variable, or by pattern.
+        clip_norm: greatest Euclidean norm of the hypergradient; None for no clipping.
+        validation: when and on what to validate; None for never.
+        loggers: receive the figures.
+        log_every: updates between two records, at least 1.
+        checkpoints: where and how often (unit: updates) to write checkpoints; None for never.
+        progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind.
+        ValueError: if a number is out of range, or the dynamics has a schedule over the horizon.
+
+    References:
+        Franceschi, Donini, Frasconi and Pontil (2017), section 3.3.
+    """
+
+    problem: BilevelProblem
+    _: KW_ONLY
+    optimizer: OptimizerFactory
+    every: int
+    chunk_size: int | None = None
+    scheduler: SchedulerFactory | None = None
+    constraints: Mapping[str, Constraint] | None = None
+    clip_norm: float | None = None
+    validation: Validation | None = None
+    loggers: Sequence[Logger] = ()
+    log_every: int = 10
+    checkpoints: Checkpoints | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.problem, BilevelProblem):
+            raise TypeError(
+                f"`problem` is a {type(self.problem).__name__}, not a `BilevelProblem`: a single inner run goes on "
+                "through all updates, so there is one problem. Pass a `BilevelProblem`; a source of several needs an "
+                "`OuterLoop`."
+            )
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(
+                f"`every` is {self.every!r}: it counts inner steps between two updates. Pass a whole number of at "
+                "least 1."
+            )
+        self._loop()
+
+    def run(self, num_inner_steps: int, *, resume: bool = False) -> Trained:
+        """Returns what an inner run of `num_inner_steps` steps found, with an update after every `every` of them.
+
+        Args:
+            num_inner_steps: inner steps in all, those of the runs it resumes included; a multiple of `every`.
+            resume: go on from the newest checkpoint if there is one, as `OuterLoop.run` does: bit for bit.
+
+        Raises:
+            ValueError: if `num_inner_steps` is not a positive multiple of `every`; whatever else `OuterLoop.run` says.
+            DetachedHyperparameterError: if a hyperparameter does not reach the outer loss.
+            IncompatibleBackendError: if the problem has a context, or an operation without forward derivative.
+            HypertorchError: whatever else `OuterLoop.run` raises.
+        """
+        if isinstance(num_inner_steps, bool) or not isinstance(num_inner_steps, int) or num_inner_steps < 1:
+            raise ValueError(
+                f"`num_inner_steps` is {num_inner_steps!r}: it counts steps of the inner run. Pass a whole number of "
+                "at least 1."
+            )
+        if num_inner_steps % self.every:
+            raise ValueError(
+                f"`num_inner_steps` is {num_inner_steps}, no multiple of `every` = {self.every}: steps after the last "
+                f"update would be lost. Pass {num_inner_steps - num_inner_steps % self.every + self.every}, say."
+            )
+        names = self._check_reach()
+        return self._loop(names).run(num_inner_steps // self.every, resume=resume)
+
+    def _loop(self, names: tuple[str, ...] = ()) -> OuterLoop:
+        problem = replace(self.problem, num_steps=self.every, warm_start=True, allow_unused=names)
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN}
+        return OuterLoop(problem, backend=Forward(chunk_size=self.chunk_size, keep_tangents=True), **shared)
+
+    def _check_reach(self) -> tuple[str, ...]:
+        """Returns the names of the outer variables; raises if one has no influence in a short fresh run.
+
+        The run itself does not ask: there a path may open after the first update (a momentum's, with `every=1`), or
+        fade until it is zero (an initialisation's), and neither is a mistake.
+        """
+        problem = replace(self.problem, num_steps=max(self.every, _PROBE_STEPS), warm_start=False)
+        with preserved_generators(torch.device("cpu")):  # the run makes its first values anew
+            hparams = {name: value.detach().clone() for name, value in problem.init_hparams().items()}
+        project_in_place(
+            hparams, match_constraints(hparams, chosen=self.constraints or {}, natural=problem.constraints())
+        )
+        hypergradient(problem, hparams, backend=Reverse(checkpoint_every="sqrt"))
+        return tuple(hparams)

@@ -1,0 +1,261 @@
+"""Every exact backend x every dynamics x every kind of hyperparameter: against each other and central differences.
+
+One problem holds every kind at once: a learnt initialisation, example weights and L2 in the inner loss, a direct term
+in the outer loss, and every float setting of the dynamics, as one value, per step, per parameter, or both. Minibatches
+are drawn by step; noise, terms at inner steps, tasks and context have tests of their own below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+import hypertorch as ht
+from hypertorch.types import TensorDict
+from tests.helpers.problems import net_problem, normal, task_problem
+
+F64 = torch.float64
+Hyper = ht.Hyper
+dynamics = ht.dynamics
+backends = ht.hypergradients
+
+NUM_STEPS = 6
+EXACT: dict[str, ht.Hypergradient] = {
+    "whole graph": backends.Reverse(),
+    "step-wise": backends.Reverse(checkpoint_every=1),
+    "every 4": backends.Reverse(checkpoint_every=4),
+    "sqrt": backends.Reverse(checkpoint_every="sqrt"),
+    "budget": backends.Reverse(memory_budget="1GiB"),
+    "revolve": backends.Reverse(snapshots=2),
+    "full window": backends.Truncated(window=NUM_STEPS),
+    "forward": backends.Forward(),
+    "forward in chunks": backends.Forward(chunk_size=16),
+    "forward by duals": backends.Forward(chunk_size=1),
+}
+REVERSIBLE = {"reversible": backends.Reversible()}
+# Not exact by design, each proven in the file named.
+ESTIMATES: dict[type[ht.Hypergradient], str] = {
+    backends.Implicit: "tests/hypergradients/test_implicit.py",
+    backends.FirstOrder: "tests/hypergradients/test_first_order.py",
+    backends.OneStep: "tests/hypergradients/test_one_step.py",
+    backends.ForwardGradient: "tests/hypergradients/test_forward_gradient.py",
+    backends.EvoGrad: "tests/hypergradients/test_evo_grad.py",
+    backends.EvolutionStrategies: "tests/hypergradients/test_evolution_strategies.py",
+}
+
+
+def scalars(**values: float) -> TensorDict:
+    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
+
+
+def learnt(leaf: Callable[..., ht.Dynamics], **values: float) -> tuple[ht.Dynamics, TensorDict]:
+    """Every setting as one outer variable."""
+    return leaf(**{name: Hyper(name) for name in values}), scalars(**values)
+
+
+def scheduled(leaf: Callable[..., ht.Dynamics], **values: float) -> tuple[ht.Dynamics, TensorDict]:
+    """Every setting as a schedule."""
+    wobble = 1.0 - 0.2 * normal(NUM_STEPS, seed=50).sigmoid()
+    return leaf(**{name: Hyper(name, per="step") for name in values}), {
+        name: value * wobble for name, value in values.items()
+    }
+
+
+def per_parameter(leaf: Callable[..., ht.Dynamics], **values: float) -> tuple[ht.Dynamics, TensorDict]:
+    """Every setting with a value for each weight, the first one with a value for each weight and step."""
+    shapes = {"first": (4, 6), "second": (6, 3)}
+    settings, entries = {}, {}
+    for position, (name, value) in enumerate(values.items()):
+        settings[name] = Hyper(name, per="parameter" if position else "step,parameter")
+        for parameter, shape in shapes.items():
+            full = shape if position else (NUM_STEPS, *shape)
+            entries[f"{name}.{parameter}"] = value * (1.0 - 0.2 * normal(*full, seed=60 + position).sigmoid())
+    return leaf(**settings), entries
+
+
+FLOATS: dict[str, tuple[Callable[..., ht.Dynamics], dict[str, float]]] = {
+    "SGD": (dynamics.SGD, {"lr": 0.3, "momentum": 0.6, "dampening": 0.2, "weight_decay": 0.03}),
+    "Nesterov": (
+        lambda **settings: dynamics.SGD(nesterov=True, **settings),
+        {"lr": 0.3, "momentum": 0.6, "weight_decay": 0.03},
+    ),
+    "Adam": (dynamics.Adam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.03}),
+    "AMSGrad": (
+        lambda **settings: dynamics.Adam(amsgrad=True, **settings),
+        {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.03},
+    ),
+    "AdamW": (dynamics.AdamW, {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1}),
+    "RMSprop": (
+        lambda **settings: dynamics.RMSprop(centered=True, **settings),
+        {"lr": 0.02, "alpha": 0.9, "eps": 1e-2, "momentum": 0.5, "weight_decay": 0.03},
+    ),
+    "Adagrad": (
+        dynamics.Adagrad,
+        {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3, "weight_decay": 0.03, "initial_accumulator_value": 0.1},
+    ),
+    "ReversibleMomentum": (dynamics.ReversibleMomentum, {"lr": 0.3, "momentum": 0.7}),
+}
+NOT_PER_STEP = {"initial_accumulator_value"}  # read once, when the buffers are made
+
+
+def _composites() -> dict[str, tuple[ht.Dynamics, TensorDict]]:
+    """Dynamics made of others, or with outer variables of their own."""
+    rule = dynamics.LearnedUpdate(dynamics.CoordinatewiseLSTM(hidden=3).double())
+    buffers = {
+        f"buffers.momentum.{name}": 0.1 * normal(*shape, seed=70)
+        for name, shape in {"first": (4, 6), "second": (6, 3)}.items()
+    }
+    return {
+        "Groups": (
+            dynamics.Groups(
+                {
+                    "first": dynamics.SGD(lr=Hyper("lr"), momentum=0.5),
+                    "*": dynamics.Adam(lr=Hyper("adam_lr"), beta2=Hyper("beta2"), eps=1e-3),
+                }
+            ),
+            scalars(lr=0.3, adam_lr=0.05, beta2=0.95),
+        ),
+        "parameter groups": (
+            dynamics.SGD(lr={"first": Hyper("lr"), "*": 0.1}, momentum={"first": 0.3, "second": Hyper("momentum")}),
+            scalars(lr=0.3, momentum=0.6),
+        ),
+        "LearnedBuffers": (
+            dynamics.LearnedBuffers(dynamics.SGD(lr=Hyper("lr"), momentum=0.6)),
+            {**scalars(lr=0.3), **buffers},
+        ),
+        "LearnedUpdate": (rule, {}),
+        "TorchOptim": (dynamics.TorchOptim(torch.optim.Adamax, options={"lr": Hyper("lr")}), scalars(lr=0.05)),
+    }
+
+
+def _cases() -> dict[str, tuple[ht.Dynamics, TensorDict]]:
+    cases: dict[str, tuple[ht.Dynamics, TensorDict]] = {}
+    for name, (leaf, values) in FLOATS.items():
+        steppable = {key: value for key, value in values.items() if key not in NOT_PER_STEP}
+        cases[name] = learnt(leaf, **values)
+        cases[f"{name}, schedules"] = scheduled(leaf, **steppable)
+        cases[f"{name}, per parameter"] = per_parameter(leaf, **values)
+    return {**cases, **_composites()}
+
+
+CASES = _cases()
+PAIRS = [
+    (case, backend)
+    for case in CASES
+    for backend in [*EXACT, *(REVERSIBLE if case.startswith("ReversibleMomentum") else ())]
+    # `higher` takes its derivative by autograd alone.
+    if not (case == "TorchOptim" and backend in ("forward", "forward in chunks"))
+]
+
+
+def problem_of(case: str) -> ht.BilevelProblem:
+    rule, extra = CASES[case]
+    return net_problem(rule, extra, num_steps=NUM_STEPS)
+
+
+@cache
+def reference(case: str) -> tuple[TensorDict, TensorDict]:
+    """The outer variables and the whole graph's hypergradient."""
+    problem = problem_of(case)
+    torch.manual_seed(0)
+    hparams = problem.init_hparams()
+    return hparams, ht.hypergradient(problem, hparams, backend=backends.Reverse()).grads
+
+
+def assert_equal(actual: TensorDict, expected: TensorDict, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = float((actual[name] - value).norm() / value.norm().clamp(min=1e-12))
+        assert error <= tolerance, f"{name}: relative error {error:.2g}"
+
+
+@pytest.mark.parametrize(("case", "backend"), PAIRS)
+def test_exact_backends_agree(case: str, backend: str) -> None:
+    hparams, expected = reference(case)
+    chosen = {**EXACT, **REVERSIBLE}[backend]
+    result = ht.hypergradient(problem_of(case), hparams, backend=chosen)
+    assert_equal(result.grads, expected, 1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_equals_central_differences(case: str) -> None:
+    hparams, _ = reference(case)
+    # A step of the size of Adam's `eps` would be too coarse.
+    check = ht.check_hypergradient(problem_of(case), hparams, backends.Reverse(), num_directions=1, step_size=1e-5)
+    assert check.passed, str(check)
+    assert {entry.name for entry in check.checks} == set(hparams)
+
+
+NOISY = ["SGD", "Adam", "ReversibleMomentum"]
+
+
+@pytest.mark.parametrize("case", NOISY)
+@pytest.mark.parametrize("backend", [*EXACT, *REVERSIBLE])
+@pytest.mark.parametrize("step_terms", [False, True])
+def test_exact_backends_agree_with_dropout_and_terms_at_inner_steps(case: str, backend: str, step_terms: bool) -> None:
+    if backend in REVERSIBLE and case != "ReversibleMomentum":
+        pytest.skip("reverses its own dynamics only")
+    rule, extra = CASES[case]
+    problem = net_problem(rule, extra, num_steps=NUM_STEPS, dropout=0.4, step_terms=step_terms)
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(problem, hparams, backend=backends.Reverse()).grads
+    result = ht.hypergradient(problem, hparams, backend={**EXACT, **REVERSIBLE}[backend])
+    assert_equal(result.grads, expected, 1e-10)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+def test_exact_backends_agree_on_tasks(backend: str, route: str) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3)).double()
+    problem = task_problem(module, item=(2,), num_steps=NUM_STEPS, task_route=route)
+    single = task_problem(module, item=(2,), num_steps=NUM_STEPS, task_route="loop")
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(single, hparams, backend=backends.Reverse()).grads
+    assert_equal(ht.hypergradient(problem, hparams, backend=EXACT[backend]).grads, expected, 1e-10)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_exact_backends_agree_on_a_context(backend: str) -> None:
+    rule, extra = CASES["SGD"]
+    plain = net_problem(rule, extra, num_steps=NUM_STEPS)
+
+    def context(hparams: TensorDict, batch: object) -> TensorDict:
+        """The example weights, computed once from those that are learnt."""
+        return {"weights": hparams["raw"].square() + hparams["log_l2"], "label": torch.arange(3)}
+
+    class Outer(type(plain.outer)):  # type: ignore[misc]
+        def init_hparams(self) -> TensorDict:
+            values = super().init_hparams()
+            values["raw"] = values.pop("weights")
+            return values
+
+    problem = ht.BilevelProblem(plain.inner, Outer(extra), dynamics=rule, num_steps=NUM_STEPS, context=context)
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(problem, hparams, backend=backends.Reverse())
+    check = ht.check_hypergradient(problem, hparams, backends.Reverse(), num_directions=1)
+    assert check.passed, str(check)
+    assert_equal(ht.hypergradient(problem, hparams, backend=EXACT[backend]).grads, expected.grads, 1e-10)
+
+
+def _leaves(module: object, base: type) -> set[type]:
+    exported = {getattr(module, name) for name in module.__all__}  # type: ignore[attr-defined]
+    return {
+        item
+        for item in exported
+        if isinstance(item, type) and issubclass(item, base) and not getattr(item, "__abstractmethods__", None)
+    }
+
+
+def test_every_backend_and_every_dynamics_is_in_the_matrix() -> None:
+    exact = {type(backend) for backend in [*EXACT.values(), *REVERSIBLE.values()]}
+    assert _leaves(backends, ht.Hypergradient) == exact | set(ESTIMATES)
+    assert _leaves(dynamics, ht.Dynamics) == {type(rule) for rule, _ in CASES.values()}
+
+
+def test_every_float_setting_is_in_the_matrix() -> None:
+    for leaf, values in FLOATS.values():
+        assert set(leaf(**values).settings()) <= set(values) | {"nesterov", "dampening"}

@@ -1,0 +1,107 @@
+"""The eigenvalues of largest modulus against those of dense matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypertorch.diagnostics.arnoldi import leading_spectrum
+from tests.helpers.problems import normal
+
+
+def spectrum_of(matrices: Tensor, **options):
+    start = normal(matrices.shape[-1], seed=1).expand(len(matrices), -1)
+    settings = {"dimension": 20, "max_restarts": 20, "tolerance": 1e-10, **options}
+    return leading_spectrum(lambda vectors: torch.einsum("tij,tj->ti", matrices, vectors), start, **settings)
+
+
+def dense_radii(matrices: Tensor) -> Tensor:
+    return torch.linalg.eigvals(matrices).abs().amax(dim=-1)
+
+
+def test_a_batch_of_nonsymmetric_maps() -> None:
+    matrices = normal(6, 60, 60, seed=2)
+    result = spectrum_of(matrices, max_restarts=200)
+    torch.testing.assert_close(result.eigenvalues.abs(), dense_radii(matrices), rtol=1e-8, atol=0)
+    assert float(result.residuals.max()) <= 1e-10
+    # Both kinds are among them.
+    complex_ones = result.eigenvalues.imag.abs() > 1e-6
+    assert complex_ones.any()
+    assert not complex_ones.all()
+
+
+def test_a_small_space_is_the_whole_spectrum() -> None:
+    matrices = normal(3, 7, 7, seed=3)
+    result = spectrum_of(matrices)
+    expected = torch.linalg.eigvals(matrices)
+    assert result.ritz_values.shape == (3, 7)
+    for found, dense in zip(result.ritz_values, expected, strict=True):
+        torch.testing.assert_close(found.abs(), dense.abs().sort(descending=True).values, rtol=1e-9, atol=0)
+
+
+def test_a_clustered_edge_needs_restarts() -> None:
+    # Eigenvalues 1 - k/1000: the first space cannot tell them apart.
+    rotation = torch.linalg.qr(normal(100, 100, seed=4)).Q
+    matrix = (rotation * (1 - torch.arange(100, dtype=torch.float64) / 1000)) @ rotation.T
+    first = spectrum_of(matrix[None], max_restarts=0)
+    last = spectrum_of(matrix[None], max_restarts=50, tolerance=1e-9)
+    assert float(first.residuals) > 1e-5
+    assert float(last.residuals) <= 1e-9
+    torch.testing.assert_close(last.eigenvalues.abs(), torch.ones(1, dtype=torch.float64), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(("size", "dimension"), [(12, 12), (60, 12)])
+def test_the_vector_spans_the_invariant_space(size: int, dimension: int) -> None:
+    matrices = normal(4, size, size, seed=5)
+    result = spectrum_of(matrices, dimension=dimension, max_restarts=300, tolerance=1e-11)
+    for matrix, value, vector in zip(matrices, result.eigenvalues, result.vectors, strict=True):
+        # A real map sends Re(y) into the span of Re(y) and Im(y): (A^2 - 2 Re(z) A + |z|^2) Re(y) = 0.
+        once = matrix @ vector
+        left = matrix @ once - 2 * value.real * once + value.abs() ** 2 * vector
+        assert float(left.norm() / (value.abs() ** 2 * vector.norm())) < 1e-9
+
+
+@pytest.mark.parametrize("dimension", [4, 5, 6, 9])
+def test_restarts_may_part_a_complex_pair(dimension: int) -> None:
+    # Three pairs of nearly the same modulus: at most one of them fits into the half that is kept.
+    blocks = [r * torch.tensor([[c, -s], [s, c]]) for r, c, s in ((1.0, 0.6, 0.8), (0.9, 0.8, 0.6), (0.8, 0.0, 1.0))]
+    change = normal(40, 40, seed=7)
+    rest = torch.diag(0.5 * torch.linspace(0, 1, 34))
+    matrix = change @ torch.block_diag(*blocks, rest).double() @ torch.linalg.inv(change)
+    result = spectrum_of(matrix[None], dimension=dimension, max_restarts=500)
+    assert complex(result.eigenvalues[0]).real == pytest.approx(0.6, rel=1e-6)
+    assert abs(complex(result.eigenvalues[0]).imag) == pytest.approx(0.8, rel=1e-6)
+
+
+def test_units_that_differ_do_not_hide_an_eigenvalue() -> None:
+    # As Adam's: the second half of the state is of the size of squared gradients, and acts on the first by its inverse.
+    units = torch.cat([torch.ones(40), torch.logspace(-9, -5, 40)]).double()
+    plain = torch.eye(80, dtype=torch.float64) * 0.9 + 0.05 * normal(80, 80, seed=8)
+    matrix = units[:, None] * plain / units
+    result = spectrum_of(matrix[None], max_restarts=200)
+    assert float(result.eigenvalues.abs()) == pytest.approx(float(dense_radii(plain[None])), rel=1e-7)
+
+
+def test_maps_that_end_the_space_early() -> None:
+    identity, zero = torch.eye(8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
+    rank_one = torch.outer(torch.ones(8), torch.arange(8)).double()
+    result = spectrum_of(torch.stack([identity, zero, rank_one]), dimension=5)
+    torch.testing.assert_close(result.eigenvalues.abs(), torch.tensor([1.0, 0.0, 28.0], dtype=torch.float64))
+    assert float(result.residuals.max()) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_restarts_end_where_rounding_allows_no_more(dtype: torch.dtype) -> None:
+    products = 0
+    matrix = torch.diag(torch.linspace(0.1, 2.0, 50)).to(dtype)
+
+    def apply(vectors: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return vectors @ matrix
+
+    start = normal(1, 50, seed=6).to(dtype)
+    result = leading_spectrum(apply, start, dimension=25, max_restarts=1000, tolerance=0.0)
+    assert products < 25 * 20
+    assert result.eigenvalues.abs().item() == pytest.approx(2.0, rel=20 * torch.finfo(dtype).eps)

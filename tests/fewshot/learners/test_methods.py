@@ -1,0 +1,275 @@
+"""Every learner: its hypergradient by central differences, and its paper's formula computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hypertorch as ht
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.fewshot import (
+    ANIL,
+    IMAML,
+    MAML,
+    MLP,
+    R2D2,
+    Examples,
+    HeadLearner,
+    HyperRepresentation,
+    Learner,
+    MetaSGD,
+    NetworkLearner,
+    ProtoNet,
+    Reptile,
+)
+from hypertorch.types import TensorDict
+from tests.fewshot.learners.test_learners import Blobs, with_smooth_activations
+from tests.helpers.problems import normal
+
+F64 = torch.float64
+SGD = ht.dynamics.SGD
+backends = ht.hypergradients
+WAY = 3
+
+
+def network(way: int | None = WAY) -> nn.Module:
+    torch.manual_seed(0)
+    return with_smooth_activations(MLP(in_features=16, hidden=(6,), out_features=way)).double()
+
+
+LEARNERS: dict[str, Callable[[], Learner]] = {
+    "MAML": lambda: MAML(network(), dynamics=SGD(lr=0.2), num_steps=3),
+    "MetaSGD": lambda: MetaSGD(network(), dynamics=SGD(lr=0.2), num_steps=2),
+    "IMAML": lambda: IMAML(network(), dynamics=SGD(lr=0.1), num_steps=3, proximity=0.7),
+    "Reptile": lambda: Reptile(network(), dynamics=SGD(lr=0.2), num_steps=3),
+    "HyperRepresentation": lambda: HyperRepresentation(network(None), way=WAY, dynamics=SGD(lr=0.8), num_steps=3),
+    "ANIL": lambda: ANIL(network(None), way=WAY, dynamics=SGD(lr=0.2), num_steps=3, learn_lr="one"),
+    "ProtoNet": lambda: ProtoNet(network(None), way=WAY),
+    "R2D2": lambda: R2D2(network(None), way=WAY, ridge=0.5, scale=2.0),
+}
+
+
+def compute(learner: Learner, backend: ht.Hypergradient, route: str = "vmap") -> ht.HypergradientResult:
+    source = learner.on(Blobs())
+    problem = source.at(0).with_task_route(route)  # type: ignore[arg-type]
+    return ht.hypergradient(problem, source.init_hparams(), backend=backend)
+
+
+def test_every_learner_is_listed() -> None:
+    exported = {getattr(ht.fewshot, name) for name in ht.fewshot.__all__}
+    leaves = {
+        item.__name__
+        for item in exported
+        if isinstance(item, type) and issubclass(item, Learner) and not getattr(item, "__abstractmethods__", None)
+    }
+    assert leaves == set(LEARNERS)
+
+
+@pytest.mark.parametrize("name", sorted(set(LEARNERS) - {"Reptile"}))
+def test_hypergradients_equal_central_differences(name: str) -> None:
+    source = LEARNERS[name]().on(Blobs())
+    check = ht.check_hypergradient(
+        source.at(0), source.init_hparams(), backends.Reverse(), num_directions=1, step_size=1e-4
+    )
+    assert check.passed, str(check)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_tasks_together_equal_tasks_one_by_one(name: str) -> None:
+    together = compute(LEARNERS[name](), backends.Reverse(), "vmap").grads
+    one_by_one = compute(LEARNERS[name](), backends.Reverse(), "loop").grads
+    for key, value in together.items():
+        torch.testing.assert_close(value, one_by_one[key], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_adapt_answers_as_the_episode_does(name: str) -> None:
+    learner = LEARNERS[name]()
+    hparams = learner.init_hparams()
+    episode = Blobs(num_tasks=1).at(3)
+    support, query = (Examples(part.inputs[0], part.targets[0]) for part in episode)
+    logits = learner.adapt(hparams, support)(query.inputs)
+    assert logits.shape == (len(query.targets), WAY) and not logits.requires_grad
+    accuracy = (logits.argmax(-1) == query.targets).double().mean()
+    torch.testing.assert_close(ht.unroll(learner.problem(episode, 1), hparams).metrics["accuracy"][0], accuracy)
+
+
+def by_hand(loss_of: Callable[[TensorDict, Examples, Examples], Tensor], hparams: TensorDict) -> TensorDict:
+    """The gradient of the mean over tasks of a loss written without the library."""
+    leaves = {name: value.clone().requires_grad_() for name, value in hparams.items()}
+    episode = Blobs().at(0)
+    losses = []
+    for task in range(len(episode.support.inputs)):
+        support, query = (Examples(part.inputs[task], part.targets[task]) for part in episode)
+        losses.append(loss_of(leaves, support, query))
+    grads = torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values()))
+    return dict(zip(leaves, grads, strict=True))
+
+
+def features(hparams: TensorDict, inputs: Tensor) -> Tensor:
+    module = network(None)
+    weights = {name: hparams[name] for name, _ in module.named_parameters()}
+    return torch.func.functional_call(module, weights, (inputs,))
+
+
+def assert_same(actual: TensorDict, expected: TensorDict) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-13)
+
+
+def test_proto_net_is_its_formula() -> None:
+    def loss(hparams: TensorDict, support: Examples, query: Examples) -> Tensor:
+        embedded = features(hparams, support.inputs)
+        prototypes = torch.stack([embedded[support.targets == label].mean(0) for label in range(WAY)])
+        return F.cross_entropy(-(torch.cdist(features(hparams, query.inputs), prototypes) ** 2), query.targets)
+
+    learner = LEARNERS["ProtoNet"]()
+    assert_same(compute(learner, backends.Reverse()).grads, by_hand(loss, learner.init_hparams()))
+
+
+def test_r2d2_is_ridge_regression_of_the_labels() -> None:
+    def loss(hparams: TensorDict, support: Examples, query: Examples) -> Tensor:
+        x, z = (torch.cat([features(hparams, part), torch.ones(len(part), 1, dtype=F64)], 1) for part in
+                (support.inputs, query.inputs))  # fmt: skip
+        # The normal equations in the space of features, which Woodbury's identity avoids.
+        matrix = x.T @ x + hparams["log_ridge"].exp() * torch.eye(x.shape[1], dtype=F64)
+        weight = torch.linalg.inv(matrix) @ x.T @ F.one_hot(support.targets, WAY).double()
+        return F.cross_entropy(hparams["log_scale"].exp() * z @ weight + hparams["shift"], query.targets)
+
+    learner = LEARNERS["R2D2"]()
+    hparams = {**learner.init_hparams()}
+    result = compute(learner, backends.Reverse()).grads
+    expected = by_hand(loss, hparams)
+    assert abs(float(expected["shift"])) < 1e-12  # a common shift of logits does nothing to their cross-entropy
+    assert_same(result, expected)
+
+
+def test_meta_sgd_is_maml_with_a_step_size_for_every_weight() -> None:
+    meta_sgd, maml = LEARNERS["MetaSGD"](), MAML(network(), dynamics=SGD(lr=0.2), num_steps=2)
+    ours, plain = compute(meta_sgd, backends.Reverse()).grads, compute(maml, backends.Reverse()).grads
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-14)
+        assert ours[f"log_lr.{name}"].shape == value.shape
+
+
+def test_reptile_steps_towards_the_fitted_weights() -> None:
+    learner = LEARNERS["Reptile"]()
+    hparams = learner.init_hparams()
+    fitted = ht.unroll(learner.on(Blobs()).at(0), hparams).params
+    expected = {name: value - fitted[name].mean(0) for name, value in hparams.items()}
+    for backend in (backends.Reverse(), backends.FirstOrder(), backends.Truncated(window=1)):
+        assert_same(compute(learner, backend).grads, expected)
+
+
+def test_imaml_by_implicit_differentiation_solves_its_equation() -> None:
+    """At the inner minimum the hypergradient g solves (I + H / proximity) g = dE/dw."""
+    proximity, steps = 2.0, 400
+    learner = IMAML(network(), dynamics=SGD(lr=0.2), num_steps=steps, proximity=proximity)
+    solver = ht.linear_solvers.ConjugateGradient(max_iterations=150, tolerance=1e-14)
+    implicit = compute(learner, backends.Implicit(solver=solver)).grads
+    unrolled = compute(learner, backends.Reverse(checkpoint_every="sqrt")).grads
+    for name, value in unrolled.items():
+        torch.testing.assert_close(implicit[name], value, rtol=1e-8, atol=1e-11)
+
+
+def test_first_order_maml_is_the_outer_gradient_at_the_fitted_weights() -> None:
+    learner = LEARNERS["MAML"]()
+    result = compute(learner, backends.FirstOrder(), "loop")
+    fitted = result.params
+    episode = Blobs().at(0)
+    module = network()
+    expected = {name: torch.zeros_like(value) for name, value in result.grads.items()}
+    for task in range(3):
+        weights = {name: value[task].clone().requires_grad_() for name, value in fitted.items()}
+        logits = torch.func.functional_call(module, weights, (episode.query.inputs[task],))
+        grads = torch.autograd.grad(F.cross_entropy(logits, episode.query.targets[task]), list(weights.values()))
+        for name, grad in zip(weights, grads, strict=True):
+            expected[name] += grad / 3
+    assert_same(result.grads, expected)
+
+
+@pytest.mark.parametrize("name", ["ProtoNet", "R2D2"])
+def test_without_an_inner_loop_nothing_is_truncated(name: str) -> None:
+    exact = compute(LEARNERS[name](), backends.Reverse()).grads
+    assert_same(compute(LEARNERS[name](), backends.Truncated(window=1)).grads, exact)
+    assert_same(compute(LEARNERS[name](), backends.FirstOrder()).grads, exact)
+
+
+@pytest.mark.parametrize("name", ["ProtoNet", "R2D2"])
+def test_a_backend_that_needs_an_inner_solution_refuses_in_one_line(name: str) -> None:
+    with pytest.raises(IncompatibleBackendError) as caught:
+        compute(LEARNERS[name](), backends.OneStep())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_of_ones_own_is_a_few_lines() -> None:
+    class Cosine(HeadLearner):
+        def __init__(self, backbone: nn.Module, way: int) -> None:
+            super().__init__(backbone, way=way, dynamics=SGD(lr=0.1), num_steps=0, objective=None, normalise=False,
+                             own_hparams={"scale": torch.tensor(5.0, dtype=F64)})  # fmt: skip
+
+        def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
+            members = F.one_hot(targets, self.way).to(support)
+            return {"mean": F.normalize(members.T @ support, dim=-1)}
+
+        def outputs(self, head: TensorDict, features: Tensor, hparams: TensorDict) -> Tensor:
+            return hparams["scale"] * F.normalize(features, dim=-1) @ head["mean"].T
+
+    source = Cosine(network(None), WAY).on(Blobs())
+    check = ht.check_hypergradient(source.at(0), source.init_hparams(), backends.Reverse(), step_size=1e-4)
+    assert check.passed, str(check)
+
+
+def test_a_network_learner_of_ones_own_is_a_few_lines() -> None:
+    class Regularised(NetworkLearner):
+        def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
+            return loss + 0.1 * sum(value.square().sum() for value in params.values())
+
+        def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
+            return loss
+
+    learner = Regularised(network(), dynamics=SGD(lr=0.1), num_steps=2, learn_lr="one", objective=None)
+    source = learner.on(Blobs())
+    check = ht.check_hypergradient(source.at(0), source.init_hparams(), backends.Reverse(), step_size=1e-4)
+    assert check.passed, str(check)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: IMAML(network(), dynamics=SGD(lr=0.1), num_steps=1, proximity=0.0), "`proximity` is 0.0.*forgets"),
+        (lambda: R2D2(network(None), ridge=-1.0), "`ridge` is -1.0: its logarithm is learnt"),
+        (lambda: ProtoNet(network(None), way=0), "`way` is 0: the head needs"),
+    ],
+)
+def test_wrong_settings_are_explained(make: Callable[[], Learner], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_scores_are_centred_by_normalising() -> None:
+    """ANIL with normalised features does not see a common shift of all features."""
+
+    class Shifted(nn.Module):
+        num_features = 16
+
+        def __init__(self, shift: float) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=F64))
+            self.shift = shift
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.scale * inputs.flatten(1) + self.shift
+
+    support = Examples(normal(6, 1, 4, 4, seed=1), torch.arange(6) % WAY)
+    logits = []
+    for shift in (0.0, 3.0):
+        torch.manual_seed(0)
+        learner = ANIL(Shifted(shift), way=WAY, dynamics=SGD(lr=0.3), num_steps=2, normalise=True)
+        logits.append(learner.adapt(learner.init_hparams(), support)(support.inputs))
+    torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-12)
