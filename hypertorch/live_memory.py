@@ -129,8 +129,12 @@ _UNITS = {
 }
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: int | str, name: str = "size") -> int:
     """Returns a number of bytes written as "512MiB", "1.5 GB" or a plain number; "KB" is 1000 bytes, "KiB" 1024.
+
+    Args:
+        size: the number.
+        name: of the argument, for the message.
 
     Raises:
         ValueError: if it is not such a number, or not positive.
@@ -140,8 +144,8 @@ def parse_bytes(size: int | str) -> int:
     factor = units.get((found.group(2) or "b") if found else "")
     if isinstance(size, bool) or found is None or factor is None or float(found.group(1)) * factor < 1:
         raise ValueError(
-            f"{size!r} is no number of bytes: it must be positive and have one of the units {', '.join(_UNITS)}, or "
-            'none. Write for example "512MiB", "1.5 GB" or 2_000_000.'
+            f"`{name}` is {size!r}, which is no number of bytes: it must be positive, and have one of the units "
+            f"{', '.join(_UNITS)} or none. Write for example '512MiB', '1.5 GB' or 2_000_000."
         )
     return int(float(found.group(1)) * factor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,18 +64,24 @@ def leading_spectrum(
     scale = balancing(apply, start)
     space = _Space(lambda vectors: apply(vectors * scale) / scale, start / scale, dimension)
     space.grow(0)
-    values, coordinates = space.ritz_pairs()
-    first = values
+    best, coordinates = space.spectrum()
     for _ in range(max_restarts):
-        if bool((space.residuals(values, coordinates) <= enough).all()):
+        if bool((best.residuals <= enough).all()):
             break
         space.grow(space.cut(coordinates, dimension // 2 - 1))
-        values, coordinates = space.ritz_pairs()
+        last, coordinates = space.spectrum()
+        best = _better(last, best)
+    return replace(best, vectors=best.vectors * scale)
+
+
+def _better(last: Spectrum, best: Spectrum) -> Spectrum:
+    """Returns the one of the smaller residual for each map: residuals do not fall at every restart."""
+    improved = last.residuals < best.residuals
     return Spectrum(
-        eigenvalues=values[:, 0],
-        residuals=space.residuals(values, coordinates),
-        vectors=space.vectors(coordinates[:, :, 0].real) * scale,
-        ritz_values=first,
+        eigenvalues=torch.where(improved, last.eigenvalues, best.eigenvalues),
+        residuals=torch.where(improved, last.residuals, best.residuals),
+        vectors=torch.where(improved[:, None], last.vectors, best.vectors),
+        ritz_values=best.ritz_values,
     )
 
 
@@ -108,20 +114,21 @@ class _Space:
             self._matrix[:, column + 1, column] = torch.where(is_new, length, 0.0).squeeze(-1)
             self._basis[:, column + 1] = torch.where(is_new, rest / _length(rest), 0.0)
 
-    def ritz_pairs(self) -> tuple[Tensor, Tensor]:
-        """Returns the eigenvalues of `H`, `(maps, dimension)`, and its eigenvectors as columns, largest first."""
-        values, coordinates = torch.linalg.eig(self._matrix[:, : self._dimension])
+    def spectrum(self) -> tuple[Spectrum, Tensor]:
+        """Returns the Ritz values and the leading pair, and the eigenvectors of `H` as columns, largest first."""
+        values, coordinates = torch.linalg.eig(self._matrix[:, :-1])
         order = values.abs().argsort(dim=-1, descending=True)
-        return values.gather(-1, order), coordinates.gather(-1, order[:, None].expand_as(coordinates))
-
-    def residuals(self, values: Tensor, coordinates: Tensor) -> Tensor:
-        """Returns the residuals of the leading Ritz pairs, `(maps,)`, relative to the eigenvalue."""
-        left_over = torch.einsum("tk,tk->t", self._matrix[:, -1].to(coordinates.dtype), coordinates[:, :, 0]).abs()
-        return left_over / values[:, 0].abs().clamp(min=torch.finfo(left_over.dtype).tiny)
-
-    def vectors(self, coordinates: Tensor) -> Tensor:
-        """Returns the vectors of these coordinates `(maps, dimension)`."""
-        return torch.einsum("tk,tkn->tn", coordinates, self._basis[:, :-1])
+        values = values.gather(-1, order)
+        coordinates = coordinates.gather(-1, order[:, None].expand_as(coordinates))
+        leading = coordinates[:, :, 0]
+        left_over = torch.einsum("tk,tk->t", self._matrix[:, -1].to(leading.dtype), leading).abs()
+        spectrum = Spectrum(
+            eigenvalues=values[:, 0],
+            residuals=left_over / values[:, 0].abs().clamp(min=torch.finfo(left_over.dtype).tiny),
+            vectors=torch.einsum("tk,tkn->tn", leading.real, self._basis[:, :-1]),
+            ritz_values=values,
+        )
+        return spectrum, coordinates
 
     def cut(self, coordinates: Tensor, count: int) -> int:
         """Keeps the span of the leading `count` Ritz vectors and `v`; returns the column to grow from.

@@ -66,7 +66,7 @@ class Implicit(Hypergradient):
             loss has terms at inner steps, or the inner loss is linear in its params.
 
     References:
-        Domke (2012), Generic methods for optimization-based modeling, section 3; Pedregosa (2016), Hyperparameter
+        Domke (2012), Generic methods for optimization-based modeling; Pedregosa (2016), Hyperparameter
         optimization with approximate gradient, algorithm 1; Rajeswaran, Finn, Kakade and Levine (2019), Meta-learning
         with implicit gradients, algorithm 2; Grazzi, Franceschi, Pontil and Salzo (2020), On the iteration complexity
         of hypergradient computation, algorithm 2 (`map="step"`).

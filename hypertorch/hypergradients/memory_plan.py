@@ -75,14 +75,14 @@ def plan_memory(problem: BilevelProblem, hparams: TensorDict, budget: int | str,
     with bound.execution():
         context = tree.detach(bound.context(constants, first))
         variables = tree.leaves_requiring_grad({**constants, **context})
-        return plan_loop(bound.loop(first, context), variables, parse_bytes(budget))
+        return plan_loop(bound.loop(first, context), variables, parse_bytes(budget, "budget"))
 
 
 def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan:
     """Returns the plan that fits the budget and runs the fewest steps again.
 
-    The whole graph runs none again, states kept every `k` steps all steps but the last `k` once more, the binomial
-    schedule the fewer the more states it may keep.
+    The whole graph runs none again; states kept every `k` steps run all but the last `k` once more; the binomial
+    schedule runs the fewer the more states it may keep.
 
     Cost: one step and one vjp (`measure_step`).
 
@@ -127,19 +127,20 @@ def _whole_graph_peak(memory: StepMemory, num_steps: int) -> int:
 
 
 def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
-    """Returns the plan with a state kept before steps 0, every, 2 every, ..., whose last piece may be shorter."""
+    """Returns the plan with a state kept every so many steps, counted from the end."""
     kept = ceil(num_steps / every)
-    rest = num_steps - (kept - 1) * every
     states = memory.initial + (kept - 1) * memory.state
-    peak = states + max(memory.graph_of(rest) + memory.last_term, memory.segment(rest))
+    peak = states + max(memory.graph_of(every) + memory.last_term, memory.segment(every))
     if kept > 1:
-        # The piece before has a kept state less, but its end to compare with, and the last state.
-        peak = max(peak, states + memory.state + _piece(memory, every))
+        # The piece before has a kept state less, but its end to compare with, and the last state. The first piece of
+        # the run may be shorter.
+        length = every if kept > 2 else num_steps - every
+        peak = max(peak, states + memory.state + _piece(memory, length))
     return MemoryPlan(
         method="checkpoints",
         checkpoint_every=every,
         peak_bytes=peak + _losses(memory, num_steps),
-        recomputed_steps=num_steps - rest,
+        recomputed_steps=num_steps - every,
     )
 
 

@@ -20,7 +20,8 @@ Probe = Callable[[], frozenset[str]]
 """Returns the names of the hyperparameters that reach the outer loss."""
 
 _MOVE = 1e-3  # by which the black-box probe moves a hyperparameter, relative to its size and at least this much
-_known: WeakKeyDictionary[InnerProblem, dict[tuple, frozenset[str]]] = WeakKeyDictionary()
+# The answers, each with the parts of the problem whose identity is in its key: held, so that none is used again.
+_known: WeakKeyDictionary[InnerProblem, dict[tuple, tuple[frozenset[str], tuple]]] = WeakKeyDictionary()
 
 
 def check_reachability(
@@ -76,10 +77,11 @@ def cached_probe(problem: BilevelProblem, kind: str, hparams: TensorDict, probe:
 
     def ask() -> frozenset[str]:
         answers = _known.setdefault(problem.inner, {})
-        key = (kind, id(problem.outer), id(problem.context), repr(problem.dynamics), problem.num_steps, *hparams)
+        parts = (problem.outer, problem.context, problem.dynamics)
+        key = (kind, *map(id, parts), problem.num_steps, *hparams)
         if key not in answers:
-            answers[key] = probe()
-        return answers[key]
+            answers[key] = probe(), parts
+        return answers[key][0]
 
     return ask
 

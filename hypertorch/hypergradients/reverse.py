@@ -44,25 +44,25 @@ class Reverse(Hypergradient):
     Without settings the graph of all steps is kept. Each setting keeps states instead, from which steps are run again
     when the reverse pass reaches them: the same number, less memory. At most one of them can be given.
 
-    With `checkpoint_every`, one state in every so many is kept and each segment between two is run again with its
-    graph. 1 keeps every state and one step's graph; `round(sqrt(num_steps))` needs the least memory where a step's
-    graph is not larger than a state.
+    With `checkpoint_every`, one state in every so many is kept, counted from the end, and each segment between two is
+    run again with its graph. 1 keeps every state and one step's graph; with "sqrt" both the states and the steps of a
+    graph are about `sqrt(num_steps)`.
 
     With `snapshots`, at most so many states and one step's graph are kept, and states in between are run again and
     again, by the schedule that runs the fewest steps (Revolve).
 
     With `memory_budget`, one step is measured at each outer step, in bytes of live tensors, and the cheapest of these
-    is taken that fits: the whole graph, else states kept every `k` steps with the `k` that needs the least memory,
-    else Revolve with as many states as fit. The budget is for what the backend holds beside the problem's own data,
+    is taken that fits: the whole graph, else states kept every `k` steps with the largest `k` that fits, else Revolve
+    with as many states as fit. The budget is for what the backend holds beside the problem's own data,
     the hyperparameters and a context; bytes asked for are counted, not what an allocator makes of them, so leave it a
     tenth. The choice depends on shapes only. `plan_memory` tells it in advance.
 
     Cost, with `T = num_steps`, in steps beside `T` vjps, and in memory:
 
-        Reverse()                       T steps                        graphs of T steps
-        Reverse(checkpoint_every=k)     2 T - k steps, if k divides T  T / k states, graphs of k steps
-        Reverse(snapshots=c)            T + recomputed_steps(T, c)     c states, the graph of one step
-        Reverse(memory_budget=bytes)    as chosen, one step more       as allowed
+        Reverse()                       T steps                       graphs of T steps
+        Reverse(checkpoint_every=k)     2 T - k steps                 T / k states, graphs of k steps
+        Reverse(snapshots=c)            T + recomputed_steps(T, c)    c states, the graph of one step
+        Reverse(memory_budget=bytes)    as chosen, and one step more  as allowed
 
     Args:
         checkpoint_every: steps between kept states (unit: steps, at least 1); "sqrt" for
@@ -97,13 +97,13 @@ class Reverse(Hypergradient):
         if self.snapshots is not None:
             _check_count("snapshots", self.snapshots, "so many states are kept, the first one included", "")
         if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
+            parse_bytes(self.memory_budget, "memory_budget")
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
         every, snapshots = self.checkpoint_every, self.snapshots
         if loop.num_steps and self.memory_budget is not None:
-            plan = plan_loop(loop, variables, parse_bytes(self.memory_budget))
+            plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
             _logger.debug("%s", plan)
             every, snapshots = plan.checkpoint_every, plan.snapshots
         if loop.num_steps == 0 or every is snapshots is None:
@@ -155,20 +155,25 @@ def _go_back(loop: InnerLoop, variables: TensorDict, pieces: Iterator[Piece]) ->
 
 
 def _kept_every(loop: InnerLoop, variables: TensorDict, every: int) -> Iterator[Piece]:
-    """Yields stretches of `every` steps from the last to the first, keeping the states before them from one run."""
-    starts = range(0, loop.num_steps, every)
+    """Yields stretches of `every` steps from the last to the first, keeping the states before them from one run.
+
+    A stretch that is shorter is the first one, since the steps of the last one are run only once.
+    """
+    stops = range(loop.num_steps, 0, -every)
+    starts = [max(stop - every, 0) for stop in stops]
+    to_keep = frozenset(starts)
     kept: list[InnerState] = []
     with torch.no_grad():
         state = loop.initial(variables)
-        for step in range(starts[-1]):
-            if step % every == 0:
+        for step in range(starts[0]):
+            if step in to_keep:
                 kept.append(state)
             state = loop.step(state, variables, step)
     kept.append(state)
     del state  # not to outlive its piece
     loop.cost.stored_states = len(kept) + 1
-    for start in reversed(starts):
-        yield start, min(start + every, loop.num_steps), kept.pop()
+    for start, stop in zip(starts, stops, strict=True):
+        yield start, stop, kept.pop()
 
 
 def _revolving(loop: InnerLoop, variables: TensorDict, snapshots: int) -> Iterator[Piece]:

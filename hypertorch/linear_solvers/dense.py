@@ -53,7 +53,7 @@ class Dense(LinearSolver):
         if bool(info.any()):
             raise ValueError(
                 f"`matvec` is a singular map of {layout.num_entries} entries: the system has no solution, or many. "
-                f"Pass `damping` above {self.damping} to `Dense`, or use `ConjugateGradient` to take the shortest of "
-                "many."
+                f"Pass `damping` above {self.damping} to `Dense`; or, if it is symmetric, use `ConjugateGradient`, "
+                "which takes the shortest of many."
             )
         return judged(matvec, rhs, layout.values(solution), layout.num_entries, tasks_axis=tasks_axis)

@@ -37,8 +37,8 @@ class FixedPoint(LinearSolver):
         ValueError: if a number is out of its range.
 
     References:
-        Grazzi, Franceschi, Pontil and Salzo (2020), On the iteration complexity of hypergradient computation,
-        section 2.2 (fixed-point method).
+        Grazzi, Franceschi, Pontil and Salzo (2020), On the iteration complexity of hypergradient computation
+        (there called the fixed-point method).
     """
 
     max_iterations: int = 100

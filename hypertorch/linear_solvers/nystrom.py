@@ -39,7 +39,7 @@ class Nystrom(SymmetricSolver):
         ValueError: if a number is out of its range.
 
     References:
-        Hataya and Yamada (2023), Nystrom method for accurate and scalable implicit differentiation, section 3.
+        Hataya and Yamada (2023), Nystrom method for accurate and scalable implicit differentiation.
     """
 
     rank: int = 20

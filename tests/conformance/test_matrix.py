@@ -146,8 +146,6 @@ PAIRS = [
     (case, backend)
     for case in CASES
     for backend in [*EXACT, *(REVERSIBLE if case.startswith("ReversibleMomentum") else ())]
-    # `higher` takes its derivative by autograd alone.
-    if not (case == "TorchOptim" and backend in ("forward", "forward in chunks"))
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -645,6 +646,28 @@ def test_a_run_that_has_not_arrived_is_reported(kind: str) -> None:
     ht.hypergradient(few, few.init_hparams(), backend=replace(EXACT[kind], stationarity_tolerance=0.126))
 
 
+@maps
+@pytest.mark.parametrize("num_steps", [1, 2, 6, 20])
+def test_the_way_is_measured_from_where_the_run_began_though_it_gets_steeper_at_first(
+    kind: str, num_steps: int
+) -> None:
+    """Down from near the top of `(w^2 - c)^2 / 4`, by hand: the slope is `w (w^2 - c)`."""
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.full((), 0.1, dtype=F64)}, lambda p, h, b: (p["w"] ** 2 - h["c"]) ** 2 / 4),
+        LambdaOuter({"c": scalar(1.0)}, lambda p, h, b: p["w"] ** 3),
+        dynamics=SGD(lr=0.3),
+        num_steps=num_steps,
+    )
+    slopes, w = [], 0.1
+    for _ in range(num_steps + 1):
+        slopes.append(w * (w * w - 1.0))
+        w -= 0.3 * slopes[-1]
+    result = ht.hypergradient(problem, problem.init_hparams(), backend=SILENT[kind])
+    torch.testing.assert_close(result.figures["stationarity"], scalar(slopes[-1] / slopes[0]), rtol=1e-9, atol=0)
+    if num_steps == 6:
+        assert float(result.figures["stationarity"]) > 1.0
+
+
 def test_a_poor_solution_of_the_linear_system_is_reported() -> None:
     problem = softmax(SGD(lr=0.8), 100)
     hparams = problem.init_hparams()
@@ -747,6 +770,34 @@ def test_memory_does_not_grow_with_the_horizon(kind: str) -> None:
         return live.peak
 
     assert peak(4) == peak(64)
+
+
+class Watched(ht.GradientDynamics):
+    """Gradient descent that counts how many of the params it has made are still held."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        return {}
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        new = {name: value - 0.5 * grads[name] for name, value in params.items()}
+        self.made.append(weakref.ref(new["matrix"]))
+        self.most = max(self.most, sum(item() is not None for item in self.made))
+        return new, {}
+
+
+@maps
+def test_no_state_on_the_way_is_kept(kind: str) -> None:
+    watched = Watched()
+    problem = softmax(watched, 40)
+    ht.hypergradient(problem, problem.init_hparams(), backend=SILENT[kind])
+    assert len(watched.made) == (41 if kind == "step" else 40)
+    assert watched.most <= 3
 
 
 @maps

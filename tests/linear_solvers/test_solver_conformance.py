@@ -217,6 +217,16 @@ def test_the_same_call_gives_the_same_bits_and_settings_are_values(leaf: type[Li
     assert hash(solver) == hash(replace(solver))
 
 
+@leaves
+@pytest.mark.parametrize("tasks", [False, True])
+def test_everything_is_made_on_the_device_of_the_right_hand_side(leaf: type[LinearSolver], tasks: bool) -> None:
+    """What is made without naming a device would land on one that computes nothing."""
+    system = stacked([definite(4, 1), definite(4, 2)]) if tasks else definite(4, 1)
+    with torch.device("meta"):
+        solution, found = system.solve(THOROUGH[leaf])
+    assert solution.device.type == found.residual.device.type == "cpu"
+
+
 @pytest.mark.parametrize("leaf", [ConjugateGradient, FixedPoint, Neumann, Nystrom])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
 def test_counts_are_validated(leaf: type[LinearSolver], value: object) -> None:

@@ -84,6 +84,8 @@ class HeadLearner(Learner):
             )
         initial = self._fit.init_params()
         self._initial: TensorDict = {**{name: initial[name] for name in self._names}, **own_hparams}
+        some = next(iter(self._initial.values()))
+        self._owned = {name: value.to(some) for name, value in dynamics.init_hparams().items()}
 
     @abstractmethod
     def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
@@ -106,14 +108,17 @@ class HeadLearner(Learner):
         """
 
     def init_hparams(self) -> TensorDict:
-        """Returns the representation's weights, by their names in the module, and the learner's own variables."""
-        return {name: value.clone() for name, value in self._initial.items()}
+        """Returns the representation's weights, by their names in the module, and the learner's own variables.
+
+        Those of the dynamics, such as the weights of a learnt update rule, are among them.
+        """
+        return {name: value.clone() for name, value in {**self._initial, **self._owned}.items()}
 
     def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
         """Returns the bilevel problem of a batch of episodes."""
         return BilevelProblem(
             _Head(self, self._objective),
-            _HeldOut(self, self._objective, episode),
+            _HeldOut(self, self._objective, episode, self._initial),
             dynamics=self._dynamics,
             num_steps=self._num_steps,
             num_tasks=num_tasks,
@@ -201,9 +206,10 @@ class _HeldOut(OuterProblem):
     learner: HeadLearner
     objective: Objective
     episode: Episode
+    initial: TensorDict
 
     def init_hparams(self) -> TensorDict:
-        return self.learner.init_hparams()
+        return self.initial
 
     def batch(self, outer_step: int) -> Episode:
         return self.episode

@@ -56,6 +56,8 @@ class NetworkLearner(Learner):
             )
         self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
         self._initial: TensorDict = {**initialisation, **step_sizes}
+        some = next(iter(initialisation.values()))
+        self._owned = {name: value.to(some) for name, value in self._dynamics.init_hparams().items()}
 
     @abstractmethod
     def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
@@ -78,14 +80,14 @@ class NetworkLearner(Learner):
         """
 
     def init_hparams(self) -> TensorDict:
-        """Returns the network's weights, by their names in the module, and the logarithms of learnt step sizes."""
-        return {name: value.clone() for name, value in self._initial.items()}
+        """Returns the network's weights, by their names in the module, learnt step sizes, and those of the dynamics."""
+        return {name: value.clone() for name, value in {**self._initial, **self._owned}.items()}
 
     def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
         """Returns the bilevel problem of a batch of episodes."""
         return BilevelProblem(
             _Support(self, self._fit, self._objective, episode.support, self._initial),
-            _Query(self, self._predict, self._objective, episode.query),
+            _Query(self, self._predict, self._objective, episode.query, self._initial),
             dynamics=self._dynamics,
             num_steps=self._num_steps,
             num_tasks=num_tasks,
@@ -143,9 +145,10 @@ class _Query(OuterProblem):
     network: FunctionalModule
     objective: Objective
     query: Examples
+    initial: TensorDict
 
     def init_hparams(self) -> TensorDict:
-        return self.learner.init_hparams()
+        return self.initial
 
     def batch(self, outer_step: int) -> Examples:
         return self.query

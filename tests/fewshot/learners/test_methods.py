@@ -273,3 +273,18 @@ def test_scores_are_centred_by_normalising() -> None:
         learner = ANIL(Shifted(shift), way=WAY, dynamics=SGD(lr=0.3), num_steps=2, normalise=True)
         logits.append(learner.adapt(learner.init_hparams(), support)(support.inputs))
     torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["MAML", "HyperRepresentation"])
+def test_an_update_rule_is_learnt_with_the_learner(name: str) -> None:
+    torch.manual_seed(0)
+    rule = ht.dynamics.LearnedUpdate(ht.dynamics.CoordinatewiseLSTM(hidden=2).double())
+    if name == "MAML":
+        learner: Learner = MAML(network(), dynamics=rule, num_steps=2)
+    else:
+        learner = HyperRepresentation(network(None), way=WAY, dynamics=rule, num_steps=2)
+    source = learner.on(Blobs())
+    hparams = source.init_hparams()
+    assert any(key.startswith("update_rule.") for key in hparams)
+    check = ht.check_hypergradient(source.at(0), hparams, backends.Reverse(), num_directions=1, step_size=1e-5)
+    assert check.passed, str(check)
