@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import hypertorch as ht
 from experiments.line_styles import COLOURS, line_styles
+from hypertorch.diagnostics.horizon import Series
 
 Row = Mapping[str, Any]
 
@@ -61,41 +62,36 @@ def plot_horizon_bias(bias: ht.HorizonBias, radius: float, path: Path) -> None:
         path: the picture.
     """
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    windows, runs = figure.subplots(1, 2)
+    windows.set(title="error of a window of the run", xlabel="window (steps)")
+    runs.set(title="error after a number of steps", xlabel="inner steps")
     styles = line_styles(bias.series)
-    for name, points in bias.series.items():
-        axes = left if name == "truncated" else right
-        lengths = [point.length for point in points]
-        errors = [point.accuracy.error for point in points]
-        fit = bias.fits[name]
-        rate = "no rate" if fit is None else f"falls by {fit.rate:.4f} per step"
-        shown = [(length, error) for length, error in zip(lengths, errors, strict=True) if error > 0]
-        axes.plot(*zip(*shown, strict=True), label=f"{name}: {rate}", **styles[name])
-        if fit is not None:
-            ends = np.array([min(lengths), max(length for length, _ in shown)])
-            axes.plot(ends, fit.factor * fit.rate**ends, color=styles[name]["color"], linewidth=0.8, alpha=0.7)
-    for axes, title, length in (
-        (left, "error of a window of the run", "window (steps)"),
-        (right, "error after a number of steps", "inner steps"),
-    ):
-        if axes.lines:
-            _draw_slope(axes, radius)
-            axes.legend(fontsize=9)
-        axes.set(yscale="log", xlabel=length, ylabel="relative error", title=title)
+    of_windows: list[Series] = [name for name in bias.series if name == "truncated"]
+    of_runs: list[Series] = [name for name in bias.series if name != "truncated"]
+    for axes, names in ((windows, of_windows), (runs, of_runs)):
+        points = [point for name in names for point in bias.series[name] if point.accuracy.error > 0]
+        axes.set(yscale="log", ylabel="relative error")
         axes.grid(alpha=0.3)
+        if not points:
+            continue
+        for name in names:
+            _draw_series(axes, name, bias, styles[name])
+        lengths = np.linspace(0, max(point.length for point in points), 200)
+        slope = radius**lengths
+        seen = slope >= min(point.accuracy.error for point in points)
+        axes.plot(lengths[seen], slope[seen], "k:", linewidth=1.2, label=f"spectral radius {radius:.4f} per step")
+        axes.legend(fontsize=9, title="thin lines: fits", title_fontsize=9)
     figure.savefig(path, dpi=_PIXELS_PER_INCH)
 
 
-def _draw_slope(axes: Axes, radius: float) -> None:
-    """Draws `radius ** length` from 1 down to the bottom of the points."""
-    lengths = np.linspace(0, max(line.get_xdata()[-1] for line in axes.lines), 100)
-    lowest = min(
-        line.get_ydata().min() if isinstance(line.get_ydata(), np.ndarray) else min(line.get_ydata())
-        for line in axes.lines
-    )
-    heights = radius**lengths
-    visible = heights >= lowest
-    axes.plot(lengths[visible], heights[visible], "k:", linewidth=1.0, label=f"spectral radius {radius:.4f} per step")
+def _draw_series(axes: Axes, name: Series, bias: ht.HorizonBias, style: dict[str, Any]) -> None:
+    shown = [point for point in bias.series[name] if point.accuracy.error > 0]
+    lengths = np.array([point.length for point in shown])
+    fit = bias.fits[name]
+    rate = "no rate to be told" if fit is None else f"falls by {fit.rate:.4f} per step"
+    axes.plot(lengths, [point.accuracy.error for point in shown], label=f"{name}: {rate}", **style)
+    if fit is not None:
+        axes.plot(lengths, fit.factor * fit.rate**lengths, color=style["color"], linewidth=0.8, alpha=0.7)
 
 
 def plot_spectral_radius(spectra: Sequence[ht.SpectralRadius], path: Path) -> None:
@@ -106,27 +102,33 @@ def plot_spectral_radius(spectra: Sequence[ht.SpectralRadius], path: Path) -> No
         path: the picture.
     """
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    plane, run = figure.subplots(1, 2)
     last = spectra[-1]
-    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 400))
-    left.plot(circle.real, circle.imag, color="0.5", linewidth=1.0, label="unit circle")
-    values = last.ritz_values.cpu().numpy()
-    left.scatter(values.real, values.imag, s=18, color=COLOURS[0], label=f"eigenvalues (outline), step {last.step}")
+    angles = np.linspace(0, 2 * np.pi, 400)
+    plane.plot(np.cos(angles), np.sin(angles), color="0.5", linewidth=1.0, label="unit circle")
+    plane.scatter(
+        last.ritz_values.real.tolist(),
+        last.ritz_values.imag.tolist(),
+        s=18,
+        color=COLOURS[0],
+        label="eigenvalue estimates (outline)",
+    )
     leading = complex(last.eigenvalues)
-    left.scatter(
+    plane.scatter(
         leading.real, leading.imag, s=90, marker="*", color=COLOURS[1], zorder=3, label=f"largest: {abs(leading):.4f}"
     )
-    left.set(aspect="equal", xlabel="real part", ylabel="imaginary part", title=f"the inner map {last.verdict}")
-    left.legend(fontsize=9, loc="lower left")
-    right.axhline(1.0, color="0.5", linewidth=1.0)
-    right.plot(
+    plane.set(aspect="equal", xlabel="real part", ylabel="imaginary part")
+    plane.set_title(f"step {last.step}: the inner map {last.verdict}")
+    plane.legend(fontsize=9, loc="lower left")
+    run.axhline(1.0, color="0.5", linewidth=1.0)
+    run.plot(
         range(1, last.step + 2),
-        last.step_growths.cpu().numpy(),
+        last.step_growths.tolist(),
         color=COLOURS[0],
         linewidth=1.2,
         label=f"growth of the product at each step, mean {last.growth:.4f}",
     )
-    right.plot(
+    run.plot(
         [item.step + 1 for item in spectra],
         [item.radius for item in spectra],
         color=COLOURS[1],
@@ -135,9 +137,9 @@ def plot_spectral_radius(spectra: Sequence[ht.SpectralRadius], path: Path) -> No
         linestyle="--",
         label="spectral radius of the step's map",
     )
-    right.set(xscale="log", xlabel="inner step", ylabel="factor per step", title="above 1, changes of the state grow")
-    right.legend(fontsize=9)
-    for axes in (left, right):
+    run.set(xscale="log", xlabel="inner step", ylabel="factor per step", title="above 1, changes of the state grow")
+    run.legend(fontsize=9)
+    for axes in (plane, run):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=_PIXELS_PER_INCH)
 

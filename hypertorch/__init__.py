@@ -1,6 +1,6 @@
 """hypertorch: bilevel optimisation and meta-learning in PyTorch, with hypergradients whose numbers can be trusted."""
 
-from hypertorch import constraints, dynamics, errors, hypergradients, tree
+from hypertorch import constraints, dynamics, errors, hypergradients, linear_solvers, tree
 from hypertorch.constraints import BoundedSum, Box, Constraint, Positive, Simplex
 from hypertorch.diagnostics import (
     Accuracy,
@@ -20,6 +20,7 @@ from hypertorch.diagnostics import (
 from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
 from hypertorch.functional import FunctionalModule
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
+from hypertorch.linear_solvers import LinearSolver
 from hypertorch.minibatches import Minibatches
 from hypertorch.outer import (
     Checkpoint,
@@ -67,6 +68,7 @@ __all__ = [
     "HypergradientResult",
     "InnerProblem",
     "JsonLinesLogger",
+    "LinearSolver",
     "Logger",
     "MemoryLogger",
     "Minibatches",
@@ -91,6 +93,7 @@ __all__ = [
     "horizon_bias",
     "hypergradient",
     "hypergradients",
+    "linear_solvers",
     "load_hparams",
     "save_hparams",
     "spectral_radius",

@@ -46,15 +46,23 @@ def composed(*overrides: str) -> DictConfig:
 def test_groups_are_those_of_the_design() -> None:
     assert set(GROUPS) == {
         "backbone", "dataset", "debug", "dynamics", "experiment", "hypergradient", "learner", "outer_loop",
-        "outer_optimizer", "paths",
+        "outer_optimizer", "paths", "problem",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_composes(group: str, name: str) -> None:
+    if group == "problem":  # of the diagnoses, not of training
+        assert compose("compare_backends", [f"problem={name}"]).problem
+        return
     companions = COMPANIONS.get((group, name), [])
     config = composed(*companions, f"{group}={name}")
     check_training_settings(config)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.yaml"))])
+def test_every_command_composes(name: str) -> None:
+    assert compose(name).task_name == name
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -58,16 +58,16 @@ def noisy_digits(
         section 5.1 (there with a weight for each example of MNIST).
     """
     num_training = num_labellers * scans_each
-    scans = load_digits()
-    if num_training + num_validation > len(scans.target):
+    pixels, digits = load_digits(return_X_y=True)
+    if num_training + num_validation > len(digits):
         raise ValueError(
             f"`num_labellers * scans_each + num_validation` is {num_training + num_validation}, but there are "
-            f"{len(scans.target)} scans. Lower one of them."
+            f"{len(digits)} scans. Lower one of them."
         )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(scans.target), generator=generator)
-    inputs = torch.as_tensor(scans.data / _DARKEST).to(dtype)[order]
-    labels = torch.as_tensor(scans.target).long()[order]
+    order = torch.randperm(len(digits), generator=generator)
+    inputs = torch.as_tensor(pixels / _DARKEST).to(dtype)[order]
+    labels = torch.as_tensor(digits).long()[order]
     labeller = torch.arange(num_training) // scans_each
     wrong_share = most_wrong * labeller / max(num_labellers - 1, 1)
     is_wrong = torch.rand(num_training, generator=generator) < wrong_share

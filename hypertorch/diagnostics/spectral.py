@@ -30,7 +30,8 @@ _SETTLED = 1e-2  # residual below which the verdict does not hang on it
 _MEANING: dict[Verdict, str] = {
     "contracts": "what happened early is forgotten, so truncation and implicit differentiation have a limit to reach",
     "is marginal": "over this horizon what happened early neither fades nor grows much, so no step can be left out",
-    "explodes": "the unrolled hypergradient grows with the horizon; lower the step size, or take fewer steps",
+    "explodes": "changes of the state grow, and the unrolled hypergradient with them; the step size is too large or, "
+    "where the eigenvalue is real and positive, the inner loss curves downwards",
 }
 
 
@@ -75,13 +76,14 @@ class SpectralRadius:
     def __str__(self) -> str:
         worst = int(self.eigenvalues.abs().argmax()) if self.eigenvalues.dim() else 0
         eigenvalue = complex(self.eigenvalues.reshape(-1)[worst])
-        unsettled = "" if float(self.residuals.max()) < _SETTLED else "; not settled: a larger `dimension` helps"
+        residual = float(self.residuals.max())
+        unsettled = "" if residual < _SETTLED else "; not settled: a larger `dimension` helps"
         task = f" (of task {worst}, the largest of {len(self.eigenvalues)})" if self.eigenvalues.dim() else ""
         return "\n".join(
             [
                 f"the inner map at step {self.step} {self.verdict}: {_MEANING[self.verdict]}",
                 f"  largest |eigenvalue|{task} {self.radius:.6g}: {_power(self.radius, self.num_steps)} over "
-                f"{self.num_steps} steps (eigenvalue {eigenvalue:.6g}, residual {float(self.residuals.max()):.2g}{unsettled})",
+                f"{self.num_steps} steps (eigenvalue {eigenvalue:.6g}, residual {residual:.2g}{unsettled})",
                 f"  growth along the trajectory {self.growth:.6g} per step: "
                 f"{_power(self.growth, self.step + 1)} over {self.step + 1} steps",
             ]
@@ -95,7 +97,7 @@ def spectral_radius(
     step: int | None = None,
     dimension: int = 30,
     max_restarts: int = 20,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-8,
     outer_step: int = 0,
     seed: int = 0,
 ) -> SpectralRadius:

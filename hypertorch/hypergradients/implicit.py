@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.pull_back import accumulate, last_term
 from hypertorch.inner_loop import InnerLoop, InnerState
-from hypertorch.linear_solvers import ConjugateGradient, LinearSolution, LinearSolver, SymmetricSolver
+from hypertorch.linear_solvers import ConjugateGradient, FixedPoint, LinearSolution, LinearSolver, SymmetricSolver
 from hypertorch.types import TensorDict
 
 ImplicitMap: TypeAlias = Literal["gradient", "step"]
@@ -54,7 +54,7 @@ class Implicit(Hypergradient):
     Memory: one state and the graph of one step (that of a gradient), whatever `num_steps` is, and the solver's own.
 
     Args:
-        solver: of the linear system.
+        solver: of the linear system; None for `ConjugateGradient()`, or `FixedPoint()` with `map="step"`.
         map: which equation the inner solution solves.
         residual_tolerance: `linear_residual` above which a `LinearSolveWarning` is issued; None for no warning.
         stationarity_tolerance: the same for `stationarity`.
@@ -72,12 +72,14 @@ class Implicit(Hypergradient):
         of hypergradient computation, algorithm 2 (`map="step"`).
     """
 
-    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    solver: LinearSolver | None = None
     map: ImplicitMap = "gradient"
     residual_tolerance: float | None = 1e-3
     stationarity_tolerance: float | None = 1e-2
 
     def __post_init__(self) -> None:
+        if self.solver is None:
+            object.__setattr__(self, "solver", FixedPoint() if self.map == "step" else ConjugateGradient())
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(
                 f"`solver` is {self.solver!r}, not a `LinearSolver`: the hypergradient rests on the solution of a "
@@ -96,6 +98,11 @@ class Implicit(Hypergradient):
         _check_tolerance("residual_tolerance", self.residual_tolerance)
         _check_tolerance("stationarity_tolerance", self.stationarity_tolerance)
 
+    @property
+    def _solver(self) -> LinearSolver:
+        assert self.solver is not None
+        return self.solver
+
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` at the inner solution, direct term included."""
         if loop.has_step_loss:
@@ -107,7 +114,7 @@ class Implicit(Hypergradient):
         grads, cotangents, outer_loss = last_term(loop, variables, last)
         equation = self._equation(loop, variables, last)
         by_name = dict(zip(last.names(), cotangents, strict=True))
-        solved = _solve(loop, equation, {name: by_name[name] for name in loop.trained(last.params)}, self.solver)
+        solved = _solve(loop, equation, {name: by_name[name] for name in loop.trained(last.params)}, self._solver)
         grads = accumulate(grads, _through(loop, equation, solved.solution, variables))
         loop.cost.stored_states = loop.cost.graph_steps = 1
 

@@ -118,7 +118,7 @@ def test_a_net_against_its_dense_jacobian(leaf: str, step: int) -> None:
     result = measured(problem, step=step)
     expected = dense_eigenvalues(problem, step)
     assert result.radius == pytest.approx(float(expected[0].abs()), rel=1e-6)
-    assert float(result.residuals) <= 1e-7
+    assert float(result.residuals) <= 1e-8
     assert result.step_growths.shape == (step + 1,)
 
 

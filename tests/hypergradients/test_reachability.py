@@ -21,9 +21,7 @@ Reverse = ht.hypergradients.Reverse
 def answer(loop: InnerLoop, variables: TensorDict, **grads: float | None) -> BackendResult:
     """What a backend returns that answers these numbers, and the exact derivative elsewhere."""
     exact = Reverse().compute(loop, variables)
-    chosen = {
-        name: None if value is None else torch.full_like(variables[name], value) for name, value in grads.items()
-    }
+    chosen = {name: None if value is None else torch.full_like(variables[name], value) for name, value in grads.items()}
     return BackendResult(grads={**exact.grads, **chosen}, outer_loss=exact.outer_loss, state=exact.state)
 
 
