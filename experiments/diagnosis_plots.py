@@ -33,7 +33,11 @@ def plot_comparison(rows: Sequence[Row], path: Path) -> None:
     styles = line_styles(names)
     figure = Figure(figsize=(13, 10), layout="constrained")
     panels: list[tuple[str, str, Callable[[Row], float]]] = [
-        ("relative error of the hypergradient", "log", lambda row: max(row["error"], _FLOOR)),
+        (
+            f"relative error of the hypergradient (none is drawn as {_FLOOR:g})",
+            "log",
+            lambda row: max(row["error"], _FLOOR),
+        ),
         ("angle to the exact hypergradient (degrees)", "linear", lambda row: _degrees(row["cosine"])),
         ("time (s)", "log", lambda row: row["min_seconds"]),
         ("most memory held by tensors (MiB)", "log", lambda row: row["peak_bytes"] / 2**20),

@@ -19,7 +19,8 @@ def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
             "color": COLOURS[position % len(COLOURS)],
             "marker": MARKERS[position % len(MARKERS)],
             "linestyle": _DASHES[position // len(COLOURS) % len(_DASHES)],
-            "markersize": 6.5,
+            # Smaller and smaller: where lines lie on each other, the earlier ones are seen around the later.
+            "markersize": max(10.0 - 0.4 * position, 4.0),
             "markeredgecolor": "white",
             "markeredgewidth": 0.6,
             "linewidth": 1.5,

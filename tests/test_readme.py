@@ -14,7 +14,12 @@ import experiments.resolvers  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+# Blocks of one section are one program.
+PYTHON = {
+    section.splitlines()[0]: blocks
+    for section in TEXT.split("\n## ")
+    if (blocks := re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL))
+}
 COMMANDS = [
     line.split("#")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -24,17 +29,18 @@ COMMANDS = [
 SMALLER = {"num_outer_steps=100": "num_outer_steps=2", "num_episodes=100": "num_episodes=4"}
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_runs(code: str) -> None:
-    for shown, small in SMALLER.items():
-        code = code.replace(shown, small)
+@pytest.mark.parametrize("section", PYTHON)
+def test_python_runs(section: str) -> None:
     namespace: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    for code in PYTHON[section]:
+        for shown, small in SMALLER.items():
+            code = code.replace(shown, small)
+        exec(compile(code, "README.md", "exec"), namespace)
     assert namespace
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(PYTHON) >= 2
+    assert len(PYTHON) >= 3
     assert {"scripts/train", "scripts/test"} <= {command.split()[0] for command in COMMANDS}
 
 

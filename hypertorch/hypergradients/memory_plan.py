@@ -95,7 +95,9 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         IncompatibleBackendError: if not even one kept state and one step's graph fit.
     """
     memory, num_steps = measure_step(loop, variables), loop.num_steps
-    whole = MemoryPlan(method="whole graph", peak_bytes=_whole_graph_peak(memory, num_steps), recomputed_steps=0)
+    whole = MemoryPlan(
+        method="whole graph", peak_bytes=memory.initial_graph + memory.whole(num_steps), recomputed_steps=0
+    )
     if whole.peak_bytes <= budget:
         return whole
     checkpoints = min(
@@ -120,10 +122,6 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         peak_bytes=_revolve_peak(memory, num_steps, fitting),
         recomputed_steps=recomputed_steps(num_steps, fitting),
     )
-
-
-def _whole_graph_peak(memory: StepMemory, num_steps: int) -> int:
-    return memory.initial_graph + max(memory.graph_of(num_steps) + memory.last_term, memory.segment(num_steps))
 
 
 def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:

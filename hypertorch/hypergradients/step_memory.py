@@ -53,12 +53,24 @@ class StepMemory:
         """Returns the bytes of the graph of consecutive steps, the state that they start from not counted."""
         return self.graph + (num_steps - 1) * self.further_graph
 
+    def whole(self, num_steps: int) -> int:
+        """Returns the most bytes while a graph of all steps and the outer loss is made and differentiated."""
+        graph = self.graph_of(num_steps)
+        last_step = self.cotangents + self.backward
+        gathering = graph + last_step + self._growth(num_steps, self.grads)
+        return max(graph - self.graph + self.forward, graph + self.last_term, gathering)
+
     def segment(self, num_steps: int) -> int:
         """Returns the most bytes while consecutive steps are run with a graph and cotangents pulled back through it."""
         graph = self.graph_of(num_steps)
-        # Where grads are large, their sums over steps grow by more than the graph of the steps done with shrinks.
-        growth = max(0, self.grads - self.further_graph) if num_steps > 1 else 0
-        return max(graph - self.graph + self.forward, graph + self.cotangents + self.backward + growth)
+        last_step = self.cotangents + self.backward
+        # The cotangents of the segment's end are held beside those on their way.
+        growth = self._growth(num_steps, self.grads + self.cotangents)
+        return max(graph - self.graph + self.forward, graph + last_step + growth)
+
+    def _growth(self, num_steps: int, gathered: int) -> int:
+        """Returns by how much more what is gathered grows than the graph shrinks, from one step to the one before."""
+        return max(0, gathered - self.further_graph) if num_steps > 1 else 0
 
 
 def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
