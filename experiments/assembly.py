@@ -159,7 +159,9 @@ class EpisodeStreams:
         number = len(_STREAMS) * (config.seed if seed is None else seed) + _STREAMS.index(purpose)
         common: dict[str, Any] = {"seed": number, "dtype": chosen_dtype(config)}
         if purpose == "train":
-            common |= {name: value for name, value in config.training.items() if value is not None}
+            common |= {name: config.training[name] for name in ("way", "shot") if config.training[name] is not None}
+            if config.training.augmentation is not None:
+                common["augmentation"] = build(config, "training.augmentation")
         else:
             common["num_queries"] = config.evaluation.num_queries
         if config.dataset is None:

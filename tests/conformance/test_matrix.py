@@ -142,8 +142,12 @@ def _cases() -> dict[str, tuple[ht.Dynamics, TensorDict]]:
 
 
 CASES = _cases()
+# Hundreds of tangents one by one take minutes; one dynamics of this kind stays in the default suite.
+SLOW = {
+    (case, "forward by duals") for case in CASES if case.endswith("per parameter") and not case.startswith("Adagrad")
+}
 PAIRS = [
-    (case, backend)
+    pytest.param(case, backend, marks=pytest.mark.slow if (case, backend) in SLOW else ())
     for case in CASES
     for backend in [*EXACT, *(REVERSIBLE if case.startswith("ReversibleMomentum") else ())]
 ]

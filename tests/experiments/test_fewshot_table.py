@@ -1,0 +1,83 @@
+"""The few-shot table: its cells are training commands, finished ones are read, the others are said to be not run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from experiments.failures import ExpectedFailure
+from experiments.fewshot_table import NOT_RUN, Cell, planned_cells, write_table
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def config(*overrides: str, name: str = "fewshot_table") -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def test_nine_learners_are_planned_in_every_setting(tmp_path: Path) -> None:
+    known = list(config().known_settings)
+    cells = list(planned_cells(config("data=somewhere", f"cells={tmp_path}", f"settings=[{','.join(known)}]")))
+    assert len(cells) == 9 * len(known) == 54
+    assert len({cell.folder.path for cell in cells}) == 54
+    for cell in cells[:9] + cells[-9:]:
+        composed = config(*cell.overrides, name="train")
+        assert composed.dataset.root.startswith("somewhere/")
+        assert composed.learner_needs.outputs in (None, composed.episodes.way)
+
+
+def finished(cell: Cell) -> None:
+    figures = {"accuracy": {"mean": 0.98765, "half_width_95": 0.0031, "num_episodes": 600}}
+    cell.folder.path.mkdir(parents=True)
+    results = {
+        "metrics": {split: figures for split in ("meta_train", "meta_val", "meta_test")},
+        "seed": 0, "training_minutes": 12.4, "device": "cpu", "torch_threads": 2,
+    }  # fmt: skip
+    cell.folder.results.write_text(json.dumps(results))
+
+
+def test_what_was_not_run_is_said_to_be_not_run(tmp_path: Path) -> None:
+    cells = list(planned_cells(config("run=false", "data=/secret/place", f"cells={tmp_path / 'cells'}")))
+    finished(cells[0])
+    write_table(tmp_path, cells, "/secret/place")
+    rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
+    assert rows[0]["accuracy (%)"] == "98.77 ± 0.31" and rows[0]["minutes"] == "12"
+    assert rows[0]["published (%)"] == "98.7 ± 0.4"
+    assert all(row["accuracy (%)"] == NOT_RUN and not row["minutes"] for row in rows[1:])
+    assert all(row["command"].startswith("scripts/train experiment=") for row in rows)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "secret" not in text and len(text.splitlines()) == 2 + len(cells)
+
+
+def test_a_cell_goes_on_with_the_run_that_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+
+    monkeypatch.setattr("experiments.fewshot_table.subprocess.run", lambda words, **_: (calls.append(words), Done())[1])
+    cell = next(planned_cells(config("data=data", f"cells={tmp_path}")))
+    cell.run("data")
+    cell.folder.path.mkdir(parents=True)
+    cell.folder.config.write_text("")
+    cell.run("data")
+    assert "resume=true" not in calls[0] and calls[1][-1] == "resume=true"
+    Done.returncode = 1
+    with pytest.raises(ExpectedFailure, match="the cell maml in omniglot_5way_1shot ended with exit code 1"):
+        cell.run("data")
+
+
+def test_mistakes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYPERTORCH_DATA", raising=False)
+    with pytest.raises(ExpectedFailure, match="`data` is not given"):
+        list(planned_cells(config()))
+    with pytest.raises(ExpectedFailure, match="`settings` names 'omniglot', which is not among"):
+        list(planned_cells(config("data=data", "settings=[omniglot]")))
