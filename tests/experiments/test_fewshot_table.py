@@ -38,7 +38,7 @@ def finished(cell: Cell) -> None:
     figures = {"accuracy": {"mean": 0.98765, "half_width_95": 0.0031, "num_episodes": 600}}
     cell.folder.path.mkdir(parents=True)
     results = {
-        "metrics": {split: figures for split in ("meta_train", "meta_val", "meta_test")},
+        "metrics": dict.fromkeys(("meta_train", "meta_val", "meta_test"), figures),
         "seed": 0, "training_minutes": 12.4, "device": "cpu", "torch_threads": 2,
     }  # fmt: skip
     cell.folder.results.write_text(json.dumps(results))
@@ -48,7 +48,7 @@ def test_what_was_not_run_is_said_to_be_not_run(tmp_path: Path) -> None:
     cells = list(planned_cells(config("run=false", "data=/secret/place", f"cells={tmp_path / 'cells'}")))
     finished(cells[0])
     write_table(tmp_path, cells, "/secret/place")
-    rows = list(csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[0]["accuracy (%)"] == "98.77 ± 0.31" and rows[0]["minutes"] == "12"
     assert rows[0]["published (%)"] == "98.7 ± 0.4"
     assert all(row["accuracy (%)"] == NOT_RUN and not row["minutes"] for row in rows[1:])
