@@ -186,7 +186,19 @@ class InnerLoop:
         params, dynamics = self.dynamics.step(
             loss, self.trained(state.params), state.dynamics, hparams, self.first_index + step
         )
-        return InnerState({**params, **loss.new_buffers} if self.has_buffers else params, dynamics)
+        params = {**params, **loss.new_buffers} if self.has_buffers else params
+        return InnerState(self._in_order(params, state.params), self._in_order(dynamics, state.dynamics))
+
+    def _in_order(self, new: TensorDict, old: TensorDict) -> TensorDict:
+        """Returns the entries of a new state in the order of the old one, in which backends pair their tensors."""
+        if list(new) == list(old):
+            return new
+        if new.keys() != old.keys():
+            raise ValueError(
+                f"`{type(self.dynamics).__name__}.step` returned the entries {sorted(new)} for a state with "
+                f"{sorted(old)}: a step keeps the names of params and buffers. Make every buffer in `init`."
+            )
+        return {name: new[name] for name in old}
 
     def count_step(self, loss: InnerLoss) -> None:
         """Counts a step and keeps the value of its loss; not for losses inside a transform of `torch.func`."""

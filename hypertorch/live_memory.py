@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -27,9 +26,9 @@ class PeakMemory(TorchDispatchMode):
 
     Tensors are followed after the context too: `current` falls when they die, but new ones are not seen.
 
-    Not seen: workspace inside a single kernel; tensors of other layouts than strided; what compiled code allocates
-    (under this context `torch.compile` runs eagerly, so it is counted as the eager code it stands for). Memory that
-    shares an array of numpy counts where PyTorch makes a tensor of it.
+    Not seen: workspace inside a single kernel, and tensors of other layouts than strided. A compiled function runs
+    eagerly in the context, and is counted as the code it was compiled from. The memory of an array of numpy counts
+    where PyTorch makes a tensor of it.
 
     Cost: Python code for every operation, many times that of a small one. Do not time anything inside.
 
@@ -114,12 +113,16 @@ def storage_bytes(tensors: Iterable[Tensor], *, besides: Iterable[Tensor] = ()) 
     return sum(size for key, size in sizes.items() if key not in known)
 
 
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [
-        leaf.untyped_storage()
-        for leaf in pytree.tree_leaves(values)
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
-    ]
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """Yields the storages of the tensors in nested lists, tuples and dicts, the only ones that operations take."""
+    if isinstance(values, Tensor):
+        if values.layout is torch.strided:
+            yield values.untyped_storage()
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _storages(value)
+    elif isinstance(values, dict):
+        yield from _storages(tuple(values.values()))
 
 
 _UNITS = {

@@ -81,6 +81,11 @@ def test_units_that_differ_do_not_hide_an_eigenvalue() -> None:
     matrix = units[:, None] * plain / units
     result = spectrum_of(matrix[None], max_restarts=200)
     assert float(result.eigenvalues.abs()) == pytest.approx(float(dense_radii(plain[None])), rel=1e-7)
+    # The vector is that of the map as it was given.
+    value, vector = result.eigenvalues[0], result.vectors[0]
+    once = matrix @ vector
+    left = matrix @ once - 2 * value.real * once + value.abs() ** 2 * vector
+    assert float((left / units).norm() / (vector / units).norm()) < 1e-6
 
 
 def test_maps_that_end_the_space_early() -> None:
@@ -89,6 +94,29 @@ def test_maps_that_end_the_space_early() -> None:
     result = spectrum_of(torch.stack([identity, zero, rank_one]), dimension=5)
     torch.testing.assert_close(result.eigenvalues.abs(), torch.tensor([1.0, 0.0, 28.0], dtype=torch.float64))
     assert float(result.residuals.max()) < 1e-10
+
+
+def test_noise_after_the_end_of_a_space_is_no_vector() -> None:
+    # Two eigenvalues: every space ends after two vectors, up to rounding.
+    rotation = torch.linalg.qr(normal(30, 30, seed=9)).Q
+    matrix = (rotation * torch.tensor([2.0] * 10 + [1.0] * 20, dtype=torch.float64)) @ rotation.T
+    values = spectrum_of(matrix[None], dimension=8, max_restarts=0).ritz_values[0].abs()
+    torch.testing.assert_close(
+        values, torch.tensor([2.0, 1.0] + [0.0] * 6, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_more_restarts_are_never_worse() -> None:
+    # Pairs on a circle that nearly fall together, as momentum makes them: residuals go up and down.
+    blocks = [torch.tensor([[1.8 - 0.01 * k, -0.81], [1.0, 0.0]], dtype=torch.float64) for k in range(40)]
+    rotation = torch.linalg.qr(normal(80, 80, seed=10)).Q
+    matrix = rotation @ torch.block_diag(*blocks) @ rotation.T
+    residuals = [
+        float(spectrum_of(matrix[None], dimension=12, max_restarts=count, tolerance=0.0).residuals)
+        for count in range(25)
+    ]
+    assert residuals == sorted(residuals, reverse=True)
+    assert len(set(residuals)) < 25
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

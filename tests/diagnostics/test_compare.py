@@ -15,6 +15,7 @@ from hypertorch.hypergradients import BackendResult
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.live_memory import PeakMemory
 from hypertorch.types import TensorDict
+from tests.diagnostics.task_routes import noisy_module, routes_by_turns
 from tests.helpers.problems import Ridge, net_problem, task_problem
 
 Reverse, Truncated = ht.hypergradients.Reverse, ht.hypergradients.Truncated
@@ -142,9 +143,9 @@ def test_the_table_is_aligned_and_the_most_exact_comes_first() -> None:
     assert "1.00e+00" in second
 
 
-def test_tasks_are_run_by_one_route() -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 3)).double()
-    problem = task_problem(module, item=(4,), num_steps=4)  # its route is measured, and its noise belongs to the route
+def test_tasks_are_run_by_one_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes_by_turns(monkeypatch)
+    problem = task_problem(noisy_module(), item=(4,), num_steps=4)
     comparison = compare(problem, {"step-wise": Reverse(checkpoint_every=1), "sqrt": Reverse(checkpoint_every="sqrt")})
     assert all(figures.accuracy.error < 1e-12 for figures in comparison.figures.values())
 

@@ -142,8 +142,28 @@ def test_tasks_by_either_route_and_each_on_its_own() -> None:
     assert together.step_growths.shape == (3, 3)
     assert together.radius == pytest.approx(float(together.eigenvalues.abs().max()))
     assert together.eigenvalues.abs().unique().numel() == 3
+    assert together.growth == pytest.approx(max(math.prod(row) ** (1 / 3) for row in together.step_growths.tolist()))
     worst = int(together.eigenvalues.abs().argmax())
     assert f"of task {worst}, the largest of 3" in str(together)
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+def test_what_the_context_computes_is_part_of_the_map(route: str) -> None:
+    curvatures = torch.tensor([0.5, 1.5, 4.0], dtype=F64)
+    outer = LambdaOuter({"scale": torch.tensor(2.0, dtype=F64)}, lambda p, h, b: p["w"].square().sum())
+    outer.batch = lambda outer_step: curvatures  # type: ignore[method-assign]
+    problem = ht.BilevelProblem(
+        LambdaInner(
+            lambda h: {"w": torch.ones(2, dtype=F64)}, lambda p, h, b: h["curvature"] * p["w"].square().sum() / 2
+        ),
+        outer,
+        dynamics=SGD(lr=0.1),
+        num_steps=5,
+        num_tasks=3,
+        context=lambda hparams, batch: {"curvature": hparams["scale"] * batch},
+        task_route=route,  # type: ignore[arg-type]
+    )
+    torch.testing.assert_close(measured(problem).eigenvalues.real, 1 - 0.1 * 2.0 * curvatures)
 
 
 def test_running_statistics_are_part_of_the_state() -> None:

@@ -253,3 +253,45 @@ def test_single_precision_stays_single(learnt: Learnt) -> None:
     new_params, new_state = dynamics.update(params, params, state, hparams, 0)  # type: ignore[attr-defined]
     assert {value.dtype for value in (*new_params.values(), *new_state.values())} == {torch.float32}
     assert new_state.keys() == state.keys()
+
+
+class Careless(ht.GradientDynamics):
+    """Gradient descent that returns its buffers in another order than it was given them, or under another name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        return {"a": torch.zeros(2, dtype=F64), "b": torch.ones(2, dtype=F64)}
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        new = {name: value - 0.1 * grads[name] * state["b"].mean() + state["a"].sum() for name, value in params.items()}
+        return new, {self.name: 0.5 * state["b"] + hparams["c"], "a": 0.9 * state["a"] + 0.01 * hparams["c"]}
+
+
+def careless_problem(name: str) -> ht.BilevelProblem:
+    return ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.ones(3, dtype=F64)}, lambda p, h, b: p["w"].square().sum()),
+        LambdaOuter({"c": torch.tensor(0.3, dtype=F64)}, lambda p, h, b: p["w"].sin().sum()),
+        dynamics=Careless(name),
+        num_steps=4,
+    )
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [Reverse(), Reverse(checkpoint_every=1), Reverse(checkpoint_every=2), ht.hypergradients.Forward()],
+    ids=repr,
+)
+def test_buffers_may_come_back_in_another_order(backend: ht.Hypergradient) -> None:
+    problem = careless_problem("b")
+    check = ht.check_hypergradient(problem, problem.init_hparams(), backend)
+    assert check.passed, str(check)
+
+
+def test_buffers_may_not_change_their_names() -> None:
+    problem = careless_problem("c")
+    with pytest.raises(ValueError, match=r"`Careless.step` returned the entries \['a', 'c'\] for .*\['a', 'b'\]"):
+        ht.unroll(problem, problem.init_hparams())

@@ -1,4 +1,4 @@
-"""Reverse mode against closed forms and central differences, and its checkpointed form against the whole graph."""
+"""Reverse mode against closed forms and central differences, and its forms of less memory against the whole graph."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError, ReplayError
+from hypertorch.hypergradients.revolve import recomputed_steps
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import Ridge, net_problem, task_problem
 
@@ -28,6 +29,13 @@ def every_choice(num_steps: int) -> list[int]:
     return [1, round(math.sqrt(num_steps)), num_steps]
 
 
+def in_less_memory(num_steps: int) -> list[Reverse]:
+    """Every form but the whole graph, in the cases that matter."""
+    every = [Reverse(checkpoint_every=every) for every in {*every_choice(num_steps), max(1, num_steps - 1)}]
+    few = [Reverse(snapshots=snapshots) for snapshots in {1, 2, 3, num_steps, num_steps + 5}]
+    return [*every, Reverse(checkpoint_every="sqrt"), *few, Reverse(memory_budget="1GiB")]
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 10, 50])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_gradient_descent_on_ridge_equals_the_formula(num_steps: int, seed: int) -> None:
@@ -35,8 +43,10 @@ def test_gradient_descent_on_ridge_equals_the_formula(num_steps: int, seed: int)
     problem = ridge.problem(num_steps)
     hparams = problem.init_hparams()
     in_lam, in_eta = ridge.hypergradient_after(num_steps, hparams["lam"], hparams["eta"])
-    for every in [None, *every_choice(num_steps)]:
-        result = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=every))
+    for backend in [Reverse(), *in_less_memory(num_steps)]:
+        if backend.snapshots == 1 and num_steps == 50:
+            continue  # runs 1,225 steps
+        result = ht.hypergradient(problem, hparams, backend=backend)
         torch.testing.assert_close(result.grads["lam"], in_lam, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(result.grads["eta"], in_eta, rtol=1e-10, atol=1e-13)
         expected = ridge.params_after(num_steps, hparams["lam"], hparams["eta"])
@@ -63,25 +73,28 @@ def test_long_unrolls_of_a_contraction_reach_the_implicit_hypergradient() -> Non
     assert abs(float(result.grads["eta"])) < 1e-10
 
 
-@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("backend", [Reverse(), Reverse(checkpoint_every=3), Reverse(snapshots=2)])
 @pytest.mark.parametrize("step_terms", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_equals_central_differences(every: int | None, step_terms: bool, dropout: float) -> None:
+def test_equals_central_differences(backend: Reverse, step_terms: bool, dropout: float) -> None:
     problem = net_problem(LEARNT_SGD, LEARNT, dropout=dropout, step_terms=step_terms)
-    check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(checkpoint_every=every))
+    check = ht.check_hypergradient(problem, problem.init_hparams(), backend)
     assert check.passed, str(check)
     assert {entry.name for entry in check.checks} == set(problem.init_hparams())
 
 
 @pytest.mark.parametrize("num_steps", [2, 9, 16])
 @pytest.mark.parametrize("step_terms", [False, True])
-def test_checkpoints_equal_the_whole_graph_with_minibatches_and_dropout(num_steps: int, step_terms: bool) -> None:
+def test_less_memory_gives_the_whole_graphs_number_with_minibatches_and_dropout(
+    num_steps: int, step_terms: bool
+) -> None:
     problem = net_problem(LEARNT_SGD, LEARNT, num_steps=num_steps, dropout=0.5, step_terms=step_terms)
     hparams = problem.init_hparams()
     whole = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=4)
-    for every in [*every_choice(num_steps), "sqrt"]:
-        again = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=every), outer_step=4)
+    for backend in in_less_memory(num_steps):
+        again = ht.hypergradient(problem, hparams, backend=backend, outer_step=4)
         torch.testing.assert_close(again.outer_loss, whole.outer_loss, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(again.params["second"], whole.params["second"], rtol=1e-12, atol=1e-14)
         for name in hparams:
             torch.testing.assert_close(again.grads[name], whole.grads[name], rtol=1e-12, atol=1e-14)
 
@@ -92,17 +105,17 @@ def test_dropout_differs_between_steps_and_outer_steps() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_checkpoints_equal_the_whole_graph_with_tasks_and_buffers(every: int) -> None:
+@pytest.mark.parametrize("backend", [*in_less_memory(4), Reverse(memory_budget="40KiB")])
+def test_less_memory_gives_the_whole_graphs_number_with_tasks_and_buffers(backend: Reverse) -> None:
     module = torch.nn.Sequential(
         torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3)
     ).double()
-    problem = task_problem(module, item=(4,))
+    problem = task_problem(module, item=(4,), num_steps=4)
     hparams = problem.init_hparams()
     for route in ("vmap", "loop"):
         routed = problem.with_task_route(route)
         whole = ht.hypergradient(routed, hparams, backend=Reverse())
-        again = ht.hypergradient(routed, hparams, backend=Reverse(checkpoint_every=every))
+        again = ht.hypergradient(routed, hparams, backend=backend)
         for name in hparams:
             torch.testing.assert_close(again.grads[name], whole.grads[name], rtol=1e-12, atol=1e-14)
 
@@ -117,53 +130,42 @@ def test_costs_are_as_documented(num_steps: int) -> None:
         stats = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=every)).stats
         assert (stats.steps, stats.vjps, stats.graph_steps) == (2 * num_steps - every, num_steps, every)
         assert stats.stored_states == math.ceil(num_steps / every) + 1
+    for snapshots in (1, 2, 3, 5, num_steps, 2 * num_steps):
+        stats = ht.hypergradient(problem, hparams, backend=Reverse(snapshots=snapshots)).stats
+        steps = num_steps + recomputed_steps(num_steps, snapshots)
+        assert (stats.steps, stats.vjps, stats.graph_steps) == (steps, num_steps, 1)
+        assert stats.stored_states == min(snapshots, num_steps) + 1
 
 
-class LiveGraph:
-    """Counts the most bytes that autograd keeps for backward at once, each storage once."""
+def test_losses_of_replayed_steps_are_not_gathered() -> None:
+    seen = []
 
-    def __init__(self) -> None:
-        self.live: dict[int, tuple[int, int]] = {}
-        self.peak = 0
+    class Watching(Reverse):
+        def compute(self, loop, variables):
+            result = super().compute(loop, variables)
+            seen.append(len(loop.inner_losses))
+            return result
 
-    def pack(self, tensor: Tensor) -> Kept:
-        return Kept(self, tensor)
-
-    def __enter__(self) -> LiveGraph:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda kept: kept.tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.hooks.__exit__(*exc)
+    problem = net_problem(ht.dynamics.SGD(lr=0.3), {}, num_steps=12)
+    result = ht.hypergradient(problem, problem.init_hparams(), backend=Watching(snapshots=1))
+    assert result.stats.steps == 12 + 66
+    # Each step of the first run, and each that is differentiated.
+    assert seen == [11 + 12]
 
 
-class Kept:
-    def __init__(self, owner: LiveGraph, tensor: Tensor) -> None:
-        self.owner, self.tensor, self.key = owner, tensor, tensor.untyped_storage().data_ptr()
-        count, size = owner.live.get(self.key, (0, tensor.untyped_storage().nbytes()))
-        owner.live[self.key] = (count + 1, size)
-        owner.peak = max(owner.peak, sum(size for _, size in owner.live.values()))
-
-    def __del__(self) -> None:
-        count, size = self.owner.live[self.key]
-        if count == 1:
-            del self.owner.live[self.key]
-        else:
-            self.owner.live[self.key] = (count - 1, size)
-
-
-def graph_bytes(num_steps: int, every: int | None) -> int:
-    problem = net_problem(ht.dynamics.SGD(lr=0.3), {}, num_steps=num_steps)
-    with LiveGraph() as live:
-        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=every))
-    return live.peak
-
-
-def test_memory_of_the_graph_grows_with_the_segment_not_with_the_horizon() -> None:
-    assert graph_bytes(64, None) > 6 * graph_bytes(8, None)
-    assert graph_bytes(64, 8) < 1.3 * graph_bytes(8, None)
-    assert graph_bytes(64, 1) < 1.1 * graph_bytes(8, 1)
+@pytest.mark.parametrize("backend", [Reverse(snapshots=2), Reverse(checkpoint_every=2), Reverse(memory_budget="8KiB")])
+def test_warm_starts_go_on_from_the_carry(backend: Reverse) -> None:
+    problem = net_problem(LEARNT_SGD, LEARNT, num_steps=6)
+    warm = ht.BilevelProblem(
+        problem.inner, problem.outer, dynamics=LEARNT_SGD, num_steps=6, warm_start=True,
+        allow_unused=("init.first", "init.second"),
+    )  # fmt: skip
+    hparams = warm.init_hparams()
+    first = ht.hypergradient(warm, hparams, backend=Reverse())
+    whole = ht.hypergradient(warm, hparams, backend=Reverse(), carry=first.carry, outer_step=1)
+    again = ht.hypergradient(warm, hparams, backend=backend, carry=first.carry, outer_step=1)
+    for name in hparams:
+        torch.testing.assert_close(again.grads[name], whole.grads[name], rtol=1e-12, atol=1e-14)
 
 
 def test_no_graph_is_left_and_no_grad_is_written() -> None:
@@ -200,16 +202,62 @@ class ForgetfulOuter(ht.OuterProblem):
         return params["w"].sum()
 
 
-def test_data_that_change_on_replay_are_noticed() -> None:
+@pytest.mark.parametrize(
+    ("backend", "step"),
+    [
+        # The last piece is run only once; the one before ends at step 3.
+        (Reverse(checkpoint_every=2), 3), (Reverse(checkpoint_every=1), 4), (Reverse(checkpoint_every=5), 0),
+        (Reverse(snapshots=1), 4), (Reverse(snapshots=3), 4), (Reverse(snapshots=6), 4),
+    ],
+)  # fmt: skip
+def test_data_that_change_on_replay_are_noticed(backend: Reverse, step: int) -> None:
     problem = ht.BilevelProblem(ForgetfulInner(), ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=6)
-    with pytest.raises(ReplayError, match=r"`w` after inner step 3 differs .*no iterator, no counter"):
-        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=2))
+    with pytest.raises(ReplayError, match=rf"`w` after inner step {step} differs .*no iterator, no counter"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=backend)
+
+
+def test_a_single_step_that_changes_on_replay_is_noticed_wherever_it_is() -> None:
+    class ForgetsOnce(ForgetfulInner):
+        def __init__(self, forgotten: int) -> None:
+            super().__init__()
+            self.forgotten = forgotten
+
+        def batch(self, step: int) -> Batch:
+            self.calls += step == self.forgotten
+            return torch.tensor(float(self.calls if step == self.forgotten else 1), dtype=F64)
+
+    for forgotten in range(6):
+        problem = ht.BilevelProblem(
+            ForgetsOnce(forgotten), ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=7
+        )
+        for backend in (Reverse(snapshots=1), Reverse(snapshots=2), Reverse(snapshots=4), Reverse(checkpoint_every=1)):
+            with pytest.raises(ReplayError, match="`w` after inner step"):
+                ht.hypergradient(problem, problem.init_hparams(), backend=backend)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "all"])
 def test_settings_are_validated(every: object) -> None:
     with pytest.raises(ValueError, match="`checkpoint_every` is .* at least 1. Pass a whole number"):
         Reverse(checkpoint_every=every)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("snapshots", [0, -1, 1.5, True, "sqrt"])
+def test_snapshots_are_validated(snapshots: object) -> None:
+    with pytest.raises(ValueError, match="`snapshots` is .* at least 1. Pass a whole number"):
+        Reverse(snapshots=snapshots)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget", [0, -5, "lots", "5 apples", True])
+def test_budgets_are_validated(budget: object) -> None:
+    with pytest.raises(ValueError, match="`memory_budget` is .* no number of bytes"):
+        Reverse(memory_budget=budget)  # type: ignore[arg-type]
+
+
+def test_settings_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="`checkpoint_every` and `snapshots` are both given.* Pass one of"):
+        Reverse(checkpoint_every="sqrt", snapshots=3)
+    with pytest.raises(ValueError, match="`snapshots` and `memory_budget` are both given"):
+        Reverse(snapshots=3, memory_budget="1MiB")
 
 
 def test_more_steps_between_checkpoints_than_there_are_steps_is_refused() -> None:

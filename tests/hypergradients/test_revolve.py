@@ -17,8 +17,6 @@ from hypertorch.hypergradients.revolve import (
     states_alive,
 )
 
-SIZES = [(num_steps, snapshots) for num_steps in range(1, 41) for snapshots in (1, 2, 3, 4, 5, 7, 12, 40)]
-
 
 @cache
 def least_steps(num_steps: int, snapshots: int) -> int:
@@ -65,14 +63,15 @@ class Machine:
             self.next -= 1
 
 
-@pytest.mark.parametrize(("num_steps", "snapshots"), SIZES)
-def test_the_schedule_is_sound_and_optimal(num_steps: int, snapshots: int) -> None:
-    machine = Machine(num_steps, snapshots)
-    assert machine.next == -1 and not machine.kept
-    assert machine.most_kept == min(snapshots, num_steps)
-    assert machine.advanced == least_steps(num_steps, snapshots) == recomputed_steps(num_steps, snapshots)
-    if num_steps > 1:
-        assert machine.most_alive == states_alive(num_steps, snapshots)
+@pytest.mark.parametrize("snapshots", [1, 2, 3, 4, 5, 7, 12, 40])
+def test_the_schedule_is_sound_and_optimal(snapshots: int) -> None:
+    for num_steps in range(1, 41):
+        machine = Machine(num_steps, snapshots)
+        assert machine.next == -1 and not machine.kept
+        assert machine.most_kept == min(snapshots, num_steps)
+        assert machine.advanced == least_steps(num_steps, snapshots) == recomputed_steps(num_steps, snapshots)
+        if num_steps > 1:
+            assert machine.most_alive == states_alive(num_steps, snapshots)
 
 
 @pytest.mark.parametrize("snapshots", [1, 2, 3, 6])
