@@ -146,7 +146,7 @@ def read_config(path: Path) -> DictConfig:
 
 def command(program: str, overrides: Sequence[str]) -> str:
     """Returns the command line as one would type it."""
-    return shlex.join([program, *overrides])
+    return shlex.join([*program.split(), *overrides])
 
 
 def _identifying(overrides: Sequence[str]) -> list[str]:

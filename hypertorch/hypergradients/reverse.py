@@ -170,7 +170,6 @@ def _kept_every(loop: InnerLoop, variables: TensorDict, every: int) -> Iterator[
                 kept.append(state)
             state = loop.step(state, variables, step)
     kept.append(state)
-    del state  # not to outlive its piece
     loop.cost.stored_states = len(kept) + 1
     for start, stop in zip(starts, stops, strict=True):
         yield start, stop, kept.pop()

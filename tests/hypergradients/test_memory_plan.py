@@ -13,7 +13,7 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.memory_plan import MemoryPlan, plan_memory
 from hypertorch.hypergradients.revolve import recomputed_steps
 from hypertorch.live_memory import PeakMemory
-from tests.helpers.problems import net_problem, task_problem
+from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, task_problem
 from tests.helpers.sized_problems import conv_net, mlp, sized_problem
 
 Reverse = ht.hypergradients.Reverse
@@ -25,6 +25,20 @@ def small(num_steps: int = 12, **options: object) -> ht.BilevelProblem:
     return sized_problem(mlp(10, 8, 5), 20, 10, num_steps=num_steps, **options)  # type: ignore[arg-type]
 
 
+def per_weight_decay(num_steps: int) -> ht.BilevelProblem:
+    """A decay rate for each of 3000 weights, so that the hypergradient is as large as a state."""
+    hparams = {"decay": torch.full((3000,), 0.1)}
+    return ht.BilevelProblem(
+        LambdaInner(
+            lambda h: {"w": torch.linspace(-1.0, 1.0, 3000)},
+            lambda p, h, b: (h["decay"] * p["w"].square()).sum(),
+        ),
+        LambdaOuter(hparams, lambda p, h, b: (p["w"] - 0.1).square().sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=num_steps,
+    )
+
+
 PROBLEMS = {
     "mlp": lambda: sized_problem(mlp(64, 128, 10), 200, 64, num_steps=50),
     "conv": lambda: sized_problem(conv_net(), 10, 1, 12, 12, num_steps=12, learnt_init=True),
@@ -32,8 +46,14 @@ PROBLEMS = {
     "many examples": lambda: sized_problem(mlp(10, 8, 5), 3000, 10, num_steps=10),
     "learnt initialisation": lambda: sized_problem(mlp(64, 32, 5), 30, 64, num_steps=20, learnt_init=True),
     "momentum": lambda: sized_problem(
-        mlp(64, 32, 5), 30, 64, num_steps=20, dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=0.9), extra=LR
+        mlp(64, 32, 5),
+        5,
+        64,
+        num_steps=20,
+        dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum")),
+        extra={**LR, "momentum": torch.tensor(0.9)},
     ),
+    "as many hyperparameters as weights": lambda: per_weight_decay(20),
     "adam": lambda: sized_problem(
         mlp(64, 32, 5), 30, 64, num_steps=20, dynamics=ht.dynamics.Adam(lr=ht.Hyper("lr")), extra=LR
     ),
