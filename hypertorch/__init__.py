@@ -1,6 +1,6 @@
 """hypertorch: bilevel optimisation and meta-learning in PyTorch, with hypergradients whose numbers can be trusted."""
 
-from hypertorch import constraints, dynamics, errors, hypergradients, linear_solvers, tree
+from hypertorch import constraints, dynamics, errors, hypergradients, linear_solvers, live_memory, tree
 from hypertorch.constraints import BoundedSum, Box, Constraint, Positive, Simplex
 from hypertorch.diagnostics import (
     Accuracy,
@@ -94,6 +94,7 @@ __all__ = [
     "hypergradient",
     "hypergradients",
     "linear_solvers",
+    "live_memory",
     "load_hparams",
     "save_hparams",
     "spectral_radius",

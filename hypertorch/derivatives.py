@@ -210,7 +210,13 @@ def jvps(
     """
     _load_forward_mode()
     with torch.no_grad():
-        return (_jvps_at_once if vectorised else _jvps_one_by_one)(function, primals, tangents)
+        pushed = (_jvps_at_once if vectorised else _jvps_one_by_one)(function, primals, tangents)
+    # PyTorch gives the tangent of a 0-dimensional tensor times a Python number the number's precision.
+    moved = tuple(
+        {name: value.to(outputs[name].dtype) for name, value in part.items()}
+        for outputs, part in zip(pushed.outputs, pushed.tangents, strict=True)
+    )
+    return pushed._replace(tangents=moved)
 
 
 @cache

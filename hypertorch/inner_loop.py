@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
 from hypertorch.derivatives import GradientRoute, InnerLoss
 from hypertorch.noise import mix, seed_generators
-from hypertorch.problem import BilevelProblem
+from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
 from hypertorch.types import Batch, TensorDict
 
@@ -135,8 +136,9 @@ class InnerLoop:
         num_tasks = None if task_slice is None else task_slice.num_tasks
         self.has_tasks_axis = num_tasks is not None
         self._init = lift(lambda _, hparams, __: problem.inner.init_params(hparams), num_tasks, per_task)
-        self._inner = lift(self._inner_loss, num_tasks, per_task)
-        self._outer = lift(self._outer_loss, num_tasks, per_task)
+        # Of the problem, not of this object: an object that refers to itself holds its data until garbage is collected.
+        self._inner = lift(partial(_inner_loss, problem.inner), num_tasks, per_task)
+        self._outer = lift(partial(_outer_loss, problem.outer), num_tasks, per_task)
         self._metrics = lift(problem.outer.metrics, num_tasks, per_task)
         self._num_tasks = num_tasks
         self._per_task = per_task
@@ -315,17 +317,21 @@ class InnerLoop:
             check_tasks_axis("InnerProblem.batch", batch, self._problem.num_tasks)
         return self._task_slice.take(batch)
 
-    def _inner_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> tuple[Tensor, TensorDict]:
-        result = self._problem.inner.loss(params, hparams, batch)
-        value, new_buffers = result if isinstance(result, tuple) else (result, {})
-        check_scalar(value, "InnerProblem.loss")
-        check_buffers(new_buffers, self._problem.inner.buffers)
-        return value, new_buffers
-
-    def _outer_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        value = self._problem.outer.loss(params, hparams, batch)
-        check_outer_loss(value, "loss")
-        return value
-
     def _seed(self, *position: int) -> None:
         seed_generators(self.device, *self._noise_key, *position)
+
+
+def _inner_loss(
+    inner: InnerProblem, params: TensorDict, hparams: TensorDict, batch: Batch
+) -> tuple[Tensor, TensorDict]:
+    result = inner.loss(params, hparams, batch)
+    value, new_buffers = result if isinstance(result, tuple) else (result, {})
+    check_scalar(value, "InnerProblem.loss")
+    check_buffers(new_buffers, inner.buffers)
+    return value, new_buffers
+
+
+def _outer_loss(outer: OuterProblem, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+    value = outer.loss(params, hparams, batch)
+    check_outer_loss(value, "loss")
+    return value

@@ -87,7 +87,7 @@ class LearnedUpdate(GradientDynamics):
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the rule's state before the first step, `{entry}.{parameter}`."""
         self._weights(hparams)
-        buffers = {name: self.rule.initial_state(param) for name, param in params.items()}
+        buffers = {name: self.rule.initial_state(_with_axis(param)) for name, param in params.items()}
         for own in buffers.values():
             for entry in own:
                 if "." in entry:
@@ -107,9 +107,9 @@ class LearnedUpdate(GradientDynamics):
         new_buffers: dict[str, TensorDict] = {}
         for name, param in params.items():
             gradient = grads[name].detach() if self.gradient_is_constant else grads[name]
-            update, new_buffers[name] = self._function(weights, gradient, buffers.get(name, {}))
-            self._check_update(update, name, param)
-            new_params[name] = param + resolve(self.scale, hparams, name, index) * update
+            update, new_buffers[name] = self._function(weights, _with_axis(gradient), buffers.get(name, {}))
+            self._check_update(update, name, _with_axis(param))
+            new_params[name] = param + resolve(self.scale, hparams, name, index) * update.reshape(param.shape)
         return new_params, flattened(new_buffers)
 
     @cached_property
@@ -134,3 +134,8 @@ class LearnedUpdate(GradientDynamics):
                 f"{tuple(param.shape)}: each coordinate needs one. Drop the axis of features, for instance with "
                 "`.squeeze(-1)`."
             )
+
+
+def _with_axis(value: Tensor) -> Tensor:
+    """Returns a tensor with an axis: PyTorch computes tangents of 0-dimensional ones in double precision at times."""
+    return value.reshape(1) if value.dim() == 0 else value

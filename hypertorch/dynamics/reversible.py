@@ -84,7 +84,7 @@ class ExactState:
         """Returns the information kept per number in the buffers, the mean (unit: bits), shape `()` or `(tasks,)`."""
         bits = [buffer.information_bits() for buffer in self.information.values()]
         if tasks_axis:
-            return torch.cat([value.flatten(1) for value in bits], dim=1).mean(1)
+            return torch.cat([value.reshape(len(value), -1) for value in bits], dim=1).mean(1)
         return torch.cat([value.flatten() for value in bits]).mean()
 
 

@@ -8,6 +8,7 @@ from hypertorch.hypergradients.first_order import FirstOrder
 from hypertorch.hypergradients.forward import Forward
 from hypertorch.hypergradients.forward_gradient import ForwardGradient
 from hypertorch.hypergradients.implicit import Implicit
+from hypertorch.hypergradients.memory_plan import MemoryPlan, plan_memory
 from hypertorch.hypergradients.one_step import OneStep
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reversible import Reversible
@@ -23,10 +24,12 @@ __all__ = [
     "Hypergradient",
     "HypergradientResult",
     "Implicit",
+    "MemoryPlan",
     "OneStep",
     "Reverse",
     "Reversible",
     "Truncated",
     "hypergradient",
     "hypergradient_task_route",
+    "plan_memory",
 ]

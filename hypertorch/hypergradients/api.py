@@ -15,6 +15,7 @@ from hypertorch.hypergradients.base import BlackBox, Hypergradient, Hypergradien
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
+from hypertorch.hypergradients.statistics import dropped_statistics, refuse_dropped_statistics
 from hypertorch.inner_loop import Cost
 from hypertorch.problem import BilevelProblem, TaskRoute
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
@@ -55,6 +56,7 @@ def hypergradient(
     parts = run.over(slices)
     found = run.mean_grads(parts)
     check_reachability(backend, found, problem.allow_unused, run.probe(slices))
+    refuse_dropped_statistics(run.dropped_statistics(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / run.total_weight(parts)
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
@@ -127,6 +129,22 @@ class _Run:
                 problem, "values", self._hparams, lambda: moved_by_values(self._bound, self._hparams, slices)
             )
         return cached_probe(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
+
+    def dropped_statistics(self, slices: list[TaskSlice | None]) -> frozenset[str]:
+        """Returns the buffers whose path the backend misses; asked once for each problem that has buffers."""
+        problem = self._bound.problem
+        # What works by values alone misses nothing.
+        if not problem.inner.buffers or isinstance(self._backend, BlackBox):
+            return frozenset()
+
+        def probe() -> frozenset[str]:
+            with self._bound.execution():
+                leaves = tree.leaves_requiring_grad(self._hparams)
+                context = self._bound.context(leaves, slices[0])
+                loop = self._bound.loop(slices[0], context)
+                return dropped_statistics(loop, {**leaves, **tree.leaves_requiring_grad(context)})
+
+        return cached_probe(problem, "statistics", self._hparams, probe)()
 
     def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
         reached: set[str] = set()

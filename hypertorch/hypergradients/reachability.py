@@ -19,7 +19,9 @@ from hypertorch.types import TensorDict
 Probe = Callable[[], frozenset[str]]
 """Returns the names of the hyperparameters that reach the outer loss."""
 
-_MOVE = 1e-3  # by which the black-box probe moves a hyperparameter, relative to its size and at least this much
+# By which the black-box probe moves a hyperparameter, relative to its size and at least this much, until something
+# changes: values that are constant in pieces, such as an accuracy, change with large moves only.
+_MOVES = (1e-3, -1e-3, 0.1, -0.1, 1.0, -1.0)
 # The answers, each with the parts of the problem whose identity is in its key: held, so that none is used again.
 _known: WeakKeyDictionary[InnerProblem, dict[tuple, tuple[frozenset[str], tuple]]] = WeakKeyDictionary()
 
@@ -52,7 +54,8 @@ def check_reachability(
             f"`hparams[{detached[0]!r}]` does not reach the outer loss"
             + (f" (nor do {detached[1:]})" if detached[1:] else "")
             + ": its hypergradient would be a silent zero. Use it in `init_params`, in a loss or in the dynamics, "
-            "without `.detach()`, `.item()` or `torch.no_grad()`; or list it in `allow_unused`."
+            "without `.detach()`, `.item()`, `torch.no_grad()` or a comparison (values alone are enough for "
+            "`EvolutionStrategies`); or list it in `allow_unused`."
         )
     dropped = [name for name in suspects if judged[name] is None]
     if dropped:
@@ -89,7 +92,8 @@ def cached_probe(problem: BilevelProblem, kind: str, hparams: TensorDict, probe:
 def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskSlice | None]) -> frozenset[str]:
     """Returns the names of the hyperparameters that change the outer loss or the last inner state when moved.
 
-    Cost: one forward run, and one for every hyperparameter; no derivative is taken, so losses may have none.
+    Cost: one forward run, and one for every hyperparameter (more where a small move changes nothing); no derivative is
+    taken, so losses may have none.
     """
     with bound.execution(), torch.no_grad():
         constants = tree.detach(hparams)
@@ -105,10 +109,11 @@ def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskS
         first = end(constants)
         reached: set[str] = set()
         for name, value in constants.items():
-            moved = value + _MOVE * (value.abs() + 1.0)
-            again = end({**constants, name: moved})
-            if not all(torch.equal(left, right) for left, right in zip(first, again, strict=True)):
-                reached.add(name)
+            for move in _MOVES:
+                again = end({**constants, name: value + move * (value.abs() + 1.0)})
+                if not all(torch.equal(left, right) for left, right in zip(first, again, strict=True)):
+                    reached.add(name)
+                    break
         return frozenset(reached)
 
 

@@ -197,8 +197,9 @@ def test_dropout_is_that_of_reverse_on_every_route(route: str, chunk_size: int |
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5, 1])
-def test_statistics_that_pytorch_does_not_track_are_constants(chunk_size: int | None) -> None:
-    """A norm layer's running statistics: read by the outer loss in evaluation mode, counted with integers."""
+@pytest.mark.parametrize("reads_them", [False, True])
+def test_statistics_that_pytorch_does_not_track(chunk_size: int | None, reads_them: bool) -> None:
+    """A norm layer's running statistics: refused if the outer loss reads them, in evaluation mode; counted anyway."""
     norm = nn.BatchNorm1d(3).double()
     x, y = normal(6, 3, seed=1), torch.arange(6) % 3
 
@@ -216,11 +217,16 @@ def test_statistics_that_pytorch_does_not_track_are_constants(chunk_size: int | 
             return hparams["scale"] * F.cross_entropy(outputs, y), buffers
 
     def outer(p: TensorDict, h: TensorDict, b: Batch) -> Tensor:
-        outputs = F.batch_norm(x @ p["w"], p["running_mean"], p["running_var"], p["weight"], p["bias"])
+        stored = (p["running_mean"], p["running_var"]) if reads_them else (None, None)
+        outputs = F.batch_norm(x @ p["w"], *stored, p["weight"], p["bias"], training=not reads_them)
         return F.cross_entropy(outputs, y) * (1.0 + p["num_batches_tracked"])
 
     hparams = {"w": normal(3, 3, seed=2), **scalars(scale=1.3)}
     problem = ht.BilevelProblem(Inner(), LambdaOuter(hparams, outer), dynamics=SGD(lr=0.3), num_steps=3)
+    if reads_them:
+        with pytest.raises(IncompatibleBackendError, match="the buffer `running_mean` is updated"):
+            ht.hypergradient(problem, hparams, backend=Forward(chunk_size=chunk_size))
+        return
     assert_equals_reverse(problem, Forward(chunk_size=chunk_size))
 
 

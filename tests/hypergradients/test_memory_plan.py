@@ -25,7 +25,7 @@ def small(num_steps: int = 12, **options: object) -> ht.BilevelProblem:
     return sized_problem(mlp(10, 8, 5), 20, 10, num_steps=num_steps, **options)  # type: ignore[arg-type]
 
 
-def per_weight_decay(num_steps: int) -> ht.BilevelProblem:
+def per_weight_decay(num_steps: int, copies: int = 1) -> ht.BilevelProblem:
     """A decay rate for each of 3000 weights, so that the hypergradient is as large as a state."""
     hparams = {"decay": torch.full((3000,), 0.1)}
     return ht.BilevelProblem(
@@ -33,7 +33,7 @@ def per_weight_decay(num_steps: int) -> ht.BilevelProblem:
             lambda h: {"w": torch.linspace(-1.0, 1.0, 3000)},
             lambda p, h, b: (h["decay"] * p["w"].square()).sum(),
         ),
-        LambdaOuter(hparams, lambda p, h, b: (p["w"] - 0.1).square().sum()),
+        LambdaOuter(hparams, lambda p, h, b: (p["w"].repeat(copies) - 0.1).square().sum()),
         dynamics=ht.dynamics.SGD(lr=0.1),
         num_steps=num_steps,
     )
@@ -46,14 +46,19 @@ PROBLEMS = {
     "many examples": lambda: sized_problem(mlp(10, 8, 5), 3000, 10, num_steps=10),
     "learnt initialisation": lambda: sized_problem(mlp(64, 32, 5), 30, 64, num_steps=20, learnt_init=True),
     "momentum": lambda: sized_problem(
+        mlp(64, 32, 5), 30, 64, num_steps=20, dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=0.9), extra=LR
+    ),
+    # A step keeps the buffer that it starts from, but not the one that it ends with; the first step has none.
+    "learnt momentum": lambda: sized_problem(
         mlp(64, 32, 5),
         5,
         64,
         num_steps=20,
-        dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum")),
-        extra={**LR, "momentum": torch.tensor(0.9)},
+        dynamics=ht.dynamics.SGD(lr=0.1, momentum=ht.Hyper("lr"), dampening=0.5),
+        extra=LR,
     ),
     "as many hyperparameters as weights": lambda: per_weight_decay(20),
+    "large outer problem": lambda: per_weight_decay(20, copies=40),
     "adam": lambda: sized_problem(
         mlp(64, 32, 5), 30, 64, num_steps=20, dynamics=ht.dynamics.Adam(lr=ht.Hyper("lr")), extra=LR
     ),
@@ -91,7 +96,7 @@ def test_predictions_are_what_is_counted(name: str) -> None:
     for plan in [found[0], found[1], found[len(found) // 2], found[-2], found[-1]]:
         backend = Reverse(checkpoint_every=plan.checkpoint_every, snapshots=plan.snapshots)
         # What is left out: a few scalars, and what an optimiser's first step does not need.
-        assert counted_peak(problem, backend) == pytest.approx(plan.peak_bytes, rel=0.05), str(plan)
+        assert counted_peak(problem, backend) == pytest.approx(plan.peak_bytes, rel=0.08), str(plan)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "momentum"])
@@ -100,13 +105,13 @@ def test_the_budget_is_kept(name: str) -> None:
     found = list(plans(problem))
     for budget, plan in (found[1], found[len(found) // 2], found[-1]):
         assert plan.peak_bytes <= budget
-        assert counted_peak(problem, Reverse(memory_budget=budget)) <= 1.05 * budget
+        assert counted_peak(problem, Reverse(memory_budget=budget)) <= 1.01 * budget
     # The measurement itself must not be what needs most.
     least = found[-1][1].peak_bytes
-    assert counted_peak(problem, Reverse(memory_budget=least)) <= 1.05 * least
+    assert counted_peak(problem, Reverse(memory_budget=least)) <= 1.01 * least
     with PeakMemory() as memory:
         plan_memory(problem, problem.init_hparams(), least)
-    assert memory.peak <= 1.05 * least
+    assert memory.peak <= 1.01 * least
     assert memory.current == 0
 
 

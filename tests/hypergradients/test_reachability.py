@@ -140,3 +140,19 @@ def test_the_probe_is_asked_once_for_each_problem() -> None:
     changed = {**hparams, "idle": torch.tensor(0.1, dtype=F64)}
     ht.hypergradient(counted, changed, backend=Noise())
     assert calls - first == 2 * (first - 1)
+
+
+def test_a_loss_that_is_constant_in_pieces_is_moved_far_enough() -> None:
+    """The error rate of a threshold does not change with a small move."""
+    scores, labels = torch.linspace(-2.0, 2.0, 40, dtype=F64), torch.arange(40) % 3 == 0
+    hard = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.ones((), dtype=F64)}, lambda p, h, b: (p["w"] - 1.0).square()),
+        LambdaOuter(
+            {"threshold": torch.tensor(0.9, dtype=F64)},
+            lambda p, h, b: ((scores * p["w"] > h["threshold"]) != labels).double().mean(),
+        ),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+    )
+    evolution = ht.hypergradients.EvolutionStrategies(num_pairs=20, sigma=0.3)
+    assert ht.hypergradient(hard, hard.init_hparams(), backend=evolution).grads["threshold"] != 0.0
