@@ -232,6 +232,11 @@ def _first_sentence(message: str) -> str:
 
 
 def _check_arguments(backends: Mapping[str, Hypergradient], repeats: int) -> None:
+    if not isinstance(backends, Mapping):
+        raise TypeError(
+            f"`backends` is a {type(backends).__name__}: the rows of the table need names. Pass a dictionary from "
+            "names to backends, for example {'sqrt': ht.hypergradients.Reverse(checkpoint_every='sqrt')}."
+        )
     if not backends:
         raise ValueError(
             "`backends` is empty: there is nothing to compare. Pass a dictionary from names to backends, for example "

@@ -10,17 +10,17 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner_loop import InnerLoop, InnerState
 from hypertorch.types import TensorDict
 
-_MOVE = 0.1  # by which a buffer is moved to see whether it is read, relative to its size and at least this much
+_MOVE = 0.1  # by which tensors are moved to see what depends on them, relative to their size and at least this much
 
 
 def dropped_statistics(loop: InnerLoop, variables: TensorDict) -> frozenset[str]:
-    """Returns the names of the buffers that a step changes without a derivative and that a loss reads.
+    """Returns the names of the buffers that depend on what is learnt, without a derivative, and that a loss reads.
 
     PyTorch's own norm layers update their running statistics outside the graph. Harmless where nothing reads them, as
     in training mode; where the outer loss is computed in evaluation mode, every derivative misses the path through
-    them, in reverse as in forward mode.
+    them, in reverse as in forward mode. Dependence is seen by moving things and looking for a change.
 
-    Cost: one inner step, and four evaluations of losses.
+    Cost: two inner gradients, and four evaluations of losses for every buffer in doubt.
 
     Args:
         loop: an inner loop for this purpose alone.
@@ -31,21 +31,25 @@ def dropped_statistics(loop: InnerLoop, variables: TensorDict) -> frozenset[str]
     with torch.enable_grad():
         before = loop.initial(variables)
         loss = loop.bound_loss(before, 0)
-        after = loop.apply(loss, before, variables, 0).detached()
-    trained = loop.trained(after.params)
-    suspects = [
-        name
-        for name, value in after.params.items()
-        if name not in trained
-        and name not in loss.tracked_buffers
-        and tree.is_differentiable(value)
-        and not torch.equal(value, before.params[name])
-    ]
-    constants = tree.detach(variables)
+        loss.gradient(loop.trained(before.params), variables)
+    untracked = {
+        name: value.detach()
+        for name, value in loss.new_buffers.items()
+        if name not in loss.tracked_buffers and tree.is_differentiable(value)
+    }
+    if not untracked:
+        return frozenset()
+    constants, state = tree.detach(variables), before.detached()
     with torch.no_grad():
+        again = loop.bound_loss(state, 0)
+        again.gradient(_moved(loop.trained(state.params)), _moved(constants))
+        after = state._replace(params={**state.params, **tree.detach(loss.new_buffers)})
         values = _losses(loop, after, constants)
         return frozenset(
-            name for name in suspects if not torch.equal(values, _losses(loop, _moved(after, name), constants))
+            name
+            for name, value in untracked.items()
+            if not torch.equal(value, again.new_buffers[name])
+            and not torch.equal(values, _losses(loop, _with_moved(after, name), constants))
         )
 
 
@@ -72,6 +76,12 @@ def _losses(loop: InnerLoop, state: InnerState, variables: TensorDict) -> Tensor
     return torch.stack([loop.outer_loss(state.params, variables), inner.mean()])
 
 
-def _moved(state: InnerState, name: str) -> InnerState:
-    value = state.params[name]
-    return state._replace(params={**state.params, name: value + _MOVE * (value.abs() + 1.0)})
+def _moved(values: TensorDict) -> TensorDict:
+    return {
+        name: value + _MOVE * (value.abs() + 1.0) if tree.is_differentiable(value) else value
+        for name, value in values.items()
+    }
+
+
+def _with_moved(state: InnerState, name: str) -> InnerState:
+    return state._replace(params={**state.params, **_moved({name: state.params[name]})})

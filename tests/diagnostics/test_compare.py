@@ -166,3 +166,10 @@ def test_refuses_what_it_cannot_compare() -> None:
     for repeats in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"`repeats` is {repeats!r}: "):
             compare(Ridge().problem(2), {"whole": Reverse()}, repeats=repeats)
+
+
+def test_backends_without_names_are_refused() -> None:
+    ridge = Ridge()
+    problem = ridge.problem(2)
+    with pytest.raises(TypeError, match="`backends` is a list: the rows of the table need names"):
+        ht.compare_backends(problem, problem.init_hparams(), [ht.hypergradients.Reverse()])  # type: ignore[arg-type]
