@@ -30,8 +30,18 @@ from experiments.run_folder import RunFolder, command
 
 failures = Failures("fewshot_table")
 _TRAIN = Path(__file__).resolve().parent / "train.py"
-_COLUMNS: tuple[str, ...] = ("learner", "setting", "accuracy (%)", "published (%)", "meta-train", "meta-val", "seed", "minutes",
-            "hardware", "command")  # fmt: skip
+_COLUMNS: tuple[str, ...] = (
+    "learner",
+    "setting",
+    "accuracy (%)",
+    "published (%)",
+    "meta-train",
+    "meta-val",
+    "seed",
+    "minutes",
+    "hardware",
+    "command",
+)
 NOT_RUN = "not run"
 
 
