@@ -510,8 +510,15 @@ def test_decoupled_weight_decay_is_refused() -> None:
         TorchOptim(optim.Adam, options={"decoupled_weight_decay": True})
 
 
-def test_flags_that_are_off_are_taken() -> None:
-    TorchOptim(optim.Adam, options={"foreach": None, "fused": False, "maximize": False, "amsgrad": False})
+def test_flags_that_are_off_are_taken_and_change_nothing() -> None:
+    off = {"foreach": None, "fused": False, "maximize": False, "amsgrad": False}
+    params = [
+        ht.unroll(problem, problem.init_hparams()).params
+        for options in ({"lr": 0.1}, {"lr": 0.1, **off})
+        for problem in [net_problem(TorchOptim(optim.Adam, options=options), {})]
+    ]
+    for name, value in params[0].items():
+        assert torch.equal(value, params[1][name])
 
 
 def test_a_learnt_setting_without_its_entry_is_explained() -> None:
