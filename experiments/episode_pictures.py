@@ -24,7 +24,7 @@ def draw_episodes(
         hparams: trained outer variables.
         path: the picture.
     """
-    tasks = _split(episodes.at(0))
+    tasks = tasks_of(episodes.at(0))
     support = tasks[0].support
     if support.inputs.dim() == 4 and not support.targets.is_floating_point():
         plot_image_episode(tasks[0], learner.adapt(hparams, support), path)
@@ -43,7 +43,7 @@ def draw_episodes(
     return False
 
 
-def _split(batch: Episode) -> list[Episode]:
+def tasks_of(batch: Episode) -> list[Episode]:
     """Returns the tasks of a batch, without their tasks axis."""
     support, query = batch
     return [

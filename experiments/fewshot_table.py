@@ -43,6 +43,8 @@ _COLUMNS: tuple[str, ...] = (
     "command",
 )
 NOT_RUN = "not run"
+# As in scripts/train, where it is explained.
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,9 @@ class Cell:
         begun = self.folder.config.is_file()
         words = [*self.overrides, f"paths.run_dir={self.folder.path}", *(["resume=true"] if begun else [])]
         done = subprocess.run(
-            [sys.executable, str(_TRAIN), *words], check=False, env={**os.environ, "HYPERTORCH_DATA": data}
+            [sys.executable, str(_TRAIN), *words],
+            check=False,
+            env={**_KEEP_MEMORY, **os.environ, "HYPERTORCH_DATA": data},
         )
         if done.returncode:
             raise ExpectedFailure(
@@ -153,6 +157,7 @@ def planned_cells(config: DictConfig) -> Iterator[Cell]:
                 overrides=(
                     f"experiment={learner}",
                     *config.known_settings[setting],
+                    *config.cell_settings.get(learner, {}).get(setting, []),
                     f"seed={config.seed}",
                     f"device={config.device}",
                     *config.overrides,

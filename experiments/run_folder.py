@@ -20,7 +20,17 @@ _CONFIG = "config.yaml"
 _OVERRIDES = "overrides.yaml"
 # Settings that may differ between the run that was interrupted and the one that goes on with it: they say where, how
 # long and how it is shown, not what is computed.
-_FREE = ("paths", "resume", "device", "evaluation", "outer_loop.num_outer_steps", "outer_loop.progress", "dataset.root")
+_FREE = (
+    "paths",
+    "resume",
+    "device",
+    "threads",
+    "evaluation",
+    "pictures",
+    "outer_loop.num_outer_steps",
+    "outer_loop.progress",
+    "dataset.root",
+)
 _FREE_OVERRIDES = ("resume=", "paths.", "hydra.")
 
 

@@ -25,6 +25,7 @@ def check_training_settings(config: DictConfig) -> None:
     whole_number(config, "validation.every", minimum=1, purpose="it is the outer steps between two validations")
     whole_number(config, "validation.num_episodes", minimum=1, purpose="a validation is a mean over episodes")
     whole_number(config, "evaluation.num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
+    whole_number(config, "pictures.num_episodes", minimum=2, purpose="a curve is a mean over episodes, with its spread")
     for key in ("resume", "outer_loop.progress"):
         if not isinstance(OmegaConf.select(config, key), bool):
             raise ExpectedFailure(
@@ -32,6 +33,16 @@ def check_training_settings(config: DictConfig) -> None:
             )
     chosen_dtype(config)
     chosen_device(config)
+
+
+def set_threads(config: DictConfig) -> None:
+    """Sets the number of threads that PyTorch computes on, where the configuration says one.
+
+    Raises:
+        ExpectedFailure: if it is no number of threads.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(whole_number(config, "threads", minimum=1, purpose="PyTorch computes on so many threads"))
 
 
 def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) -> int:

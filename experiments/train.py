@@ -16,6 +16,7 @@ from rich.console import Console
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
+from experiments.adaptation_pictures import draw_adaptation
 from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop, build_training_learner
 from experiments.config_errors import CONFIGS
 from experiments.episode_pictures import draw_episodes
@@ -30,7 +31,7 @@ from experiments.reporting import (
     write_results,
 )
 from experiments.run_folder import RunFolder, command, open_folder
-from experiments.settings import SPLITS, check_training_settings, chosen_device
+from experiments.settings import SPLITS, check_training_settings, chosen_device, set_threads
 from hypertorch.fewshot import Learner
 
 failures = Failures("train")
@@ -41,6 +42,7 @@ failures = Failures("train")
 def main(config: DictConfig) -> float:
     """Returns the figure that a sweep optimises: the best validation."""
     check_training_settings(config)
+    set_threads(config)
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console(stderr=True)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
@@ -94,6 +96,14 @@ def draw(config: DictConfig, learner: Learner, streams: EpisodeStreams, trained:
     plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", config.task.metric)
     plot_step_sizes(trained.best_hparams, folder.path / "step_sizes.png")
     draw_episodes(config, learner, streams.evaluation("meta_test"), trained.best_hparams, folder.path / "episodes.png")
+    draw_adaptation(
+        learner,
+        trained.best_hparams,
+        {split: streams.evaluation(split) for split in ("meta_train", "meta_val")},
+        metric=config.task.metric,
+        num_episodes=config.pictures.num_episodes,
+        path=folder.path / "adaptation.png",
+    )
 
 
 def show(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report], folder: RunFolder) -> None:

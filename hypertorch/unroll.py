@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,8 @@ class UnrollResult:
             `(tasks,)`.
         metrics: the outer problem's figures, each of shape `()` or `(tasks,)`.
         inner_losses: the inner loss before each step, shape `(steps,)` or `(tasks, steps)`.
+        metrics_after: the outer problem's figures after the steps that `metrics_after` of `unroll` asked for, each of
+            shape `(asked,)` or `(tasks, asked)`; empty if it asked for none.
         carry: what a warm-started next run needs.
     """
 
@@ -31,54 +34,80 @@ class UnrollResult:
     outer_loss: Tensor
     metrics: TensorDict
     inner_losses: Tensor
+    metrics_after: TensorDict = field(default_factory=dict)
     carry: TensorDict = field(default_factory=dict)
 
 
 def unroll(
-    problem: BilevelProblem, hparams: TensorDict, *, outer_step: int = 0, carry: TensorDict | None = None
+    problem: BilevelProblem,
+    hparams: TensorDict,
+    *,
+    outer_step: int = 0,
+    carry: TensorDict | None = None,
+    metrics_after: Collection[int] = (),
 ) -> UnrollResult:
     """Returns the result of running the inner loop, without a hypergradient and without keeping a graph.
 
-    Cost: `num_steps` steps; memory of one state and one step's graph.
+    Cost: `num_steps` steps, and one evaluation of the metrics for each of `metrics_after`; memory of one state and one
+    step's graph.
 
     Args:
         problem: the problem.
         hparams: the outer variables.
         outer_step: chooses the outer data and the noise.
         carry: state to start from, for a warm-started problem.
+        metrics_after: numbers of steps after which the outer problem's figures are wanted too, from 0 (before the first
+            step) to `num_steps`, ascending.
 
     Raises:
-        ValueError: if the problem's functions return what they must not (each message names the function).
+        ValueError: if `metrics_after` is out of range or not ascending, or the problem's functions return what they
+            must not (each message names the function).
     """
+    asked = tuple(metrics_after)
+    if list(asked) != sorted({*asked} & {*range(problem.num_steps + 1)}):
+        raise ValueError(
+            f"`metrics_after` is {asked}: figures can be taken after 0 to {problem.num_steps} steps of this problem, "
+            "in the order of the run. Pass ascending numbers from that range, each once."
+        )
     bound = BoundProblem(problem, hparams, outer_step, carry)
     constants = tree.detach(hparams)
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
         with bound.execution(), torch.no_grad():
-            return _join([_unroll_slice(bound, constants, item) for item in slices], slices)
+            return _join([_unroll_slice(bound, constants, item, asked) for item in slices], slices)
 
     return run(list(task_slices(problem, resolve_task_route(problem, "unroll", hparams, run))))
 
 
-def _unroll_slice(bound: BoundProblem, hparams: TensorDict, task_slice: TaskSlice | None) -> UnrollResult:
+def _unroll_slice(
+    bound: BoundProblem, hparams: TensorDict, task_slice: TaskSlice | None, metrics_after: tuple[int, ...]
+) -> UnrollResult:
     context = bound.context(hparams, task_slice)
     loop = bound.loop(task_slice, context)
     variables = {**hparams, **context}
     state = loop.initial(variables)
     losses: list[Tensor] = []
     step_terms: list[Tensor] = []
+    figures: list[TensorDict] = []
+    if 0 in metrics_after:
+        figures.append(loop.metrics(state.params, variables))
     for step in range(loop.num_steps):
         state, loss = loop.step_and_loss(state, variables, step)
         if loss is not None:
             losses.append(loss)
         if loop.has_step_loss:
             step_terms.append(loop.step_losses(state.params, variables, step))
+        if step + 1 in metrics_after:
+            figures.append(loop.metrics(state.params, variables))
     outer_loss = loop.outer_losses(state.params, variables) + sum(step_terms)
     return UnrollResult(
         params=state.params,
         outer_loss=outer_loss,
         metrics=loop.metrics(state.params, variables),
         inner_losses=torch.stack(losses, dim=-1) if losses else outer_loss.new_empty((*outer_loss.shape, 0)),
+        metrics_after={name: torch.stack([row[name] for row in figures], dim=-1) for name in figures[0]}
+        if figures
+        else {},
         carry=loop.carry_after(state),
     )
 
@@ -88,6 +117,7 @@ def _join(parts: list[UnrollResult], slices: list[TaskSlice | None]) -> UnrollRe
     return UnrollResult(
         params=join_tasks([part.params for part in parts], slices),
         metrics=join_tasks([part.metrics for part in parts], slices),
+        metrics_after=join_tasks([part.metrics_after for part in parts], slices),
         carry=join_tasks([part.carry for part in parts], slices),
         **figures,
     )

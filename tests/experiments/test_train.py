@@ -63,7 +63,14 @@ def test_a_run_leaves_everything(experiment: str, command: Command, tmp_path: Pa
     code, error = command(*overrides)
     assert code == 0, error
     folder = only_run(tmp_path)
-    for name in ("config.yaml", "metrics.jsonl", "results.json", "learning_curve.png", "episodes.png"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "results.json",
+        "learning_curve.png",
+        "episodes.png",
+        "adaptation.png",
+    ):
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "step_sizes.png").exists() == learns_step_size
     assert list((folder / "checkpoints").glob("step_*.safetensors"))
@@ -257,3 +264,16 @@ def test_the_saved_configuration_is_that_of_the_run(command: Command, tmp_path: 
     folder = only_run(tmp_path)
     assert OmegaConf.load(folder / "config.yaml").dynamics.lr == 0.02
     assert yaml.safe_load((folder / "overrides.yaml").read_text()) == [*SINUSOID, "dynamics.lr=0.02"]
+
+
+def test_the_number_of_threads_is_a_setting(command: Command) -> None:
+    before = torch.get_num_threads()
+    try:
+        code, error = command("experiment=maml", *TINY, "threads=2")
+        assert code == 0, error
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    code, error = command("experiment=maml", *TINY, "threads=0")
+    assert code == 1
+    assert "`threads` is 0" in error

@@ -1,7 +1,7 @@
 """Few-shot learners: one file per method."""
 
 from hypertorch.fewshot.learners.anil import ANIL
-from hypertorch.fewshot.learners.base import Learner
+from hypertorch.fewshot.learners.base import Embedding, Learner
 from hypertorch.fewshot.learners.head_learner import HeadLearner
 from hypertorch.fewshot.learners.hyper_representation import HyperRepresentation
 from hypertorch.fewshot.learners.imaml import IMAML
@@ -19,6 +19,7 @@ __all__ = [
     "MAML",
     "R2D2",
     "Classification",
+    "Embedding",
     "HeadLearner",
     "HyperRepresentation",
     "Learner",

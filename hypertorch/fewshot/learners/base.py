@@ -5,12 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict
+
+
+class Embedding(NamedTuple):
+    """Queries as vectors.
+
+    Attributes:
+        before: before adaptation, shape `(queries, size)`.
+        after: after adaptation, shape `(queries, size)`, of another size perhaps.
+    """
+
+    before: Tensor
+    after: Tensor
 
 
 class Learner(ABC):
@@ -41,6 +54,18 @@ class Learner(ABC):
             hparams: trained outer variables.
             support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
         """
+
+    def embed(self, hparams: TensorDict, episode: Episode) -> Embedding:
+        """Returns a vector for every query of an episode before and after adaptation, for pictures.
+
+        Here the flattened inputs, and the outputs of the fitted learner; learners with a representation show that.
+
+        Args:
+            hparams: trained outer variables.
+            episode: one episode, no tasks axis.
+        """
+        inputs = episode.query.inputs
+        return Embedding(inputs.flatten(1), self.adapt(hparams, episode.support)(inputs))
 
     def on(self, episodes: EpisodeSource) -> ProblemSource:
         """Returns this learner's problems on a stream of episodes, for an outer loop or an evaluation.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hypertorch import tree
 from hypertorch.dynamics import Dynamics
+from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Learner, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.base import Embedding, Learner, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
@@ -29,9 +30,9 @@ class HeadLearner(Learner):
 
     Outer variables: the weights of the representation, and what a subclass adds. Inner variables: a head per episode,
     which a subclass gives a first value (`first_head`) and outputs (`outputs`); `num_steps` steps of the dynamics on
-    the support set move it, none where the first value is the solution. Outer loss: that of the query set. Features
-    do not depend on the head, so they are computed once per episode, and one vjp carries the hypergradient through
-    them.
+    the support set move it, none where the first value is the solution: backends that need an inner loss or a step
+    (`Implicit`, `EvoGrad`, `OneStep`) are then refused. Outer loss: that of the query set. Features do not depend on
+    the head, so they are computed once per episode, and one vjp carries the hypergradient through them.
 
     A representation without buffers sees support and query in one call, so that batch norm by episode statistics
     normalises them together. One with buffers (running statistics) sees the support set in training mode, and the
@@ -86,6 +87,11 @@ class HeadLearner(Learner):
         self._initial: TensorDict = {**{name: initial[name] for name in self._names}, **own_hparams}
         some = next(iter(self._initial.values()))
         self._owned = {name: value.to(some) for name, value in dynamics.init_hparams().items()}
+
+    @property
+    def is_closed_form(self) -> bool:
+        """Whether the first head is the solution, so that there is no inner loop."""
+        return self._num_steps == 0
 
     @abstractmethod
     def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
@@ -146,6 +152,17 @@ class HeadLearner(Learner):
 
         return outputs
 
+    def embed(self, hparams: TensorDict, episode: Episode) -> Embedding:
+        """Returns the queries' features, which no head has seen yet, and the outputs of the fitted head.
+
+        Args:
+            hparams: trained outer variables.
+            episode: one episode, no tasks axis.
+        """
+        with torch.no_grad():
+            features = self._features_of_one(hparams, episode)["query"]
+        return Embedding(features, self.adapt(hparams, episode.support)(episode.query.inputs))
+
     def _features_of_one(self, hparams: TensorDict, episode: Episode) -> TensorDict:
         """Returns support and query features of one episode, with its labels: the context of the inner loop."""
         check_hparams_of(type(self).__name__, hparams, self._initial)
@@ -194,6 +211,13 @@ class _Head(InnerProblem):
         return self.learner.first_head(hparams["support"], hparams["support_targets"], hparams)
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: None) -> Tensor:
+        if self.learner.is_closed_form:
+            # Asked for nonetheless, its answer would be silently wrong: the head is no minimum of the support loss.
+            name = type(self.learner).__name__
+            raise IncompatibleBackendError(
+                f"`{name}` has no inner loop (`num_steps` = 0), and its head minimises no inner loss: there is nothing "
+                "that this backend could solve or step along. Use `Reverse()`, which differentiates through the head."
+            )
         return self.objective.loss(
             self.learner.outputs(params, hparams["support"], hparams), hparams["support_targets"]
         )

@@ -7,11 +7,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Learner, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.base import Embedding, Learner, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
 from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
@@ -79,6 +80,16 @@ class NetworkLearner(Learner):
             hparams: the outer variables, the shared weights among them under the same names.
         """
 
+    def inner_batch(self, support: Examples, rows: int, step: int) -> Examples:
+        """Returns the support examples that an inner step fits: all of them, unless a learner says otherwise.
+
+        Args:
+            support: the support set, with a leading tasks axis or without.
+            rows: the dimension that counts examples.
+            step: which inner step; the answer is a pure function of it.
+        """
+        return support
+
     def init_hparams(self) -> TensorDict:
         """Returns the network's weights, by their names in the module, learnt step sizes, and those of the dynamics."""
         return {name: value.clone() for name, value in {**self._initial, **self._owned}.items()}
@@ -86,7 +97,7 @@ class NetworkLearner(Learner):
     def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
         """Returns the bilevel problem of a batch of episodes."""
         return BilevelProblem(
-            _Support(self, self._fit, self._objective, episode.support, self._initial),
+            _Support(self, self._fit, self._objective, episode.support, self._initial, int(num_tasks is not None)),
             _Query(self, self._predict, self._objective, episode.query, self._initial),
             dynamics=self._dynamics,
             num_steps=self._num_steps,
@@ -104,6 +115,34 @@ class NetworkLearner(Learner):
         params = unroll(self.problem(Episode(support, support), None), hparams).params
         return lambda inputs: self._predict(params, inputs).detach()
 
+    def embed(self, hparams: TensorDict, episode: Episode) -> Embedding:
+        """Returns what enters the network's last linear layer for the queries, by the shared and the fitted weights.
+
+        A network without one is shown by its outputs.
+
+        Args:
+            hparams: trained outer variables.
+            episode: one episode, no tasks axis.
+        """
+        problem = self.problem(episode, None)
+        shared, fitted = problem.inner.init_params(hparams), unroll(problem, hparams).params
+        inputs = episode.query.inputs
+        return Embedding(_features(self._predict, shared, inputs), _features(self._predict, fitted, inputs))
+
+
+def _features(network: FunctionalModule, params: TensorDict, inputs: Tensor) -> Tensor:
+    """Returns what enters a network's last linear layer, shape `(batch, features)`; its outputs if it has none."""
+    seen: list[Tensor] = []
+    layers = [module for module in network.module.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0])) for layer in layers[-1:]]
+    try:
+        with torch.no_grad():
+            outputs = network(params, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen[0].flatten(1) if seen else outputs
+
 
 @dataclass(eq=False)
 class _Support(InnerProblem):
@@ -114,6 +153,7 @@ class _Support(InnerProblem):
     objective: Objective
     support: Examples
     initial: TensorDict
+    rows: int
 
     def __post_init__(self) -> None:
         self.buffers = self.network.buffers
@@ -126,6 +166,9 @@ class _Support(InnerProblem):
         return {**trained, **stored}
 
     def batch(self, step: int) -> Examples:
+        return self.learner.inner_batch(self.support, self.rows, step)
+
+    def full_batch(self) -> Examples:
         return self.support
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:

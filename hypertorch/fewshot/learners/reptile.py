@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot._checks import check_integer
+from hypertorch.fewshot.episodes import Examples
 from hypertorch.fewshot.learners.network_learner import NetworkLearner
 from hypertorch.fewshot.learners.objectives import Objective
 from hypertorch.types import TensorDict
@@ -18,16 +22,22 @@ class Reptile(NetworkLearner):
     held constant. It is a direct term, so every backend returns the same; `FirstOrder` and `Truncated(window=1)` are
     the cheapest. The query set is used for figures only, so training episodes may have a larger `shot` instead.
 
-    Cost: per episode, `num_steps` steps on the support set; no second derivatives.
+    Reptile learns from how the gradients of different minibatches of one task agree (section 5 of the paper), so in
+    training the support set should be cut into several: `batch_size`. The minibatches are strided, so a support set
+    ordered by class is cut into ones with equally many images of each class, and each example is used once per pass.
+
+    Cost: per episode, `num_steps` steps on `batch_size` examples; no second derivatives.
 
     Args:
         network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser; the paper's is Adam without its first momentum.
         num_steps: inner steps (unit: steps); at least 2, as one step gives joint training.
+        batch_size: examples of an inner step at most (unit: examples), at least 1; None for the whole support set.
         objective: loss and figures of support and query; classification by default.
 
     Raises:
-        ValueError: if the network has nothing to train.
+        TypeError: if `batch_size` is no integer.
+        ValueError: if `batch_size` is below 1, or the network has nothing to train.
         IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
 
     References:
@@ -35,9 +45,32 @@ class Reptile(NetworkLearner):
     """
 
     def __init__(
-        self, network: nn.Module, *, dynamics: Dynamics, num_steps: int, objective: Objective | None = None
+        self,
+        network: nn.Module,
+        *,
+        dynamics: Dynamics,
+        num_steps: int,
+        batch_size: int | None = None,
+        objective: Objective | None = None,
     ) -> None:
+        if batch_size is not None:
+            check_integer(
+                "batch_size",
+                batch_size,
+                minimum=1,
+                why="an inner step needs examples",
+                advice="use 1 or more, or None for the whole support set",
+            )
+        self._batch_size = batch_size
         super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr=None, objective=objective)
+
+    def inner_batch(self, support: Examples, rows: int, step: int) -> Examples:
+        """Returns the step's minibatch: every m-th example, from number `step % m` on."""
+        if self._batch_size is None:
+            return support
+        num_batches = math.ceil(support.targets.shape[rows] / self._batch_size)
+        chosen = (slice(None),) * rows + (slice(step % num_batches, None, num_batches),)
+        return Examples(support.inputs[chosen], support.targets[chosen])
 
     def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
         """Returns the loss of the support set."""

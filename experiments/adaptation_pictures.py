@@ -1,0 +1,121 @@
+"""Pictures of what happens inside an episode: figures after each inner step, queries before and after adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+import hypertorch as ht
+from experiments.episode_pictures import tasks_of
+from hypertorch.fewshot import EpisodeSource, Learner
+
+_MOST_POINTS = 16  # after so many inner steps figures are taken at most: each is a pass over the queries
+_COLOURS = "tab10"
+
+
+def draw_adaptation(
+    learner: Learner,
+    hparams: dict[str, Tensor],
+    splits: Mapping[str, EpisodeSource],
+    *,
+    metric: str,
+    num_episodes: int,
+    path: Path,
+) -> bool:
+    """Draws the figure after each inner step, and the queries of an episode before and after adaptation.
+
+    The curves are means over episodes with 95 % intervals. The queries are drawn by the two principal components of
+    what `Learner.embed` returns, in the colour of their class. Returns False if there is nothing to draw: no inner
+    step, and no classes.
+
+    Args:
+        learner: the learner.
+        hparams: trained outer variables.
+        splits: episodes by the name of their split; the queries drawn are those of the last one's first episode.
+        metric: the figure.
+        num_episodes: episodes of each curve.
+        path: the picture.
+    """
+    *_, source = splits.values()
+    episode = tasks_of(source.at(0))[0]
+    num_steps = learner.problem(episode, None).num_steps
+    has_classes = not episode.query.targets.is_floating_point()
+    columns = int(num_steps > 0) + 2 * int(has_classes)
+    if not columns:
+        return False
+    figure = Figure(figsize=(4.2 * columns, 3.6), layout="constrained")
+    panels = list(figure.subplots(1, columns, squeeze=False).flat)
+    if num_steps:
+        _draw_curves(panels.pop(0), learner, hparams, splits, metric, num_episodes, num_steps)
+    if has_classes:
+        embedding = learner.embed(hparams, episode)
+        for axes, values, when in zip(panels, embedding, ("before", "after"), strict=True):
+            _draw_queries(axes, values, episode.query.targets)
+            axes.set_title(f"queries {when} adaptation", fontsize=10)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def figures_after_steps(
+    source: ht.ProblemSource, hparams: dict[str, Tensor], *, metric: str, steps: Sequence[int], num_episodes: int
+) -> list[ht.Estimate]:
+    """Returns the mean of a figure over episodes after each of some numbers of inner steps.
+
+    Args:
+        source: the episodes' problems.
+        hparams: trained outer variables.
+        metric: the figure.
+        steps: numbers of inner steps, ascending.
+        num_episodes: episodes at least; whole batches are run.
+    """
+    rows: list[Tensor] = []
+    while sum(map(len, rows)) < num_episodes:
+        outer_step = len(rows)
+        figures = ht.unroll(source.at(outer_step), hparams, outer_step=outer_step, metrics_after=steps).metrics_after
+        rows.append(figures[metric].double().reshape(-1, len(steps)))
+    values = torch.cat(rows).cpu().numpy()
+    return [
+        ht.Estimate.from_sums(mean=float(column.mean()), variance=float(column.var(ddof=1)), count=len(column))
+        for column in values.T
+    ]
+
+
+def shown_steps(num_steps: int) -> list[int]:
+    """Returns after how many inner steps figures are taken: 0, 1, ... or, of a long run, at growing distances."""
+    if num_steps < _MOST_POINTS:
+        return list(range(num_steps + 1))
+    return sorted({0, *np.geomspace(1, num_steps, _MOST_POINTS - 1).round().astype(int).tolist()})
+
+
+def _draw_curves(
+    axes: Axes,
+    learner: Learner,
+    hparams: dict[str, Tensor],
+    splits: Mapping[str, EpisodeSource],
+    metric: str,
+    num_episodes: int,
+    num_steps: int,
+) -> None:
+    steps = shown_steps(num_steps)
+    for split, source in splits.items():
+        curve = figures_after_steps(learner.on(source), hparams, metric=metric, steps=steps, num_episodes=num_episodes)
+        means = [point.mean for point in curve]
+        axes.errorbar(steps, means, [point.half_width for point in curve], marker=".", capsize=2, label=split)
+    if num_steps >= _MOST_POINTS:
+        axes.set_xscale("symlog", linthresh=1)
+    axes.set(xlabel="inner steps", ylabel=metric)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_queries(axes: Axes, values: Tensor, targets: Tensor) -> None:
+    plane = PCA(n_components=2).fit_transform(values.detach().cpu().double().numpy())
+    axes.scatter(plane[:, 0], plane[:, 1], c=targets.cpu().numpy(), cmap=_COLOURS, s=16)
+    axes.set(xticks=[], yticks=[], xlabel="first two principal components")
