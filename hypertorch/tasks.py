@@ -142,9 +142,11 @@ def resolve_task_route(
     if problem.num_tasks is None or problem.task_route != "auto":
         return "vmap" if problem.task_route == "auto" else problem.task_route
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
-    key = (kind, type(problem.inner), type(problem.outer), problem.num_tasks, problem.num_steps, shapes)
+    sizes = (problem.num_tasks, problem.task_chunk, problem.num_steps)
+    key = (kind, type(problem.inner), type(problem.outer), sizes, shapes)
     if key not in _measured_routes:
-        _measured_routes[key] = _faster_route(min(problem.num_tasks, _MEASURED_TASKS), run)
+        at_once = min(problem.num_tasks, problem.task_chunk or problem.num_tasks, _MEASURED_TASKS)
+        _measured_routes[key] = _faster_route(at_once, run)
     return _measured_routes[key]
 
 

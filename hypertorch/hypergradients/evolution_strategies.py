@@ -141,12 +141,17 @@ class EvolutionStrategies(BlackBox):
         return Pair(states=(states[0], states[1]), perturbations=total), weight
 
     def _check_persistent(self, loop: InnerLoop) -> None:
+        if loop.num_steps == 0:
+            raise IncompatibleBackendError(
+                "`EvolutionStrategies(persistent=True)` got a problem with `num_steps` = 0: without an inner loop "
+                "nothing can persist. Leave `persistent` out, or use `Reverse()`."
+            )
         if not loop.is_warm_started:
             raise IncompatibleBackendError(
                 "`EvolutionStrategies(persistent=True)` got a problem with `warm_start` = False: its runs end with the "
                 "outer step, and nothing can persist. Set `warm_start=True`, or leave `persistent` out."
             )
-        if loop.num_steps == 0 or (self.horizon is not None and self.horizon % loop.num_steps):
+        if self.horizon is not None and self.horizon % loop.num_steps:
             raise IncompatibleBackendError(
                 f"`EvolutionStrategies(persistent=True, horizon={self.horizon})` got a problem with `num_steps` = "
                 f"{loop.num_steps}: a run must be made of whole windows of at least one step. Make `horizon` a "

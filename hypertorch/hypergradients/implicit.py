@@ -41,7 +41,7 @@ class Implicit(Hypergradient):
     The data of `F` is `InnerProblem.full_batch`, or that of the last inner step. Running statistics, and params that
     the inner loss does not use, are constants of it. The initialisation is forgotten: a hyperparameter that acts
     through it alone is refused, the initialisation's part of one that acts otherwise too is dropped. With
-    `num_steps=0`, `init_params` is taken as the solution.
+    `num_steps=0`, `init_params` is taken as the solution, and not judged: it must be the minimum of the inner loss.
 
     Two figures of the result say how much to trust it, each of shape `()` or `(tasks,)`:
 

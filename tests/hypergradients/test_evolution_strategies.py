@@ -472,7 +472,7 @@ def test_a_run_with_particles_resumes_bit_for_bit(tmp_path: Path, stop: int) -> 
     [
         (replace(decay(), warm_start=False), {}, r"`warm_start` = False: its runs end.* Set `warm_start=True`"),
         (decay(), {"horizon": 3}, r"horizon=3.* `num_steps` = 2: a run must be made of whole windows"),
-        (replace(decay(), num_steps=0), {}, r"`num_steps` = 0: a run must be made of whole windows"),
+        (replace(decay(), num_steps=0), {}, r"`num_steps` = 0: without an inner loop nothing can persist"),
         (replace(decay(), context=lambda hparams, batch: {}), {}, r"a problem with a `context`: a run remembers"),
     ],
 )

@@ -21,10 +21,28 @@ def test_conv4_features_and_logits(downsample: str, image_size: int, num_feature
     assert Conv4(way=5, downsample=downsample, image_size=image_size)(images).shape == (6, 5)  # type: ignore[arg-type]
 
 
-def test_conv4_has_the_published_number_of_weights() -> None:
-    # 4 convolutions of 64 filters without bias, scale and shift of 4 norms, and the classifier on 64 features.
-    count = sum(parameter.numel() for parameter in Conv4(way=5).parameters())
-    assert count == 9 * 64 + 3 * 9 * 64 * 64 + 4 * 2 * 64 + 64 * 5 + 5
+@pytest.mark.parametrize("downsample", ["max_pool", "stride"])
+@pytest.mark.parametrize(
+    ("hidden", "in_channels", "image_size", "way", "count"),
+    [
+        # Four convolutions without bias, scale and shift of four norms, and a classifier on what is left of the image:
+        # 28 pixels leave 1 x 1 by max-pool and 2 x 2 by stride, 84 leave 5 x 5 and 6 x 6, 32 leave 2 x 2 by either.
+        (64, 1, 28, None, {"max_pool": 111_680, "stride": 111_680}),
+        (64, 1, 28, 5, {"max_pool": 112_005, "stride": 112_965}),
+        (64, 1, 28, 20, {"max_pool": 112_980, "stride": 116_820}),
+        (32, 3, 84, None, {"max_pool": 28_768, "stride": 28_768}),
+        (32, 3, 84, 5, {"max_pool": 32_773, "stride": 34_533}),
+        (64, 3, 32, 5, {"max_pool": 114_117, "stride": 114_117}),
+    ],
+)
+def test_conv4_has_the_number_of_weights_counted_by_hand(
+    downsample: str, hidden: int, in_channels: int, image_size: int, way: int | None, count: dict[str, int]
+) -> None:
+    network = Conv4(way=way, hidden=hidden, in_channels=in_channels, image_size=image_size, downsample=downsample)  # type: ignore[arg-type]
+    assert sum(parameter.numel() for parameter in network.parameters()) == count[downsample]
+    sides = {"max_pool": {28: 1, 84: 5, 32: 2}, "stride": {28: 2, 84: 6, 32: 2}}
+    classifier = 0 if way is None else (hidden * sides[downsample][image_size] ** 2 + 1) * way
+    assert count[downsample] == 9 * hidden * (in_channels + 3 * hidden) + 8 * hidden + classifier
 
 
 def test_conv4_refusals() -> None:

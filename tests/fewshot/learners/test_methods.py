@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hypertorch as ht
-from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot import (
     ANIL,
     IMAML,
@@ -191,20 +190,6 @@ def test_first_order_maml_is_the_outer_gradient_at_the_fitted_weights() -> None:
         for name, grad in zip(weights, grads, strict=True):
             expected[name] += grad / 3
     assert_same(result.grads, expected)
-
-
-@pytest.mark.parametrize("name", ["ProtoNet", "R2D2"])
-def test_without_an_inner_loop_nothing_is_truncated(name: str) -> None:
-    exact = compute(LEARNERS[name](), backends.Reverse()).grads
-    assert_same(compute(LEARNERS[name](), backends.Truncated(window=1)).grads, exact)
-    assert_same(compute(LEARNERS[name](), backends.FirstOrder()).grads, exact)
-
-
-@pytest.mark.parametrize("name", ["ProtoNet", "R2D2"])
-def test_a_backend_that_needs_an_inner_solution_refuses_in_one_line(name: str) -> None:
-    with pytest.raises(IncompatibleBackendError) as caught:
-        compute(LEARNERS[name](), backends.OneStep())
-    assert "\n" not in str(caught.value)
 
 
 def test_a_head_of_ones_own_is_a_few_lines() -> None:
