@@ -32,6 +32,22 @@ have it. "leaf": a leaf of the graph, so that what reaches the gradient can be r
 """
 
 
+class GradientCall(NamedTuple):
+    """One evaluation of the gradient by the route "leaf".
+
+    Attributes:
+        params: where it was evaluated, with what graph they have.
+        hparams: the outer variables that it was evaluated with.
+        gradient: the leaves that were returned.
+        noise: the states of torch's generators before it; empty while a function is compiled, which draws no noise.
+    """
+
+    params: TensorDict
+    hparams: TensorDict
+    gradient: TensorDict
+    noise: tuple[Tensor, ...]
+
+
 class InnerLoss:
     """The inner loss of one step, its data, buffers and task route bound.
 
@@ -50,6 +66,7 @@ class InnerLoss:
         tracked_buffers: names of the buffers whose new values have a derivative in the params. PyTorch's own norm
             layers update their statistics without one, and refuse to take statistics that ask for it.
         evaluations: where the gradient was evaluated and the leaves that were returned, in order; "leaf" only.
+        calls: the same evaluations with their graphs and noise; "leaf" only.
     """
 
     def __init__(
@@ -63,6 +80,7 @@ class InnerLoss:
         self.new_buffers: TensorDict = buffers
         self.tracked_buffers: frozenset[str] = frozenset()
         self.evaluations: list[tuple[TensorDict, TensorDict]] = []
+        self.calls: list[GradientCall] = []
 
     @property
     def is_functional(self) -> bool:
@@ -84,13 +102,63 @@ class InnerLoss:
         """
         if self._route == "functional":
             return self._functional_gradient(params, hparams)
+        watched = self._route == "leaf" and not torch.compiler.is_compiling()
+        noise = generator_states(_device_of(params)) if watched else ()
         gradients = self._autograd_gradient(
             params, hparams, differentiable=torch.is_grad_enabled() and self._route == "differentiable"
         )
         if self._route == "leaf":
             gradients = tree.leaves_requiring_grad(gradients)
             self.evaluations.append((tree.detach(params), gradients))
+            self.calls.append(GradientCall(params, hparams, gradients, noise))
         return gradients
+
+    def mixed_derivative(self, call: GradientCall, direction: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """Returns the derivative of `<gradient, direction>` in the params and in the hparams of an evaluation.
+
+        By symmetry it is the gradient in both, moved along the direction: forward over reverse, in one pass.
+
+            d<grad_w L, a>/dw = H a = d/de grad_w L(w + e a, h),   d<grad_w L, a>/dh = d/de grad_h L(w + e a, h)
+
+        Zeros where there is no path. Dual numbers under autograd would tell, but keep a graph of the tangents too.
+
+        Cost: two to three gradients; memory of one gradient's graph, with its tangents.
+
+        Args:
+            call: the evaluation.
+            direction: the cotangent of the gradient; entries that are missing are zero.
+        """
+        params, hparams = tree.detach(call.params), tree.detach(call.hparams)
+        moving = {name: hparams[name] for name, value in call.hparams.items() if value.requires_grad}
+
+        def total(at: TensorDict, own: TensorDict) -> Tensor:
+            value, _ = self._function({**at, **self._buffers}, {**hparams, **own}, self._batch)
+            return value.sum()
+
+        def gradients(along: TensorDict) -> tuple[TensorDict, TensorDict]:
+            pulled: Any = torch.func.vjp(total, {**params, **along}, moving)
+            value, pull = pulled
+            one = torch.ones_like(value)
+            if torch.compiler.is_compiling():
+                return pull(one)
+            # `torch.func.grad` would make a graph of the backward pass, and hold twice as much.
+            return pull(one, retain_graph=False, create_graph=False)
+
+        # A tangent takes the memory layout of its value, and there must be room for every entry of it.
+        along = {name: _with_room(params[name]) for name in direction}
+        tangent = {name: _with_room(value).to(params[name].dtype) for name, value in direction.items()}
+        if torch.compiler.is_compiling():
+            pushed: Any = torch.func.jvp(gradients, (along,), (tangent,))
+        else:
+            _load_forward_mode()
+            with torch.no_grad(), _noise_of(call):
+                pushed = torch.func.jvp(gradients, (along,), (tangent,))
+        of_params, of_hparams = pushed[1]
+        # PyTorch gives some tangents of a 0-dimensional tensor another precision.
+        return (
+            {name: value.detach().to(params[name].dtype) for name, value in of_params.items()},
+            {name: value.detach().to(hparams[name].dtype) for name, value in of_hparams.items()},
+        )
 
     def _autograd_gradient(self, params: TensorDict, hparams: TensorDict, *, differentiable: bool) -> TensorDict:
         with torch.enable_grad():
@@ -126,6 +194,34 @@ class InnerLoss:
         if self.value is None:
             self.value, self.new_buffers = value, new_buffers
         return gradients
+
+
+def generator_states(device: torch.device) -> tuple[Tensor, ...]:
+    """Returns the states of torch's default generators that code on a device may draw from."""
+    host = torch.default_generator.get_state()
+    return (host, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (host,)
+
+
+@contextmanager
+def _noise_of(call: GradientCall) -> Iterator[None]:
+    """Surrounds an evaluation that is made again, with the noise that it had, and leaves the generators as they are."""
+    device = _device_of(call.params)
+    now = generator_states(device)
+    _set_generators(call.noise, device)
+    try:
+        yield
+    finally:
+        _set_generators(now, device)
+
+
+def _set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.default_generator.set_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _device_of(params: TensorDict) -> torch.device:
+    return next(iter(params.values())).device
 
 
 def _own_view(param: Tensor, keep_path: bool) -> Tensor:
@@ -295,7 +391,12 @@ def _jvps_one_by_one(
 
 def _dual(value: Tensor, tangent: Tensor) -> Tensor:
     # A tangent takes the memory layout of its value, and there must be room for every entry of it.
-    return forward_ad.make_dual(value.contiguous() if 0 in value.stride() else value, tangent)
+    return forward_ad.make_dual(_with_room(value), tangent)
+
+
+def _with_room(value: Tensor) -> Tensor:
+    """Returns the same values with memory for every entry, unlike an expanded tensor's."""
+    return value.contiguous() if 0 in value.stride() else value
 
 
 @contextmanager

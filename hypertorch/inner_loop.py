@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -75,6 +76,42 @@ class Cost:
         )
 
 
+class LoopProgram(NamedTuple):
+    """What a loop is made of beside the data of its steps and its noise: enough to build it inside a traced function.
+
+    Attributes:
+        problem: the problem.
+        num_tasks: length of the tasks axis; None without one.
+        per_task: names in hparams (entries of the context) that have a tasks axis.
+        outer_batch: the outer data of these tasks.
+        device: of the tensors.
+    """
+
+    problem: BilevelProblem
+    num_tasks: int | None
+    per_task: frozenset[str]
+    outer_batch: Batch
+    device: torch.device
+
+    def loop(self, draw: Callable[[int], Batch]) -> InnerLoop:
+        """Returns the loop with the data of each step given, and no noise seeded: the caller does that.
+
+        Args:
+            draw: the data by the index of the step, of these tasks.
+        """
+        task_slice = None if self.num_tasks is None else TaskSlice(start=0, stop=self.num_tasks, whole=True)
+        return InnerLoop(
+            self.problem,
+            outer_batch=self.outer_batch,
+            task_slice=task_slice,
+            per_task=self.per_task,
+            outer_step=0,
+            device=self.device,
+            carry={},
+            draw=draw,
+        )
+
+
 class InnerLoop:
     """One problem at one outer step as pure functions of `(state, hparams)`, task route, data and noise bound.
 
@@ -103,6 +140,8 @@ class InnerLoop:
         outer_step: part of the key of the noise.
         device: of the noise.
         carry: state to start from (warm start), as an earlier run's `carry` holds it; empty to start afresh.
+        draw: the data of a step by its index, drawn and sliced already, for a loop whose noise somebody else seeds;
+            None to ask the problem.
     """
 
     def __init__(
@@ -115,6 +154,7 @@ class InnerLoop:
         outer_step: int,
         device: torch.device,
         carry: TensorDict,
+        draw: Callable[[int], Batch] | None = None,
     ) -> None:
         self.num_steps = problem.num_steps
         self.has_step_loss = problem.outer.has_step_loss
@@ -129,7 +169,8 @@ class InnerLoop:
         self._problem = problem
         self._outer_batch = outer_batch
         self._task_slice = task_slice
-        self._noise_key = (problem.seed, outer_step, self.first_task)
+        self._draw = draw
+        self._noise_key = (problem.seed, outer_step, self.first_task) if draw is None else None
         self.device = device
         self._carry = carry
         self.first_index = int(carry["index"]) if carry else 0
@@ -142,6 +183,35 @@ class InnerLoop:
         self._metrics = lift(problem.outer.metrics, num_tasks, per_task)
         self._num_tasks = num_tasks
         self._per_task = per_task
+
+    def program(self) -> LoopProgram:
+        """Returns what the loop is made of beside the data of its steps and its noise."""
+        return LoopProgram(self._problem, self._num_tasks, self._per_task, self._outer_batch, self.device)
+
+    def prepare_step(self, step: int) -> Batch:
+        """Returns the data of a step, and seeds its noise, for a step that is run elsewhere."""
+        index = self.first_index + step
+        batch = self._inner_batch(index)
+        self._seed(index)
+        return batch
+
+    def prepare_initial(self) -> None:
+        """Seeds the noise of the initial state, for one that is computed elsewhere."""
+        self._seed(INIT)
+
+    @property
+    def carry(self) -> TensorDict:
+        """The state that the run starts from, as the last run's `carry` holds it; empty for a fresh start."""
+        return self._carry
+
+    @property
+    def tracked_buffers(self) -> frozenset[str]:
+        """Names of the buffers that some step so far has computed with a derivative."""
+        return self._tracked_buffers
+
+    def note_tracked(self, names: frozenset[str]) -> None:
+        """Takes down that a step has computed these buffers with a derivative."""
+        self._tracked_buffers |= names
 
     def start_afresh(self) -> None:
         """Drops the carry: the run starts from `init_params`, at index 0."""
@@ -243,6 +313,7 @@ class InnerLoop:
 
     def generator(self, *position: int) -> torch.Generator:
         """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
+        assert self._noise_key is not None
         seed, outer_step, _ = self._noise_key
         return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
 
@@ -306,6 +377,8 @@ class InnerLoop:
         return {name: state.params[name] for name in self._problem.inner.buffers}
 
     def _inner_batch(self, index: int) -> Batch:
+        if self._draw is not None:
+            return self._draw(index)
         batch = self._problem.inner.batch(index)
         return self._own_tasks(batch, check=index == self.first_index)
 
@@ -318,7 +391,8 @@ class InnerLoop:
         return self._task_slice.take(batch)
 
     def _seed(self, *position: int) -> None:
-        seed_generators(self.device, *self._noise_key, *position)
+        if self._noise_key is not None:
+            seed_generators(self.device, *self._noise_key, *position)
 
 
 def _inner_loss(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import torch
-
-from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
+from hypertorch.hypergradients.compiled_run import compiled_whole, run_compiled
+from hypertorch.hypergradients.compiled_steps import CompiledSteps
+from hypertorch.hypergradients.derivative_choice import Derivative, check_derivative, is_mixed
 from hypertorch.hypergradients.memory_plan import plan_loop
 from hypertorch.hypergradients.pull_back import (
     accumulate,
@@ -23,15 +23,13 @@ from hypertorch.hypergradients.pull_back import (
     run_segment,
 )
 from hypertorch.hypergradients.revolve import Advance, Differentiate, Keep, Return, binomial_schedule
+from hypertorch.hypergradients.step_by_step import EagerSteps, Piece, Steps, go_back_step_by_step
 from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop, InnerState
 from hypertorch.live_memory import parse_bytes
 from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
-
-Piece: TypeAlias = tuple[int, int, InnerState]
-"""Consecutive steps: the first, one past the last, and the state before them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +39,9 @@ class Reverse(Hypergradient):
     With `a_T = dE/ds_T`, going back: `a_{t-1} = a_t dPhi_t/ds_{t-1}` and `df/dhparams` gathers
     `a_t dPhi_t/dhparams`, the initialisation's part `a_0 dPhi_0/dhparams` and the direct term `dE/dhparams`.
 
-    Without settings the graph of all steps is kept. Each setting keeps states instead, from which steps are run again
-    when the reverse pass reaches them: the same number, less memory. At most one of them can be given.
+    Without settings the graph of all steps is kept. Each of the first three settings keeps states instead, from which
+    steps are run again when the reverse pass reaches them: the same number, less memory. At most one of them can be
+    given.
 
     With `checkpoint_every`, one state in every so many is kept, counted from the end, and each segment between two is
     run again with its graph. 1 keeps every state and one step's graph; with "sqrt" both the states and the steps of a
@@ -57,36 +56,68 @@ class Reverse(Hypergradient):
     the hyperparameters and a context; bytes asked for are counted, not what an allocator makes of them, so leave it a
     tenth. The choice depends on shapes only. `plan_memory` tells it in advance.
 
+    With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
+    iterations and problems of the same classes and shapes; changed data changes the results and compiles nothing. A
+    horizon of up to 8 steps is one program, from the initial state to the hypergradient; a longer one keeps every
+    state, unless a setting says less. Compilation takes seconds to minutes. What cannot be compiled (a schedule given
+    as a list of numbers and a beta that is learnt are examples) runs without, after one warning.
+
+    `derivative` says how the inner gradient is differentiated. By "reverse", reverse over reverse. By "mixed", forward
+    over reverse: the Hessian product and the cross derivative of a step are the gradient in params and hyperparameters,
+    moved along one direction, which keeps no graph of a backward pass. Without compilation that is worth a quarter of
+    a step's memory or nothing, as the model's operations have it. Every state is kept unless a setting says less. By
+    "auto", whichever a measurement on the first step of a problem of these sizes favours; they agree up to rounding.
+    Steps of problems with buffers, and compiled ones that draw noise, always go by reverse over reverse.
+
     Cost, with `T = num_steps`, in steps beside `T` vjps, and in memory:
 
         Reverse()                       T steps                       graphs of T steps
         Reverse(checkpoint_every=k)     2 T - k steps                 T / k states, graphs of k steps
         Reverse(snapshots=c)            T + recomputed_steps(T, c)    c states, the graph of one step
         Reverse(memory_budget=bytes)    as chosen, and one step more  as allowed
+        derivative="mixed"              2 T steps, 2 to 3 gradients   T states, the tangents of one step
+                                        instead of a vjp
+        compile=True, T > 8             2 T steps                     T states, the graph of one step
+        ... with checkpoint_every=k     3 T steps at most             T / k + k states, the graph of one step
 
     Args:
         checkpoint_every: steps between kept states (unit: steps, at least 1); "sqrt" for
             `round(sqrt(num_steps))`.
         snapshots: most states kept at once, the first one included (unit: states, at least 1).
         memory_budget: bytes, or a string such as "512MiB" or "1.5 GB".
+        compile: run the steps as compiled functions.
+        derivative: "reverse", "mixed" or "auto".
 
     Raises:
-        ValueError: if a setting is out of its range or an unknown word, or more than one is given.
-        IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, or nothing fits
-            `memory_budget`; the message then says what would.
+        ValueError: if a setting is out of its range or an unknown word, or more than one of the first three is given.
+        TypeError: if `compile` is neither True nor False.
+        IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, nothing fits
+            `memory_budget` (the message then says what would), or an operation has no forward derivative in mixed
+            mode.
         ReplayError: (from `compute`) if steps run again do not arrive at the same state.
 
     References:
         Maclaurin, Duvenaud and Adams (2015), algorithm 2, without reversal; Franceschi et al. (2017), algorithm 1;
-        Griewank and Walther (2000), Algorithm 799: Revolve (snapshots).
+        Griewank and Walther (2000), Algorithm 799: Revolve (snapshots); Kemaev et al. (2025), Scalable
+        meta-learning via mixed-mode differentiation (mixed mode).
     """
 
     checkpoint_every: int | Literal["sqrt"] | None = None
     snapshots: int | None = None
     memory_budget: int | str | None = None
+    compile: bool = False
+    derivative: Derivative = "reverse"
 
     def __post_init__(self) -> None:
-        given = [name for name, value in vars(self).items() if value is not None]
+        check_derivative(self.derivative)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"`compile` is {self.compile!r}, which is neither True nor False. Pass one of them.")
+        kept = {
+            "checkpoint_every": self.checkpoint_every,
+            "snapshots": self.snapshots,
+            "memory_budget": self.memory_budget,
+        }
+        given = [name for name, value in kept.items() if value is not None]
         if len(given) > 1:
             raise ValueError(
                 f"`{given[0]}` and `{given[1]}` are both given: each says what is kept, and they would contradict each "
@@ -106,17 +137,74 @@ class Reverse(Hypergradient):
             plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
             _logger.debug("%s", plan)
             every, snapshots = plan.checkpoint_every, plan.snapshots
-        if loop.num_steps == 0 or every is snapshots is None:
+        if loop.num_steps == 0:
             return differentiate_window(loop, variables, whole_window(loop, variables))
-        constants = tree.detach(variables)
-        if snapshots is not None:
-            return _go_back(loop, variables, _revolving(loop, constants, snapshots))
-        return _go_back(loop, variables, _kept_every(loop, constants, _stretch(every, loop.num_steps)))
+        if self.compile:
+            return run_compiled(
+                loop,
+                self.derivative,
+                run=lambda: self._compiled(loop, variables, every, snapshots),
+                otherwise=lambda: self._eager(loop, variables, every, snapshots),
+            )
+        return self._eager(loop, variables, every, snapshots)
+
+    def _eager(
+        self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
+    ) -> BackendResult:
+        def steps(mixed: bool) -> Steps:
+            return EagerSteps(loop, variables, mixed=mixed)
+
+        mixed = is_mixed(self.derivative, loop, steps, compiled=False)
+        if every is snapshots is None and not mixed:
+            return differentiate_window(loop, variables, whole_window(loop, variables))
+        pieces = _pieces(loop, steps(mixed), every, snapshots)
+        if not mixed:
+            return _go_back(loop, variables, pieces)
+        result = go_back_step_by_step(loop, variables, pieces, steps(mixed))
+        return _without_missing_paths(loop, variables, result)
+
+    def _compiled(
+        self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
+    ) -> BackendResult:
+        if every is snapshots is None and self.derivative == "reverse":
+            result = compiled_whole(loop, variables)
+            if result is not None:
+                return result
+
+        def steps(mixed: bool) -> Steps:
+            return CompiledSteps(loop, variables, mixed=mixed)
+
+        own = steps(is_mixed(self.derivative, loop, steps, compiled=True))
+        return go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots), own)
 
 
-def _stretch(every: int | Literal["sqrt"] | None, num_steps: int) -> int:
+def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: BackendResult) -> BackendResult:
+    """Returns the result with None for zero where there is no path, of which forward mode knows nothing.
+
+    Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, which is not counted.
+    """
+    if all(value is None or bool(value.any()) for value in result.grads.values()):
+        return result
+    cost, losses = replace(loop.cost), len(loop.inner_losses)
+    known = _go_back(loop, variables, _kept_every(loop, EagerSteps(loop, variables, mixed=False), 1))
+    loop.cost = cost
+    del loop.inner_losses[losses:]
+    grads = {name: None if known.grads[name] is None else value for name, value in result.grads.items()}
+    return replace(result, grads=grads)
+
+
+def _pieces(
+    loop: InnerLoop, steps: Steps, every: int | Literal["sqrt"] | None, snapshots: int | None
+) -> Iterator[Piece]:
+    """Returns the pieces of a run from the last to the first; single steps of which every state is kept by default."""
+    if snapshots is not None:
+        return _revolving(loop, steps, snapshots)
+    return _kept_every(loop, steps, 1 if every is None else _stretch(every, loop.num_steps))
+
+
+def _stretch(every: int | Literal["sqrt"], num_steps: int) -> int:
     """Returns the steps between kept states."""
-    if every is None or every == "sqrt":
+    if every == "sqrt":
         return max(1, round(math.sqrt(num_steps)))
     if every > num_steps:
         raise IncompatibleBackendError(
@@ -154,7 +242,7 @@ def _go_back(loop: InnerLoop, variables: TensorDict, pieces: Iterator[Piece]) ->
     return BackendResult(grads=grads, outer_loss=outer_loss, state=last)
 
 
-def _kept_every(loop: InnerLoop, variables: TensorDict, every: int) -> Iterator[Piece]:
+def _kept_every(loop: InnerLoop, steps: Steps, every: int) -> Iterator[Piece]:
     """Yields stretches of `every` steps from the last to the first, keeping the states before them from one run.
 
     A stretch that is shorter is the first one, since the steps of the last one are run only once.
@@ -163,24 +251,23 @@ def _kept_every(loop: InnerLoop, variables: TensorDict, every: int) -> Iterator[
     starts = [max(stop - every, 0) for stop in stops]
     to_keep = frozenset(starts)
     kept: list[InnerState] = []
-    with torch.no_grad():
-        state = loop.initial(variables)
-        for step in range(starts[0]):
-            if step in to_keep:
-                kept.append(state)
-            state = loop.step(state, variables, step)
+    state = steps.initial()
+    for step in range(starts[0]):
+        if step in to_keep:
+            kept.append(state)
+        state = steps.advance(state, step)
     kept.append(state)
     loop.cost.stored_states = len(kept) + 1
+    del state
     for start, stop in zip(starts, stops, strict=True):
         yield start, stop, kept.pop()
 
 
-def _revolving(loop: InnerLoop, variables: TensorDict, snapshots: int) -> Iterator[Piece]:
+def _revolving(loop: InnerLoop, steps: Steps, snapshots: int) -> Iterator[Piece]:
     """Yields single steps from the last to the first, with states that the binomial schedule keeps or runs again."""
     kept: dict[int, InnerState] = {}
     first_run = 0  # the first step that was not run yet
-    with torch.no_grad():
-        state = loop.initial(variables)
+    state = steps.initial()
     for action in binomial_schedule(loop.num_steps, snapshots):
         match action:
             case Keep(step):
@@ -189,13 +276,8 @@ def _revolving(loop: InnerLoop, variables: TensorDict, snapshots: int) -> Iterat
             case Return(step):
                 state = kept[step]
             case Advance(start, stop):
-                with torch.no_grad():
-                    for step in range(start, stop):
-                        if step >= first_run:
-                            state = loop.step(state, variables, step)
-                        else:  # its loss is known
-                            state = loop.apply(loop.bound_loss(state, step), state, variables, step)
-                            loop.count_value(None)
+                for step in range(start, stop):
+                    state = steps.advance(state, step, first_run=step >= first_run)
                 first_run = max(first_run, stop)
             case Differentiate(step, release):
                 if release:

@@ -1,0 +1,95 @@
+"""Runs of reverse mode with compiled functions: as one program where the horizon is short, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.compilation import NotCompilableError, compilation, compiled, may_compile, refuse
+from hypertorch.derivatives import generator_states
+from hypertorch.hypergradients.base import BackendResult
+from hypertorch.hypergradients.compiled_steps import draws, first_state, program_key
+from hypertorch.hypergradients.pull_back import Grads
+from hypertorch.hypergradients.window import differentiate_window, whole_window
+from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
+from hypertorch.types import Batch, TensorDict
+
+# Steps in one program: each is compiled anew, which takes seconds.
+LONGEST_PROGRAM = 8
+
+_noisy: set[Hashable] = set()
+
+
+def run_compiled(
+    loop: InnerLoop, derivative: str, run: Callable[[], BackendResult], otherwise: Callable[[], BackendResult]
+) -> BackendResult:
+    """Returns the result of a run with compiled functions, or of one without, with a warning once, if need be.
+
+    Args:
+        loop: the loop, whose costs are as before if the first run comes to nothing.
+        derivative: how the inner gradient is differentiated; one way may be compiled where another cannot.
+        run: the run with compiled functions.
+        otherwise: the run without.
+    """
+    problem = loop.program().problem
+    key = (program_key(loop.program()), derivative)
+    if not may_compile(key):
+        return otherwise()
+    cost, losses = replace(loop.cost), len(loop.inner_losses)
+    try:
+        with compilation():
+            return run()
+    except NotCompilableError as error:
+        reason = error
+    loop.cost = cost
+    del loop.inner_losses[losses:]
+    # What is wrong with the problem itself is an error here, and no word on compilation.
+    result = otherwise()
+    refuse(key, f"a step of `{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`", reason)
+    return result
+
+
+def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
+    """Returns the hypergradient by one compiled function: unroll, outer loss and the derivative of all of it.
+
+    None if the horizon is long, the run goes on from another one, or noise is drawn: the generators are seeded at
+    every step, which a program cannot do.
+
+    Cost: the initial state once more; memory of the graphs of all steps, as far as the compiler keeps them.
+    """
+    program = loop.program()
+    key = (program_key(program), "whole")
+    if loop.num_steps > LONGEST_PROGRAM or loop.carry or key in _noisy:
+        return None
+    first_state(loop, tree.detach(variables))
+    batches = tuple(loop.prepare_step(step) for step in range(loop.num_steps))
+    loop.prepare_initial()
+    before = generator_states(loop.device)
+    moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
+    fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
+    with torch.no_grad():
+        grads, outer_loss, state, losses = compiled(_whole, key, loop.device)(program, moving, fixed, batches)
+    if draws(before, loop.device):
+        _noisy.add(key)
+        return None
+    for value in losses:
+        loop.count_value(value)
+    loop.cost.vjps += loop.num_steps
+    loop.cost.graph_steps = loop.num_steps
+    return BackendResult(grads={name: grads.get(name) for name in variables}, outer_loss=outer_loss, state=state)
+
+
+def _whole(
+    program: LoopProgram, moving: TensorDict, fixed: TensorDict, batches: tuple[Batch, ...]
+) -> tuple[Grads, Tensor, InnerState, tuple[Tensor, ...]]:
+    """Returns the derivative of the outer loss in `moving`, the outer loss, the last state and the inner losses."""
+    loop = program.loop(lambda index: batches[index])
+    own = tree.leaves_requiring_grad(moving)
+    variables = {**own, **fixed}
+    result = differentiate_window(loop, variables, whole_window(loop, variables))
+    grads = {name: None if value is None else value.detach() for name, value in result.grads.items()}
+    return grads, result.outer_loss, result.state.detached(), tuple(loop.inner_losses)

@@ -1,0 +1,91 @@
+"""One inner step in reverse mode, with the derivative of the inner gradient taken by forward over reverse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypertorch.derivatives import InnerLoss, forward_mode, vjp
+from hypertorch.hypergradients.pull_back import Cotangents, PulledBack, pull_back
+from hypertorch.hypergradients.replay import check_replay
+from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.types import TensorDict
+
+
+def pull_back_step_mixed(
+    loop: InnerLoop,
+    variables: TensorDict,
+    departure: InnerState,
+    cotangents: Cotangents,
+    step: int,
+    arrival: InnerState,
+) -> PulledBack:
+    """Runs a step and pulls the cotangents of its end back to its start, without a graph of the inner gradient.
+
+    The step is `s' = u(g, s, h)` with `g = grad_w L(w, h)`. First the update alone is differentiated, which gives the
+    gradient's cotangent; then the gradient, along it:
+
+        a = a' du/dg,   (a_w, a_h) += d<g, a>/d(w, h) = d/de grad_{w,h} L(w + e a, h)
+
+    A rule that takes several gradients in a step is differentiated from the last one to the first.
+
+    Cost: the step with its gradient, and two to three gradients more for each; memory of one gradient's graph with
+    its tangents, and no graph of a backward pass.
+
+    Args:
+        loop: the inner loop; one without buffers, whose new values have a path past the gradient.
+        variables: hyperparameters and context, as leaves.
+        departure: the state before the step; only its values are used.
+        cotangents: of the state after the step.
+        step: the step.
+        arrival: the state after the step as an earlier run had it, to compare with.
+
+    The part of a variable that the inner loss reads is never None: forward mode answers zeros where there is no path.
+
+    Raises:
+        ReplayError: if the step does not arrive at `arrival`.
+        IncompatibleBackendError: if an operation of the inner loss has no forward derivative.
+
+    References:
+        Kemaev et al. (2025), Scalable meta-learning via mixed-mode differentiation, section 3 (MixFlow-MG).
+    """
+    leaves = loop.leaves(departure)
+    with torch.enable_grad():
+        loss = loop.bound_loss(leaves, step, route="leaf")
+        end = loop.apply(loss, leaves, variables, step)
+        loop.count_step(loss)
+        outputs, seeds = end.tensors(), list(cotangents)
+        if loop.has_step_loss:
+            term = loop.step_loss(end.params, variables, step)
+            outputs.append(term)
+            seeds.append(torch.ones_like(term))
+        else:
+            term = torch.zeros((), device=loop.device)
+    check_replay(end, arrival, step, step + 1)
+    loop.cost.vjps += 1
+    loop.cost.graph_steps = max(loop.cost.graph_steps, 1)
+    with forward_mode(one_by_one=None):
+        outputs, seeds = through_gradients(loss, outputs, seeds)
+    grads, before = pull_back(outputs, seeds, leaves, variables)
+    return PulledBack(grads, before, term.detach())
+
+
+def through_gradients(loss: InnerLoss, outputs: list[Tensor], seeds: Cotangents) -> tuple[list[Tensor], Cotangents]:
+    """Returns outputs and cotangents to which the paths through the inner gradients are added, as paths through points.
+
+    The gradients must be leaves of the outputs' graph. What goes on from a gradient goes on from the params and hparams
+    that it was evaluated at, which become outputs themselves.
+
+    Args:
+        loss: of a step that was run by the route "leaf".
+        outputs: of the step.
+        seeds: their cotangents.
+    """
+    for call in reversed(loss.calls):
+        reached = vjp(outputs, seeds, call.gradient, retain_graph=True)
+        direction = {name: value for name, value in reached.items() if value is not None}
+        if direction:
+            in_params, in_hparams = loss.mixed_derivative(call, direction)
+            points = [*(call.params[name] for name in in_params), *(call.hparams[name] for name in in_hparams)]
+            outputs, seeds = [*outputs, *points], [*seeds, *in_params.values(), *in_hparams.values()]
+    return outputs, seeds

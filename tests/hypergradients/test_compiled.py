@@ -1,0 +1,163 @@
+"""Compiled runs against eager ones: the same number, compiled once, and eager with one warning where they cannot be."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import hypertorch as ht
+from hypertorch import compilation
+from hypertorch.errors import DetachedHyperparameterError, ReplayError
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem
+
+Reverse = ht.hypergradients.Reverse
+F64 = torch.float64
+LEARNT = {"lr": torch.tensor(0.3, dtype=F64), "momentum": torch.tensor(0.6, dtype=F64)}
+MOMENTUM = ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum"))
+ADAM = ht.dynamics.Adam(lr=ht.Hyper("lr", torch.exp, per="step"))
+SCHEDULE = {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}
+
+
+@pytest.fixture(autouse=True)
+def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces functions and their derivatives, but makes no machine code of them; what is slow does that too."""
+    monkeypatch.setattr(compilation, "_compiled", {})
+    monkeypatch.setattr(compilation, "_refused", set())
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+
+
+def programs() -> int:
+    """Returns how many programs were compiled in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
+def same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
+    """Asserts that a backend gives the eager number, and returns its result."""
+    hparams = problem.init_hparams()
+    eager = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
+    result = ht.hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
+    torch.testing.assert_close(result.outer_loss, eager.outer_loss, rtol=1e-10, atol=1e-13)
+    for name in hparams:
+        torch.testing.assert_close(result.grads[name], eager.grads[name], rtol=1e-10, atol=1e-13)
+    for name, value in eager.params.items():
+        torch.testing.assert_close(result.params[name], value, rtol=1e-10, atol=1e-13)
+    return result
+
+
+def test_one_step_and_one_vjp_are_compiled_for_all_steps_outer_steps_and_problems() -> None:
+    before = programs()
+    result = same(net_problem(MOMENTUM, LEARNT, num_steps=12), Reverse(compile=True))
+    assert programs() - before == 2
+    assert (result.stats.steps, result.stats.vjps, result.stats.graph_steps) == (24, 12, 1)
+    for outer_step in (1, 2):
+        rebuilt = net_problem(MOMENTUM, LEARNT, num_steps=12)
+        assert isinstance(rebuilt.inner, NetInner)
+        rebuilt.inner.inputs = normal(12, 4, seed=50 + outer_step)  # which the loss reads past its arguments
+        same(rebuilt, Reverse(compile=True), outer_step=outer_step)
+    for kept in ({"checkpoint_every": 1}, {"checkpoint_every": "sqrt"}, {"snapshots": 3}, {"memory_budget": "40KiB"}):
+        same(net_problem(MOMENTUM, LEARNT, num_steps=14), Reverse(compile=True, **kept))
+    assert programs() - before == 2
+
+
+def test_schedules_bias_correction_terms_at_steps_and_noise() -> None:
+    before = programs()
+    problem = net_problem(ADAM, SCHEDULE, num_steps=12, dropout=0.5, step_terms=True)
+    same(problem, Reverse(compile=True))
+    same(problem, Reverse(compile=True, snapshots=2), outer_step=1)
+    same(problem, Reverse(compile=True, derivative="mixed"), outer_step=1)  # noise: by reverse over reverse
+    assert programs() - before == 2
+
+
+@pytest.mark.slow
+def test_mixed_mode_is_compiled() -> None:
+    for dynamics, extra in ((MOMENTUM, LEARNT), (ADAM, SCHEDULE)):
+        result = same(net_problem(dynamics, extra, num_steps=12), Reverse(compile=True, derivative="mixed"))
+        assert result.stats.vjps == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+def test_a_short_horizon_is_one_program(route: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    before = programs()
+    for _ in range(2):
+        same(task_problem(module, item=(4,), num_steps=2, task_route=route), Reverse(compile=True))
+    assert programs() - before == 1
+
+
+def sum_problem(loss: Any, *, num_steps: int = 10, **extra: Tensor) -> ht.BilevelProblem:
+    inner = LambdaInner(lambda hparams: {"w": torch.ones(3, dtype=F64)}, loss)
+    outer = LambdaOuter({"c": torch.tensor(0.5, dtype=F64), **extra}, lambda p, h, b: p["w"].square().sum())
+    return ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=num_steps)
+
+
+def test_what_cannot_be_compiled_runs_without_after_one_warning() -> None:
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        sign = 1.0 if float(params["w"].detach().sum()) > 0.0 else -1.0  # a branch that depends on values
+        return sign * (params["w"] * hparams["c"]).square().sum()
+
+    problem = sum_problem(loss)
+    with pytest.warns(UserWarning, match=r"`compile=True`: a step of `LambdaInner` by `SGD` cannot") as caught:
+        first = same(problem, Reverse(compile=True))
+    assert len(caught) == 1 and first.stats.steps == 10
+    same(sum_problem(loss), Reverse(compile=True), outer_step=1)
+
+
+def test_without_a_compiler_it_runs_without_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*arguments: Any) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(compilation, "BACKEND", no_compiler)
+    problem = sum_problem(lambda p, h, b: (p["w"] * h["c"]).square().sum())
+    with pytest.warns(UserWarning, match=r"No working C\+\+ compiler found") as caught:
+        same(problem, Reverse(compile=True))
+    assert len(caught) == 1
+
+
+def test_an_error_of_the_problem_is_no_word_on_compilation() -> None:
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        raise KeyError("a mistake")
+
+    problem = sum_problem(loss)
+    with warnings.catch_warnings(), pytest.raises(KeyError, match="a mistake"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+    assert not compilation._refused
+
+
+def test_a_hyperparameter_that_does_nothing_is_refused() -> None:
+    problem = sum_problem(lambda p, h, b: (p["w"] * h["c"]).square().sum(), idle=torch.zeros(2, dtype=F64))
+    with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['idle'\]` does not reach"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+
+
+def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
+    class Counting(ht.InnerProblem):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            return {"w": torch.ones(2, dtype=F64)}
+
+        def batch(self, step: int) -> Batch:
+            self.calls += step == 4  # another one when step 4 is run again
+            return torch.tensor(float(self.calls), dtype=F64)
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            return (params["w"] * hparams["c"] - batch).square().sum()
+
+    outer = LambdaOuter({"c": torch.tensor(1.0, dtype=F64)}, lambda params, hparams, batch: params["w"].sum())
+    problem = ht.BilevelProblem(Counting(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=10)
+    with pytest.raises(ReplayError, match="`w` after inner step 4 differs"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+
+
+def test_compile_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match="`compile` is 'yes'"):
+        Reverse(compile="yes")  # type: ignore[arg-type]

@@ -1,0 +1,237 @@
+"""Mixed mode against reverse over reverse: the same number, fewer graphs, and refusals that say what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypertorch as ht
+from hypertorch.derivatives import InnerLoss
+from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
+from hypertorch.hypergradients import derivative_choice
+from hypertorch.hypergradients.step_by_step import EagerSteps
+from hypertorch.live_memory import PeakMemory
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
+
+Reverse = ht.hypergradients.Reverse
+F64 = torch.float64
+LR = {"lr": torch.tensor(0.3, dtype=F64)}
+SHARED = {"lr": torch.tensor(0.3, dtype=F64), "decay": torch.tensor(0.02, dtype=F64)}
+SCHEDULE = {"lr": torch.linspace(-2.0, -3.0, 7, dtype=F64), "decay": torch.tensor(0.02, dtype=F64)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExtraGradient(ht.Dynamics):
+    """Looks ahead and steps along the gradient found there: two gradients, the second at a point that moves."""
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        return {}
+
+    def step(
+        self, loss: InnerLoss, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        first = loss.gradient(params, hparams)
+        ahead = {name: value - hparams["lr"] * first[name] for name, value in params.items()}
+        second = loss.gradient(ahead, hparams)
+        return {name: value - hparams["lr"] * second[name] for name, value in params.items()}, {}
+
+
+FAMILIES = {
+    "sgd": (ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=0.7, weight_decay=ht.Hyper("decay")), SHARED),
+    "nesterov": (ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=0.5, nesterov=True), LR),
+    "adam": (ht.dynamics.Adam(lr=ht.Hyper("lr", torch.exp, per="step"), weight_decay=ht.Hyper("decay")), SCHEDULE),
+    "adamw": (ht.dynamics.AdamW(lr=ht.Hyper("lr", torch.exp, per="step"), weight_decay=ht.Hyper("decay")), SCHEDULE),
+    "rmsprop": (ht.dynamics.RMSprop(lr=ht.Hyper("lr"), momentum=0.3), {"lr": torch.tensor(0.01, dtype=F64)}),
+    "adagrad": (ht.dynamics.Adagrad(lr=ht.Hyper("lr")), {"lr": torch.tensor(0.1, dtype=F64)}),
+    "reversible": (ht.dynamics.ReversibleMomentum(lr=ht.Hyper("lr"), momentum=0.75), LR),
+    "torch_optim": (ht.dynamics.TorchOptim(torch.optim.Adamax, options={"lr": ht.Hyper("lr")}), LR),
+    "groups": (
+        ht.dynamics.Groups({"first": ht.dynamics.SGD(lr=ht.Hyper("lr")), "*": ht.dynamics.Adam(lr=0.01)}),
+        LR,
+    ),
+    "learned": (ht.dynamics.LearnedUpdate(ht.dynamics.CoordinatewiseMLP(hidden=3).double(), scale=0.01), {}),
+    "extra_gradient": (ExtraGradient(), LR),
+}
+
+
+def same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
+    """Asserts that a backend gives the whole graph's number, and returns its result."""
+    hparams = problem.init_hparams()
+    whole = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
+    mixed = ht.hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
+    torch.testing.assert_close(mixed.outer_loss, whole.outer_loss, rtol=1e-12, atol=1e-14)
+    for name in hparams:
+        torch.testing.assert_close(mixed.grads[name], whole.grads[name], rtol=1e-10, atol=1e-13)
+    return mixed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_reverse_over_reverse_for_every_family(family: str) -> None:
+    dynamics, extra = FAMILIES[family]
+    result = same(net_problem(dynamics, extra), Reverse(derivative="mixed"), outer_step=3)
+    assert result.stats.steps == 14 and result.stats.vjps == 7 and result.stats.graph_steps == 1
+
+
+@pytest.mark.parametrize(
+    "kept", [{}, {"checkpoint_every": 3}, {"checkpoint_every": "sqrt"}, {"snapshots": 2}, {"memory_budget": "20KiB"}]
+)
+@pytest.mark.parametrize("family", ["sgd", "extra_gradient"])
+def test_equals_reverse_over_reverse_with_noise_and_terms_at_steps(kept: dict, family: str) -> None:
+    dynamics, extra = FAMILIES[family]
+    problem = net_problem(dynamics, extra, dropout=0.5, step_terms=True)
+    same(problem, Reverse(derivative="mixed", **kept), outer_step=2)
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+def test_equals_reverse_over_reverse_with_tasks(route: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    same(task_problem(module.double(), item=(4,), task_route=route), Reverse(derivative="mixed"))
+
+
+def test_statistics_keep_their_path() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    same(task_problem(module.double(), item=(4,)), Reverse(derivative="mixed"))
+
+
+def test_equals_central_differences() -> None:
+    problem = net_problem(*FAMILIES["sgd"], dropout=0.3)
+    check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(derivative="mixed", snapshots=2))
+    assert check.passed, str(check)
+
+
+def deep_problem(calls: list[int], *, depth: int = 8, num_steps: int = 3) -> ht.BilevelProblem:
+    """A deep net on many rows, whose activations are most of what is held; counts evaluations of its loss."""
+    inputs, targets = normal(256, 8, seed=1), normal(256, 8, seed=2)
+    weights = {f"w{layer}": 0.4 * normal(8, 8, seed=10 + layer) for layer in range(depth)}
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        calls.append(1)
+        hidden = inputs
+        for layer in range(depth):
+            hidden = torch.tanh(hidden @ params[f"w{layer}"])
+        return (hparams["weight"].sigmoid() * (hidden - targets).square().sum(1)).mean()
+
+    inner = LambdaInner(lambda hparams: {name: value.clone() for name, value in weights.items()}, loss)
+    outer = LambdaOuter({"weight": normal(256, seed=3)}, lambda params, hparams, batch: params["w0"].square().sum())
+    return ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=num_steps)
+
+
+def test_takes_one_gradient_in_a_step_and_two_in_its_vjp() -> None:
+    calls: list[int] = []
+    problem = deep_problem(calls, num_steps=5)
+    ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+    assert len(calls) == 5 + 2 * 5
+
+
+def test_holds_less_than_reverse_over_reverse() -> None:
+    problem = deep_problem([], depth=24, num_steps=2)
+    peaks = {}
+    for name, derivative in (("reverse", "reverse"), ("mixed", "mixed")):
+        backend = Reverse(checkpoint_every=1, derivative=derivative)
+        hparams = problem.init_hparams()
+        ht.hypergradient(problem, hparams, backend=backend)
+        with PeakMemory() as memory:
+            ht.hypergradient(problem, hparams, backend=backend)
+        peaks[name] = memory.peak
+    assert peaks["mixed"] < 0.9 * peaks["reverse"], peaks
+
+
+def test_memory_is_that_of_states_in_the_number_of_steps() -> None:
+    peaks = []
+    for num_steps in (4, 8, 12):
+        problem = deep_problem([], num_steps=num_steps)
+        with PeakMemory() as memory:
+            ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+        peaks.append(memory.peak)
+    state = 8 * 64 * 8
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.2)
+    assert peaks[1] - peaks[0] < 4 * state + 8 * 256
+
+
+def test_a_hyperparameter_that_does_nothing_is_refused() -> None:
+    problem = net_problem(ht.dynamics.SGD(lr=0.1), {"idle": torch.zeros(2, dtype=F64)})
+    with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['idle'\]` does not reach"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+
+
+def test_a_hyperparameter_that_shifts_the_loss_alone_is_refused() -> None:
+    inner = LambdaInner(lambda hparams: {"w": torch.ones(2, dtype=F64)}, lambda p, h, b: (p["w"] ** 2).sum() + h["c"])
+    outer = LambdaOuter({"c": torch.tensor(1.0, dtype=F64)}, lambda p, h, b: p["w"].sum())
+    problem = ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=3)
+    with pytest.raises(DetachedHyperparameterError, match="`hparams\\['c'\\]` does not reach"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+
+
+def no_forward_problem() -> ht.BilevelProblem:
+    targets = normal(3, seed=4)
+    inner = LambdaInner(
+        lambda hparams: {"w": torch.zeros(3, dtype=F64)},
+        lambda params, hparams, batch: torch.nn.functional.huber_loss(params["w"] * hparams["scale"], targets),
+    )
+    outer = LambdaOuter(
+        {"scale": torch.tensor(1.5, dtype=F64)}, lambda params, hparams, batch: params["w"].square().sum()
+    )
+    return ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=4)
+
+
+def test_an_operation_without_forward_derivative_is_named_and_avoided_by_auto() -> None:
+    problem = no_forward_problem()
+    with pytest.raises(IncompatibleBackendError, match=r"no forward derivative.*`Reverse\(\)`"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+    result = same(problem, Reverse(derivative="auto"))
+    assert result.stats.graph_steps == 4
+
+
+@pytest.mark.parametrize("faster", ["reverse", "mixed"])
+def test_auto_takes_the_faster_and_measures_once(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivative_choice, "_measured", {})
+    asked: list[EagerSteps] = []
+
+    def seconds(loop: object, steps: EagerSteps) -> float:
+        asked.append(steps)
+        return 1.0 if steps._mixed == (faster == "mixed") else 2.0
+
+    monkeypatch.setattr(derivative_choice, "_seconds", seconds)
+    problem = net_problem(*FAMILIES["sgd"])
+    for outer_step in range(3):
+        result = same(problem, Reverse(derivative="auto"), outer_step=outer_step)
+    assert len(asked) == 2
+    assert result.stats.graph_steps == (1 if faster == "mixed" else 7)
+    assert result.stats.steps == (14 if faster == "mixed" else 7)
+
+
+def test_the_measurement_itself_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivative_choice, "_measured", {})
+    problem = net_problem(*FAMILIES["sgd"], dropout=0.4)
+    result = same(problem, Reverse(derivative="auto", checkpoint_every=1))
+    assert result.stats.vjps == 7 and result.stats.steps in (13, 14)
+
+
+def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
+    class Counting(ht.InnerProblem):
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            return {"w": torch.ones(2, dtype=F64)}
+
+        def batch(self, step: int) -> Batch:
+            self.calls += 1
+            return torch.tensor(float(self.calls), dtype=F64)
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            return (params["w"] * hparams["c"] - batch).square().sum()
+
+    outer = LambdaOuter({"c": torch.tensor(1.0, dtype=F64)}, lambda params, hparams, batch: params["w"].sum())
+    problem = ht.BilevelProblem(Counting(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=3)
+    with pytest.raises(ReplayError, match="`w` after inner step 2 differs"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+
+
+def test_an_unknown_derivative_is_refused() -> None:
+    with pytest.raises(ValueError, match="`derivative` is 'forward'.*'reverse', 'mixed' or 'auto'"):
+        Reverse(derivative="forward")  # type: ignore[arg-type]
