@@ -1,9 +1,12 @@
-# Sourced by scripts/train and scripts/test: `prepare_environment` leaves a working .venv in the checkout.
+# Sourced by the other scripts here: `prepare_environment [EXTRA]` leaves a working .venv in the checkout, with the
+# packages of that extra of pyproject.toml beside those of development where one is named.
 # Safe to interrupt and to run twice at once: the stamp that says "ready" is written last, under a lock.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="$root/.venv"
-stamp="$venv/.hypertorch-ready"
+base_stamp="$venv/.hypertorch-ready"
+stamp="$base_stamp"
+extras=dev
 constraints="$root/scripts/constraints.txt"
 
 say() { printf 'hypertorch: %s\n' "$*" >&2; }
@@ -40,6 +43,7 @@ find_python() {
 
 # The environment is ready when it was completed from these very files, at this very place, and still starts.
 fingerprint() { printf '%s\n' "$root"; cksum <"$root/pyproject.toml"; cksum <"$constraints"; }
+write_stamp() { fingerprint >"$1.new" && mv "$1.new" "$1"; }
 environment_is_ready() {
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ] && "$venv/bin/python" -c "" >/dev/null 2>&1
 }
@@ -54,7 +58,7 @@ install() {
 make_environment() {
     local python torch
     # Gone before anything changes: an interrupted install must not look finished.
-    rm -f "$stamp"
+    rm -f "$base_stamp"*
     if ! usable_python "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(find_python)" || exit 1
         say "making .venv with $python ($("$python" --version 2>&1))"
@@ -66,12 +70,18 @@ make_environment() {
     # Alone and first: so pip's choice between CPU and CUDA builds is made by the user's pip settings only.
     install "$torch"
     say "installing hypertorch and its other requirements"
-    install -qq -c "$constraints" -e "$root[dev]"
-    fingerprint >"$stamp.new" && mv "$stamp.new" "$stamp"
+    install -qq -c "$constraints" -e "$root[$extras]"
+    write_stamp "$base_stamp"
+    [ "$stamp" = "$base_stamp" ] || write_stamp "$stamp"
     say "the environment is ready; the next call starts at once"
 }
 
 prepare_environment() {
+    if [ "$#" -gt 0 ]; then
+        # A stamp of its own: the environment may be ready without the extra.
+        extras="dev,$1"
+        stamp="$base_stamp-$1"
+    fi
     environment_is_ready && return
     if command -v flock >/dev/null 2>&1; then
         # Beside .venv, not in it: making the environment may empty that folder.

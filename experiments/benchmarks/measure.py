@@ -1,0 +1,171 @@
+"""Measures all contestants of a work: agreement and first run, memory, then times in turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from experiments.benchmarks.agreement import relative_error
+from experiments.benchmarks.contestant import Contestant, NotCompiled, NotMeasured, Outcome
+from experiments.benchmarks.failure_reasons import CONTESTANT_FAILURES, reason
+from experiments.benchmarks.job import Job
+from experiments.benchmarks.memory import MemoryRequest, peak_bytes
+from experiments.benchmarks.own_process import in_own_process
+from experiments.benchmarks.row import Row
+from experiments.benchmarks.timing import Rounds, Stopwatch
+from experiments.benchmarks.work import Work
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How everything is measured.
+
+    Args:
+        seed: of the data.
+        device: where to compute.
+        dtype: of the tensors.
+        rounds: how repetitions are made.
+        tolerance: largest relative error of a hypergradient that agrees.
+        memory: whether peak memory is measured, which needs a process for every contestant.
+        memory_limit: bytes that a contestant may take beside the data.
+        longest_run: seconds that one run may take, in the process for the memory.
+        longest_work: seconds that the times of a work may take.
+        contestants: names of those that take part; None for all.
+    """
+
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    rounds: Rounds
+    tolerance: float
+    memory: bool
+    memory_limit: int
+    longest_run: float
+    longest_work: float
+    contestants: Collection[str] | None = None
+
+
+def measure(name: str, work: Work, size: int | None, settings: Settings, say: Callable[[str], None]) -> list[Row]:
+    """Returns a row for every contestant of a work.
+
+    Memory comes first, in a process for each, so that what does not fit or takes too long is known before all of them
+    are run together. Then one more process takes their times, and compares their hypergradients.
+
+    Args:
+        name: of the work or sweep.
+        work: the work.
+        size: the swept size; None outside a sweep.
+        settings: how to measure.
+        say: is told what is being done.
+    """
+    rows = [
+        Row(work=name, title=work.title, size=size, contestant=key, library=contestant.library, side=contestant.side)
+        for key, contestant in work.contestants().items()
+        if settings.contestants is None or key in settings.contestants
+    ]
+    if settings.memory:
+        for place, row in enumerate(rows):
+            say(f"memory: {row.contestant}")
+            rows[place] = _with_memory(row, work, settings)
+    able = [row for row in rows if not row.notes]
+    say(f"times of {len(able)} contestants")
+    request = TimesRequest(work=work, rows=able, settings=settings, num_threads=torch.get_num_threads())
+    try:
+        timed = in_own_process(timed_here, request, settings.longest_work)
+    except NotMeasured as error:
+        timed = [_without(row, error) for row in able]
+    by_name = {row.contestant: row for row in timed}
+    return [by_name.get(row.contestant, row) for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimesRequest:
+    """Whose times are wanted.
+
+    Args:
+        work: the work.
+        rows: of the contestants that take part.
+        settings: how to measure.
+        num_threads: threads of PyTorch's operations.
+    """
+
+    work: Work
+    rows: list[Row]
+    settings: Settings
+    num_threads: int
+
+
+def timed_here(request: TimesRequest) -> list[Row]:
+    """Returns the rows with times and errors, measured in this process.
+
+    Each contestant runs once, apart: that run shows the hypergradient, and compiles where there is something to
+    compile. Then all run in turns.
+    """
+    torch.set_num_threads(request.num_threads)
+    settings, contestants = request.settings, request.work.contestants()
+    job = request.work.job(seed=settings.seed, device=settings.device, dtype=settings.dtype)
+    stopwatch = Stopwatch(device=settings.device)
+    rows = {row.contestant: row for row in request.rows}
+    reference: tuple[str, TensorDict] | None = None
+    refusal: NotCompiled | None = None
+    warm: dict[str, Callable[[], Outcome]] = {}
+    for key, row in rows.items():
+        contestant = contestants[key]
+        if contestant.compiles and refusal is not None:
+            # The library remembers what it could not compile, and would run it without, silently.
+            rows[key] = _without(row, refusal)
+            continue
+        try:
+            rows[key], outcome = _first_run(row, contestant, job, stopwatch)
+        except CONTESTANT_FAILURES as error:
+            rows[key] = _without(row, error)
+            refusal = error if isinstance(error, NotCompiled) else refusal
+            continue
+        warm[key] = partial(contestant.run, job)
+        if outcome.grads is not None:
+            reference = reference or (key, outcome.grads)
+            rows[key] = _compared(rows[key], outcome.grads, reference, settings.tolerance)
+    for key, times in settings.rounds.times(warm, stopwatch).items():
+        rows[key] = replace(
+            rows[key], median_seconds=statistics.median(times), min_seconds=min(times), repetitions=len(times)
+        )
+    return list(rows.values())
+
+
+def _with_memory(row: Row, work: Work, settings: Settings) -> Row:
+    request = MemoryRequest(
+        work=work,
+        contestant=row.contestant,
+        seed=settings.seed,
+        device=settings.device.type,
+        dtype=settings.dtype,
+        num_threads=torch.get_num_threads(),
+        limit=settings.memory_limit,
+        longest=settings.longest_run,
+    )
+    try:
+        return replace(row, peak_bytes=peak_bytes(request))
+    except NotMeasured as error:
+        return _without(row, error)
+
+
+def _without(row: Row, error: BaseException) -> Row:
+    """Returns the row with the reason why it was not measured."""
+    return replace(row, notes=(*row.notes, f"not measured: {reason(error)}"))
+
+
+def _first_run(row: Row, contestant: Contestant, job: Job, stopwatch: Stopwatch) -> tuple[Row, Outcome]:
+    outcomes: list[Outcome] = []
+    seconds = stopwatch.seconds(lambda: outcomes.append(contestant.run(job)))
+    return replace(row, first_seconds=seconds, figures=outcomes[0].figures), outcomes[0]
+
+
+def _compared(row: Row, grads: TensorDict, reference: tuple[str, TensorDict], tolerance: float) -> Row:
+    whose, expected = reference
+    error = relative_error(grads, expected)
+    return replace(row, error=error, reference=whose, agrees=error <= tolerance)

@@ -1,0 +1,64 @@
+"""One line of the results: a contestant on a work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from experiments.benchmarks.contestant import Side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of a contestant; what could not be is None, with the reason in `notes`.
+
+    Attributes:
+        work: name of the work or sweep.
+        title: what is computed.
+        size: the swept size; None outside a sweep.
+        contestant: name of the contestant.
+        library: whose it is.
+        side: on which side it stands.
+        median_seconds: median over the repetitions.
+        min_seconds: the fastest repetition.
+        first_seconds: the first run, apart: with compilation, where there is one.
+        repetitions: timed runs.
+        peak_bytes: peak memory above what was in use before, in a process of its own.
+        error: relative error of the hypergradient against the work's reference.
+        reference: whose hypergradient that is.
+        agrees: whether the error is within the tolerance; None for the floor.
+        figures: what the contestant counted itself.
+        notes: why something was not measured.
+    """
+
+    work: str
+    title: str
+    size: int | None
+    contestant: str
+    library: str
+    side: Side
+    median_seconds: float | None = None
+    min_seconds: float | None = None
+    first_seconds: float | None = None
+    repetitions: int = 0
+    peak_bytes: int | None = None
+    error: float | None = None
+    reference: str | None = None
+    agrees: bool | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the row for JSON."""
+        return {**asdict(self), "figures": dict(self.figures), "notes": list(self.notes)}
+
+    def flat(self) -> dict[str, Any]:
+        """Returns the row for CSV: figures in columns of their own, notes in one."""
+        rest = {name: value for name, value in self.as_dict().items() if name not in ("figures", "notes")}
+        return {**rest, **self.figures, "notes": "; ".join(self.notes)}
+
+    def quantity(self, name: str) -> float | None:
+        """Returns "time" (the fastest repetition), "memory", or a figure of the contestant's own by its name."""
+        known: dict[str, float | None] = {"time": self.min_seconds, "memory": self.peak_bytes}
+        return known[name] if name in known else self.figures.get(name)

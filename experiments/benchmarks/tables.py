@@ -1,0 +1,99 @@
+"""Tables for the screen and for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from experiments.benchmarks.ratios import BYTES, Ratio
+from experiments.benchmarks.row import Row
+from experiments.benchmarks.sweep import Growth
+
+_MISSING = "-"
+NOT_MEASURED = "not measured"
+
+
+def table_of_rows(rows: Sequence[Row]) -> Table:
+    """Returns what was measured on one work, one line per contestant.
+
+    Args:
+        rows: of one work at one size.
+    """
+    notes = [f"{row.contestant}: {'; '.join(row.notes)}" for row in rows if row.notes]
+    table = Table(title=rows[0].title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
+    table.add_column("contestant")
+    for column in ("median", "fastest", "x best peer", "memory", "error"):
+        table.add_column(column, justify="right")
+    peers = [row.min_seconds for row in rows if row.side == "peer" and row.min_seconds is not None]
+    for row in rows:
+        fastest = row.min_seconds
+        table.add_row(
+            row.contestant,
+            time_words(row.median_seconds),
+            time_words(fastest),
+            f"{fastest / min(peers):.3g}" if peers and fastest is not None else _MISSING,
+            byte_words(row.peak_bytes),
+            _MISSING if row.error is None else f"{row.error:.1e}{' DISAGREES' if row.agrees is False else ''}",
+        )
+    return table
+
+
+def table_of_growth(title: str, exponents: Mapping[str, Mapping[str, Growth | None]]) -> Table:
+    """Returns the fitted exponents of a sweep.
+
+    Args:
+        title: the line above.
+        exponents: by contestant and quantity.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("contestant")
+    table.add_column("time grows as", justify="right")
+    table.add_column("memory grows as", justify="right")
+    for name, found in exponents.items():
+        fits = (found["time"], found["memory"])
+        table.add_row(name, *(_MISSING if fit is None else f"size^{fit.exponent:.2f}" for fit in fits))
+    return table
+
+
+def ratio_lines(ratios: Sequence[Ratio]) -> list[str]:
+    """Returns the ratios as the lines of a Markdown table."""
+    lines = ["| work | contestant | figure | against | wanted | measured | reached |", "|" + " --- |" * 7]
+    for ratio in ratios:
+        target = ratio.target
+        absolute = target.against == BYTES
+        wanted = byte_words(target.at_most) if absolute else _ratio_words(target.at_most)
+        if ratio.figure is None:
+            measured, reached = f"{NOT_MEASURED} ({ratio.notes})", ""
+        else:
+            measured = byte_words(ratio.figure) if absolute else _ratio_words(ratio.figure)
+            reached = "yes" if ratio.reached else "no"
+        size = "" if ratio.size is None else f" (size {ratio.size:,})"
+        cells = (f"{ratio.title}{size}", target.contestant, target.quantity.replace("_", " "))
+        cells += (ratio.against.replace("_", " "), f"at most {wanted}", measured, reached)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def time_words(seconds: float | None) -> str:
+    """Returns a time for people, with three digits."""
+    if seconds is None:
+        return _MISSING
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def byte_words(count: float | None) -> str:
+    """Returns bytes for people, with three digits."""
+    if count is None:
+        return _MISSING
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.3g} B"
+
+
+def _ratio_words(ratio: float) -> str:
+    return f"1/{1 / ratio:.3g}" if 0 < ratio < 1 / 3 else f"{ratio:.3g}"

@@ -1,0 +1,83 @@
+"""Times of several contestants, taken in turns."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopwatch:
+    """Times a run on a device: by the clock on a CPU, by events in the device's own stream on a GPU.
+
+    Args:
+        device: where the run computes.
+    """
+
+    device: torch.device
+
+    def seconds(self, run: Run, number: int = 1) -> float:
+        """Returns the mean time of `number` runs in a row (unit: seconds)."""
+        # The graphs of some libraries hold cycles, which nobody frees before the next collection.
+        gc.collect()
+        if self.device.type == "cuda":
+            return self._event_seconds(run, number) / number
+        start = time.perf_counter()
+        for _ in range(number):
+            run()
+        return (time.perf_counter() - start) / number
+
+    def _event_seconds(self, run: Run, number: int) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        start.record()
+        for _ in range(number):
+            run()
+        stop.record()
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(stop) / 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How repetitions are made: in each round every contestant runs once, starting with another one each time.
+
+    What disturbs the machine for a while then disturbs all of them, and none always runs behind the same neighbour.
+
+    Args:
+        repetitions: rounds.
+        shortest: a repetition is as many runs in a row as take at least so long (unit: seconds).
+        longest: a contestant takes no part in further rounds once it has run for so long (unit: seconds).
+    """
+
+    repetitions: int
+    shortest: float
+    longest: float
+
+    def times(self, runs: Mapping[str, Run], stopwatch: Stopwatch) -> dict[str, list[float]]:
+        """Returns the time of one run in each repetition, by contestant.
+
+        Args:
+            runs: contestants that are warm.
+            stopwatch: of the device.
+        """
+        numbers = {name: self._number(run, stopwatch) for name, run in runs.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        names = list(runs)
+        for turn in range(self.repetitions):
+            first = turn % max(len(names), 1)
+            for name in names[first:] + names[:first]:
+                if sum(times[name]) * numbers[name] < self.longest:
+                    times[name].append(stopwatch.seconds(runs[name], numbers[name]))
+        return times
+
+    def _number(self, run: Run, stopwatch: Stopwatch) -> int:
+        """Returns how many runs make a repetition, after one more run to warm up."""
+        return max(1, math.ceil(self.shortest / max(stopwatch.seconds(run), 1e-6)))
