@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from experiments.episode_pictures import tasks_of
 from hypertorch.fewshot import EpisodeSource, Learner
 
 _MOST_POINTS = 16  # after so many inner steps figures are taken at most: each is a pass over the queries
-_COLOURS = "tab10"
+_CLASSES_IN_LEGEND = 10
 
 
 def draw_adaptation(
@@ -43,7 +44,7 @@ def draw_adaptation(
         num_episodes: episodes of each curve.
         path: the picture.
     """
-    *_, source = splits.values()
+    *_, (split, source) = splits.items()
     episode = tasks_of(source.at(0))[0]
     num_steps = learner.problem(episode, None).num_steps
     has_classes = not episode.query.targets.is_floating_point()
@@ -58,7 +59,7 @@ def draw_adaptation(
         embedding = learner.embed(hparams, episode)
         for axes, values, when in zip(panels, embedding, ("before", "after"), strict=True):
             _draw_queries(axes, values, episode.query.targets)
-            axes.set_title(f"queries {when} adaptation", fontsize=10)
+            axes.set_title(f"queries of a {split} episode {when} adaptation", fontsize=9)
     figure.savefig(path, dpi=120)
     return True
 
@@ -110,6 +111,10 @@ def _draw_curves(
         axes.errorbar(steps, means, [point.half_width for point in curve], marker=".", capsize=2, label=split)
     if num_steps >= _MOST_POINTS:
         axes.set_xscale("symlog", linthresh=1)
+        axes.xaxis.set_major_locator(FixedLocator([0, *(10**power for power in range(len(str(num_steps)))), num_steps]))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="inner steps", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -117,5 +122,10 @@ def _draw_curves(
 
 def _draw_queries(axes: Axes, values: Tensor, targets: Tensor) -> None:
     plane = PCA(n_components=2).fit_transform(values.detach().cpu().double().numpy())
-    axes.scatter(plane[:, 0], plane[:, 1], c=targets.cpu().numpy(), cmap=_COLOURS, s=16)
-    axes.set(xticks=[], yticks=[], xlabel="first two principal components")
+    labels = targets.cpu().numpy()
+    for label in np.unique(labels):
+        points = plane[labels == label]
+        axes.scatter(points[:, 0], points[:, 1], color=f"C{label % 10}", s=16, label=f"class {label}")
+    axes.set(xticks=[], yticks=[], xlabel="first principal component of this panel", ylabel="second")
+    if len(np.unique(labels)) <= _CLASSES_IN_LEGEND:
+        axes.legend(fontsize=7)

@@ -131,6 +131,13 @@ def _build_learner(config: DictConfig, changes: Mapping[str, Any]) -> Learner:
     return build(config, "learner", network, **options)
 
 
+def on_episodes(config: DictConfig, learner: Learner, episodes: EpisodeSource) -> ht.ProblemSource:
+    """Returns a learner's problems on a stream of episodes, their tasks run as the configuration says."""
+    # Runs of earlier versions do not have these settings.
+    route, chunk = config.get("task_route", "auto"), config.get("task_chunk")
+    return learner.on(episodes, task_route=route, task_chunk=chunk)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpisodeStreams:
     """Makes the episodes of a run: for training, for validation, and for the evaluation of each split."""
@@ -166,8 +173,11 @@ class EpisodeStreams:
             common["num_queries"] = config.evaluation.num_queries
         if config.dataset is None:
             return build(config, "episodes", device=chosen_device(config), **common)
-        images = build(config, "dataset", split=split)
-        return build(config, "episodes", images.to(chosen_device(config)), **common)
+        images = build(config, "dataset", split=split).to(chosen_device(config))
+        try:
+            return build(config, "episodes", images, **common)
+        except ValueError as error:
+            raise ExpectedFailure(f"the episodes of {split}, to {purpose.split(maxsplit=1)[0]} on: {error}") from error
 
 
 def build_outer_loop(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.assembly import EpisodeStreams, build_learner
+from experiments.assembly import EpisodeStreams, build_learner, on_episodes
 from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
 from experiments.reporting import duration, peak_memory_mib, print_reports, report_as_dict, versions, write_results
@@ -41,7 +41,10 @@ def main(config: DictConfig) -> float:
     folder = open_folder(config, HydraConfig.get().overrides.task)
     learner, streams = build_learner(trained_as), EpisodeStreams(config=trained_as)
     report = ht.evaluate(
-        learner.on(streams.evaluation(split, config.seed)), hparams, num_episodes=num_episodes, progress=True
+        on_episodes(trained_as, learner, streams.evaluation(split, config.seed)),
+        hparams,
+        num_episodes=num_episodes,
+        progress=True,
     )
     write_results(
         folder.results,

@@ -132,6 +132,13 @@ class Failures:
             self._report(error, "")
         return 1 if self._messages else 0
 
+    def environment(self) -> dict[str, str]:
+        """Returns the environment for a command that this one starts: with tracebacks only if the user wants them."""
+        kept = dict(os.environ)
+        if not self._keep_tracebacks:
+            kept.pop(_FULL_ERROR, None)
+        return kept
+
     def _report(self, error: BaseException, prefix: str) -> None:
         message = None if self._keep_tracebacks else explain(error, self._config_name)
         if message is None:

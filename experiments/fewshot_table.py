@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -37,6 +36,7 @@ _COLUMNS: tuple[str, ...] = (
     "published (%)",
     "meta-train",
     "meta-val",
+    "gap (train - test)",
     "seed",
     "minutes",
     "hardware",
@@ -83,7 +83,7 @@ class Cell:
         done = subprocess.run(
             [sys.executable, str(_TRAIN), *words],
             check=False,
-            env={**_KEEP_MEMORY, **os.environ, "HYPERTORCH_DATA": data},
+            env={**_KEEP_MEMORY, **failures.environment(), "HYPERTORCH_DATA": data},
         )
         if done.returncode:
             raise ExpectedFailure(
@@ -97,7 +97,7 @@ class Cell:
         known = {
             "learner": self.learner,
             "setting": self.setting.replace("_", " "),
-            "published (%)": self.published or "",
+            "published (%)": self.published or "none known",
             "command": command("scripts/train", shown),
         }
         if not self.is_finished():
@@ -109,6 +109,7 @@ class Cell:
             "accuracy (%)": splits["meta_test"],
             "meta-train": splits["meta_train"],
             "meta-val": splits["meta_val"],
+            "gap (train - test)": f"{_mean(results, 'meta_train') - _mean(results, 'meta_test'):.2f}",
             "seed": str(results["seed"]),
             "minutes": f"{results['training_minutes']:.0f}",
             "hardware": f"{results['device']}, {platform.machine()}, {results['torch_threads']} threads",
@@ -143,6 +144,18 @@ def planned_cells(config: DictConfig) -> Iterator[Cell]:
             "`cifar100`, or run=false to write the table of what was run."
         )
     published: Mapping[str, Mapping[str, Any]] = OmegaConf.to_container(config.published)  # type: ignore[assignment]
+    if config.run and not Path(str(config.data)).is_dir():
+        raise ExpectedFailure(
+            f"`data` is {str(config.data)!r}, which is no folder: there is nothing to train on. Pass the folder that "
+            "has `omniglot` and `cifar100`."
+        )
+    experiments = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+    for learner in config.learners:
+        if learner not in experiments:
+            raise ExpectedFailure(
+                f"`learners` names {learner!r}, which is no experiment, so there is nothing to run. Choose of these: "
+                f"{experiments}."
+            )
     for setting in config.settings:
         if setting not in config.known_settings:
             raise ExpectedFailure(
@@ -184,6 +197,10 @@ def write_table(folder: Path, cells: Sequence[Cell], data: str | None) -> None:
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
     lines += [f"| {' | '.join(row[column] for column in _COLUMNS)} |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _mean(results: Mapping[str, Any], split: str) -> float:
+    return 100 * results["metrics"][split]["accuracy"]["mean"]
 
 
 def _accuracy(figure: Mapping[str, float]) -> str:

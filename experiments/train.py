@@ -17,7 +17,7 @@ from rich.console import Console
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from experiments.adaptation_pictures import draw_adaptation
-from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop, build_training_learner
+from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop, build_training_learner, on_episodes
 from experiments.config_errors import CONFIGS
 from experiments.episode_pictures import draw_episodes
 from experiments.failures import Failures
@@ -49,8 +49,8 @@ def main(config: DictConfig) -> float:
     streams = EpisodeStreams(config=config)
     training, validation = streams.training(), streams.validation()
     learner = build_learner(config)
-    source = build_training_learner(config).on(training)
-    loop = build_outer_loop(config, source, learner.on(validation), folder)
+    source = on_episodes(config, build_training_learner(config), training)
+    loop = build_outer_loop(config, source, on_episodes(config, learner, validation), folder)
     trained = loop.run(config.outer_loop.num_outer_steps, resume=folder.resumed)
     reports = evaluate_splits(config, learner, streams, trained)
     write_results(folder.results, results(config, trained, reports))
@@ -65,7 +65,7 @@ def evaluate_splits(
     """Returns the figures of the best outer variables on fresh episodes of each split."""
     return {
         split: ht.evaluate(
-            learner.on(streams.evaluation(split)),
+            on_episodes(config, learner, streams.evaluation(split)),
             trained.best_hparams,
             num_episodes=config.evaluation.num_episodes,
             progress=config.outer_loop.progress,

@@ -25,14 +25,14 @@ def config(*overrides: str, name: str = "fewshot_table") -> DictConfig:
 
 def test_nine_learners_are_planned_in_every_setting(tmp_path: Path) -> None:
     known = list(config().known_settings)
-    cells = list(planned_cells(config("data=somewhere", f"cells={tmp_path}", f"settings=[{','.join(known)}]")))
+    cells = list(planned_cells(config(f"data={tmp_path}", f"cells={tmp_path}", f"settings=[{','.join(known)}]")))
     assert len(cells) == 9 * len(known) == 54
     assert len({cell.folder.path for cell in cells}) == 54
     with_settings = {(learner, setting) for learner, settings in config().cell_settings.items() for setting in settings}
     assert with_settings <= {(cell.learner, cell.setting) for cell in cells}
     for cell in (*cells[:9], *(cell for cell in cells if (cell.learner, cell.setting) in with_settings)):
         composed = config(*cell.overrides, name="train")
-        assert composed.dataset.root.startswith("somewhere/")
+        assert composed.dataset.root.startswith(f"{tmp_path}/")
         assert composed.learner_needs.outputs in (None, composed.episodes.way)
 
 
@@ -53,6 +53,7 @@ def test_what_was_not_run_is_said_to_be_not_run(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[0]["accuracy (%)"] == "98.77 ± 0.31" and rows[0]["minutes"] == "12"
     assert rows[0]["published (%)"] == "98.7 ± 0.4"
+    assert rows[0]["gap (train - test)"] == "0.00"
     assert all(row["accuracy (%)"] == NOT_RUN and not row["minutes"] for row in rows[1:])
     assert all(row["command"].startswith("scripts/train experiment=") for row in rows)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -66,7 +67,7 @@ def test_a_cell_goes_on_with_the_run_that_it_finds(tmp_path: Path, monkeypatch: 
         returncode = 0
 
     monkeypatch.setattr("experiments.fewshot_table.subprocess.run", lambda words, **_: (calls.append(words), Done())[1])
-    cell = next(planned_cells(config("data=data", f"cells={tmp_path}")))
+    cell = next(planned_cells(config(f"data={tmp_path}", f"cells={tmp_path}")))
     cell.run("data")
     cell.folder.path.mkdir(parents=True)
     cell.folder.config.write_text("")
@@ -77,9 +78,22 @@ def test_a_cell_goes_on_with_the_run_that_it_finds(tmp_path: Path, monkeypatch: 
         cell.run("data")
 
 
-def test_mistakes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HYPERTORCH_DATA", raising=False)
     with pytest.raises(ExpectedFailure, match="`data` is not given"):
         list(planned_cells(config()))
     with pytest.raises(ExpectedFailure, match="`settings` names 'omniglot', which is not among"):
-        list(planned_cells(config("data=data", "settings=[omniglot]")))
+        list(planned_cells(config(f"data={tmp_path}", "settings=[omniglot]")))
+    with pytest.raises(ExpectedFailure, match="`learners` names 'protonett'.*maml"):
+        list(planned_cells(config(f"data={tmp_path}", "learners=[maml,protonett]")))
+    with pytest.raises(ExpectedFailure, match="`data` is '/nope', which is no folder"):
+        list(planned_cells(config("data=/nope")))
+
+
+def test_a_cell_shows_its_error_without_a_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cell = next(planned_cells(config(f"data={tmp_path}", f"cells={tmp_path / 'cells'}")))
+    with pytest.raises(ExpectedFailure, match="ended with exit code 1"):
+        cell.run(str(tmp_path))
+    error = capfd.readouterr().err
+    assert "`root` is" in error
+    assert "Traceback" not in error

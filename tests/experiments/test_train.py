@@ -277,3 +277,20 @@ def test_the_number_of_threads_is_a_setting(command: Command) -> None:
     code, error = command("experiment=maml", *TINY, "threads=0")
     assert code == 1
     assert "`threads` is 0" in error
+
+
+def test_how_tasks_are_run_is_a_setting(command: Command) -> None:
+    code, error = command("experiment=maml", *TINY, "task_route=fast")
+    assert code == 1
+    assert "`task_route` is 'fast'" in error
+
+
+def test_the_backend_of_implicit_maml_is_a_choice(command: Command) -> None:
+    code, error = command("experiment=imaml", *TINY, "hypergradient=reverse", "task_route=loop")
+    assert code == 0, error
+
+
+def test_a_split_with_too_few_classes_is_named(command: Command) -> None:
+    code, error = command("experiment=maml", *TINY, "episodes.way=200", "training.way=5")
+    assert code == 1
+    assert "the episodes of meta_val, to validate on: `way` is 200" in error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
-from hypertorch.problem import BilevelProblem, ProblemSource
+from hypertorch.problem import BilevelProblem, ProblemSource, TaskRoute
 from hypertorch.types import TensorDict
 
 
@@ -67,19 +68,28 @@ class Learner(ABC):
         inputs = episode.query.inputs
         return Embedding(inputs.flatten(1), self.adapt(hparams, episode.support)(inputs))
 
-    def on(self, episodes: EpisodeSource) -> ProblemSource:
+    def on(
+        self, episodes: EpisodeSource, *, task_route: TaskRoute = "auto", task_chunk: int | None = None
+    ) -> ProblemSource:
         """Returns this learner's problems on a stream of episodes, for an outer loop or an evaluation.
 
         Cost: one adaptation to the first episode, to see that network and episodes fit.
 
         Args:
             episodes: the episodes.
+            task_route: how the episodes of a batch are run: "vmap", "loop", or "auto" for the faster by a measurement.
+                The two agree up to rounding; name one where runs must be equal to the last bit.
+            task_chunk: episodes run at once under "vmap" (memory is proportional to it); None for all.
 
         Raises:
-            ValueError: if the network cannot take the inputs, or has not one output per class.
+            ValueError: if the network cannot take the inputs, or has not one output per class, or `task_chunk` or
+                `task_route` cannot be.
         """
-        _check_fit(self, episodes.at(0))
-        return LearnerOnEpisodes(self, episodes)
+        batch = episodes.at(0)
+        _check_fit(self, batch)
+        source = LearnerOnEpisodes(self, episodes, task_route, task_chunk)
+        source.with_settings(self.problem(batch, episodes.num_tasks))
+        return source
 
 
 def _check_fit(learner: Learner, batch: Episode) -> None:
@@ -125,19 +135,56 @@ def check_hparams_of(learner: str, hparams: TensorDict, expected: TensorDict) ->
             )
 
 
-def check_examples(examples: Examples, role: str) -> None:
-    """Raises `ValueError` if examples of one task do not have one target per input.
+def check_examples(examples: Examples, role: str, *, way: int | None = None) -> None:
+    """Raises if examples of one task are not what a learner can fit.
 
     Args:
         examples: inputs and targets, without a tasks axis.
         role: "support" or "query", for the message.
+        way: classes of which each needs an example; None if targets are values, or some classes may be missing.
+
+    Raises:
+        TypeError: if inputs or targets are no tensors, or labels are of another type than int64.
+        ValueError: if there is not one target per input, there are none, or a label or class cannot be.
     """
     inputs, targets = examples
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"`{role}` has {name} of type {type(value).__name__}: learners work on tensors. Pass "
+                "`Examples(inputs, targets)` of two tensors, for instance by `torch.as_tensor`."
+            )
     if inputs.dim() < 2 or targets.dim() < 1 or len(inputs) != len(targets) or not inputs.is_floating_point():
         raise ValueError(
             f"`{role}` has inputs of shape {tuple(inputs.shape)} ({inputs.dtype}) and targets of shape "
             f"{tuple(targets.shape)}: a task needs floating-point inputs, one row per example, and one target for "
             "each. Drop a tasks axis with `[0]`, and scale images to floats in [0, 1]."
+        )
+    if len(inputs) == 0:
+        raise ValueError(f"`{role}` is empty: there is nothing to learn from. Give it an example of every class.")
+    if not targets.is_floating_point():
+        _check_labels(targets, role, way)
+
+
+def _check_labels(labels: Tensor, role: str, way: int | None) -> None:
+    if labels.dtype != torch.int64:
+        raise TypeError(
+            f"`{role}` has labels of {labels.dtype}, which the losses of classification do not take. Convert them: "
+            "`labels.long()`."
+        )
+    present = set(labels.flatten().tolist())
+    allowed = range(way) if way is not None else range(max(present) + 1)
+    if not present <= set(allowed):
+        raise ValueError(
+            f"`{role}` has labels {sorted(present)}, but classes count from 0"
+            f"{'' if way is None else f' to {way - 1}'}. Number the classes of the task anew"
+            f"{'' if way is None else f', or build the learner with `way={max(present) + 1}`'}."
+        )
+    missing = [] if way is None else sorted(set(allowed) - present)
+    if missing:
+        raise ValueError(
+            f"`{role}` has no example of the classes {missing}, of {way}: nothing would be known of them. Give one of "
+            "each, or build the learner with a smaller `way`."
         )
 
 
@@ -148,10 +195,14 @@ class LearnerOnEpisodes(ProblemSource):
     Args:
         learner: the learner.
         episodes: the episodes.
+        task_route: how the episodes of a batch are run.
+        task_chunk: episodes run at once.
     """
 
     learner: Learner
     episodes: EpisodeSource
+    task_route: TaskRoute = "auto"
+    task_chunk: int | None = None
 
     def init_hparams(self) -> TensorDict:
         """Returns the learner's outer variables before training."""
@@ -159,4 +210,8 @@ class LearnerOnEpisodes(ProblemSource):
 
     def at(self, outer_step: int) -> BilevelProblem:
         """Returns the problem of an outer step's batch of episodes."""
-        return self.learner.problem(self.episodes.at(outer_step), self.episodes.num_tasks)
+        return self.with_settings(self.learner.problem(self.episodes.at(outer_step), self.episodes.num_tasks))
+
+    def with_settings(self, problem: BilevelProblem) -> BilevelProblem:
+        """Returns the problem of a batch of episodes, with its tasks run as is set here."""
+        return replace(problem, task_route=self.task_route, task_chunk=self.task_chunk)

@@ -141,7 +141,7 @@ class HeadLearner(Learner):
             hparams: trained outer variables.
             support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
         """
-        check_examples(support, "support")
+        check_examples(support, "support", way=self.way)
 
         def outputs(inputs: Tensor) -> Tensor:
             unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])

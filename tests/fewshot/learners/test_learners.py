@@ -229,9 +229,16 @@ def test_episodes_that_do_not_fit_are_refused(kind: str) -> None:
     made = learner(kind)
     with pytest.raises(ValueError, match=r"`images` have shape \(\d+, 2, 4, 4\).*built for \(batch, 1, 4, 4\)"):
         made.on(Blobs(item=(2, 4, 4)))
-    with pytest.raises(ValueError, match=r"labels 0 to 4, which the learner cannot work on"):
+    more, fewer = {
+        "maml": (
+            "labels 0 to 4, which the learner cannot work on",
+            "`episodes` have 2 classes, but the learner has 3 outputs",
+        ),
+        "hyper_representation": ("or build the learner with `way=5`", r"no example of the classes \[2\], of 3"),
+    }[kind]
+    with pytest.raises(ValueError, match=more):
         made.on(Blobs(way=5))
-    with pytest.raises(ValueError, match="`episodes` have 2 classes, but the learner has 3 outputs"):
+    with pytest.raises(ValueError, match=fewer):
         made.on(Blobs(way=2))
     with pytest.raises(ValueError, match=r"`support` has inputs of shape .*Drop a tasks axis"):
         made.adapt(made.init_hparams(), Examples(torch.zeros(2, 6, 1, 4, 4), torch.zeros(6, dtype=torch.int64)))

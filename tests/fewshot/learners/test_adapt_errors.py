@@ -1,0 +1,70 @@
+"""What a learner says of a support set that it cannot fit, and how its tasks are run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hypertorch as ht
+from hypertorch.fewshot import MAML, MLP, Examples, Learner, ProtoNet
+from tests.fewshot.learners.test_learners import Blobs
+
+SGD = ht.dynamics.SGD
+
+
+def maml() -> Learner:
+    return MAML(MLP(in_features=16, hidden=(6,), out_features=3).double(), dynamics=SGD(lr=0.1), num_steps=1)
+
+
+def proto_net() -> Learner:
+    return ProtoNet(MLP(in_features=16, hidden=(6,), out_features=None).double(), way=3)
+
+
+IMAGES = torch.rand(3, 1, 4, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 1], r"no example of the classes \[2\], of 3.*smaller `way`"),
+        ([0, 2, 2], r"no example of the classes \[1\], of 3"),
+        ([1, 2, 3], r"labels \[1, 2, 3\], but classes count from 0 to 2"),
+        ([0, 1, -100], r"labels \[-100, 0, 1\], but classes count from 0"),
+    ],
+)
+def test_labels_that_a_head_cannot_have_are_refused(labels: list[int], message: str) -> None:
+    learner = proto_net()
+    with pytest.raises(ValueError, match=message):
+        learner.adapt(learner.init_hparams(), Examples(IMAGES, torch.tensor(labels)))
+
+
+def test_a_network_may_lack_classes_but_not_count_below_zero() -> None:
+    learner = maml()
+    answers = learner.adapt(learner.init_hparams(), Examples(IMAGES, torch.tensor([0, 1, 1])))(IMAGES)
+    assert answers.isfinite().all()
+    with pytest.raises(ValueError, match="classes count from 0"):
+        learner.adapt(learner.init_hparams(), Examples(IMAGES, torch.tensor([0, 1, -100])))
+
+
+@pytest.mark.parametrize("make", [maml, proto_net])
+def test_what_is_no_support_set_is_refused(make: object) -> None:
+    learner: Learner = make()  # type: ignore[operator]
+    hparams = learner.init_hparams()
+    with pytest.raises(TypeError, match=r"labels of torch.int32.*`labels.long\(\)`"):
+        learner.adapt(hparams, Examples(IMAGES, torch.arange(3, dtype=torch.int32)))
+    with pytest.raises(ValueError, match="`support` is empty"):
+        learner.adapt(hparams, Examples(IMAGES[:0], torch.arange(0)))
+    with pytest.raises(TypeError, match="`support` has inputs of type ndarray"):
+        learner.adapt(hparams, Examples(IMAGES.numpy(), torch.arange(3)))  # type: ignore[arg-type]
+
+
+def test_how_tasks_are_run_is_said_where_learner_and_episodes_meet() -> None:
+    source = maml().on(Blobs(), task_route="vmap", task_chunk=2)
+    problem = source.at(0)
+    assert isinstance(problem, ht.BilevelProblem)
+    assert (problem.task_route, problem.task_chunk) == ("vmap", 2)
+    assert maml().on(Blobs()).at(0).task_route == "auto"
+    with pytest.raises(ValueError, match="`task_chunk` is 0"):
+        maml().on(Blobs(), task_chunk=0)
+    with pytest.raises(ValueError, match="`task_route` is 'fast'"):
+        maml().on(Blobs(), task_route="fast")  # type: ignore[arg-type]
