@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hypertorch"
 # Lowest first; modules of one layer may import each other, but for those kept apart below.
 LAYERS = (
     ("types", "errors", "checks", "tree", "functional", "constraints", "noise", "live_memory", "exact_arithmetic"),
-    ("derivatives",),
+    ("derivatives", "compilation"),
     ("dynamics", "linear_solvers"),
     ("problem",),
     ("tasks", "inner_loop", "bound_problem", "unroll"),

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 
-def check_integer(name: str, value: int, *, minimum: int, why: str, advice: str) -> None:
-    """Raises unless `value` is an integer of at least `minimum`; `why` and `advice` complete the message.
+def check_integer(name: str, value: int, *, minimum: int, why: str, advice: str, nature: str | None = None) -> None:
+    """Raises unless `value` is an integer of at least `minimum`.
+
+    Args:
+        name: the argument, for the message.
+        value: what was passed for it.
+        minimum: the smallest value allowed.
+        why: what is wrong with a smaller one.
+        advice: what to pass instead.
+        nature: why it has to be an integer; by default `why` says that too.
 
     Raises:
         TypeError: if it is no integer (a bool is none).
         ValueError: if it is too small.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` is {value!r}, a {type(value).__name__}: {why}. Pass an integer; {advice}.")
+        raise TypeError(f"`{name}` is {value!r}, a {type(value).__name__}: {nature or why}. Pass an integer; {advice}.")
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}: {why}. {advice[0].upper()}{advice[1:]}.")
+
+
+def check_count(name: str, value: int, *, minimum: int, why: str, advice: str) -> None:
+    """Raises unless `value` is a whole number of things, of at least `minimum`; arguments as in `check_integer`.
+
+    Raises:
+        TypeError: if it is no integer (a bool is none).
+        ValueError: if it is too small.
+    """
+    nature = "it is a count, so a whole number"
+    check_integer(name, value, minimum=minimum, why=why, advice=advice, nature=nature)
 
 
 def check_seed(seed: int) -> None:
@@ -28,14 +47,14 @@ def check_step(step: int) -> None:
 
 def check_num_tasks(num_tasks: int) -> None:
     """Raises unless `num_tasks` is an integer from 1 on."""
-    check_integer(
+    check_count(
         "num_tasks", num_tasks, minimum=1, why="a batch without an episode has no outer loss", advice="use 1 or more"
     )
 
 
 def check_num_queries(num_queries: int) -> None:
     """Raises unless `num_queries` is an integer from 1 on."""
-    check_integer(
+    check_count(
         "num_queries",
         num_queries,
         minimum=1,
@@ -46,6 +65,6 @@ def check_num_queries(num_queries: int) -> None:
 
 def check_shot(shot: int) -> None:
     """Raises unless `shot` is an integer from 1 on."""
-    check_integer(
+    check_count(
         "shot", shot, minimum=1, why="without support examples there is nothing to learn from", advice="use 1 or more"
     )

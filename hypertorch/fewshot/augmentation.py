@@ -16,13 +16,14 @@ class Augmentation:
 
     Args:
         crop_padding: images are padded by so many zeros on each side and cropped to their size at a random place (unit:
-            pixels); 0 for none.
+            pixels); 0 for none. It has to be below their height and width, so that something of them stays.
         flip: mirror left and right with probability one half.
         brightness: images are multiplied by a factor drawn from `1 -/+ brightness`, in [0, 1).
         contrast: the distance of an image from its mean grey is multiplied by a factor from `1 -/+ contrast`, in
             [0, 1).
 
     Raises:
+        TypeError: if `flip` is no bool, or `brightness` or `contrast` is no number.
         ValueError: if a number is out of range.
     """
 
@@ -37,8 +38,18 @@ class Augmentation:
                 f"`crop_padding` is {self.crop_padding!r}: images are moved by whole pixels. Pass 0 or more; 4 is "
                 "usual for 32 x 32 pixels."
             )
+        if not isinstance(self.flip, bool):
+            raise TypeError(
+                f"`flip` is {self.flip!r}, a {type(self.flip).__name__}: images are mirrored with probability one half "
+                "or not at all. Pass True or False."
+            )
         for name in ("brightness", "contrast"):
             value = getattr(self, name)
+            if not isinstance(value, (int, float)):
+                raise TypeError(
+                    f"`{name}` is {value!r}, a {type(value).__name__}: it is the largest relative change of an image. "
+                    "Pass a number in [0, 1)."
+                )
             if not 0.0 <= value < 1.0:
                 raise ValueError(
                     f"`{name}` is {value}: factors are drawn from 1 - {name} to 1 + {name}, and must stay positive. "
@@ -51,6 +62,9 @@ class Augmentation:
         Args:
             images: floats in [0, 1] of shape `(batch, channels, height, width)`.
             generator: on the images' device; its state is all that the result depends on besides the images.
+
+        Raises:
+            ValueError: if `crop_padding` is at least the height or width of the images.
         """
         images = self._moved(images, generator)
         for name, centre in (("brightness", None), ("contrast", "mean")):
@@ -67,6 +81,11 @@ class Augmentation:
             return images
         batch, _, height, width = images.shape
         pad, device = self.crop_padding, images.device
+        if pad >= min(height, width):
+            raise ValueError(
+                f"`crop_padding` is {pad}, but the images have {height} x {width} pixels: a crop could hold nothing of "
+                f"its image. Use at most {min(height, width) - 1}; an eighth of the size is usual."
+            )
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device).expand(batch, -1)
         if self.flip:
             mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch.fewshot._checks import (
-    check_integer,
+    check_count,
     check_num_queries,
     check_num_tasks,
     check_seed,
@@ -73,7 +73,7 @@ class EpisodeSampler(EpisodeSource):
                 f"`dataset` is a {type(self.dataset).__name__}: episodes are drawn from images sorted by class. Pass "
                 "an `ImageClasses`, such as `StrokeCharacters(split='meta_train')`."
             )
-        check_integer("way", self.way, minimum=2, why="one class leaves nothing to tell apart", advice="use 2 or more")
+        check_count("way", self.way, minimum=2, why="one class leaves nothing to tell apart", advice="use 2 or more")
         check_shot(self.shot)
         check_num_queries(self.num_queries)
         check_num_tasks(self.num_tasks)
@@ -82,6 +82,7 @@ class EpisodeSampler(EpisodeSource):
             raise TypeError(
                 f"`dtype` is {self.dtype}: images in [0, 1] need a floating-point type. Use `torch.float32`."
             )
+        self._check_changes()
         self._check_size()
 
     @property
@@ -151,6 +152,18 @@ class EpisodeSampler(EpisodeSource):
         shape = (self.num_tasks, self.way * per_class)
         return Examples(inputs.view(*shape, *self.dataset.item_shape), labels.repeat(self.num_tasks, 1))
 
+    def _check_changes(self) -> None:
+        if self.augmentation is not None and not isinstance(self.augmentation, Augmentation):
+            raise TypeError(
+                f"`augmentation` is {_shown(self.augmentation)}: images are changed by settings with a range each. "
+                "Pass an `Augmentation`, such as `Augmentation(flip=True)`, or None."
+            )
+        if self.normalisation is not None and not isinstance(self.normalisation, Normalisation):
+            raise TypeError(
+                f"`normalisation` is {_shown(self.normalisation)}: images are normalised by a mean and a deviation. "
+                "Pass a `Normalisation`, such as `Normalisation(mean=(0.5,), std=(0.25,))`, or None."
+            )
+
     def _check_size(self) -> None:
         if self.way > self.num_classes:
             raise ValueError(
@@ -165,6 +178,10 @@ class EpisodeSampler(EpisodeSource):
                 f"{self.dataset.class_names[smallest]!r} has {count} images: support and query share no image. Lower "
                 f"`shot` or `num_queries` until they sum to at most {count}."
             )
+
+
+def _shown(value: object) -> str:
+    return f"{value!r}, a {type(value).__name__}"
 
 
 def _smallest(words: np.ndarray, count: int) -> np.ndarray:

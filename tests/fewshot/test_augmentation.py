@@ -92,6 +92,26 @@ def test_wrong_settings_are_explained(settings: dict, message: str) -> None:
         Augmentation(**settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"flip": "yes"}, "`flip` is 'yes', a str: images are mirrored .*Pass True or False"),
+        ({"flip": 1}, "`flip` is 1, a int"),
+        ({"brightness": "high"}, r"`brightness` is 'high', a str: .*Pass a number in \[0, 1\)"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_explained(settings: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Augmentation(**settings)
+
+
+def test_padding_that_could_hide_the_image_is_refused() -> None:
+    changed = Augmentation(crop_padding=4)(0.5 + 0.5 * pictures(), generator())
+    assert (changed.flatten(1).max(dim=1).values > 0).all()
+    with pytest.raises(ValueError, match=r"`crop_padding` is 5, but the images have 6 x 5 pixels: .*at most 4"):
+        Augmentation(crop_padding=5)(pictures(), generator())
+
+
 def test_wrong_normalisations_are_explained() -> None:
     with pytest.raises(ValueError, match="`mean` and `std` are .*Give as many of either"):
         Normalisation(mean=(0.1, 0.2), std=(1.0,))

@@ -170,11 +170,15 @@ def test_the_gpu_gets_the_same_episodes():
     [
         ({"way": 9}, ValueError, r"`way` is 9, but `dataset` has 8 classes.*at most 8"),
         ({"way": 1}, ValueError, r"`way` must be at least 2, got 1: one class.*Use 2 or more"),
-        ({"way": 5.0}, TypeError, r"`way` is 5.0, a float: .*Pass an integer"),
+        ({"way": 5.0}, TypeError, r"`way` is 5.0, a float: it is a count, so a whole number. Pass an integer"),
+        ({"way": True}, TypeError, r"`way` is True, a bool: it is a count"),
+        ({"shot": 1.5}, TypeError, r"`shot` is 1.5, a float: it is a count, so a whole number. Pass an integer"),
         ({"shot": 0}, ValueError, r"`shot` must be at least 1, got 0: without support.*Use 1"),
         ({"num_queries": 0}, ValueError, r"`num_queries` must be at least 1, got 0: without query.*Use 1"),
         ({"num_tasks": 0}, ValueError, r"`num_tasks` must be at least 1, got 0: a batch.*Use 1"),
-        ({"num_tasks": True}, TypeError, r"`num_tasks` is True, a bool: "),
+        ({"num_tasks": True}, TypeError, r"`num_tasks` is True, a bool: it is a count"),
+        ({"augmentation": "flip"}, TypeError, r"`augmentation` is 'flip', a str: .*Pass an `Augmentation`"),
+        ({"normalisation": (0.5, 0.25)}, TypeError, r"`normalisation` is \(0.5, 0.25\), a tuple: .*`Normalisation`"),
         ({"seed": -1}, ValueError, r"`seed` must be at least 0, got -1: it keys.*Use for instance"),
         ({"dtype": torch.int64}, TypeError, r"`dtype` is torch.int64: .*floating-point.*torch.float32"),
         ({"shot": 7}, ValueError, r"7 \+ 4 = 11, but class 'class0' has 10 images: .*at most 10"),
@@ -199,7 +203,7 @@ def test_a_data_set_of_another_kind_is_refused():
     ("step", "error", "message"),
     [
         (-1, ValueError, r"`step` must be at least 0, got -1: batches are numbered from 0"),
-        (0.5, TypeError, r"`step` is 0.5, a float"),
+        (0.5, TypeError, r"`step` is 0.5, a float: batches are numbered from 0"),
     ],
 )
 def test_impossible_steps_are_refused(step, error, message):

@@ -60,4 +60,6 @@ def CIFARFS(  # noqa: N802  (made like an instance, as the other data sets)
         images=torch.from_numpy(images.reshape(-1, *images.shape[2:])),
         counts=(PER_CLASS,) * len(classes),
         class_names=tuple(classes),
+        source="CIFARFS",
+        split=split,
     )

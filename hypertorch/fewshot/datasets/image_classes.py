@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ImageClasses:
     """Images of several classes, kept as bytes in one tensor so that a batch of episodes is one gather.
 
@@ -18,6 +18,8 @@ class ImageClasses:
         images: uint8 `(num_images, channels, height, width)`, all images of class 0, then all of class 1, and so on.
         counts: images of each class, at least 1 each, in the order of `images`.
         class_names: one distinct name per class.
+        source: name of the data set, shown by `repr`.
+        split: which part of the data set this is, shown by `repr`; None for no part or an unnamed one.
 
     Raises:
         TypeError: if `images` is no uint8 tensor.
@@ -27,6 +29,8 @@ class ImageClasses:
     images: Tensor
     counts: tuple[int, ...]
     class_names: tuple[str, ...]
+    source: str = "ImageClasses"
+    split: str | None = None
 
     def __post_init__(self) -> None:
         # Lists from a config file become tuples, so that nothing can change the checked value.
@@ -35,6 +39,12 @@ class ImageClasses:
         self._check_images()
         self._check_classes()
         object.__setattr__(self, "images", self.images.contiguous())
+
+    def __repr__(self) -> str:
+        # Sizes instead of pixels and hundreds of names.
+        split = "" if self.split is None else f"split={self.split!r}, "
+        sizes = f"classes={self.num_classes}, images={len(self.images)}, item_shape={self.item_shape}"
+        return f"{self.source}({split}{sizes})"
 
     @property
     def num_classes(self) -> int:
@@ -58,7 +68,7 @@ class ImageClasses:
 
     def to(self, device: torch.device | str) -> ImageClasses:
         """Returns the same classes with their images on `device`; episodes are then made there."""
-        return ImageClasses(images=self.images.to(device), counts=self.counts, class_names=self.class_names)
+        return replace(self, images=self.images.to(device))
 
     def _check_images(self) -> None:
         if not isinstance(self.images, Tensor) or self.images.dtype != torch.uint8:

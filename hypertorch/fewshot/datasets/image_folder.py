@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from hypertorch.errors import DatasetError
-from hypertorch.fewshot._checks import check_integer
+from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.image_files import SUFFIXES, is_image, read_images
+
+SPLIT_FOLDERS = {
+    "meta_train": ("meta_train", "train"),
+    "meta_val": ("meta_val", "val", "validation"),
+    "meta_test": ("meta_test", "test"),
+}
 
 
 def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
@@ -26,7 +33,10 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
     """Returns the classes of `root/<split>/<class>/<image>`, or of `root/<class>/<image>` without a split.
 
     A split is a folder of that name, `meta_train` or `train`, `meta_val` or `val`, `meta_test` or `test`; several are
-    joined by `+`. Classes and images come in alphabetical order. Images are cropped to a centred square and scaled.
+    joined by `+`. Splits are of classes, so no class may be in two of them. Classes and images come in alphabetical
+    order.
+
+    Images that are not square are cropped to the centred square of their shorter side, not squeezed, and then scaled.
 
     Cost: about 1 ms per photograph at first, then from the cache; `num_images * channels * image_size**2` bytes.
 
@@ -40,19 +50,21 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
         progress: shows a bar while decoding.
 
     Raises:
-        ValueError: if `split` names none, or a size is out of range.
-        DatasetError: if folders or classes are missing, a class is empty, or a file is damaged.
+        TypeError: if `root` is no path.
+        ValueError: if `split` names none or one twice, or a size is out of range.
+        DatasetError: if folders or classes are missing, a class is empty or in two splits, or a file is damaged.
     """
-    check_integer("image_size", image_size, minimum=1, why="images need pixels", advice="use for instance 84")
-    folder = Path(root).expanduser()
+    check_count("image_size", image_size, minimum=1, why="images need pixels", advice="use for instance 84")
+    folder = _checked_root(root)
     found: dict[str, list[Path]] = {}
-    for part in _split_folders(folder, split):
-        for name, files in _classes_in(part).items():
-            found.setdefault(name, []).extend(files)
+    for part in _parts(folder, split):
+        found |= _classes_in(part)
     chosen = found if classes is None else _chosen(found, classes, folder)
     return read_classes(
         f"{folder.name}-{split or 'all'}",
         chosen,
+        source="ImageFolder",
+        split=split,
         image_size=image_size,
         channels=channels,
         cache_dir=cache_dir,
@@ -64,6 +76,8 @@ def read_classes(
     name: str,
     files: Mapping[str, Sequence[Path]],
     *,
+    source: str,
+    split: str | None,
     image_size: int,
     channels: int,
     cache_dir: str | Path | None,
@@ -74,6 +88,8 @@ def read_classes(
     Args:
         name: first part of the cache file's name.
         files: the files of every class, in the order wanted.
+        source: name of the data set.
+        split: which part of it this is.
         image_size: height and width (unit: pixels).
         channels: 1 for grey, 3 for colour.
         cache_dir: folder for decoded images; by default the user's cache folder.
@@ -88,44 +104,108 @@ def read_classes(
         progress=progress,
     )
     counts = tuple(len(members) for members in files.values())
-    return ImageClasses(images=torch.from_numpy(images), counts=counts, class_names=tuple(files))
+    return ImageClasses(
+        images=torch.from_numpy(images), counts=counts, class_names=tuple(files), source=source, split=split
+    )
 
 
-_FOLDERS = {
-    "meta_train": ("meta_train", "train"),
-    "meta_val": ("meta_val", "val", "validation"),
-    "meta_test": ("meta_test", "test"),
-}
+def check_disjoint(classes_of: Mapping[str, Iterable[str]], root: Path, advice: str) -> None:
+    """Raises if a class is in two splits, so that it would be learned from and judged on.
+
+    Args:
+        classes_of: the class names in each split's folder or file, by that one's name.
+        root: where they are, for the message.
+        advice: what else to do than removing the class from one of the two.
+
+    Raises:
+        DatasetError: if two splits share a class.
+    """
+    place: dict[str, str] = {}
+    for split, names in classes_of.items():
+        for name in names:
+            if place.setdefault(name, split) != split:
+                raise DatasetError(
+                    f"`root` is {str(root)!r}, in which the class {name!r} is in {place[name]!r} and in {split!r}: "
+                    "splits are of classes, and one in two splits would be both learned from and judged on. Remove it "
+                    f"from one of them{advice}."
+                )
 
 
-def _split_folders(root: Path, split: str | None) -> list[Path]:
-    if not root.is_dir():
+def split_parts(split: str, known: Iterable[str], otherwise: str = "") -> list[str]:
+    """Returns the names that are joined by `+` in `split`.
+
+    Args:
+        split: one name or several.
+        known: the names there are.
+        otherwise: what else may be passed, for the message.
+
+    Raises:
+        ValueError: if one of them is unknown, or named twice.
+    """
+    parts: list[str] = split.split("+") if isinstance(split, str) else [split]
+    if not set(parts) <= set(known):
+        raise ValueError(
+            f"`split` is {split!r}, which names no split. Use {', '.join(map(repr, known))}, or several joined by "
+            f"'+'{otherwise}."
+        )
+    if len(set(parts)) != len(parts):
+        raise ValueError(
+            f"`split` is {split!r}, which names a split twice: each image would count twice, and support and query "
+            "could share it. Name each split once."
+        )
+    return parts
+
+
+def split_folder(root: Path, part: str) -> Path | None:
+    """Returns the folder of one split, or None if there is none."""
+    return next((root / name for name in SPLIT_FOLDERS[part] if (root / name).is_dir()), None)
+
+
+def _checked_root(root: str | Path) -> Path:
+    if not isinstance(root, (str, os.PathLike)):
+        raise TypeError(
+            f"`root` is {root!r}, a {type(root).__name__}: it says where the images are, and has no default. Pass the "
+            "path of the folder: `root=...`, or `dataset.root=...` on the command line."
+        )
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
         raise DatasetError(
-            f"`root` is {str(root)!r}, which is no folder: images are read from its subfolders. Pass the folder that "
+            f"`root` is {str(folder)!r}, which is no folder: images are read from its subfolders. Pass the folder that "
             "holds them."
         )
+    return folder
+
+
+def _parts(root: Path, split: str | None) -> list[Path]:
+    """Returns the folders that hold the class folders."""
     if split is None:
         return [root]
     folders = []
-    for part in split.split("+"):
-        if part not in _FOLDERS:
-            raise ValueError(
-                f"`split` is {split!r}, which names no split. Use {', '.join(map(repr, _FOLDERS))}, or several joined "
-                "by '+'; None if the classes lie in `root` itself."
-            )
-        existing = [root / name for name in _FOLDERS[part] if (root / name).is_dir()]
-        if not existing:
+    for part in split_parts(split, SPLIT_FOLDERS, "; None if the classes lie in `root` itself"):
+        folder = split_folder(root, part)
+        if folder is None:
             raise DatasetError(
-                f"`root` is {str(root)!r}, which has no folder {' or '.join(map(repr, _FOLDERS[part]))} for the split "
-                f"{part!r}. Sort the class folders into one folder per split, or pass `split=None`."
+                f"`root` is {str(root)!r}, which has no folder {' or '.join(map(repr, SPLIT_FOLDERS[part]))} for the "
+                f"split {part!r}. Sort the class folders into one folder per split, or pass `split=None`."
             )
-        folders.append(existing[0])
+        folders.append(folder)
+    # Splits that are not asked for count as well: a class shared with them would spoil a later judgement.
+    existing = [folder for folder in (split_folder(root, part) for part in SPLIT_FOLDERS) if folder is not None]
+    check_disjoint(
+        {folder.name: [path.name for path in _class_folders(folder)] for folder in existing},
+        root,
+        "; or, if the folders divide the images of each class, merge them and pass `split=None`",
+    )
     return folders
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for path in _class_folders(folder):
         files = sorted(file for file in path.iterdir() if is_image(file))
         if not files:
             raise DatasetError(

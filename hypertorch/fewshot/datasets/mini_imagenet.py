@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
-from hypertorch.fewshot.datasets.image_folder import ImageFolder, read_classes
+from hypertorch.fewshot.datasets.image_folder import (
+    SPLIT_FOLDERS,
+    ImageFolder,
+    check_disjoint,
+    read_classes,
+    split_folder,
+    split_parts,
+)
 
 _CSV = {"meta_train": "train.csv", "meta_val": "val.csv", "meta_test": "test.csv"}
 _HOW_TO_GET = (
@@ -37,23 +47,20 @@ def MiniImageNet(  # noqa: N802  (made like an instance, as the other data sets)
         root: the folder; a subfolder `mini_imagenet` is looked into as well. By default the environment variable
             HYPERTORCH_DATA says where.
         split: `"meta_train"`, `"meta_val"`, `"meta_test"`, or several joined by `+`.
-        image_size: height and width (unit: pixels); images are cropped to a centred square and scaled.
+        image_size: height and width (unit: pixels); images that are not square are cropped to the
+            centred square of their shorter side, not squeezed, and then scaled.
         cache_dir: folder for decoded images; by default the user's cache folder.
         progress: shows a bar while decoding.
 
     Raises:
-        ValueError: if `split` names none.
-        DatasetError: if the data is missing, incomplete or damaged.
+        ValueError: if `split` names none, or one twice.
+        DatasetError: if the data is missing, incomplete or damaged, or splits share a class.
 
     References:
         Vinyals et al. (2016), Matching networks for one shot learning, section 4.1.2; Ravi and Larochelle (2017),
         Optimization as a model for few-shot learning (the split).
     """
-    unknown = [part for part in split.split("+") if part not in _CSV]
-    if unknown:
-        raise ValueError(
-            f"`split` is {split!r}, which names no split. Use {', '.join(map(repr, _CSV))}, or several joined by '+'."
-        )
+    parts = split_parts(split, _CSV)
     given = root if root is not None else os.environ.get("HYPERTORCH_DATA")
     if not given:
         raise DatasetError(
@@ -61,30 +68,96 @@ def MiniImageNet(  # noqa: N802  (made like an instance, as the other data sets)
         )
     folder = Path(given).expanduser()
     folder = folder / "mini_imagenet" if (folder / "mini_imagenet").is_dir() else folder
-    options = {"image_size": image_size, "cache_dir": cache_dir, "progress": progress}
-    lists = [folder / _CSV[part] for part in split.split("+")]
-    if not all(path.is_file() for path in lists):
-        return ImageFolder(folder, split=split, **options)  # type: ignore[arg-type]
-    files: dict[str, list[Path]] = {}
-    for path in lists:
-        for name, members in _read_list(path).items():
-            files.setdefault(name, []).extend(members)
-    return read_classes(f"mini_imagenet-{split}", files, channels=3, **options)  # type: ignore[arg-type]
+    _check_layout(folder, parts)
+    if not all((folder / _CSV[part]).is_file() for part in parts):
+        classes = ImageFolder(folder, split=split, image_size=image_size, cache_dir=cache_dir, progress=progress)
+        return replace(classes, source="MiniImageNet")
+    return read_classes(
+        f"mini_imagenet-{split}",
+        _read_lists(folder, parts),
+        source="MiniImageNet",
+        split=split,
+        image_size=image_size,
+        channels=3,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
 
 
-def _read_list(path: Path) -> dict[str, list[Path]]:
-    """Returns the files of each class that a split file names."""
+def _check_layout(root: Path, parts: Sequence[str]) -> None:
+    """Raises unless all splits wanted are there as split files, or all as folders."""
+    if not root.is_dir():
+        raise DatasetError(
+            f"`root` is {str(root)!r}, which is no folder: mini-ImageNet is not found there. {_HOW_TO_GET}"
+        )
+    without_list = [part for part in parts if not (root / _CSV[part]).is_file()]
+    without_folder = [part for part in parts if split_folder(root, part) is None]
+    if without_list and without_folder:
+        part = next((part for part in without_list if part in without_folder), without_list[0])
+        folders = " or ".join(map(repr, SPLIT_FOLDERS[part]))
+        lacking = f"no {_CSV[part]!r} and no folder {folders} for the split {part!r}"
+        if part not in without_folder:
+            lacking = f"a folder for {part!r}, but only a file for {without_folder[0]!r}"
+        raise DatasetError(
+            f"`root` is {str(root)!r}, which has {lacking}: mini-ImageNet is read from one file per split or from one "
+            f"folder per split. {_HOW_TO_GET}"
+        )
+
+
+def _read_lists(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
+    """Returns the files of each class that the split files of `parts` name, each file once."""
+    lists = {part: _read_list(root / name) for part, name in _CSV.items() if (root / name).is_file()}
+    # Splits that are not asked for count as well: a class shared with them would spoil a later judgement.
+    check_disjoint({_CSV[part]: {row.label for row in rows} for part, rows in lists.items()}, root, "")
     found: dict[str, list[Path]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames is None or not {"filename", "label"} <= set(rows.fieldnames):
-            raise DatasetError(
-                f"`root` has {str(path)!r} with the columns {rows.fieldnames}: `filename` and `label` are needed. "
-                f"{_HOW_TO_GET}"
-            )
-        for row in rows:
-            found.setdefault(row["label"], []).append(_existing(path.parent, row["filename"], row["label"]))
-    return dict(sorted(found.items()))
+    for part in parts:
+        members: dict[str, list[Path]] = {}
+        first_line: dict[Path, int] = {}
+        for row in lists[part]:
+            file = _existing(root, row.filename, row.label)
+            line = first_line.setdefault(file.resolve(), row.line)
+            if line != row.line:
+                raise DatasetError(
+                    f"`root` has {str(root / _CSV[part])!r}, whose line {row.line} names {row.filename!r} of the class "
+                    f"{row.label!r} again, after line {line}: the image would count twice, and support and "
+                    "query could share it. Remove one of the lines."
+                )
+            members.setdefault(row.label, []).append(file)
+        found |= dict(sorted(members.items()))
+    return found
+
+
+class _Row(NamedTuple):
+    filename: str
+    label: str
+    line: int
+
+
+def _read_list(path: Path) -> list[_Row]:
+    """Returns the rows of a split file."""
+    found: list[_Row] = []
+    try:
+        # Spreadsheets put a byte order mark in front, which is no part of the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if rows.fieldnames is None or not {"filename", "label"} <= set(rows.fieldnames):
+                raise DatasetError(
+                    f"`root` has {str(path)!r} with the columns {rows.fieldnames}: `filename` and `label` are needed. "
+                    f"{_HOW_TO_GET}"
+                )
+            for row in rows:
+                if not row["filename"] or not row["label"]:
+                    raise DatasetError(
+                        f"`root` has {str(path)!r}, whose line {rows.line_num} lacks a file name or a label: the file "
+                        f"was cut off or changed. {_HOW_TO_GET}"
+                    )
+                found.append(_Row(row["filename"], row["label"], rows.line_num))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(
+            f"`root` has {str(path)!r}, which cannot be read as a table in UTF-8 ({error}): it was saved in another "
+            "encoding, or is damaged. Save it as CSV in UTF-8, or copy it again."
+        ) from error
+    return found
 
 
 def _existing(folder: Path, name: str, label: str) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hypertorch.errors import DatasetError
-from hypertorch.fewshot._checks import check_integer
+from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.cache import default_cache_dir
 from hypertorch.fewshot.datasets.download import OMNIGLOT_FILES, download_omniglot
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
@@ -78,7 +79,7 @@ def Omniglot(  # noqa: N802  (made like an instance, `Omniglot(split=...)`)
     """
     members = partition_members(partition, split)
     degrees = _checked_rotations(rotations)
-    check_integer(
+    check_count(
         "image_size", image_size, minimum=1, why="images need pixels", advice="use for instance `image_size=28`"
     )
     folder = _find_root(root, members)
@@ -86,7 +87,8 @@ def Omniglot(  # noqa: N802  (made like an instance, `Omniglot(split=...)`)
         needed = {f"{part.folder}.zip" for part, _ in members if not (folder / part.folder).is_dir()}
         files = {name: checksum for name, checksum in OMNIGLOT_FILES.items() if name in needed}
         download_omniglot(folder, progress=progress, files=files)
-    return load_classes(folder, members, degrees, image_size=image_size, cache_dir=cache_dir, progress=progress)
+    classes = load_classes(folder, members, degrees, image_size=image_size, cache_dir=cache_dir, progress=progress)
+    return replace(classes, source="Omniglot", split=split)
 
 
 def load_classes(

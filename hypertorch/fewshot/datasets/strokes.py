@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from hypertorch.fewshot._checks import check_integer, check_seed
+from hypertorch.fewshot._checks import check_count, check_seed
 from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.stroke_drawing import draw_class
@@ -58,9 +58,9 @@ def StrokeCharacters(  # noqa: N802  (made like an instance)
             f"`split` is {split!r}: there is no such split. Use one of {', '.join(map(repr, _NUM_CLASSES))}."
         )
     count = _NUM_CLASSES[split] if num_classes is None else num_classes
-    check_integer("num_classes", count, minimum=1, why="a split needs a class", advice="leave it out for the default")
-    check_integer("drawings", drawings, minimum=1, why="a class needs an image", advice="use for instance 20")
-    check_integer("image_size", image_size, minimum=8, why="strokes would run together", advice="use 28, for instance")
+    check_count("num_classes", count, minimum=1, why="a split needs a class", advice="leave it out for the default")
+    check_count("drawings", drawings, minimum=1, why="a class needs an image", advice="use for instance 20")
+    check_count("image_size", image_size, minimum=8, why="strokes would run together", advice="use 28, for instance")
     check_seed(seed)
     key = f"strokes {_VERSION} {seed} {split} {count} {drawings} {image_size}"
     images = cached_array(
@@ -70,6 +70,8 @@ def StrokeCharacters(  # noqa: N802  (made like an instance)
         images=torch.from_numpy(images).reshape(-1, 1, image_size, image_size),
         counts=(drawings,) * count,
         class_names=tuple(f"{split}/{index:04d}" for index in range(count)),
+        source="StrokeCharacters",
+        split=split,
     )
 
 

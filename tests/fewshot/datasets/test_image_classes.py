@@ -25,6 +25,12 @@ def test_to_moves_the_images_only():
     assert moved.class_names == ("a", "b")
 
 
+def test_its_repr_is_short_and_moves_along():
+    assert repr(classes()) == "ImageClasses(classes=2, images=5, item_shape=(1, 4, 4))"
+    named = classes(source="Letters", split="meta_val").to("meta")
+    assert repr(named) == "Letters(split='meta_val', classes=2, images=5, item_shape=(1, 4, 4))"
+
+
 def test_images_are_made_contiguous():
     strided = torch.zeros(5, 4, 4, 1, dtype=torch.uint8).permute(0, 3, 1, 2)
     assert classes(images=strided[:, :, ::2]).images.is_contiguous()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hypertorch.errors import DatasetError
-from hypertorch.fewshot import ImageFolder, MiniImageNet
+from hypertorch.fewshot import ImageClasses, ImageFolder, MiniImageNet
 
 
 def save(path: Path, grey: int, size: tuple[int, int] = (12, 8)) -> None:
@@ -44,13 +44,36 @@ def test_wide_images_are_cropped_and_not_squeezed(tmp_path: Path) -> None:
     assert (classes.images == 200).all()
 
 
+def test_high_images_are_cropped_too(tmp_path: Path) -> None:
+    high = np.zeros((24, 8), dtype=np.uint8)
+    high[8:16] = 200
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(high).save(tmp_path / "data" / "a" / "high.png")
+    classes = ImageFolder(tmp_path / "data", image_size=8, cache_dir=tmp_path / "cache")
+    assert (classes.images == 200).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_16_bits_are_scaled_to_8(tmp_path: Path, channels: int) -> None:
+    levels = np.array([[0, 257], [128 * 257, 65535]], dtype=np.uint16)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(levels).save(tmp_path / "data" / "a" / "deep.png")
+    options = {"channels": channels, "cache_dir": tmp_path / "cache"}
+    classes = ImageFolder(tmp_path / "data", image_size=2, **options)
+    assert classes.images[0].tolist() == [[[0, 1], [128, 255]]] * channels
+
+
 def test_splits_are_folders(tmp_path: Path) -> None:
     for split, names in (("train", "abc"), ("meta_val", "de"), ("test", "fg")):
         class_folders(tmp_path / "data" / split, names)
     root, options = tmp_path / "data", {"image_size": 4, "cache_dir": tmp_path / "cache"}
     assert ImageFolder(root, split="meta_train", **options).class_names == tuple("abc")
     assert ImageFolder(root, split="meta_train+meta_val", **options).class_names == tuple("abcde")
-    assert MiniImageNet(root, split="meta_test", **options).class_names == tuple("fg")
+    tests = MiniImageNet(root, split="meta_test", **options)
+    assert tests.class_names == tuple("fg")
+    assert repr(tests) == "MiniImageNet(split='meta_test', classes=2, images=6, item_shape=(3, 4, 4))"
+    folders = ImageFolder(root, split="meta_test", **options)
+    assert repr(folders) == "ImageFolder(split='meta_test', classes=2, images=6, item_shape=(3, 4, 4))"
 
 
 @pytest.mark.parametrize("place", ["images", "", "{label}"])
@@ -75,11 +98,15 @@ def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("HYPERTORCH_DATA", raising=False)
     with pytest.raises(DatasetError, match="which is no folder"):
         ImageFolder(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="`root` is None, a NoneType: it says where .*Pass the path"):
+        ImageFolder(None)  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match="without a subfolder: each class is a folder"):
         ImageFolder(tmp_path)
     class_folders(tmp_path / "data")
     with pytest.raises(ValueError, match="`split` is 'meta_tset', which names no split"):
         ImageFolder(tmp_path / "data", split="meta_tset")
+    with pytest.raises(ValueError, match="which names a split twice: .*Name each split once"):
+        ImageFolder(tmp_path / "data", split="meta_val+meta_val")
     with pytest.raises(DatasetError, match="has no folder 'meta_test' or 'test'"):
         ImageFolder(tmp_path / "data", split="meta_test")
     with pytest.raises(DatasetError, match=r"lacks the classes \['z'\]"):
@@ -97,3 +124,77 @@ def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "train.csv").write_text("file,class\n")
     with pytest.raises(DatasetError, match=r"columns \['file', 'class'\]: `filename` and `label` are needed"):
         MiniImageNet(tmp_path, split="meta_train")
+
+
+def split_files(root: Path, **labels: str) -> None:
+    """Two images of each class, and one split file per keyword that names them."""
+    for split, names in labels.items():
+        rows = [f"{label}{number}.png,{label}" for label in names for number in range(2)]
+        for row in rows:
+            save(root / "images" / row.split(",")[0], 0)
+        (root / f"{split}.csv").write_text("\n".join(["filename,label", *rows]))
+
+
+def mini(root: Path, split: str = "meta_train") -> ImageClasses:
+    return MiniImageNet(root, split=split, image_size=4, cache_dir=root.parent / "cache")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_split_file(tmp_path: Path) -> None:
+    split_files(tmp_path / "data", train="ab")
+    path = tmp_path / "data" / "train.csv"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert mini(tmp_path / "data").class_names == ("a", "b")
+
+
+def test_a_split_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    split_files(tmp_path / "data", train="ab")
+    (tmp_path / "data" / "train.csv").write_bytes("filename,label\né.png,é".encode("latin-1"))
+    with pytest.raises(DatasetError, match=r"train.csv', which cannot be read as a table in UTF-8 .*Save it as CSV"):
+        mini(tmp_path / "data")
+
+
+def test_a_row_without_a_label_is_named(tmp_path: Path) -> None:
+    split_files(tmp_path / "data", train="ab")
+    with (tmp_path / "data" / "train.csv").open("a") as file:
+        file.write("\nb7.png\n")
+    with pytest.raises(DatasetError, match=r"train.csv', whose line 6 lacks a file name or a label"):
+        mini(tmp_path / "data")
+
+
+@pytest.mark.parametrize("again", ["a1.png,a", "a1.png,b", "../images/a1.png,a"])
+def test_an_image_that_a_split_file_names_twice_is_refused(tmp_path: Path, again: str) -> None:
+    split_files(tmp_path / "data", train="ab")
+    with (tmp_path / "data" / "train.csv").open("a") as file:
+        file.write(f"\n{again}\n")
+    with pytest.raises(DatasetError, match=r"train.csv', whose line 6 names .*a1.png' .* after line 3: .*Remove one"):
+        mini(tmp_path / "data")
+
+
+@pytest.mark.parametrize("split", ["meta_train", "meta_test", "meta_train+meta_test", "meta_val"])
+def test_a_class_in_two_splits_is_refused(tmp_path: Path, split: str) -> None:
+    split_files(tmp_path / "lists", train="ab", val="c", test="db")
+    with pytest.raises(DatasetError, match=r"class 'b' is in 'train.csv' and in 'test.csv': .*Remove it"):
+        mini(tmp_path / "lists", split)
+    for name, classes in (("train", "ab"), ("val", "c"), ("meta_test", "db")):
+        class_folders(tmp_path / "folders" / name, classes)
+    with pytest.raises(DatasetError, match=r"class 'b' is in 'train' and in 'meta_test': .*merge them and pass"):
+        mini(tmp_path / "folders", split)
+
+
+def test_what_mini_imagenet_lacks_is_said_for_both_layouts(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"nowhere', which is no folder: mini-ImageNet is not found there. Put `tr"):
+        mini(tmp_path / "nowhere")
+    split_files(tmp_path / "data", train="ab", test="d")
+    with pytest.raises(
+        DatasetError, match=r"has no 'val.csv' and no folder 'meta_val' or 'val' .*Put `train.csv`"
+    ) as e:
+        mini(tmp_path / "data", "meta_val")
+    assert "split=None" not in str(e.value)
+    class_folders(tmp_path / "data" / "val", "c")
+    assert mini(tmp_path / "data", "meta_val").class_names == ("c",)
+    with pytest.raises(DatasetError, match=r"has a folder for 'meta_val', but only a file for 'meta_train': "):
+        mini(tmp_path / "data", "meta_train+meta_val")
+    with pytest.raises(ValueError, match="which names a split twice"):
+        mini(tmp_path / "data", "meta_train+meta_train")
+    with pytest.raises(ValueError, match="`split` is None, which names no split"):
+        MiniImageNet(tmp_path, split=None)  # type: ignore[arg-type]
