@@ -120,6 +120,8 @@ class Cell:
 @failures.reported
 def main(config: DictConfig) -> None:
     """Runs what is missing and writes the table after every cell."""
+    if config.data is None and not config.run:
+        config.data = "..."  # as the commands of the table have it
     cells = list(planned_cells(config))
     console = Console()
     folder = Path(str(config.cells)).parent

@@ -19,7 +19,7 @@ from experiments.benchmarks.tables import byte_words
 from experiments.benchmarks.work import Work
 
 try:
-    import psutil
+    import psutil  # pyright: ignore[reportMissingModuleSource]
 except ImportError:  # of the extra `benchmark`
     psutil: Any = None
 try:

@@ -16,7 +16,7 @@ from hypertorch import tree
 from hypertorch.types import Batch, TensorDict
 
 try:
-    import torchopt
+    import torchopt  # pyright: ignore[reportMissingImports]
 except ImportError:  # of the extra `benchmark`
     torchopt: Any = None
 
