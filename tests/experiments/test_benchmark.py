@@ -93,7 +93,7 @@ def test_all_contestants_return_the_same_hypergradient(name: str) -> None:
         if outcome.grads is not None:
             found[key] = outcome.grads
     assert {"higher", variants.EAGER} <= found.keys() or name == "very long"
-    assert len(found) >= 3
+    assert len(found) >= (2 if torchopt_unroll.torchopt is None else 3)
     reference = found["higher"]
     assert reference.keys() == job.hparams.keys()
     assert float(torch.cat([value.flatten() for value in reference.values()]).norm()) > 1e-4
