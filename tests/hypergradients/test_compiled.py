@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch import compilation
-from hypertorch.errors import DetachedHyperparameterError, ReplayError
+from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem
 
@@ -71,15 +71,13 @@ def test_schedules_bias_correction_terms_at_steps_and_noise() -> None:
     problem = net_problem(ADAM, SCHEDULE, num_steps=12, dropout=0.5, step_terms=True)
     same(problem, Reverse(compile=True))
     same(problem, Reverse(compile=True, snapshots=2), outer_step=1)
-    same(problem, Reverse(compile=True, derivative="mixed"), outer_step=1)  # noise: by reverse over reverse
     assert programs() - before == 2
 
 
-@pytest.mark.slow
-def test_mixed_mode_is_compiled() -> None:
-    for dynamics, extra in ((MOMENTUM, LEARNT), (ADAM, SCHEDULE)):
-        result = same(net_problem(dynamics, extra, num_steps=12), Reverse(compile=True, derivative="mixed"))
-        assert result.stats.vjps == 12
+@pytest.mark.parametrize("derivative", ["mixed", "auto"])
+def test_mixed_mode_is_not_compiled(derivative: str) -> None:
+    with pytest.raises(IncompatibleBackendError, match=f"`compile` is True with `derivative` = '{derivative}'"):
+        Reverse(compile=True, derivative=derivative)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
