@@ -59,6 +59,7 @@ class InnerLoss:
         buffers: untrained inner variables (running statistics), which dynamics never see.
         batch: this step's data.
         route: how its gradient enters the derivative of a step.
+        separate_params: whether the params are tensors of their own, none computed from another or part of the hparams.
 
     Attributes:
         value: the loss at the first evaluation of its gradient, shape `()` or `(tasks,)`; None before.
@@ -70,12 +71,19 @@ class InnerLoss:
     """
 
     def __init__(
-        self, function: LossFunction, buffers: TensorDict, batch: Batch, route: GradientRoute = "differentiable"
+        self,
+        function: LossFunction,
+        buffers: TensorDict,
+        batch: Batch,
+        route: GradientRoute = "differentiable",
+        *,
+        separate_params: bool = False,
     ) -> None:
         self._function = function
         self._buffers = buffers
         self._batch = batch
         self._route = route
+        self._separate_params = separate_params
         self.value: Tensor | None = None
         self.new_buffers: TensorDict = buffers
         self.tracked_buffers: frozenset[str] = frozenset()
@@ -163,10 +171,14 @@ class InnerLoss:
     def _autograd_gradient(self, params: TensorDict, hparams: TensorDict, *, differentiable: bool) -> TensorDict:
         with torch.enable_grad():
             keep_path = differentiable or self._route == "dual"
-            variables = {name: _own_view(value, keep_path) for name, value in params.items()}
+            if self._separate_params and differentiable:
+                variables = {name: value if value.requires_grad else _own(value) for name, value in params.items()}
+            else:
+                variables = {name: _own_view(value, keep_path) for name, value in params.items()}
             value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
+            total = value.sum() if value.dim() else value
             gradients = torch.autograd.grad(
-                value.sum() if value.requires_grad else value.sum().requires_grad_(),
+                total if total.requires_grad else total.detach().requires_grad_(),
                 list(variables.values()),
                 create_graph=differentiable,
                 allow_unused=True,
@@ -232,6 +244,10 @@ def _own_view(param: Tensor, keep_path: bool) -> Tensor:
     """
     view = param.view_as(param) if keep_path else param.detach()
     return view if view.requires_grad else view.requires_grad_()
+
+
+def _own(param: Tensor) -> Tensor:
+    return param.detach().requires_grad_()
 
 
 def vjp(

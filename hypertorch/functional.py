@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from hypertorch.errors import IncompatibleBackendError
+from hypertorch.parameter_slots import ParameterSlots, is_plain
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -37,6 +39,11 @@ class FunctionalModule:
         _refuse_weight_norm(module)
         self.module = module
         self.buffers: tuple[str, ...] = tuple(name for name, _ in module.named_buffers())
+        self._slots: ParameterSlots | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy finds the places in its own module.
+        return {**vars(self), "_slots": None}
 
     def init_params(self) -> TensorDict:
         """Returns copies of the module's trainable parameters and of its buffers, by name."""
@@ -67,10 +74,23 @@ class FunctionalModule:
         """
         values = dict(params)
         buffers: dict[str, Tensor] = {}
-        for name, own in self.module.named_buffers():
-            # Modules update their buffers in place; the clone takes the update and leaves the caller's tensor alone.
-            buffers[name] = values[name] = values.get(name, own).clone()
-        return functional_call(self.module, values, inputs, options), buffers
+        if self.buffers:
+            for name, own in self.module.named_buffers():
+                # Modules update buffers in place; the clone takes the update and leaves the caller's tensor alone.
+                buffers[name] = values[name] = values.get(name, own).clone()
+        return self._call(values, inputs, options), buffers
+
+    def _call(self, values: TensorDict, inputs: tuple, options: dict[str, Any]) -> Any:
+        # The compiler knows PyTorch's own way, and the time to find the places is no part of a program.
+        if torch.compiler.is_compiling() or not is_plain(self.module):
+            return functional_call(self.module, values, inputs, options)
+        slots = self._slots
+        if slots is None or slots.module is not self.module or not slots.is_current():
+            slots = self._slots = ParameterSlots(self.module)
+        if not slots.has(values):
+            return functional_call(self.module, values, inputs, options)
+        with slots.holding(values):
+            return self.module(*inputs, **options)
 
 
 def refuse_untracked_statistics(module: nn.Module) -> None:

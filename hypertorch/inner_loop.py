@@ -249,7 +249,14 @@ class InnerLoop:
     def bound_loss(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
         """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded."""
         index = self.first_index + step
-        loss = InnerLoss(self._inner, self._buffers(state), self._inner_batch(index), route)
+        loss = InnerLoss(
+            self._inner,
+            self._buffers(state),
+            self._inner_batch(index),
+            route,
+            # The first state is the problem's own. A compiled step is one program for all, the first among them.
+            separate_params=not torch.compiler.is_compiling() and step > 0 and self.dynamics.separate_params,
+        )
         self._seed(index)
         return loss
 

@@ -104,18 +104,22 @@ def lift(
         return function
 
     def over_tasks(params: TensorDict, hparams: TensorDict, batch: Batch) -> Any:
-        has_data = bool(tree.batch_tensors(batch))
-        data_axes = tree.map_leaves(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
-        axes = (0, 0 if params else None, {name: 0 if name in per_task else None for name in hparams}, data_axes)
-        # An index of the tasks makes sure that there is something to vectorise over.
-        index = torch.arange(num_tasks)
-        if not has_data:
-            return vmap(lambda _, p, h: function(p, h, batch), in_dims=axes[:3], randomness="different")(
-                index, params, hparams
+        data, rebuild = tree.flatten_batch(batch)
+        own = [name for name in hparams if name in per_task]
+        # An index of the tasks where there is nothing else to vectorise over.
+        index = [] if params or own or data else [torch.arange(num_tasks)]
+        after_own = len(params) + len(own)
+
+        # Flat arguments: `vmap` walks through nested ones several times.
+        def one_task(*values: Tensor) -> Any:
+            own_hparams = dict(zip(own, values[len(params) : after_own], strict=True))
+            return function(
+                dict(zip(params, values[: len(params)], strict=True)),
+                {**hparams, **own_hparams},
+                rebuild(values[after_own : after_own + len(data)]),
             )
-        return vmap(lambda _, p, h, b: function(p, h, b), in_dims=axes, randomness="different")(
-            index, params, hparams, batch
-        )
+
+        return vmap(one_task, randomness="different")(*params.values(), *(hparams[name] for name in own), *data, *index)
 
     return over_tasks
 

@@ -93,9 +93,18 @@ def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def map_leaves(function: Callable[[Any], Any], batch: Batch) -> Any:
-    """Returns the batch with `function` applied to every leaf, tensor or not, of its nested tuples, lists and dicts."""
-    return pytree.tree_map(function, batch)
+def flatten_batch(batch: Batch) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Returns every tensor of a nested batch, in a fixed order, and what puts others in their places."""
+    leaves, structure = pytree.tree_flatten(batch)
+    positions = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: Sequence[Tensor]) -> Any:
+        filled = list(leaves)
+        for position, tensor in zip(positions, tensors, strict=True):
+            filled[position] = tensor
+        return pytree.tree_unflatten(filled, structure)
+
+    return [leaves[position] for position in positions], rebuild
 
 
 def batch_tensors(batch: Batch) -> list[Tensor]:

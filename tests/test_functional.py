@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -104,3 +107,54 @@ def test_dropout_has_the_right_hypergradient() -> None:
 def test_needs_a_module() -> None:
     with pytest.raises(TypeError, match="`module` is a function, not a `torch.nn.Module`"):
         ht.FunctionalModule(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_a_sub_module_exchanged_after_wrapping_is_the_one_called() -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh())
+    net = ht.FunctionalModule(module)
+    weights = {"0.weight": torch.eye(2)}
+    ones = torch.ones(1, 2)
+    net(weights, ones)
+    module[1] = nn.Sigmoid()
+    torch.testing.assert_close(net(weights, ones), ones.sigmoid())
+    module[0] = nn.Linear(2, 2, bias=False)
+    torch.testing.assert_close(net(weights, ones), ones.sigmoid())
+
+
+def test_weights_tied_and_untied_after_wrapping_are_seen() -> None:
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    net = ht.FunctionalModule(module)
+    ones = torch.ones(1, 2)
+    own = module[1].weight
+    torch.testing.assert_close(net({"0.weight": 2.0 * torch.eye(2), "1.weight": torch.eye(2)}, ones), 2.0 * ones)
+    module[1].weight = module[0].weight
+    torch.testing.assert_close(net({"0.weight": 2.0 * torch.eye(2)}, ones), 4.0 * ones)
+    module[1].weight = own
+    torch.testing.assert_close(net({"0.weight": 2.0 * torch.eye(2), "1.weight": torch.eye(2)}, ones), 2.0 * ones)
+
+
+def test_copies_call_their_own_module() -> None:
+    net = ht.FunctionalModule(nn.Linear(2, 1))
+    net(net.init_params(), torch.ones(1, 2))
+    for other in (copy.deepcopy(net), copy.copy(net), pickle.loads(pickle.dumps(net))):
+        other.module = nn.Linear(2, 1, bias=False)
+        weights = {"weight": torch.ones(1, 2)}
+        assert other(weights, torch.ones(1, 2)).item() == 2.0
+    assert net({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, torch.ones(1, 2)).item() == 3.0
+
+
+def test_a_module_that_raises_keeps_its_weights() -> None:
+    module = nn.Linear(2, 1)
+    before = module.weight
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ht.FunctionalModule(module)({"weight": torch.zeros(1, 2)}, torch.ones(1, 3))
+    assert module.weight is before
+
+
+def test_an_unknown_name_is_pytorchs_to_judge() -> None:
+    layer = nn.Linear(2, 2, bias=False)
+    net = ht.FunctionalModule(nn.Sequential(layer, layer))
+    # The second name of a shared weight.
+    torch.testing.assert_close(net({"1.weight": 2.0 * torch.eye(2)}, torch.ones(1, 2)), 4.0 * torch.ones(1, 2))
+    with pytest.raises(AttributeError):
+        net({"2.weight": torch.eye(2)}, torch.ones(1, 2))

@@ -13,7 +13,18 @@ PACKAGE = ROOT / "hypertorch"
 
 # Lowest first; modules of one layer may import each other, but for those kept apart below.
 LAYERS = (
-    ("types", "errors", "checks", "tree", "functional", "constraints", "noise", "live_memory", "exact_arithmetic"),
+    (
+        "types",
+        "errors",
+        "checks",
+        "tree",
+        "parameter_slots",
+        "functional",
+        "constraints",
+        "noise",
+        "live_memory",
+        "exact_arithmetic",
+    ),
     ("derivatives", "compilation"),
     ("dynamics", "linear_solvers"),
     ("problem",),

@@ -52,6 +52,10 @@ class HypergradientCheck:
         """Whether every error is within the tolerance."""
         return self.max_error <= self.tolerance
 
+    def __bool__(self) -> bool:
+        """Whether it passed, so that `assert ht.check_hypergradient(...)` does what it looks like."""
+        return self.passed
+
     def __str__(self) -> str:
         lines = [
             f"{'ok ' if check.error <= self.tolerance else 'BAD'} {check.name}: backend {check.actual:.10g}, "

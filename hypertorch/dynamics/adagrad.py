@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 
@@ -47,6 +48,8 @@ class Adagrad(GradientDynamics):
     References:
         Duchi, Hazan and Singer (2011), Adaptive subgradient methods for online learning and stochastic optimization.
     """
+
+    separate_params: ClassVar[bool] = True
 
     lr: Setting = 1e-2
     lr_decay: Setting = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -46,6 +47,8 @@ class Adam(AdamFamily):
     References:
         Kingma and Ba (2015), Adam, algorithm 1; Reddi, Kale and Kumar (2018), On the convergence of Adam and beyond.
     """
+
+    separate_params: ClassVar[bool] = True
 
     def decay(
         self, param: Tensor, gradient: Tensor, weight_decay: float | Tensor, lr: float | Tensor

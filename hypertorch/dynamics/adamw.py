@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,6 +42,8 @@ class AdamW(AdamFamily):
     References:
         Loshchilov and Hutter (2019), Decoupled weight decay regularization, algorithm 2.
     """
+
+    separate_params: ClassVar[bool] = True
 
     weight_decay: Setting = 1e-2
 

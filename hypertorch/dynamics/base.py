@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from hypertorch.constraints import Constraint
 from hypertorch.derivatives import InnerLoss
@@ -17,7 +18,13 @@ class Dynamics(ABC):
 
     The inner state is the trained parameters and the optimiser's own buffers, both flat dictionaries of tensors.
     Leaves are frozen dataclasses of settings; a setting may be a number, a schedule, or an outer variable (`Hyper`).
+
+    Attributes:
+        separate_params: whether the params that `step` returns are new tensors, none computed from another, so that the
+            next gradient can be taken in them as they are. Each class says so for itself; it is not inherited.
     """
+
+    separate_params: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
@@ -37,6 +44,11 @@ class Dynamics(ABC):
             hparams: the outer variables.
             index: steps since the state was made (unit: steps, from 0).
         """
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        # What a rule returns is known of the class that wrote it, not of those that change it.
+        cls.separate_params = vars(cls).get("separate_params", False)
 
     def settings(self) -> Mapping[str, Setting]:
         """Returns the settings that may be outer variables, by name."""

@@ -10,7 +10,8 @@ def descend(param: Tensor, direction: Tensor, lr: float | Tensor) -> Tensor:
     """Returns `param - lr * direction`."""
     if isinstance(lr, Tensor):
         return param - lr * direction
-    return param.sub(direction, alpha=lr)
+    # The derivative of `sub` takes a negation more.
+    return param.add(direction, alpha=-lr)
 
 
 def decayed(direction: Tensor, param: Tensor, weight_decay: float | Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from hypertorch import tree
 from hypertorch.constraints import Constraint
@@ -58,6 +59,8 @@ class RMSprop(GradientDynamics):
         Tieleman and Hinton (2012), lecture 6.5, rmsprop; Graves (2013), Generating sequences with recurrent neural
         networks, equations 38 to 41 (centred).
     """
+
+    separate_params: ClassVar[bool] = True
 
     lr: Setting = 1e-2
     alpha: Setting = 0.99

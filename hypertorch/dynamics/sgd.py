@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class SGD(GradientDynamics):
     References:
         Sutskever, Martens, Dahl and Hinton (2013), On the importance of initialization and momentum.
     """
+
+    separate_params: ClassVar[bool] = True
 
     lr: Setting
     momentum: Setting = 0.0
