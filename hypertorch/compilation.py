@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -51,12 +52,21 @@ def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) 
     if (function, key, device.type) not in _compiled:
         # A list of programs belongs to a code object.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
-        options: Any = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
-        chosen: Any = {"backend": BACKEND, "options": options if BACKEND == "inductor" else None}
-        program = torch.compile(own, fullgraph=True, dynamic=False, **chosen)
+        options = _options(device) if BACKEND == "inductor" else None
+        program = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
         _compiled[function, key, device.type] = _copied(program) if device.type == "cuda" else program
     return _compiled[function, key, device.type]
+
+
+def _options(device: torch.device) -> Any:
+    # Not at the top of this module: it loads the compiler, which takes seconds.
+    mends = importlib.import_module("hypertorch.compiler_mends")
+    return {
+        # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
+        "fallback_random": True,
+        "triton.cudagraphs": device.type == "cuda",
+        "post_grad_custom_pre_pass": mends.CompilerMends(),
+    }
 
 
 def _copied(program: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ LAYERS = (
         "live_memory",
         "exact_arithmetic",
     ),
-    ("derivatives", "compilation"),
+    ("derivatives", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),
     ("problem",),
     ("tasks", "inner_loop", "bound_problem", "unroll"),

@@ -13,6 +13,7 @@ from hypertorch import tree
 from hypertorch.compilation import compiled
 from hypertorch.derivatives import generator_states
 from hypertorch.dynamics import Dynamics
+from hypertorch.hypergradients.mixed_mode import through_gradients
 from hypertorch.hypergradients.pull_back import Cotangents, Grads, PulledBack, pull_back, pull_back_steps
 from hypertorch.hypergradients.replay import check_gaps, replay_gaps
 from hypertorch.hypergradients.step_by_step import Steps
@@ -37,12 +38,16 @@ class CompiledSteps(Steps):
     Args:
         loop: the loop.
         variables: hyperparameters and context, as leaves.
+        mixed: whether the derivative of the inner gradient is taken by forward over reverse. A step that draws noise,
+            and one of a problem with buffers, goes by reverse over reverse all the same.
     """
 
-    def __init__(self, loop: InnerLoop, variables: TensorDict) -> None:
+    def __init__(self, loop: InnerLoop, variables: TensorDict, *, mixed: bool) -> None:
         self._loop = loop
         self._variables = variables
         self._pulled_back = False
+        self._advanced = False
+        self._mixed = mixed and not loop.has_buffers
         program = loop.program()
         # A step does not know of the horizon, and is the same program for all of them.
         self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
@@ -60,10 +65,14 @@ class CompiledSteps(Steps):
     def advance(self, state: InnerState, step: int, *, first_run: bool = True) -> InnerState:
         """Returns the state after a step."""
         batch = self._loop.prepare_step(step)
+        before = () if self._advanced or not self._mixed else generator_states(self._loop.device)
         with torch.no_grad():
             end, value, tracked = self._advance(
                 self._program, state, self._moving, self._fixed, batch, self._counter(step)
             )
+        # A gradient that is evaluated twice inside one program would draw twice.
+        self._mixed = self._mixed and not draws(before, self._loop.device)
+        self._advanced = True
         self._loop.note_tracked(frozenset(tracked))
         self._loop.count_value(value if first_run else None)
         return end
@@ -73,7 +82,7 @@ class CompiledSteps(Steps):
         if not self._pulled_back:
             self._pulled_back = True
             return pull_back_steps(self._loop, self._variables, departure, cotangents, step, step + 1, arrival=arrival)
-        run = compiled(_pull_back, program_key(self._program), self._loop.device)
+        run = compiled(_pull_back_mixed if self._mixed else _pull_back, program_key(self._program), self._loop.device)
         batch = self._loop.prepare_step(step)
         with torch.no_grad():
             grads, before, term, gaps, value = run(
@@ -180,6 +189,40 @@ def _pull_back(
     grads, before = pull_back(outputs, seeds, leaves, own)
     gaps = replay_gaps(end.detached(), arrival)
     return _detached(grads), _plain(before), term.detach(), gaps, loss.value
+
+
+def _pull_back_mixed(
+    program: LoopProgram,
+    tracked: tuple[str, ...],
+    departure: InnerState,
+    moving: TensorDict,
+    fixed: TensorDict,
+    batch: Batch,
+    counter: int,
+    cotangents: Cotangents,
+    arrival: InnerState,
+) -> tuple[Grads, Cotangents, Tensor, Tensor, Tensor | None]:
+    """Returns what `_pull_back` returns, with the derivative of the inner gradient by forward over reverse."""
+    index = counter - 2
+    loop = program.loop(lambda _: batch)
+    with torch.enable_grad():
+        leaves, own = loop.leaves(departure), tree.leaves_requiring_grad(moving)
+        variables = {**own, **fixed}
+        loss = loop.bound_loss(leaves, index, route="leaf")
+        end = loop.apply(loss, leaves, variables, index)
+        outputs, seeds, term = _with_term(loop, end, variables, index, cotangents)
+    outputs, seeds = through_gradients(loss, outputs, seeds)
+    grads, before = pull_back(outputs, seeds, leaves, own)
+    gaps = replay_gaps(end.detached(), arrival)
+    value = loss.value
+    # Forward mode answers zeros where there is no path. Reverse mode knows; of what follows only its answer to that
+    # is used, and the compiler drops the computation.
+    paths, paths_before, _, _, _ = _pull_back(
+        program, tracked, departure, moving, fixed, batch, counter, cotangents, arrival
+    )
+    grads = {name: None if paths[name] is None else value for name, value in grads.items()}
+    before = [None if path is None else value for value, path in zip(before, paths_before, strict=True)]
+    return _detached(grads), _plain(before), term.detach(), gaps, value
 
 
 def _with_term(

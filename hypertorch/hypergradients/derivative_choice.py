@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from hypertorch import tree
+from hypertorch.compilation import compiler_errors
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.compiled_steps import program_key
 from hypertorch.hypergradients.step_by_step import Steps
@@ -34,7 +35,7 @@ def check_derivative(derivative: str) -> None:
         )
 
 
-def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool], Steps]) -> bool:
+def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool], Steps], *, compiled: bool) -> bool:
     """Returns whether steps are differentiated in mixed mode: by name, or by a measurement of the first step.
 
     The measurement is made once for problems of the same classes, dtypes and sizes, and leaves no trace in the loop's
@@ -44,6 +45,7 @@ def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool
         derivative: the name.
         loop: a loop of at least one step.
         make_steps: makes the steps, in mixed mode or not.
+        compiled: whether they are compiled, which has a measurement of its own.
     """
     if derivative != "auto":
         return derivative == "mixed"
@@ -54,7 +56,7 @@ def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool
     try:
         state = make_steps(False).initial()
         sizes = tuple((tuple(value.shape), value.dtype) for value in state.tensors())
-        key = (program_key(loop.program()), sizes, loop.device.type)
+        key = (program_key(loop.program()), sizes, loop.device.type, compiled)
         if key not in _measured:
             _measured[key] = _mixed_wins(loop, make_steps)
         return _measured[key]
@@ -67,7 +69,7 @@ def _mixed_wins(loop: InnerLoop, make_steps: Callable[[bool], Steps]) -> bool:
     reverse = _seconds(loop, make_steps(False))
     try:
         mixed = _seconds(loop, make_steps(True))
-    except (IncompatibleBackendError, RuntimeError) as error:  # reverse over reverse has run
+    except (IncompatibleBackendError, RuntimeError, *compiler_errors()) as error:  # reverse over reverse has run
         _logger.info("inner gradients differentiated by reverse over reverse: %s", error)
         return False
     _logger.info("a step's vjp took %.2f ms by reverse over reverse, %.2f ms mixed", 1e3 * reverse, 1e3 * mixed)

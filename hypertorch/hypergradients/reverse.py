@@ -91,7 +91,6 @@ class Reverse(Hypergradient):
     Raises:
         ValueError: if a setting is out of its range or an unknown word, or more than one of the first three is given.
         TypeError: if `compile` is neither True nor False.
-        IncompatibleBackendError: if `compile` is combined with another derivative than "reverse".
         IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, nothing fits
             `memory_budget` (the message then says what would), or an operation has no forward derivative in mixed
             mode.
@@ -113,11 +112,6 @@ class Reverse(Hypergradient):
         check_derivative(self.derivative)
         if not isinstance(self.compile, bool):
             raise TypeError(f"`compile` is {self.compile!r}, which is neither True nor False. Pass one of them.")
-        if self.compile and self.derivative != "reverse":
-            raise IncompatibleBackendError(
-                f"`compile` is True with `derivative` = {self.derivative!r}: PyTorch's compiler gives wrong numbers "
-                "for forward over reverse in a step. Leave one of the two out."
-            )
         kept = {
             "checkpoint_every": self.checkpoint_every,
             "snapshots": self.snapshots,
@@ -160,7 +154,7 @@ class Reverse(Hypergradient):
         def steps(mixed: bool) -> Steps:
             return EagerSteps(loop, variables, mixed=mixed)
 
-        mixed = is_mixed(self.derivative, loop, steps)
+        mixed = is_mixed(self.derivative, loop, steps, compiled=False)
         if every is snapshots is None and not mixed:
             return differentiate_window(loop, variables, whole_window(loop, variables))
         pieces = _pieces(loop, steps(mixed), every, snapshots)
@@ -172,11 +166,15 @@ class Reverse(Hypergradient):
     def _compiled(
         self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
     ) -> BackendResult:
-        if every is snapshots is None:
+        if every is snapshots is None and self.derivative == "reverse":
             result = compiled_whole(loop, variables)
             if result is not None:
                 return result
-        own = CompiledSteps(loop, variables)
+
+        def steps(mixed: bool) -> Steps:
+            return CompiledSteps(loop, variables, mixed=mixed)
+
+        own = steps(is_mixed(self.derivative, loop, steps, compiled=True))
         return go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots), own)
 
 

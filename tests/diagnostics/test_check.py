@@ -31,7 +31,7 @@ class SlightlyWrong(Hypergradient):
 def test_passes_reverse_and_prints_a_verdict() -> None:
     problem = Ridge().problem(10)
     check = ht.check_hypergradient(problem, problem.init_hparams(), ht.hypergradients.Reverse())
-    assert check.passed and check.max_error < 1e-9
+    assert check and check.passed and check.max_error < 1e-9
     assert "passed: largest relative error" in str(check)
     assert "ok  lam" in str(check)
 
@@ -39,7 +39,7 @@ def test_passes_reverse_and_prints_a_verdict() -> None:
 def test_fails_a_hypergradient_that_is_off_by_two_millionths() -> None:
     problem = Ridge().problem(10)
     check = ht.check_hypergradient(problem, problem.init_hparams(), SlightlyWrong(2e-6))
-    assert not check.passed
+    assert not check and not check.passed
     assert "BAD lam" in str(check) and "ok  eta" in str(check)
     assert "FAILED" in str(check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch import compilation
-from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
+from hypertorch.errors import DetachedHyperparameterError, ReplayError
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem
 
@@ -71,13 +72,15 @@ def test_schedules_bias_correction_terms_at_steps_and_noise() -> None:
     problem = net_problem(ADAM, SCHEDULE, num_steps=12, dropout=0.5, step_terms=True)
     same(problem, Reverse(compile=True))
     same(problem, Reverse(compile=True, snapshots=2), outer_step=1)
+    same(problem, Reverse(compile=True, derivative="mixed"), outer_step=1)  # noise: by reverse over reverse
     assert programs() - before == 2
 
 
-@pytest.mark.parametrize("derivative", ["mixed", "auto"])
-def test_mixed_mode_is_not_compiled(derivative: str) -> None:
-    with pytest.raises(IncompatibleBackendError, match=f"`compile` is True with `derivative` = '{derivative}'"):
-        Reverse(compile=True, derivative=derivative)  # type: ignore[arg-type]
+@pytest.mark.slow
+def test_mixed_mode_is_compiled() -> None:
+    for dynamics, extra in ((MOMENTUM, LEARNT), (ADAM, SCHEDULE), (ht.dynamics.SGD(lr=0.1), {})):
+        result = same(net_problem(dynamics, extra, num_steps=12), Reverse(compile=True, derivative="mixed"))
+        assert result.stats.vjps == 12
 
 
 @pytest.mark.slow
@@ -159,3 +162,43 @@ def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
 def test_compile_is_true_or_false() -> None:
     with pytest.raises(TypeError, match="`compile` is 'yes'"):
         Reverse(compile="yes")  # type: ignore[arg-type]
+
+
+def _expanded() -> Tensor:
+    return torch.zeros((), dtype=F64).expand(6)
+
+
+def put(where: Tensor, value: Tensor) -> Tensor:
+    return _expanded().index_put((where,), value)
+
+
+def put_sum(where: Tensor, value: Tensor) -> Tensor:
+    return _expanded().index_put((where,), value, accumulate=True)
+
+
+def add(where: Tensor, value: Tensor) -> Tensor:
+    return _expanded().index_add(0, where, value)
+
+
+def copy(where: Tensor, value: Tensor) -> Tensor:
+    return _expanded().index_copy(0, where, value)
+
+
+def fill(where: Tensor, value: Tensor) -> Tensor:
+    return _expanded().index_fill(0, where[:2], 3.0) + value
+
+
+def descend(where: Tensor, value: Tensor) -> Tensor:
+    return value.add(value.outer(value) @ value.diag(), alpha=-0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [put, put_sum, add, copy, fill, descend])
+def test_what_the_compiler_gets_wrong_is_mended(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    where, value = torch.tensor([1, 3, 0, 2, 5, 4]), normal(6, seed=0)
+    expected = function(where, value)
+    with compilation.compilation():
+        actual = compilation.compiled(function, "mends", torch.device("cpu"))(where, value)
+    torch.testing.assert_close(actual, expected)
+    alone = torch.compile(function, dynamic=False)(where, value)
+    assert not torch.allclose(alone, expected), "PyTorch has mended this: the mend can go"
