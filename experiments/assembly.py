@@ -16,7 +16,7 @@ from torch import nn
 import hypertorch as ht
 from experiments.failures import ExpectedFailure
 from experiments.run_folder import RunFolder
-from experiments.settings import SPLITS, chosen_device, chosen_dtype
+from experiments.settings import SPLITS, chosen_device, chosen_dtype, chosen_inner_dtype
 from hypertorch.fewshot import EpisodeSource, Learner
 
 # Streams of episodes: no two of one run are the same, and neither are those of runs with different seeds.
@@ -135,7 +135,7 @@ def on_episodes(config: DictConfig, learner: Learner, episodes: EpisodeSource) -
     """Returns a learner's problems on a stream of episodes, their tasks run as the configuration says."""
     # Runs of earlier versions do not have these settings.
     route, chunk = config.get("task_route", "auto"), config.get("task_chunk")
-    return learner.on(episodes, task_route=route, task_chunk=chunk)
+    return learner.on(episodes, task_route=route, task_chunk=chunk, inner_dtype=chosen_inner_dtype(config))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,19 @@ def chosen_dtype(config: DictConfig) -> torch.dtype:
     return _DTYPES[one_of(config, "dtype", tuple(_DTYPES))]
 
 
+def chosen_inner_dtype(config: DictConfig) -> torch.dtype | None:
+    """Returns the type of the inner loss's products that `inner_dtype` names; None for that of everything else.
+
+    Raises:
+        ExpectedFailure: if it names another type than bfloat16.
+    """
+    # Runs of earlier versions do not have this setting.
+    if config.get("inner_dtype") is None:
+        return None
+    one_of(config, "inner_dtype", ("bfloat16",))
+    return torch.bfloat16
+
+
 def chosen_device(config: DictConfig) -> torch.device:
     """Returns the device that `device` names.
 

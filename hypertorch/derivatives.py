@@ -48,6 +48,20 @@ class GradientCall(NamedTuple):
     noise: tuple[Tensor, ...]
 
 
+class MixedDerivative(NamedTuple):
+    """The derivative of `<gradient, direction>` at one evaluation of the gradient.
+
+    Attributes:
+        params: its part in the params.
+        hparams: its part in the hparams that ask for a derivative.
+        value: the loss there, shape `()` or `(tasks,)`.
+    """
+
+    params: TensorDict
+    hparams: TensorDict
+    value: Tensor
+
+
 class InnerLoss:
     """The inner loss of one step, its data, buffers and task route bound.
 
@@ -121,7 +135,7 @@ class InnerLoss:
             self.calls.append(GradientCall(params, hparams, gradients, noise))
         return gradients
 
-    def mixed_derivative(self, call: GradientCall, direction: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def mixed_derivative(self, call: GradientCall, direction: TensorDict) -> MixedDerivative:
         """Returns the derivative of `<gradient, direction>` in the params and in the hparams of an evaluation.
 
         By symmetry it is the gradient in both, moved along the direction: forward over reverse, in one pass.
@@ -139,33 +153,34 @@ class InnerLoss:
         params, hparams = tree.detach(call.params), tree.detach(call.hparams)
         moving = {name: hparams[name] for name, value in call.hparams.items() if value.requires_grad}
 
-        def total(at: TensorDict, own: TensorDict) -> Tensor:
+        def total(at: TensorDict, own: TensorDict) -> tuple[Tensor, Tensor]:
             value, _ = self._function({**at, **self._buffers}, {**hparams, **own}, self._batch)
-            return value.sum()
+            return value.sum(), value
 
-        def gradients(along: TensorDict) -> tuple[TensorDict, TensorDict]:
-            pulled: Any = torch.func.vjp(total, {**params, **along}, moving)
-            value, pull = pulled
-            one = torch.ones_like(value)
+        def gradients(along: TensorDict) -> tuple[tuple[TensorDict, TensorDict], Tensor]:
+            pulled: Any = torch.func.vjp(total, {**params, **along}, moving, has_aux=True)
+            joint, pull, value = pulled
+            one = torch.ones_like(joint)
             if torch.compiler.is_compiling():
-                return pull(one)
+                return pull(one), value
             # `torch.func.grad` would make a graph of the backward pass, and hold twice as much.
-            return pull(one, retain_graph=False, create_graph=False)
+            return pull(one, retain_graph=False, create_graph=False), value
 
         # A tangent takes the memory layout of its value, and there must be room for every entry of it.
         along = {name: _with_room(params[name]) for name in direction}
         tangent = {name: _with_room(value).to(params[name].dtype) for name, value in direction.items()}
         if torch.compiler.is_compiling():
-            pushed: Any = torch.func.jvp(gradients, (along,), (tangent,))
+            pushed: Any = torch.func.jvp(gradients, (along,), (tangent,), has_aux=True)
         else:
             _load_forward_mode()
             with torch.no_grad(), _noise_of(call):
-                pushed = torch.func.jvp(gradients, (along,), (tangent,))
-        of_params, of_hparams = pushed[1]
+                pushed = torch.func.jvp(gradients, (along,), (tangent,), has_aux=True)
+        _, (of_params, of_hparams), value = pushed
         # PyTorch gives some tangents of a 0-dimensional tensor another precision.
-        return (
-            {name: value.detach().to(params[name].dtype) for name, value in of_params.items()},
-            {name: value.detach().to(hparams[name].dtype) for name, value in of_hparams.items()},
+        return MixedDerivative(
+            {name: part.detach().to(params[name].dtype) for name, part in of_params.items()},
+            {name: part.detach().to(hparams[name].dtype) for name, part in of_hparams.items()},
+            value.detach(),
         )
 
     def _autograd_gradient(self, params: TensorDict, hparams: TensorDict, *, differentiable: bool) -> TensorDict:

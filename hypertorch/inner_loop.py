@@ -13,6 +13,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
 from hypertorch.derivatives import GradientRoute, InnerLoss
+from hypertorch.inner_precision import in_precision
 from hypertorch.noise import mix, seed_generators
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
@@ -178,7 +179,10 @@ class InnerLoop:
         self.has_tasks_axis = num_tasks is not None
         self._init = lift(lambda _, hparams, __: problem.inner.init_params(hparams), num_tasks, per_task)
         # Of the problem, not of this object: an object that refers to itself holds its data until garbage is collected.
-        self._inner = lift(partial(_inner_loss, problem.inner), num_tasks, per_task)
+        inner_loss = partial(_inner_loss, problem.inner)
+        if problem.inner_dtype is not None:
+            inner_loss = partial(in_precision, inner_loss, problem.inner_dtype)
+        self._inner = lift(inner_loss, num_tasks, per_task)
         self._outer = lift(partial(_outer_loss, problem.outer), num_tasks, per_task)
         self._metrics = lift(problem.outer.metrics, num_tasks, per_task)
         self._num_tasks = num_tasks

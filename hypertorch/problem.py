@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from hypertorch.constraints import Constraint
@@ -123,6 +124,10 @@ class BilevelProblem(ProblemSource):
         warm_start: start each outer step from the inner state that the last one ended with, instead of
             `init_params`; schedules over the horizon are refused.
         seed: of the noise that the model draws in its losses (dropout) or in `init_params`.
+        inner_dtype: `torch.bfloat16` computes the matrix products and convolutions of the inner loss in it
+            (`torch.autocast`), which halves most of what a graph holds and is faster where the hardware has it. Params,
+            buffers of the optimiser, cotangents and the hypergradient stay in float32, and are summed up in it; the
+            outer loss too. None computes all in the dtype of the params.
 
     Raises:
         ValueError: if a number is out of range or options contradict each other.
@@ -142,6 +147,7 @@ class BilevelProblem(ProblemSource):
     task_chunk: int | None = None
     warm_start: bool = False
     seed: int = 0
+    inner_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         _check_kind("inner", self.inner, InnerProblem)
@@ -164,6 +170,11 @@ class BilevelProblem(ProblemSource):
         if self.task_chunk is not None and self.task_chunk < 1:
             raise ValueError(
                 f"`task_chunk` is {self.task_chunk}: a chunk holds at least one task. Pass None for all tasks at once."
+            )
+        if self.inner_dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"`inner_dtype` is {self.inner_dtype!r}: gradients of float16 vanish without a scale of the loss, and "
+                "anything wider is the dtype of the params. Use `torch.bfloat16`, or None."
             )
         for name, setting in self.dynamics.settings().items():
             self._check_schedule(name, setting)

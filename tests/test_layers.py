@@ -28,7 +28,7 @@ LAYERS = (
     ("derivatives", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),
     ("problem",),
-    ("tasks", "inner_loop", "bound_problem", "unroll"),
+    ("tasks", "inner_precision", "inner_loop", "bound_problem", "unroll"),
     ("hypergradients",),
     ("diagnostics", "outer"),
 )

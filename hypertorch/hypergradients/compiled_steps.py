@@ -15,7 +15,7 @@ from hypertorch.derivatives import generator_states
 from hypertorch.dynamics import Dynamics
 from hypertorch.hypergradients.mixed_mode import through_gradients
 from hypertorch.hypergradients.pull_back import Cotangents, Grads, PulledBack, pull_back, pull_back_steps
-from hypertorch.hypergradients.replay import check_gaps, replay_gaps
+from hypertorch.hypergradients.replay import check_values
 from hypertorch.hypergradients.step_by_step import Steps
 from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
 from hypertorch.types import Batch, TensorDict
@@ -29,7 +29,8 @@ class CompiledSteps(Steps):
     They are pure functions of the state, the variables, the data and the index. `torch.compile` keeps the programs, so
     that they serve all loops of problems of the same classes, shapes and settings.
 
-    Whether steps run again arrive at the same state is computed beside each vjp and looked at in the end, by
+    Steps run again are known by the inner loss before them, which data and noise enter and which costs nothing: the end
+    of a step is then only computed as far as its derivative needs it. The losses are compared in the end, by
     `check_replays`, so that an accelerator need not be waited for.
 
     The last step is pulled back without compilation: there the buffers of an optimiser have no cotangent yet, which
@@ -55,7 +56,8 @@ class CompiledSteps(Steps):
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
         self._names = list(variables)
         self._advance = compiled(_advance, program_key(self._program), loop.device)
-        self._gaps: list[tuple[int, Tensor]] = []
+        self._first_values: dict[int, Tensor] = {}
+        self._further_values: dict[int, Tensor] = {}
 
     def initial(self) -> InnerState:
         """Returns the state before the first step, in tensors of its own: the same program for every step."""
@@ -75,6 +77,8 @@ class CompiledSteps(Steps):
         self._advanced = True
         self._loop.note_tracked(frozenset(tracked))
         self._loop.count_value(value if first_run else None)
+        if first_run and value is not None:
+            self._first_values[step] = value
         return end
 
     def pull_back(self, departure: InnerState, cotangents: Cotangents, step: int, arrival: InnerState) -> PulledBack:
@@ -85,7 +89,7 @@ class CompiledSteps(Steps):
         run = compiled(_pull_back_mixed if self._mixed else _pull_back, program_key(self._program), self._loop.device)
         batch = self._loop.prepare_step(step)
         with torch.no_grad():
-            grads, before, term, gaps, value = run(
+            grads, before, term, value = run(
                 self._program,
                 tuple(sorted(self._loop.tracked_buffers)),
                 departure,
@@ -94,26 +98,17 @@ class CompiledSteps(Steps):
                 batch,
                 self._counter(step),
                 _plain(cotangents),
-                arrival,
             )
-        self._gaps.append((step, gaps))
+        if value is not None:
+            self._further_values[step] = value
         self._loop.count_value(value)
         self._loop.cost.vjps += 1
         self._loop.cost.graph_steps = max(self._loop.cost.graph_steps, 1)
         return PulledBack({name: grads.get(name) for name in self._names}, before, term)
 
     def check_replays(self, state: InnerState) -> None:
-        """Raises `ReplayError` if a step run again arrived elsewhere, so that its derivative is of another run.
-
-        Args:
-            state: any state of the run, for its names.
-        """
-        if not self._gaps:
-            return
-        joint = torch.stack([gaps for _, gaps in self._gaps])
-        if bool((joint[..., 0] > joint[..., 1]).any()):
-            for step, gaps in self._gaps:
-                check_gaps(gaps, state, step, step + 1)
+        """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
+        check_values(self._first_values, self._further_values)
 
     def _counter(self, step: int) -> int:
         return self._loop.first_index + step + 2
@@ -170,12 +165,11 @@ def _pull_back(
     batch: Batch,
     counter: int,
     cotangents: Cotangents,
-    arrival: InnerState,
-) -> tuple[Grads, Cotangents, Tensor, Tensor, Tensor | None]:
+) -> tuple[Grads, Cotangents, Tensor, Tensor | None]:
     """Returns what a step and its vjp give.
 
-    Namely its part of the derivative in the variables, the cotangents of its start, its term of the outer loss, how
-    far it is from its first run, and the inner loss before it.
+    Namely its part of the derivative in the variables, the cotangents of its start, its term of the outer loss, and the
+    inner loss before it.
     """
     index = counter - 2
     loop = program.loop(lambda _: batch)
@@ -187,22 +181,23 @@ def _pull_back(
         end = loop.apply(loss, leaves, variables, index)
         outputs, seeds, term = _with_term(loop, end, variables, index, cotangents)
     grads, before = pull_back(outputs, seeds, leaves, own)
-    gaps = replay_gaps(end.detached(), arrival)
-    return _detached(grads), _plain(before), term.detach(), gaps, loss.value
+    return _detached(grads), _plain(before), term.detach(), loss.value
 
 
 def _pull_back_mixed(
     program: LoopProgram,
-    tracked: tuple[str, ...],
+    _: tuple[str, ...],
     departure: InnerState,
     moving: TensorDict,
     fixed: TensorDict,
     batch: Batch,
     counter: int,
     cotangents: Cotangents,
-    arrival: InnerState,
-) -> tuple[Grads, Cotangents, Tensor, Tensor, Tensor | None]:
-    """Returns what `_pull_back` returns, with the derivative of the inner gradient by forward over reverse."""
+) -> tuple[Grads, Cotangents, Tensor, Tensor | None]:
+    """Returns what `_pull_back` returns, with the derivative of the inner gradient by forward over reverse.
+
+    Zeros, where there is no path through the gradient.
+    """
     index = counter - 2
     loop = program.loop(lambda _: batch)
     with torch.enable_grad():
@@ -211,18 +206,9 @@ def _pull_back_mixed(
         loss = loop.bound_loss(leaves, index, route="leaf")
         end = loop.apply(loss, leaves, variables, index)
         outputs, seeds, term = _with_term(loop, end, variables, index, cotangents)
-    outputs, seeds = through_gradients(loss, outputs, seeds)
+    outputs, seeds, value = through_gradients(loss, outputs, seeds)
     grads, before = pull_back(outputs, seeds, leaves, own)
-    gaps = replay_gaps(end.detached(), arrival)
-    value = loss.value
-    # Forward mode answers zeros where there is no path. Reverse mode knows; of what follows only its answer to that
-    # is used, and the compiler drops the computation.
-    paths, paths_before, _, _, _ = _pull_back(
-        program, tracked, departure, moving, fixed, batch, counter, cotangents, arrival
-    )
-    grads = {name: None if paths[name] is None else value for name, value in grads.items()}
-    before = [None if path is None else value for value, path in zip(before, paths_before, strict=True)]
-    return _detached(grads), _plain(before), term.detach(), gaps, value
+    return _detached(grads), _plain(before), term.detach(), value
 
 
 def _with_term(

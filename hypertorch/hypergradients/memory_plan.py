@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Literal
 
@@ -29,6 +29,8 @@ class MemoryPlan:
         snapshots: most states kept at once; None for the other methods.
         peak_bytes: the most bytes of tensors that will live at once, predicted, beside what lives before the run.
         recomputed_steps: inner steps run again.
+        too_large: what would run fewer steps again but does not fit; of its kind what takes the least.
+        reasons: what was measured and asked for, for `explain`.
     """
 
     method: Literal["whole graph", "checkpoints", "revolve"]
@@ -36,14 +38,55 @@ class MemoryPlan:
     snapshots: int | None = None
     peak_bytes: int
     recomputed_steps: int
+    too_large: tuple[MemoryPlan, ...] = field(default=(), compare=False)
+    reasons: PlanReasons | None = field(default=None, compare=False)
 
-    def __str__(self) -> str:
-        how = {
+    @property
+    def how(self) -> str:
+        """What is kept, in words."""
+        return {
             "whole graph": "the whole graph",
             "checkpoints": f"a state kept every {self.checkpoint_every} steps",
             "revolve": f"the binomial schedule with {self.snapshots} kept states",
         }[self.method]
-        return f"{how}: {format_bytes(self.peak_bytes)} at most, {self.recomputed_steps} steps run again"
+
+    def __str__(self) -> str:
+        return f"{self.how}: {format_bytes(self.peak_bytes)} at most, {self.recomputed_steps} steps run again"
+
+    def explain(self) -> str:
+        """Returns what was measured, what was passed over, and what was chosen and why, in a few lines."""
+        why = {
+            "whole graph": "it fits, and runs no step again",
+            "checkpoints": "of what fits, it runs the fewest steps again",
+            "revolve": "only this fits; more kept states would not",
+        }[self.method]
+        lines = [] if self.reasons is None else self.reasons.lines()
+        lines += [f"too large: {plan}" for plan in self.too_large]
+        return "\n".join([*lines, f"chosen: {self}", f"because {why}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReasons:
+    """What a plan follows from.
+
+    Attributes:
+        budget: the bytes to keep.
+        num_steps: the horizon (unit: steps).
+        step: what the pieces of a run hold, as they were measured on one step.
+    """
+
+    budget: int
+    num_steps: int
+    step: StepMemory
+
+    def lines(self) -> list[str]:
+        """Returns them in words."""
+        return [
+            f"budget: {format_bytes(self.budget)} for {self.num_steps} inner steps",
+            f"measured on one step: its state {format_bytes(self.step.state)}, its graph "
+            f"{format_bytes(self.step.graph)} (each further one {format_bytes(self.step.further_graph)}), going back "
+            f"through it {format_bytes(self.step.backward)}",
+        ]
 
 
 def plan_memory(problem: BilevelProblem, hparams: TensorDict, budget: int | str, *, outer_step: int = 0) -> MemoryPlan:
@@ -95,8 +138,12 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         IncompatibleBackendError: if not even one kept state and one step's graph fit.
     """
     memory, num_steps = measure_step(loop, variables), loop.num_steps
+    reasons = PlanReasons(budget=budget, num_steps=num_steps, step=memory)
     whole = MemoryPlan(
-        method="whole graph", peak_bytes=memory.initial_graph + memory.whole(num_steps), recomputed_steps=0
+        method="whole graph",
+        peak_bytes=memory.initial_graph + memory.whole(num_steps),
+        recomputed_steps=0,
+        reasons=reasons,
     )
     if whole.peak_bytes <= budget:
         return whole
@@ -105,7 +152,7 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         key=lambda plan: (max(plan.peak_bytes, budget), plan.recomputed_steps, plan.peak_bytes),
     )
     if checkpoints.peak_bytes <= budget:
-        return checkpoints
+        return replace(checkpoints, too_large=(whole,), reasons=reasons)
     fitting = bisect_right(
         range(1, num_steps + 1), budget, key=lambda snapshots: _revolve_peak(memory, num_steps, snapshots)
     )
@@ -121,6 +168,8 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         snapshots=fitting,
         peak_bytes=_revolve_peak(memory, num_steps, fitting),
         recomputed_steps=recomputed_steps(num_steps, fitting),
+        too_large=(whole, checkpoints),
+        reasons=reasons,
     )
 
 

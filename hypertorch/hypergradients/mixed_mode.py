@@ -65,13 +65,17 @@ def pull_back_step_mixed(
     loop.cost.vjps += 1
     loop.cost.graph_steps = max(loop.cost.graph_steps, 1)
     with forward_mode(one_by_one=None):
-        outputs, seeds = through_gradients(loss, outputs, seeds)
+        outputs, seeds, _ = through_gradients(loss, outputs, seeds)
     grads, before = pull_back(outputs, seeds, leaves, variables)
     return PulledBack(grads, before, term.detach())
 
 
-def through_gradients(loss: InnerLoss, outputs: list[Tensor], seeds: Cotangents) -> tuple[list[Tensor], Cotangents]:
+def through_gradients(
+    loss: InnerLoss, outputs: list[Tensor], seeds: Cotangents
+) -> tuple[list[Tensor], Cotangents, Tensor | None]:
     """Returns outputs and cotangents to which the paths through the inner gradients are added, as paths through points.
+
+    And the loss at the first evaluation, as the mixed derivative there has it.
 
     The gradients must be leaves of the outputs' graph. What goes on from a gradient goes on from the params and hparams
     that it was evaluated at, which become outputs themselves.
@@ -81,11 +85,12 @@ def through_gradients(loss: InnerLoss, outputs: list[Tensor], seeds: Cotangents)
         outputs: of the step.
         seeds: their cotangents.
     """
+    value = loss.value
     for call in reversed(loss.calls):
         reached = vjp(outputs, seeds, call.gradient, retain_graph=True)
         direction = {name: value for name, value in reached.items() if value is not None}
         if direction:
-            in_params, in_hparams = loss.mixed_derivative(call, direction)
+            in_params, in_hparams, value = loss.mixed_derivative(call, direction)
             points = [*(call.params[name] for name in in_params), *(call.hparams[name] for name in in_hparams)]
             outputs, seeds = [*outputs, *points], [*seeds, *in_params.values(), *in_hparams.values()]
-    return outputs, seeds
+    return outputs, seeds, value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from hypertorch.errors import ReplayError
 from hypertorch.inner_loop import InnerState
 
 _TOLERANCE = 100.0  # in units of the dtype's machine epsilon, relative to the largest entry of the whole state
+
+_ADVICE = (
+    "the derivative would belong to another run. Let `InnerProblem.batch` and `loss` depend on their arguments only "
+    "(no iterator, no counter, no generator of your own), or use `Reverse()`, which runs every step once."
+)
 
 
 def check_replay(replayed: InnerState, expected: InnerState, start: int, stop: int) -> None:
@@ -64,11 +71,32 @@ def check_gaps(gaps: Tensor, expected: InnerState, start: int, stop: int) -> Non
         name, gap = names[int(too_far.nonzero()[0])], float(gaps[too_far][0, 0])
         raise ReplayError(
             f"`{name}` after inner step {stop - 1} differs by {gap:.3g} from the first run when steps "
-            f"{start} to {stop - 1} are run again: the derivative would belong to another run. Let "
-            "`InnerProblem.batch` and `loss` depend on their arguments only (no iterator, no counter, no "
-            "generator of your own), or use `Reverse()`, which runs every step once."
+            f"{start} to {stop - 1} are run again: {_ADVICE}"
         )
 
 
 def _size(value: Tensor) -> Tensor:
     return value.abs().max().to(torch.float32)
+
+
+def check_values(first: Mapping[int, Tensor], again: Mapping[int, Tensor]) -> None:
+    """Raises `ReplayError` if the inner loss of a step differs from its first run.
+
+    Args:
+        first: the loss by the step, shape `()` or `(tasks,)`.
+        again: the same of steps that were run again.
+    """
+    steps = sorted(again.keys() & first.keys())
+    if not steps:
+        return
+    with torch.no_grad():
+        expected = torch.stack([first[step] for step in steps])
+        gaps = (torch.stack([again[step] for step in steps]) - expected).abs().reshape(len(steps), -1).amax(dim=1)
+        allowed = _TOLERANCE * torch.finfo(expected.dtype).eps * torch.stack(list(first.values())).abs().max()
+        too_far = (gaps > allowed).tolist()
+    for step, gap, is_too_far in zip(steps, gaps, too_far, strict=True):
+        if is_too_far:
+            raise ReplayError(
+                f"the inner loss before step {step} differs by {float(gap):.3g} from the first run when the step is "
+                f"run again: {_ADVICE}"
+            )

@@ -13,7 +13,7 @@ from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.compiled_run import compiled_whole, run_compiled
 from hypertorch.hypergradients.compiled_steps import CompiledSteps
 from hypertorch.hypergradients.derivative_choice import Derivative, check_derivative, is_mixed
-from hypertorch.hypergradients.memory_plan import plan_loop
+from hypertorch.hypergradients.memory_plan import plan_loop, plan_memory
 from hypertorch.hypergradients.pull_back import (
     accumulate,
     last_term,
@@ -27,6 +27,7 @@ from hypertorch.hypergradients.step_by_step import EagerSteps, Piece, Steps, go_
 from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop, InnerState
 from hypertorch.live_memory import parse_bytes
+from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Reverse(Hypergradient):
     is taken that fits: the whole graph, else states kept every `k` steps with the largest `k` that fits, else Revolve
     with as many states as fit. The budget is for what the backend holds beside the problem's own data,
     the hyperparameters and a context; bytes asked for are counted, not what an allocator makes of them, so leave it a
-    tenth. The choice depends on shapes only. `plan_memory` tells it in advance.
+    tenth. The choice depends on shapes only; `explain` and `plan_memory` tell it in advance.
 
     With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
     iterations and problems of the same classes and shapes; changed data changes the results and compiles nothing. A
@@ -130,6 +131,20 @@ class Reverse(Hypergradient):
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "memory_budget")
 
+    def explain(self, problem: BilevelProblem, hparams: TensorDict, *, outer_step: int = 0) -> str:
+        """Returns what `memory_budget` makes of a problem, and why, to be printed; as `plan_memory` tells it.
+
+        Raises:
+            ValueError: if there is no `memory_budget`, and so nothing that was chosen.
+            IncompatibleBackendError: if nothing fits.
+        """
+        if self.memory_budget is None:
+            raise ValueError(
+                f"`{self!r}` has no `memory_budget`: it runs as its settings say, and chooses nothing that could be "
+                "explained. Pass one, such as `Reverse(memory_budget='512MiB')`."
+            )
+        return plan_memory(problem, hparams, self.memory_budget, outer_step=outer_step).explain()
+
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
         every, snapshots = self.checkpoint_every, self.snapshots
@@ -174,8 +189,10 @@ class Reverse(Hypergradient):
         def steps(mixed: bool) -> Steps:
             return CompiledSteps(loop, variables, mixed=mixed)
 
-        own = steps(is_mixed(self.derivative, loop, steps, compiled=True))
-        return go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots), own)
+        mixed = is_mixed(self.derivative, loop, steps, compiled=True)
+        own = steps(mixed)
+        result = go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots), own)
+        return _without_missing_paths(loop, variables, result) if mixed else result
 
 
 def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: BackendResult) -> BackendResult:

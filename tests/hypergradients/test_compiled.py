@@ -155,7 +155,7 @@ def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
 
     outer = LambdaOuter({"c": torch.tensor(1.0, dtype=F64)}, lambda params, hparams, batch: params["w"].sum())
     problem = ht.BilevelProblem(Counting(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=10)
-    with pytest.raises(ReplayError, match="`w` after inner step 4 differs"):
+    with pytest.raises(ReplayError, match="the inner loss before step 1 differs by"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
 
 

@@ -230,3 +230,20 @@ def test_plans_are_readable() -> None:
     assert texts[0].startswith("the whole graph: ") and texts[0].endswith(" at most, 0 steps run again")
     assert "a state kept every 11 steps: " in texts[1] and texts[1].endswith(" at most, 1 steps run again")
     assert texts[-1].startswith("the binomial schedule with 1 kept states: ")
+
+
+def test_a_plan_explains_itself() -> None:
+    problem = small()
+    hparams = problem.init_hparams()
+    found = list(plans(problem))
+    roomy, tight, least = found[0], found[1], found[-1]
+    text = Reverse(memory_budget="1GiB").explain(problem, hparams)
+    assert text.splitlines()[0] == "budget: 1.0 GiB for 12 inner steps"
+    assert f"chosen: {roomy[1]}" in text and "too large" not in text and text.endswith("runs no step again")
+    text = Reverse(memory_budget=tight[0]).explain(problem, hparams)
+    assert f"too large: {roomy[1]}" in text and f"chosen: {tight[1]}" in text
+    text = Reverse(memory_budget=least[0]).explain(problem, hparams)
+    assert text.count("too large: ") == 2 and "because only this fits" in text
+    assert "measured on one step: its state " in text
+    with pytest.raises(ValueError, match="has no `memory_budget`"):
+        Reverse().explain(problem, hparams)

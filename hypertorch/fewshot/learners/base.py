@@ -69,7 +69,12 @@ class Learner(ABC):
         return Embedding(inputs.flatten(1), self.adapt(hparams, episode.support)(inputs))
 
     def on(
-        self, episodes: EpisodeSource, *, task_route: TaskRoute = "auto", task_chunk: int | None = None
+        self,
+        episodes: EpisodeSource,
+        *,
+        task_route: TaskRoute = "auto",
+        task_chunk: int | None = None,
+        inner_dtype: torch.dtype | None = None,
     ) -> ProblemSource:
         """Returns this learner's problems on a stream of episodes, for an outer loop or an evaluation.
 
@@ -80,6 +85,7 @@ class Learner(ABC):
             task_route: how the episodes of a batch are run: "vmap", "loop", or "auto" for the faster by a measurement.
                 The two agree up to rounding; name one where runs must be equal to the last bit.
             task_chunk: episodes run at once under "vmap" (memory is proportional to it); None for all.
+            inner_dtype: `torch.bfloat16` computes the products of the inner loss in it; see `BilevelProblem`.
 
         Raises:
             ValueError: if the network cannot take the inputs, or has not one output per class, or `task_chunk` or
@@ -87,7 +93,7 @@ class Learner(ABC):
         """
         batch = episodes.at(0)
         _check_fit(self, batch)
-        source = LearnerOnEpisodes(self, episodes, task_route, task_chunk)
+        source = LearnerOnEpisodes(self, episodes, task_route, task_chunk, inner_dtype)
         source.with_settings(self.problem(batch, episodes.num_tasks))
         return source
 
@@ -197,12 +203,14 @@ class LearnerOnEpisodes(ProblemSource):
         episodes: the episodes.
         task_route: how the episodes of a batch are run.
         task_chunk: episodes run at once.
+        inner_dtype: of the products of the inner loss.
     """
 
     learner: Learner
     episodes: EpisodeSource
     task_route: TaskRoute = "auto"
     task_chunk: int | None = None
+    inner_dtype: torch.dtype | None = None
 
     def init_hparams(self) -> TensorDict:
         """Returns the learner's outer variables before training."""
@@ -214,4 +222,4 @@ class LearnerOnEpisodes(ProblemSource):
 
     def with_settings(self, problem: BilevelProblem) -> BilevelProblem:
         """Returns the problem of a batch of episodes, with its tasks run as is set here."""
-        return replace(problem, task_route=self.task_route, task_chunk=self.task_chunk)
+        return replace(problem, task_route=self.task_route, task_chunk=self.task_chunk, inner_dtype=self.inner_dtype)
