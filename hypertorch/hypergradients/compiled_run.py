@@ -12,7 +12,7 @@ from hypertorch import tree
 from hypertorch.compilation import NotCompilableError, compilation, compiled, may_compile, refuse
 from hypertorch.derivatives import generator_states
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.compiled_steps import draws, first_state, program_key
+from hypertorch.hypergradients.compiled_steps import draws, program_key, try_dynamics
 from hypertorch.hypergradients.pull_back import Grads
 from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
@@ -59,13 +59,13 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     None if the horizon is long, the run goes on from another one, or noise is drawn: the generators are seeded at
     every step, which a program cannot do.
 
-    Cost: the initial state once more; memory of the graphs of all steps, as far as the compiler keeps them.
+    Cost: memory of the graphs of all steps, as far as the compiler keeps them.
     """
     program = loop.program()
     key = (program_key(program), "whole")
     if loop.num_steps > LONGEST_PROGRAM or loop.carry or key in _noisy:
         return None
-    first_state(loop, tree.detach(variables))
+    try_dynamics(loop, tree.detach(variables))
     batches = tuple(loop.prepare_step(step) for step in range(loop.num_steps))
     loop.prepare_initial()
     before = generator_states(loop.device)

@@ -61,7 +61,10 @@ class CompiledSteps(Steps):
 
     def initial(self) -> InnerState:
         """Returns the state before the first step, in tensors of its own: the same program for every step."""
-        state = first_state(self._loop, {**self._moving, **self._fixed})
+        constants = {**self._moving, **self._fixed}
+        try_dynamics(self._loop, constants)
+        with torch.no_grad():
+            state = self._loop.initial(constants)
         return state.replace_tensors(_plain(state.tensors()))
 
     def advance(self, state: InnerState, step: int, *, first_run: bool = True) -> InnerState:
@@ -114,19 +117,18 @@ class CompiledSteps(Steps):
         return self._loop.first_index + step + 2
 
 
-def first_state(loop: InnerLoop, constants: TensorDict) -> InnerState:
-    """Returns the state before the first step, after a step without compilation for dynamics that are new.
+def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
+    """Runs a step without compilation for dynamics that are new.
 
     What an object computes at first need and keeps cannot be computed while a function is compiled, and what is wrong
     with a problem is better said without a compiler. That step is not counted.
     """
     dynamics = loop.dynamics
-    with torch.no_grad():
-        state = loop.initial(constants)
-        if _tried.get(id(dynamics)) is not dynamics:
+    if _tried.get(id(dynamics)) is not dynamics:
+        with torch.no_grad():
+            state = loop.initial(constants)
             loop.apply(loop.bound_loss(state, 0), state, constants, 0)
-            _tried[id(dynamics)] = dynamics
-    return state
+        _tried[id(dynamics)] = dynamics
 
 
 def draws(before: tuple[Tensor, ...], device: torch.device) -> bool:
