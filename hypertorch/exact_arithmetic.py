@@ -39,6 +39,15 @@ def decode(integers: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return (integers.double() / _UNITS).to(dtype)
 
 
+def largest(values: Tensor) -> Tensor:
+    """Returns the largest magnitude of numbers, or of integers in units of `2^-52`, float64; NaN if one is."""
+    if values.is_floating_point():
+        return values.abs().amax().double()
+    # The magnitude of the least integer is none.
+    least, greatest = values.amin().double(), values.amax().double()
+    return torch.maximum(-least, greatest) / _UNITS
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factor:
     """A factor below 1 in the form that a reversible product needs, `value = (numerator / denominator) (1 + rest)`.
@@ -186,9 +195,9 @@ class InformationBuffer:
         self._bounds.append((bound * factor.largest_denominator - 1) // factor.numerator + 1)
 
         integers, digit = _divmod(integers, factor.denominator)
-        self.head, noise = _divmod(self.head * factor.denominator + digit, factor.numerator)
-        integers = integers * factor.numerator + noise
-        return integers + _growth(integers, factor)
+        self.head, noise = _divmod(_multiply_add(self.head, factor.denominator, digit), factor.numerator)
+        integers = _multiply_add(integers, factor.numerator, noise)
+        return integers if _is_fraction(factor) else integers + _growth(integers, factor)
 
     def divide(self, integers: Tensor, factor: Factor) -> Tensor:
         """Returns the integers that the last product was made of, bit for bit.
@@ -203,12 +212,12 @@ class InformationBuffer:
         if len(self._bounds) == 1:
             raise IndexError("the information buffer holds no product to undo")
         integers, noise = _divmod(_undo_growth(integers, factor), factor.numerator)
-        self.head, digit = _divmod(self.head * factor.numerator + noise, factor.denominator)
+        self.head, digit = _divmod(_multiply_add(self.head, factor.numerator, noise), factor.denominator)
         self._bounds.pop()
         if _overflows(self._bounds[-1], factor):
             word = self.words.pop().long() + 2 ** (_WORD_BITS - 1)
             self.head = (self.head << _WORD_BITS) + word
-        return integers * factor.denominator + digit
+        return _multiply_add(integers, factor.denominator, digit)
 
 
 def _overflows(bound: int, factor: Factor) -> bool:
@@ -218,8 +227,25 @@ def _overflows(bound: int, factor: Factor) -> bool:
 
 def _divmod(integers: Tensor, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
     """Returns the quotient rounded down, and the remainder, which is never negative."""
-    quotient = torch.div(integers, divisor, rounding_mode="floor")
-    return quotient, integers - quotient * divisor
+    if isinstance(divisor, Tensor):
+        quotient = torch.div(integers, divisor, rounding_mode="floor")
+        return quotient, integers - quotient * divisor
+    if integers.device.type == "cpu":
+        # By multiplication and shifts, which is eight times faster than PyTorch's.
+        quotient = torch.from_numpy(np.asarray(np.floor_divide(integers.numpy(), divisor)))
+    else:
+        quotient = torch.div(integers, divisor, rounding_mode="floor")
+    return quotient, integers.sub(quotient, alpha=divisor)
+
+
+def _multiply_add(integers: Tensor, factor: int | Tensor, summand: Tensor) -> Tensor:
+    """Returns `integers * factor + summand`."""
+    return integers * factor + summand if isinstance(factor, Tensor) else summand.add(integers, alpha=factor)
+
+
+def _is_fraction(factor: Factor) -> bool:
+    """Returns whether a factor is known to be its fraction, without a rest."""
+    return isinstance(factor.rest, float) and factor.rest == 0.0
 
 
 def _growth(integers: Tensor, factor: Factor) -> Tensor:
@@ -233,7 +259,7 @@ def _undo_growth(grown: Tensor, factor: Factor) -> Tensor:
     The quotient is off by its rounding, and each sweep of `c <- grown - round(rest c)` divides that by 20 or more: two
     are enough for all integers of 64 bits.
     """
-    if isinstance(factor.rest, float) and factor.rest == 0.0:
+    if _is_fraction(factor):
         return grown
     integers = (grown.double() / (1.0 + factor.rest)).round().long()
     for _ in range(_SWEEPS):

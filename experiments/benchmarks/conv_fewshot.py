@@ -73,9 +73,7 @@ class _ConvFewShot(Work):
 
     def contestants(self) -> Mapping[str, Contestant]:
         """Returns who takes part."""
-        return variants.chosen(
-            *variants.PEERS, variants.TORCHOPT_VECTORISED, variants.EAGER, variants.COMPILED, variants.PLAIN
-        )
+        return variants.chosen(*variants.PEERS, variants.TORCHOPT_VECTORISED, variants.EAGER, variants.PLAIN)
 
     def targets(self) -> tuple[Target, ...]:
         """Returns the ratios to be reached."""

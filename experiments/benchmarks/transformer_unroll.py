@@ -81,6 +81,7 @@ class TransformerUnroll(Work):
             variants.EAGER,
             variants.SQRT,
             variants.STEP_WISE,
+            variants.STEP_WISE_COMPILED,
             variants.MIXED,
             variants.MIXED_COMPILED,
             variants.MIXED_SQRT_COMPILED,

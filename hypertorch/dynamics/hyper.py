@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -112,6 +112,18 @@ def parts(setting: Setting) -> Iterator[UngroupedSetting]:
         yield from setting.values()
     else:
         yield setting
+
+
+def one_for_all(setting: Setting, parameter: str, hparams: TensorMapping) -> Hashable:
+    """Returns what tells whether another parameter has the same setting; None if this value is for one parameter alone.
+
+    That is a value of its own by the parameter's name, or a tensor of several values.
+    """
+    own = own_setting(setting, parameter) if isinstance(setting, Mapping) else setting
+    if isinstance(own, Hyper) and own.per_parameter:
+        return None
+    value = resolve(own, hparams, parameter, 0)
+    return None if isinstance(value, Tensor) and value.dim() else id(own)
 
 
 def is_active(setting: Setting) -> bool:

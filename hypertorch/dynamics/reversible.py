@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
 from hypertorch.dynamics.factor_schedule import FactorSchedule
+from hypertorch.dynamics.joint_entries import JointEntries
 from hypertorch.dynamics.learned_buffers import LearnedBuffers
-from hypertorch.exact_arithmetic import LARGEST_NUMBER, Factor, InformationBuffer, decode, encode
+from hypertorch.exact_arithmetic import LARGEST_NUMBER, Factor, InformationBuffer, decode, encode, largest
 from hypertorch.types import TensorDict, TensorMapping
 
 GradientFunction: TypeAlias = Callable[[TensorDict], TensorDict]
@@ -30,13 +31,27 @@ class ExactState:
         largest: for every param, the largest magnitude that was seen in it, its buffers, or what was added to either,
             a scalar on the device; NaN if there was one.
 
+    The attributes hold blocks: params that the rule treats alike side by side, under the name of the first. Entries of
+    the same name as those of the problem come and go by the methods.
+
     Args:
         params: the params before the first step.
         buffers: the optimiser's buffers before the first step.
-        factors: what buffers are multiplied by.
+        factors: what buffers are multiplied by, for every block.
+        joint_params: which params are held side by side.
+        joint_buffers: which buffers are.
     """
 
-    def __init__(self, params: TensorMapping, buffers: TensorMapping, factors: FactorSchedule) -> None:
+    def __init__(
+        self,
+        params: TensorMapping,
+        buffers: TensorMapping,
+        factors: FactorSchedule,
+        joint_params: JointEntries,
+        joint_buffers: JointEntries,
+    ) -> None:
+        self._joint_params, self._joint_buffers = joint_params, joint_buffers
+        params, buffers = joint_params.join(params), joint_buffers.join(buffers)
         self.params = {name: encode(value) for name, value in params.items()}
         self.buffers = {name: encode(value) for name, value in buffers.items()}
         self.information = {name: InformationBuffer(value) for name, value in self.buffers.items()}
@@ -47,13 +62,25 @@ class ExactState:
         for name, value in params.items():
             self.watch(name, value)
 
+    def join(self, of_params: TensorMapping) -> TensorDict:
+        """Returns values of the params, such as gradients, in the blocks of the params."""
+        return self._joint_params.join(of_params)
+
+    def integers(self) -> list[Tensor]:
+        """Returns the integers of every param and buffer, in the order that they were given in."""
+        return [*self._joint_params.split(self.params).values(), *self._joint_buffers.split(self.buffers).values()]
+
     def float_params(self) -> TensorDict:
         """Returns the params as the loss sees them."""
-        return {name: decode(value, self._dtypes[name]) for name, value in self.params.items()}
+        return self._joint_params.split(
+            {name: decode(value, self._dtypes[name]) for name, value in self.params.items()}
+        )
 
     def float_buffers(self) -> TensorDict:
         """Returns the optimiser's buffers in the dtype of the problem."""
-        return {name: decode(value, self._buffer_dtypes[name]) for name, value in self.buffers.items()}
+        return self._joint_buffers.split(
+            {name: decode(value, self._buffer_dtypes[name]) for name, value in self.buffers.items()}
+        )
 
     def multiply(self, buffer: str, factor: Factor) -> None:
         """Multiplies a buffer by a factor below 1 and keeps what that forgets."""
@@ -64,14 +91,19 @@ class ExactState:
         self.buffers[buffer] = self.information[buffer].divide(self.buffers[buffer], factor)
 
     def watch(self, name: str, *numbers: Tensor) -> None:
-        """Includes numbers of a param's part of the state in `largest`, without waiting for the device."""
-        found = [value.detach().double().abs().amax() for value in numbers if value.numel()]
+        """Includes numbers of a block's part of the state in `largest`, without waiting for the device.
+
+        Args:
+            name: the block.
+            numbers: floating-point, or integers in units of `2^-52`.
+        """
+        found = [largest(value.detach()) for value in numbers if value.numel()]
         if found:
             known = [self.largest[name]] if name in self.largest else []
             self.largest[name] = torch.stack([*known, *found]).amax()
 
     def out_of_range(self) -> dict[str, float]:
-        """Returns the params whose part of the state left the range of the integers, with the magnitude; NaN for one.
+        """Returns the blocks whose part of the state left the range of the integers, with the magnitude; NaN for one.
 
         Cost: one copy to the host.
         """
@@ -120,9 +152,26 @@ class ReversibleDynamics(GradientDynamics):
     def unstep(self, exact: ExactState, gradient: GradientFunction, hparams: TensorDict, index: int) -> None:
         """Undoes the last step, in place; all arguments are as they were for `step_exact`."""
 
-    def start_exact(self, params: TensorDict, state: TensorDict, hparams: TensorDict, indices: range) -> ExactState:
-        """Returns params and buffers in integers, ready for the steps of these indices."""
-        return ExactState(params, state, self.factors(params, hparams, indices))
+    @abstractmethod
+    def start_exact(
+        self,
+        params: TensorDict,
+        state: TensorDict,
+        hparams: TensorDict,
+        indices: range,
+        *,
+        batch_dims: int | None = None,
+    ) -> ExactState:
+        """Returns params and buffers in integers, ready for the steps of these indices.
+
+        Args:
+            params: the params before the first step.
+            state: the optimiser's buffers.
+            hparams: the outer variables.
+            indices: of the steps.
+            batch_dims: leading axes of all params that are kept where params are held side by side: 1 with a tasks
+                axis, else 0. None holds every param on its own, so that what is said of a block is said of a param.
+        """
 
 
 def reversible_rule(dynamics: Dynamics) -> ReversibleDynamics | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.constraints import Box, Constraint
 from hypertorch.dynamics.factor_schedule import FactorSchedule
-from hypertorch.dynamics.hyper import Setting, check_range, resolve
+from hypertorch.dynamics.hyper import Setting, check_range, one_for_all, resolve
+from hypertorch.dynamics.joint_entries import JointEntries, blocks_of
 from hypertorch.dynamics.natural_constraints import POSITIVE, natural_constraints
 from hypertorch.dynamics.reversible import ExactState, GradientFunction, ReversibleDynamics
 from hypertorch.exact_arithmetic import GREATEST_FACTOR, LEAST_FACTOR, decode, encode
@@ -53,6 +55,8 @@ class ReversibleMomentum(ReversibleDynamics):
         Maclaurin, Duvenaud and Adams (2015), Gradient-based hyperparameter optimization through reversible learning,
         algorithms 1 to 3.
     """
+
+    separate_params: ClassVar[bool] = True
 
     lr: Setting
     momentum: Setting = 0.9
@@ -98,28 +102,49 @@ class ReversibleMomentum(ReversibleDynamics):
         """Returns the momenta of all parameters and steps."""
         return FactorSchedule("`momentum` of `ReversibleMomentum`", self.momentum, params, hparams, indices)
 
+    def start_exact(
+        self,
+        params: TensorDict,
+        state: TensorDict,
+        hparams: TensorDict,
+        indices: range,
+        *,
+        batch_dims: int | None = None,
+    ) -> ExactState:
+        """Returns params and velocities in integers; those with the same settings side by side, if asked for."""
+        keys = {name: None if batch_dims is None else self._settings_of(name, params, hparams) for name in params}
+        blocks = blocks_of(keys)
+        joint = JointEntries(blocks, params, batch_dims or 0)
+        factors = self.factors({name: params[name] for name in blocks}, hparams, indices)
+        return ExactState(params, state, factors, joint, joint.with_prefix("velocity"))
+
+    def _settings_of(self, name: str, params: TensorDict, hparams: TensorDict) -> Hashable:
+        """Returns what params that can be held side by side have in common; None for one that cannot."""
+        keys = [one_for_all(setting, name, hparams) for setting in (self.lr, self.momentum)]
+        return None if None in keys else (params[name].dtype, *keys)
+
     @torch.no_grad()
     def step_exact(self, exact: ExactState, gradient: GradientFunction, hparams: TensorDict, index: int) -> None:
         """Takes a step on integers, in place."""
-        grads = gradient(exact.float_params())
+        grads = exact.join(gradient(exact.float_params()))
         for name in exact.params:
             factor = exact.factors.at(name, index)
             kick = (1.0 - factor.value) * grads[name].double()
             exact.multiply(f"velocity.{name}", factor)
-            exact.buffers[f"velocity.{name}"] -= encode(kick)
+            velocity = exact.buffers[f"velocity.{name}"].sub_(encode(kick))
             move = self._move(exact, name, hparams, index)
-            exact.params[name] += encode(move)
-            exact.watch(name, kick, decode(exact.buffers[f"velocity.{name}"]), move, decode(exact.params[name]))
+            param = exact.params[name].add_(encode(move))
+            exact.watch(name, kick, velocity, move, param)
 
     @torch.no_grad()
     def unstep(self, exact: ExactState, gradient: GradientFunction, hparams: TensorDict, index: int) -> None:
         """Undoes the last step, in place: its operations in the opposite order, the gradient at the params before."""
         for name in exact.params:
-            exact.params[name] -= encode(self._move(exact, name, hparams, index))
-        grads = gradient(exact.float_params())
+            exact.params[name].sub_(encode(self._move(exact, name, hparams, index)))
+        grads = exact.join(gradient(exact.float_params()))
         for name in exact.params:
             factor = exact.factors.at(name, index)
-            exact.buffers[f"velocity.{name}"] += encode((1.0 - factor.value) * grads[name].double())
+            exact.buffers[f"velocity.{name}"].add_(encode((1.0 - factor.value) * grads[name].double()))
             exact.divide(f"velocity.{name}", factor)
 
     def _move(self, exact: ExactState, name: str, hparams: TensorDict, index: int) -> Tensor:

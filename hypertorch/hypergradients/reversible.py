@@ -118,11 +118,12 @@ class _ReversibleRun:
         with torch.enable_grad():
             return self._loop.initial(self._variables)
 
-    def _start(self) -> ExactState:
+    def _start(self, *, side_by_side: bool = True) -> ExactState:
         loop = self._loop
         initial = self._initial().detached()
         indices = range(loop.first_index, loop.first_index + loop.num_steps)
-        return self._rule.start_exact(initial.params, initial.dynamics, self._variables, indices)
+        batch_dims = int(loop.has_tasks_axis) if side_by_side else None
+        return self._rule.start_exact(initial.params, initial.dynamics, self._variables, indices, batch_dims=batch_dims)
 
     def _forward(self) -> ExactState:
         """Returns the state after all steps."""
@@ -178,10 +179,9 @@ class _ReversibleRun:
     def _check_arrival(self, exact: ExactState, initial: InnerState) -> None:
         """Raises `ReplayError` unless the run backwards ended where the run forward began, with nothing left over."""
         expected = [encode(value) for value in initial.tensors()]
-        found = [*exact.params.values(), *exact.buffers.values()]
         missed = [
             name
-            for name, value, first in zip(initial.names(), found, expected, strict=True)
+            for name, value, first in zip(initial.names(), exact.integers(), expected, strict=True)
             if not torch.equal(value, first)
         ]
         if not missed and all(buffer.is_empty() for buffer in exact.information.values()):
@@ -208,7 +208,7 @@ class _ReversibleRun:
 
     def _explain_range(self) -> NonFiniteError:
         """Returns the error that names where a number left the range, found by running forward once more."""
-        exact = self._start()
+        exact = self._start(side_by_side=False)
         where, found = "before the first inner step", exact.out_of_range()
         for step in range(self._loop.num_steps):
             if found:
