@@ -21,8 +21,9 @@ COUNTER = "counter"
 # What makes code of a traced function; tests take one that makes none, which is quicker.
 BACKEND = "inductor"
 
-# The problems of one class with other sizes, settings or lengths of the last batch share a list of programs.
-_MOST_PROGRAMS = 64
+# The problems of one class with other sizes, settings or lengths of the last batch share a list of programs. Each takes
+# seconds: more of them is a mistake.
+_MOST_PROGRAMS = 16
 
 _compiled: dict[Hashable, Callable[..., Any]] = {}
 _refused: set[Hashable] = set()
@@ -103,6 +104,11 @@ def compilation() -> Iterator[None]:
             ) from error
         try:
             yield
+        except dynamo.exc.FailOnRecompileLimitHit as error:
+            raise NotCompilableError(
+                f"it became another program {_MOST_PROGRAMS} times. Numbers that change from step to step belong into "
+                f"tensors of the batch. {_first_sentence(str(error))}"
+            ) from error
         except compiler_errors() as error:
             raise NotCompilableError(_first_sentence(str(error))) from error
 

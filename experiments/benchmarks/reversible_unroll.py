@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from experiments.benchmarks.weighted_examples import weighted_examples
 from experiments.benchmarks.work import Target, Work
 
 REVERSIBLE = "reversible"
+REVERSIBLE_COMPILED = "reversible, compiled"
 _LR, _MOMENTUM = 0.5, 0.9
 _FEATURES = 784
 
@@ -69,6 +71,12 @@ class ReversibleUnroll(Work):
         return {
             **variants.chosen(*variants.PEERS, variants.EAGER, variants.SQRT, variants.STEP_WISE),
             REVERSIBLE: Ours(backend=ht.hypergradients.Reversible, dynamics=_reversible, figures=_kept),
+            REVERSIBLE_COMPILED: Ours(
+                backend=partial(ht.hypergradients.Reversible, compile=True),
+                dynamics=_reversible,
+                figures=_kept,
+                compiles=True,
+            ),
             **variants.chosen(variants.PLAIN),
         }
 
@@ -76,6 +84,7 @@ class ReversibleUnroll(Work):
         """Returns the ratios to be reached."""
         return (
             Target(contestant=REVERSIBLE, quantity="time", against=variants.PLAIN, at_most=6.0),
+            Target(contestant=REVERSIBLE_COMPILED, quantity="time", against=variants.PLAIN, at_most=6.0),
             Target(contestant=REVERSIBLE, quantity="kept_bytes", against="trajectory_bytes", at_most=1 / 100),
         )
 

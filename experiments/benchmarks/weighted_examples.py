@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,20 +44,24 @@ def weighted_examples(
     inputs, targets = source.normal(rows, features), source.labels(classes, rows)
     held_out = (source.normal(rows, features), source.labels(classes, rows))
     batch_size = batch_size or rows
+    all_places = torch.arange(rows, device=inputs.device)
     per_group = -(-rows // (groups or rows))
 
     def inner_loss(predict: Predict, hparams: TensorDict, batch: Batch) -> Tensor:
-        rows_in, labels, start = batch
+        rows_in, labels, places = batch
         weights = hparams["weight"] if groups is None else hparams["weight"].repeat_interleave(per_group)
-        weights = weights[start : start + len(labels)]
+        weights = weights if places is None else weights[places]
         return (weights.sigmoid() * F.cross_entropy(predict(rows_in), labels, reduction="none")).mean()
 
     def outer_loss(predict: Predict, _: TensorDict, batch: Batch) -> Tensor:
         return F.cross_entropy(predict(batch[0]), batch[1])
 
     def inner_batch(step: int) -> Batch:
-        start = step * batch_size % (rows - batch_size + 1) if batch_size < rows else 0
-        return inputs[start : start + batch_size], targets[start : start + batch_size], start
+        if batch_size == rows:
+            return inputs, targets, None
+        start = step * batch_size % (rows - batch_size + 1)
+        taken = slice(start, start + batch_size)
+        return inputs[taken], targets[taken], all_places[taken]
 
     return Job(
         network=source.network(network),

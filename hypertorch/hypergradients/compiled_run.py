@@ -24,6 +24,12 @@ LONGEST_PROGRAM = 8
 _noisy: set[Hashable] = set()
 
 
+def check_compile(compile: object) -> None:  # noqa: A002 (the setting's name)
+    """Raises `TypeError` if the setting `compile` of a backend is neither True nor False."""
+    if not isinstance(compile, bool):
+        raise TypeError(f"`compile` is {compile!r}, which is neither True nor False. Pass one of them.")
+
+
 def run_compiled(
     loop: InnerLoop, derivative: str, run: Callable[[], BackendResult], otherwise: Callable[[], BackendResult]
 ) -> BackendResult:

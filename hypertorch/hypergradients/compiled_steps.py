@@ -109,6 +109,22 @@ class CompiledSteps(Steps):
         self._loop.cost.graph_steps = max(self._loop.cost.graph_steps, 1)
         return PulledBack({name: grads.get(name) for name in self._names}, before, term)
 
+    def gradient(self, params: TensorDict, step: int, *, first_run: bool) -> TensorDict:
+        """Returns the gradient of the inner loss of a step; at the same params it has the same bits.
+
+        Args:
+            params: where.
+            step: the step.
+            first_run: whether the step was not run before, so that its loss is news.
+        """
+        run = compiled(_gradient, program_key(self._program), self._loop.device)
+        batch = self._loop.prepare_step(step)
+        own = dict(zip(params, _plain(list(params.values())), strict=True))
+        with torch.no_grad():
+            grads, value = run(self._program, own, self._moving, self._fixed, batch, self._counter(step))
+        self._loop.count_value(value if first_run else None)
+        return grads
+
     def check_replays(self, state: InnerState) -> None:
         """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
         check_values(self._first_values, self._further_values)
@@ -156,6 +172,14 @@ def _advance(
     loss = loop.bound_loss(state, index)
     end = loop.apply(loss, state, {**moving, **fixed}, index)
     return end.replace_tensors(_plain(end.tensors())), loss.value, tuple(sorted(loss.tracked_buffers))
+
+
+def _gradient(
+    program: LoopProgram, params: TensorDict, moving: TensorDict, fixed: TensorDict, batch: Batch, counter: int
+) -> tuple[TensorDict, Tensor | None]:
+    """Returns the gradient of the inner loss, and its value."""
+    loss = program.loop(lambda _: batch).bound_loss(InnerState(params, {}), counter - 2)
+    return loss.gradient(params, {**moving, **fixed}), loss.value
 
 
 def _pull_back(

@@ -10,7 +10,7 @@ from typing import Literal
 
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.compiled_run import compiled_whole, run_compiled
+from hypertorch.hypergradients.compiled_run import check_compile, compiled_whole, run_compiled
 from hypertorch.hypergradients.compiled_steps import CompiledSteps
 from hypertorch.hypergradients.derivative_choice import Derivative, check_derivative, is_mixed
 from hypertorch.hypergradients.memory_plan import plan_loop, plan_memory
@@ -58,7 +58,7 @@ class Reverse(Hypergradient):
     tenth. The choice depends on shapes only; `explain` and `plan_memory` tell it in advance.
 
     With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
-    iterations and problems of the same classes and shapes; changed data changes the results and compiles nothing. A
+    iterations and problems of the same classes and shapes; changed tensors change the results and compile nothing. A
     horizon of up to 8 steps is one program, from the initial state to the hypergradient; a longer one keeps every
     state, unless a setting says less. Compilation takes seconds to minutes. What cannot be compiled (a schedule given
     as a list of numbers and a beta that is learnt are examples) runs without, after one warning.
@@ -111,8 +111,7 @@ class Reverse(Hypergradient):
 
     def __post_init__(self) -> None:
         check_derivative(self.derivative)
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"`compile` is {self.compile!r}, which is neither True nor False. Pass one of them.")
+        check_compile(self.compile)
         kept = {
             "checkpoint_every": self.checkpoint_every,
             "snapshots": self.snapshots,

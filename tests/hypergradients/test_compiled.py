@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from hypertorch.errors import DetachedHyperparameterError, ReplayError
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem
 
-Reverse = ht.hypergradients.Reverse
+Reverse, Reversible = ht.hypergradients.Reverse, ht.hypergradients.Reversible
 F64 = torch.float64
 LEARNT = {"lr": torch.tensor(0.3, dtype=F64), "momentum": torch.tensor(0.6, dtype=F64)}
 MOMENTUM = ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum"))
@@ -159,9 +160,43 @@ def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
 
 
-def test_compile_is_true_or_false() -> None:
+@pytest.mark.parametrize("backend", [Reverse, Reversible])
+def test_compile_is_true_or_false(backend: Callable[..., ht.Hypergradient]) -> None:
     with pytest.raises(TypeError, match="`compile` is 'yes'"):
-        Reverse(compile="yes")  # type: ignore[arg-type]
+        backend(compile="yes")
+
+
+REVERSIBLE = ht.dynamics.ReversibleMomentum(lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum"))
+
+
+def test_a_run_backwards_is_compiled_too() -> None:
+    before = programs()
+    for _ in range(2):
+        result = same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True), outer_step=3)
+        assert result.stats.vjps == 12 and result.stats.stored_states == 2
+        assert result.figures["information_bits"] > 0.0
+    assert programs() - before == 2  # the gradient, and the step with its vjp
+    same(net_problem(REVERSIBLE, LEARNT, num_steps=12, dropout=0.5, step_terms=True), Reversible(compile=True))
+
+
+@pytest.mark.slow
+def test_a_run_backwards_is_made_machine_code() -> None:
+    same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True))
+    same(net_problem(ht.dynamics.ReversibleMomentum(lr=0.3), {}, num_steps=12), Reversible(compile=True))
+
+
+def test_a_step_that_cannot_be_compiled_is_run_backwards_without() -> None:
+    class Reads(NetInner):
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Tensor) -> Tensor:
+            scale = 1.0 if float(params["first"].detach().sum()) > 1e9 else 1.0  # a branch that depends on values
+            return scale * super().loss(params, hparams, batch)
+
+    plain = net_problem(REVERSIBLE, LEARNT, num_steps=4)
+    problem = replace(plain, inner=Reads())
+    with pytest.warns(UserWarning, match="`compile=True`: a step of `Reads`"):
+        result = ht.hypergradient(problem, problem.init_hparams(), backend=Reversible(compile=True))
+    expected = ht.hypergradient(plain, plain.init_hparams(), backend=Reversible())
+    torch.testing.assert_close(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=1e-13)
 
 
 def _expanded() -> Tensor:
@@ -202,3 +237,18 @@ def test_what_the_compiler_gets_wrong_is_mended(function: Callable[[Tensor, Tens
     torch.testing.assert_close(actual, expected)
     alone = torch.compile(function, dynamic=False)(where, value)
     assert not torch.allclose(alone, expected), "PyTorch has mended this: the mend can go"
+
+
+def test_a_number_that_changes_with_every_step_is_explained() -> None:
+    class Sliced(NetInner):
+        def batch(self, step: int) -> Batch:
+            return super().batch(step), step + 3
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: tuple[Tensor, int]) -> Tensor:
+            return super().loss(params, hparams, batch[0]) * (1.0 + 1.0 / batch[1])
+
+    problem = replace(net_problem(MOMENTUM, LEARNT, num_steps=30), inner=Sliced())
+    with pytest.warns(UserWarning, match="another program 16 times.*belong into tensors of the batch"):
+        result = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+    expected = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse())
+    torch.testing.assert_close(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=1e-13)
