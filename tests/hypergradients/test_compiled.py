@@ -188,7 +188,7 @@ def test_a_run_backwards_is_made_machine_code() -> None:
 def test_a_step_that_cannot_be_compiled_is_run_backwards_without() -> None:
     class Reads(NetInner):
         def loss(self, params: TensorDict, hparams: TensorDict, batch: Tensor) -> Tensor:
-            scale = 1.0 if float(params["first"].detach().sum()) > 1e9 else 1.0  # a branch that depends on values
+            scale = 2.0 if float(params["first"].detach().sum()) > 1e9 else 1.0  # a branch that depends on values
             return scale * super().loss(params, hparams, batch)
 
     plain = net_problem(REVERSIBLE, LEARNT, num_steps=4)
