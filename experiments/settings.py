@@ -32,6 +32,7 @@ def check_training_settings(config: DictConfig) -> None:
                 f"`{key}` is {OmegaConf.select(config, key)!r}, but it is a switch. Use true or false."
             )
     chosen_dtype(config)
+    chosen_inner_dtype(config)
     chosen_device(config)
 
 
