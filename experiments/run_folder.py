@@ -126,7 +126,7 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
             f"`paths.run_dir` is {str(folder.path)!r}, where there is a run already: its results would be lost. Add "
             "resume=true to go on with it, or name another folder."
         )
-    _refuse_changes(config, folder)
+    _refuse_changes(config, folder, overrides)
     return RunFolder(folder.path, resumed=True)
 
 
@@ -193,11 +193,17 @@ def _refuse_missing(config: DictConfig, folder: RunFolder) -> None:
         )
 
 
-def _refuse_changes(config: DictConfig, folder: RunFolder) -> None:
-    before, now = (
-        dict(_flat(OmegaConf.to_container(item, resolve=True))) for item in (read_config(folder.path), config)
-    )
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+def _refuse_changes(config: DictConfig, folder: RunFolder, overrides: Sequence[str]) -> None:
+    old = read_config(folder.path)
+    before, now = (dict(_flat(OmegaConf.to_container(item, resolve=True))) for item in (old, config))
+    # A switch that an earlier version did not have, left as it is by default: what that version did.
+    named = {item.lstrip("+~").split("=")[0] for item in overrides}
+    new = {key for key in now if "." not in key and key not in old and key not in named}
+    changed = [
+        key
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not key.startswith(_FREE) and key not in new
+    ]
     if changed:
         key = changed[0]
         raise ExpectedFailure(

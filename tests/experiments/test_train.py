@@ -117,6 +117,17 @@ def test_resume_finds_the_latest_run_of_the_same_command(command: Command, tmp_p
     assert "no run of the same command (debug=default experiment=sinusoid" in error
 
 
+def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID, "paths.run_dir=here")[0] == 0
+    file = tmp_path / "here/config.yaml"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("task_route: auto\n", ""), encoding="utf-8")
+    assert command(*SINUSOID, "paths.run_dir=here", "resume=true")[0] == 0
+    code, error = command(*SINUSOID, "paths.run_dir=here", "task_route=loop", "resume=true")
+    assert code == 1
+    assert "`task_route` is 'loop', but the run in" in error
+
+
 def test_a_finished_run_is_not_overwritten(command: Command, tmp_path: Path) -> None:
     assert command(*SINUSOID, "paths.run_dir=here")[0] == 0
     before = (tmp_path / "here/results.json").read_bytes()
