@@ -231,7 +231,7 @@ def _divmod(integers: Tensor, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
         quotient = torch.div(integers, divisor, rounding_mode="floor")
         return quotient, integers - quotient * divisor
     if integers.device.type == "cpu":
-        # By multiplication and shifts, which is eight times faster than PyTorch's.
+        # By multiplication and shifts, where PyTorch divides.
         quotient = torch.from_numpy(np.asarray(np.floor_divide(integers.numpy(), divisor)))
     else:
         quotient = torch.div(integers, divisor, rounding_mode="floor")

@@ -21,7 +21,7 @@ class _Place(NamedTuple):
 class ParameterSlots:
     """The places of a module's parameters and buffers, found once.
 
-    `torch.func.functional_call` looks for them at each call, which is a tenth of the time of a small inner step.
+    `torch.func.functional_call` looks for them at each call, which counts where an inner step is small.
 
     A tensor that is shared by several sub-modules has several places and one name, the first.
 

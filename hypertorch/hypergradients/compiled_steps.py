@@ -125,7 +125,7 @@ class CompiledSteps(Steps):
         self._loop.count_value(value if first_run else None)
         return grads
 
-    def check_replays(self, state: InnerState) -> None:
+    def check_replays(self) -> None:
         """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
         check_values(self._first_values, self._further_values)
 

@@ -55,12 +55,8 @@ class Steps(ABC):
         """
 
     @abstractmethod
-    def check_replays(self, state: InnerState) -> None:
-        """Raises `ReplayError` if a step run again arrived elsewhere and nothing was said yet.
-
-        Args:
-            state: any state of the run, for its names.
-        """
+    def check_replays(self) -> None:
+        """Raises `ReplayError` if a step run again was another one and nothing was said yet."""
 
 
 class EagerSteps(Steps):
@@ -100,7 +96,7 @@ class EagerSteps(Steps):
             return pull_back_step_mixed(self._loop, self._variables, departure, cotangents, step, arrival)
         return pull_back_steps(self._loop, self._variables, departure, cotangents, step, step + 1, arrival=arrival)
 
-    def check_replays(self, state: InnerState) -> None:
+    def check_replays(self) -> None:
         """Does nothing: each step was compared when it was run again."""
 
 
@@ -127,6 +123,6 @@ def go_back_step_by_step(
             grads, outer_loss = accumulate(grads, part), outer_loss + term
             arrival = states.pop()
     assert last is not None
-    steps.check_replays(last)
+    steps.check_replays()
     grads = accumulate(grads, pull_back_initial(loop, variables, cotangents))
     return BackendResult(grads=grads, outer_loss=outer_loss, state=last)

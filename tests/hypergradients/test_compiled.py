@@ -40,7 +40,7 @@ def programs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
+def assert_same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
     """Asserts that a backend gives the eager number, and returns its result."""
     hparams = problem.init_hparams()
     eager = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
@@ -55,32 +55,32 @@ def same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -
 
 def test_one_step_and_one_vjp_are_compiled_for_all_steps_outer_steps_and_problems() -> None:
     before = programs()
-    result = same(net_problem(MOMENTUM, LEARNT, num_steps=12), Reverse(compile=True))
+    result = assert_same(net_problem(MOMENTUM, LEARNT, num_steps=12), Reverse(compile=True))
     assert programs() - before == 2
     assert (result.stats.steps, result.stats.vjps, result.stats.graph_steps) == (24, 12, 1)
     for outer_step in (1, 2):
         rebuilt = net_problem(MOMENTUM, LEARNT, num_steps=12)
         assert isinstance(rebuilt.inner, NetInner)
         rebuilt.inner.inputs = normal(12, 4, seed=50 + outer_step)  # which the loss reads past its arguments
-        same(rebuilt, Reverse(compile=True), outer_step=outer_step)
+        assert_same(rebuilt, Reverse(compile=True), outer_step=outer_step)
     for kept in ({"checkpoint_every": 1}, {"checkpoint_every": "sqrt"}, {"snapshots": 3}, {"memory_budget": "40KiB"}):
-        same(net_problem(MOMENTUM, LEARNT, num_steps=14), Reverse(compile=True, **kept))
+        assert_same(net_problem(MOMENTUM, LEARNT, num_steps=14), Reverse(compile=True, **kept))
     assert programs() - before == 2
 
 
 def test_schedules_bias_correction_terms_at_steps_and_noise() -> None:
     before = programs()
     problem = net_problem(ADAM, SCHEDULE, num_steps=12, dropout=0.5, step_terms=True)
-    same(problem, Reverse(compile=True))
-    same(problem, Reverse(compile=True, snapshots=2), outer_step=1)
-    same(problem, Reverse(compile=True, derivative="mixed"), outer_step=1)  # noise: by reverse over reverse
+    assert_same(problem, Reverse(compile=True))
+    assert_same(problem, Reverse(compile=True, snapshots=2), outer_step=1)
+    assert_same(problem, Reverse(compile=True, derivative="mixed"), outer_step=1)  # noise: by reverse over reverse
     assert programs() - before == 2
 
 
 @pytest.mark.slow
 def test_mixed_mode_is_compiled() -> None:
     for dynamics, extra in ((MOMENTUM, LEARNT), (ADAM, SCHEDULE), (ht.dynamics.SGD(lr=0.1), {})):
-        result = same(net_problem(dynamics, extra, num_steps=12), Reverse(compile=True, derivative="mixed"))
+        result = assert_same(net_problem(dynamics, extra, num_steps=12), Reverse(compile=True, derivative="mixed"))
         assert result.stats.vjps == 12
 
 
@@ -90,7 +90,7 @@ def test_a_short_horizon_is_one_program(route: str) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
     before = programs()
     for _ in range(2):
-        same(task_problem(module, item=(4,), num_steps=2, task_route=route), Reverse(compile=True))
+        assert_same(task_problem(module, item=(4,), num_steps=2, task_route=route), Reverse(compile=True))
     assert programs() - before == 1
 
 
@@ -107,9 +107,9 @@ def test_what_cannot_be_compiled_runs_without_after_one_warning() -> None:
 
     problem = sum_problem(loss)
     with pytest.warns(UserWarning, match=r"`compile=True`: a step of `LambdaInner` by `SGD` cannot") as caught:
-        first = same(problem, Reverse(compile=True))
+        first = assert_same(problem, Reverse(compile=True))
     assert len(caught) == 1 and first.stats.steps == 10
-    same(sum_problem(loss), Reverse(compile=True), outer_step=1)
+    assert_same(sum_problem(loss), Reverse(compile=True), outer_step=1)
 
 
 def test_without_a_compiler_it_runs_without_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_without_a_compiler_it_runs_without_after_one_warning(monkeypatch: pytes
     monkeypatch.setattr(compilation, "BACKEND", no_compiler)
     problem = sum_problem(lambda p, h, b: (p["w"] * h["c"]).square().sum())
     with pytest.warns(UserWarning, match=r"No working C\+\+ compiler found") as caught:
-        same(problem, Reverse(compile=True))
+        assert_same(problem, Reverse(compile=True))
     assert len(caught) == 1
 
 
@@ -172,17 +172,17 @@ REVERSIBLE = ht.dynamics.ReversibleMomentum(lr=ht.Hyper("lr"), momentum=ht.Hyper
 def test_a_run_backwards_is_compiled_too() -> None:
     before = programs()
     for _ in range(2):
-        result = same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True), outer_step=3)
+        result = assert_same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True), outer_step=3)
         assert result.stats.vjps == 12 and result.stats.stored_states == 2
         assert result.figures["information_bits"] > 0.0
     assert programs() - before == 2  # the gradient, and the step with its vjp
-    same(net_problem(REVERSIBLE, LEARNT, num_steps=12, dropout=0.5, step_terms=True), Reversible(compile=True))
+    assert_same(net_problem(REVERSIBLE, LEARNT, num_steps=12, dropout=0.5, step_terms=True), Reversible(compile=True))
 
 
 @pytest.mark.slow
 def test_a_run_backwards_is_made_machine_code() -> None:
-    same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True))
-    same(net_problem(ht.dynamics.ReversibleMomentum(lr=0.3), {}, num_steps=12), Reversible(compile=True))
+    assert_same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True))
+    assert_same(net_problem(ht.dynamics.ReversibleMomentum(lr=0.3), {}, num_steps=12), Reversible(compile=True))
 
 
 def test_a_step_that_cannot_be_compiled_is_run_backwards_without() -> None:

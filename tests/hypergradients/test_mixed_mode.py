@@ -58,7 +58,7 @@ FAMILIES = {
 }
 
 
-def same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
+def assert_same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
     """Asserts that a backend gives the whole graph's number, and returns its result."""
     hparams = problem.init_hparams()
     whole = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
@@ -72,7 +72,7 @@ def same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_reverse_over_reverse_for_every_family(family: str) -> None:
     dynamics, extra = FAMILIES[family]
-    result = same(net_problem(dynamics, extra), Reverse(derivative="mixed"), outer_step=3)
+    result = assert_same(net_problem(dynamics, extra), Reverse(derivative="mixed"), outer_step=3)
     assert result.stats.steps == 14 and result.stats.vjps == 7 and result.stats.graph_steps == 1
 
 
@@ -83,18 +83,18 @@ def test_equals_reverse_over_reverse_for_every_family(family: str) -> None:
 def test_equals_reverse_over_reverse_with_noise_and_terms_at_steps(kept: dict, family: str) -> None:
     dynamics, extra = FAMILIES[family]
     problem = net_problem(dynamics, extra, dropout=0.5, step_terms=True)
-    same(problem, Reverse(derivative="mixed", **kept), outer_step=2)
+    assert_same(problem, Reverse(derivative="mixed", **kept), outer_step=2)
 
 
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 def test_equals_reverse_over_reverse_with_tasks(route: str) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
-    same(task_problem(module.double(), item=(4,), task_route=route), Reverse(derivative="mixed"))
+    assert_same(task_problem(module.double(), item=(4,), task_route=route), Reverse(derivative="mixed"))
 
 
 def test_statistics_keep_their_path() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
-    same(task_problem(module.double(), item=(4,)), Reverse(derivative="mixed"))
+    assert_same(task_problem(module.double(), item=(4,)), Reverse(derivative="mixed"))
 
 
 def test_equals_central_differences() -> None:
@@ -182,7 +182,7 @@ def test_an_operation_without_forward_derivative_is_named_and_avoided_by_auto() 
     problem = no_forward_problem()
     with pytest.raises(IncompatibleBackendError, match=r"no forward derivative.*`Reverse\(\)`"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
-    result = same(problem, Reverse(derivative="auto"))
+    result = assert_same(problem, Reverse(derivative="auto"))
     assert result.stats.graph_steps == 4
 
 
@@ -198,7 +198,7 @@ def test_auto_takes_the_faster_and_measures_once(faster: str, monkeypatch: pytes
     monkeypatch.setattr(derivative_choice, "_seconds", seconds)
     problem = net_problem(*FAMILIES["sgd"])
     for outer_step in range(3):
-        result = same(problem, Reverse(derivative="auto"), outer_step=outer_step)
+        result = assert_same(problem, Reverse(derivative="auto"), outer_step=outer_step)
     assert len(asked) == 2
     assert result.stats.graph_steps == (1 if faster == "mixed" else 7)
     assert result.stats.steps == (14 if faster == "mixed" else 7)
@@ -207,7 +207,7 @@ def test_auto_takes_the_faster_and_measures_once(faster: str, monkeypatch: pytes
 def test_the_measurement_itself_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derivative_choice, "_measured", {})
     problem = net_problem(*FAMILIES["sgd"], dropout=0.4)
-    result = same(problem, Reverse(derivative="auto", checkpoint_every=1))
+    result = assert_same(problem, Reverse(derivative="auto", checkpoint_every=1))
     assert result.stats.vjps == 7 and result.stats.steps in (13, 14)
 
 
