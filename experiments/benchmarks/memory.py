@@ -27,6 +27,8 @@ try:
 except ImportError:  # Windows has none
     resource: Any = None
 
+_MMAP_THRESHOLD = -3  # the number of this option in glibc's malloc.h
+_OWN_MAPPING_FROM = 2**16
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -74,15 +76,18 @@ def available_bytes() -> int | None:
 def peak_bytes_here(request: MemoryRequest) -> int:
     """Returns the peak memory of one run in this process, above what the process held before it.
 
-    On a CPU: the largest resident set during the run minus that before it. Before it come what is no memory of the
-    work: imports, data, libraries' own buffers (a run of the same work in tiny sizes), compilation (a run of the work
-    itself, whose memory is then given back). On a GPU: the allocator's peak minus what was allocated before.
+    On a CPU: the largest resident set during the run minus that before it, with a C library that gives freed blocks
+    back to the system at once, where it can be told so: what it keeps by default depends on the order of allocations,
+    is up to as much again, and differs from run to run. Before it come what is no memory of the work: imports, data,
+    libraries' own buffers (a run of the same work in tiny sizes), compilation (a run of the work itself, whose memory
+    is then given back). On a GPU: the allocator's peak minus what was allocated before.
 
     Raises:
         NotMeasured: if the run failed; says why.
     """
     torch.set_num_threads(request.num_threads)
     device = torch.device(request.device)
+    keep_no_freed_blocks()
     contestant = request.work.contestants()[request.contestant]
     job = _job(request.work, request, device)
     try:
@@ -120,12 +125,22 @@ def _resident_peak(run: Any, limit: int) -> int:
     return max(_peak_resident() - before, 0)
 
 
+def keep_no_freed_blocks() -> None:
+    """Makes the C library map every block of some size by itself and unmap it when freed, where it can (glibc)."""
+    set_option = _of_c_library("mallopt")
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _OWN_MAPPING_FROM)
+
+
 def _give_back_freed_memory() -> None:
     """Returns freed memory to the system, where the C library can: kept, it would hide what the run takes."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _of_c_library("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_c_library(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _limit_memory(limit: int) -> None:

@@ -1,0 +1,102 @@
+"""The command: what a run leaves, and one message for a mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from experiments import benchmark
+from experiments.benchmarks import (
+    measure,
+    timing,
+)
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def _here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(timing.gc, "collect", lambda: 0)
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        monkeypatch.setattr(measure, "in_own_process", lambda function, argument, _: function(argument))
+        monkeypatch.setattr(measure, "peak_bytes", lambda request: 1000 * len(request.contestant))
+        self.folder, self.monkeypatch, self.capsys = tmp_path / "run", monkeypatch, capsys
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        words = ["benchmark.py", "paths.run_dir=run", "quick=true", "num_threads=1", *arguments]
+        self.monkeypatch.setattr(sys, "argv", words)
+        code = benchmark.failures.exit_code(benchmark.main)
+        GlobalHydra.instance().clear()
+        written = self.capsys.readouterr()
+        return code, written.out, written.err
+
+    def test_a_run_leaves_json_csv_markdown_and_pictures(self) -> None:
+        some = "contestants=[higher,whole graph,forward,plain training]"
+        code, out, error = self.run("only=[small_unroll,forward_hparams]", some)
+        assert code == 0, error
+        results = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        rows = {(item["work"], item["size"], item["contestant"]): item for item in results["rows"]}
+        expected = {("small_unroll", None, name) for name in ("higher", "whole graph", "plain training")}
+        names = ("higher", "whole graph", "forward", "plain training")
+        expected |= {("forward_hparams", size, name) for size in (1, 2) for name in names}
+        assert rows.keys() == expected
+        for item in rows.values():
+            assert item["notes"] == []
+            assert 0 < item["min_seconds"] <= item["median_seconds"]
+            assert item["peak_bytes"] == 1000 * len(item["contestant"])
+            assert item["agrees"] is (None if item["contestant"] == "plain training" else True)
+        with (self.folder / "rows.csv").open(encoding="utf-8", newline="") as file:
+            assert len(list(csv.DictReader(file))) == len(rows)
+        assert results["written"]
+        assert results["versions"]["torch"] == torch.__version__
+        assert results["versions"]["higher"]
+        assert results["machine"]["torch_threads"] == 1
+        assert results["machine"]["cpu"]
+        assert results["settings"]["quick"] is True
+        assert results["command"].startswith("scripts/benchmark paths.run_dir=run quick=true")
+        ratios = {(item["work"], item["size"], item["contestant"], item["against"]): item for item in results["ratios"]}
+        line = ratios["forward_hparams", 2, "forward", "plain training"]
+        assert line["at_most"] == 5.0
+        two = {name: rows["forward_hparams", 2, name]["min_seconds"] for name in ("forward", "plain training")}
+        assert line["figure"] == pytest.approx(two["forward"] / two["plain training"])
+        assert ratios["small_unroll", None, "whole graph", "higher"]["reached"] in (True, False)
+        assert ratios["small_unroll", None, "whole graph, compiled", "higher"]["reached"] is None
+        assert "not measured (whole graph, compiled)" in (self.folder / "ratios.md").read_text(encoding="utf-8")
+        assert results["sweeps"]["forward_hparams"].keys() == {"axis", "exponents", "forward_crosses_reverse_at"}
+        assert (self.folder / "forward_hparams.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert "everything is in" in out
+
+    FAILURES: ClassVar = {
+        "unknown work": (("only=[smal]",), "`only` names 'smal'"),
+        "no repetitions": (("repetitions=0",), "`repetitions` is 0"),
+        "nothing to resume": (("resume=true",), "`resume` is True"),
+        "unknown size": (("sweeps.steps.size=hidden_layers",), "`sweeps.steps.size` is 'hidden_layers'"),
+        "no sizes": (("sweeps.steps.values=[]",), "`sweeps.steps.values` is []"),
+        "unknown argument": (("+works.small_unroll.shape=3",), "`works.small_unroll.shape` is no argument"),
+        "no memory": (("memory_limit=much",), "`memory_limit` is 'much'"),
+        "unknown contestant": (("contestants=[nobody]",), "`contestants` names 'nobody'"),
+    }
+
+    @pytest.mark.parametrize("case", FAILURES)
+    def test_a_mistake_gives_one_message(self, case: str) -> None:
+        overrides, expected = self.FAILURES[case]
+        code, _, error = self.run(*overrides)
+        assert code == 1
+        assert error.count("error: ") == 1
+        assert "Traceback" not in error
+        assert expected in error
+        assert not (self.folder / "results.json").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu(self) -> None:
+        code, _, error = self.run("device=cuda")
+        assert code == 1
+        assert "`device` is 'cuda'" in error
