@@ -112,22 +112,29 @@ def build_learner(config: DictConfig, **changes: Any) -> Learner:
         changes: arguments of the learner other than the configured; those that it does not take are left out.
     """
     steps = config.evaluation.num_steps
-    return _build_learner(config, {**({} if steps is None else {"num_steps": steps}), **changes})
+    # Runs of earlier versions do not have this setting.
+    lr = config.evaluation.get("lr")
+    return _build_learner(config, {**({} if steps is None else {"num_steps": steps}), **changes}, lr)
 
 
 def build_training_learner(config: DictConfig) -> Learner:
     """Returns the learner as it is trained: on episodes of `training.way` classes, where that is set."""
-    return _build_learner(config, {} if config.training.way is None else {"way": config.training.way})
+    return _build_learner(config, {} if config.training.way is None else {"way": config.training.way}, None)
 
 
-def _build_learner(config: DictConfig, changes: Mapping[str, Any]) -> Learner:
+def _build_learner(config: DictConfig, changes: Mapping[str, Any], lr: float | None) -> Learner:
     torch.manual_seed(config.seed)
     network: nn.Module = build(config, "backbone")
     network = network.to(device=chosen_device(config), dtype=chosen_dtype(config))
     takes = inspect.signature(make(config, "learner").func).parameters
     options = {name: value for name, value in changes.items() if name in takes}
     if "dynamics" in takes:
-        options["dynamics"] = build(config, "dynamics")
+        options["dynamics"] = build(config, "dynamics", **({} if lr is None else {"lr": lr}))
+    elif lr is not None:
+        raise ExpectedFailure(
+            f"`evaluation.lr` is {lr}, but {make(config, 'learner').func.__name__} takes no inner steps: it would have "
+            "no effect. Leave it out."
+        )
     return build(config, "learner", network, **options)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -14,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import experiments.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.assembly import build_learner, build_outer_optimizer, make
+from experiments.assembly import build_learner, build_outer_optimizer, build_training_learner, make
 from experiments.settings import check_training_settings
-from hypertorch.fewshot import EpisodeSource, Learner
+from hypertorch.fewshot import Episode, EpisodeSource, Examples, Learner
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
@@ -117,3 +118,16 @@ def test_debugging_is_short_and_on_the_cpu() -> None:
     config = composed("debug=default", "device=auto")
     assert config.outer_loop.num_outer_steps <= 2
     assert composed("debug=default").device == "cpu"
+
+
+def test_the_evaluation_has_an_inner_learning_rate_of_its_own() -> None:
+    config = composed("experiment=imaml", "dynamics.lr=0.1", "evaluation.lr=0.02", "evaluation.num_steps=14")
+    images = Examples(torch.zeros(5, 1, 28, 28), torch.arange(5))
+
+    def inner_loop(learner: Learner) -> tuple[object, int]:
+        problem = learner.problem(Episode(images, images), None)
+        assert isinstance(problem.dynamics, ht.dynamics.SGD)
+        return problem.dynamics.lr, problem.num_steps
+
+    assert inner_loop(build_learner(config)) == (0.02, 14)
+    assert inner_loop(build_training_learner(config)) == (0.1, 6)

@@ -195,6 +195,10 @@ FAILURES = {
         ("experiment=maml", "dynamics.lr=1e38", "learner.num_steps=3"),
         ["NaN or infinity", "inner step"],
     ),
+    "step size of a learner without inner steps": (
+        ("experiment=protonet", "evaluation.lr=0.1"),
+        ["`evaluation.lr` is 0.1, but ProtoNet takes no inner steps"],
+    ),
     "resume without a run": (("resume=true",), ["error: `resume` is True", "no run of the same command", "start anew"]),
     "hyperparameter that does nothing": (
         ("experiment=maml", "learner.num_steps=0", "learner.learn_lr=one"),
