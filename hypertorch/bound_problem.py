@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hypertorch.checks import check_hparams
-from hypertorch.derivatives import second_order
 from hypertorch.inner_loop import CONTEXT, InnerLoop
+from hypertorch.missing_derivatives import second_order
 from hypertorch.noise import preserved_generators, seed_generators
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
-from hypertorch.derivatives import GradientRoute, InnerLoss
+from hypertorch.inner_loss import GradientRoute, InnerLoss
 from hypertorch.inner_precision import in_precision
 from hypertorch.noise import mix, seed_generators
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypertorch.derivatives import LossFunction
+from hypertorch.inner_loss import LossFunction
 from hypertorch.types import Batch, TensorDict
 
 

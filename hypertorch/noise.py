@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _WORD = (1 << 64) - 1
 
@@ -52,17 +53,27 @@ def seed_generators(device: torch.device, *key: int) -> None:
         torch.cuda.default_generators[_cuda_index(device)].manual_seed(seed)
 
 
+def generator_states(device: torch.device) -> tuple[Tensor, ...]:
+    """Returns the states of torch's default generators that code on a device may draw from."""
+    host = torch.default_generator.get_state()
+    return (host, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (host,)
+
+
+def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
+    """Sets torch's default generators of the host and of `device` to the states that `generator_states` returned."""
+    torch.default_generator.set_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
 @contextmanager
 def preserved_generators(device: torch.device) -> Iterator[None]:
     """Leaves torch's default generators of the host and of `device` as they were found."""
-    host = torch.default_generator.get_state()
-    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states = generator_states(device)
     try:
         yield
     finally:
-        torch.default_generator.set_state(host)
-        if accelerator is not None:
-            torch.cuda.set_rng_state(accelerator, device)
+        set_generators(states, device)
 
 
 def _cuda_index(device: torch.device) -> int:

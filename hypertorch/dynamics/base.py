@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from hypertorch.constraints import Constraint
-from hypertorch.derivatives import InnerLoss
 from hypertorch.dynamics.hyper import Setting
 from hypertorch.dynamics.setting_checks import check_settings
+from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import TensorDict, TensorMapping
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.compilation import NotCompilableError, compilation, compiled, may_compile, refuse
-from hypertorch.derivatives import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.compiled_steps import draws, program_key, try_dynamics
 from hypertorch.hypergradients.pull_back import Grads
 from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
+from hypertorch.noise import generator_states
 from hypertorch.types import Batch, TensorDict
 
 # Steps in one program: each is compiled anew, which takes seconds.

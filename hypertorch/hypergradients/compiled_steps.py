@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.compilation import compiled
-from hypertorch.derivatives import generator_states
 from hypertorch.dynamics import Dynamics
 from hypertorch.hypergradients.mixed_mode import through_gradients
 from hypertorch.hypergradients.pull_back import Cotangents, Grads, PulledBack, pull_back, pull_back_steps
 from hypertorch.hypergradients.replay import check_values
 from hypertorch.hypergradients.step_by_step import Steps
 from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
+from hypertorch.noise import generator_states
 from hypertorch.types import Batch, TensorDict
 
 _tried: WeakValueDictionary[int, Dynamics] = WeakValueDictionary()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import InnerLoss, vjp
+from hypertorch.derivatives import vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.pull_back import Grads, accumulate, pull_back
 from hypertorch.hypergradients.window import WindowStart, differentiate_window, window_from
 from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import TensorDict
 
 

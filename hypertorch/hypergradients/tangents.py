@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import forward_mode, jvps, vjp
+from hypertorch.derivatives import jvps, vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.missing_derivatives import forward_mode
 from hypertorch.types import TensorDict
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import GradientRoute, vjp
+from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loss import GradientRoute
 from hypertorch.types import TensorDict
 
 

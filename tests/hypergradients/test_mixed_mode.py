@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import hypertorch as ht
-from hypertorch.derivatives import InnerLoss
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients import derivative_choice
 from hypertorch.hypergradients.step_by_step import EagerSteps
+from hypertorch.inner_loss import InnerLoss
 from hypertorch.live_memory import PeakMemory
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
