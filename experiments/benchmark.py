@@ -9,9 +9,8 @@ scripts/benchmark quick=true                       tiny sizes: a look at whether
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import hydra
@@ -21,21 +20,16 @@ from rich.console import Console
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 from experiments.assembly import build
-from experiments.benchmarks import variants
-from experiments.benchmarks.charts import plot_sweep
 from experiments.benchmarks.machine import library_versions, machine
 from experiments.benchmarks.measure import Settings, measure
 from experiments.benchmarks.memory import available_bytes
-from experiments.benchmarks.ratios import Ratio, measured_ratio
-from experiments.benchmarks.row import Row
-from experiments.benchmarks.sweep import Growth, crossover, growth
+from experiments.benchmarks.results import Results, Sweep
 from experiments.benchmarks.tables import ratio_lines, table_of_growth, table_of_rows
 from experiments.benchmarks.timing import Rounds
 from experiments.benchmarks.work import Work
 from experiments.config_errors import CONFIGS
-from experiments.diagnosis import ascending_lengths, json_ready, prepare, write_csv
+from experiments.diagnosis import ascending_lengths, prepare
 from experiments.failures import ExpectedFailure, Failures
-from experiments.reporting import write_results
 from experiments.run_folder import command, open_folder
 from experiments.settings import chosen_device, chosen_dtype, whole_number
 from hypertorch.live_memory import parse_bytes
@@ -47,116 +41,43 @@ _QUICK_SIZES = 2
 _QUICK_ROUNDS = Rounds(repetitions=2, shortest=0.0, longest=5.0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """What was measured so far, and where it is written."""
-
-    folder: Path
-    header: Mapping[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    ratios: list[Ratio] = field(default_factory=list)
-    sweeps: dict[str, Any] = field(default_factory=dict)
-
-    def write(self, path: Path) -> None:
-        """Writes everything anew, so that an interrupted benchmark leaves what it has measured.
-
-        Args:
-            path: of results.json.
-        """
-        write_csv(self.folder / "rows.csv", [row.flat() for row in self.rows])
-        write_csv(self.folder / "ratios.csv", [ratio.as_dict() for ratio in self.ratios])
-        (self.folder / "ratios.md").write_text("\n".join(ratio_lines(self.ratios)) + "\n", encoding="utf-8")
-        measured = {
-            "rows": [json_ready(row.as_dict()) for row in self.rows],
-            "ratios": [json_ready(ratio.as_dict()) for ratio in self.ratios],
-            "sweeps": self.sweeps,
-        }
-        write_results(path, {**self.header, **measured})
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="benchmark")
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config)
+    prepare(config, resumes=True)
     settings = build_settings(config)
-    works, sweeps = chosen_names(config)
     # All of them before the first is run: a mistake in the last must not be found after hours.
-    built = {name: _sized(build(config, f"works.{name}"), config) for name in works}
-    swept = {name: build_sweep(config, name) for name in sweeps}
+    works = {str(name): _sized(build(config, f"works.{name}"), config) for name in config.works}
+    sweeps = {str(name): build_sweep(config, str(name)) for name in config.sweeps}
+    chosen = chosen_names(config)
     refuse_unknown_contestants(
-        settings, [*built.values(), *(work for sizes in swept.values() for work in sizes.values())]
+        settings,
+        [work for name, work in works.items() if name in chosen]
+        + [work for name, sweep in sweeps.items() if name in chosen for work in sweep.works],
     )
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console()
-    results = Results(folder=folder.path, header=header(config, settings))
+    results = Results(folder=folder.path, header=header(config, settings), works=works, sweeps=sweeps, chosen=chosen)
+    if folder.resumed and folder.results.is_file():
+        results.go_on_from(folder.results)
+        settings = replace(settings, memory_limit=results.header["memory_limit_bytes"])
 
     def say(text: str) -> None:
         console.print(f"  {text}", style="dim", highlight=False)
 
-    for name, work in built.items():
-        run_work(name, work, settings, results, console, say)
-        results.write(folder.results)
-    for name, sizes in swept.items():
-        run_sweep(name, sizes, str(config.sweeps[name].axis), settings, results, console, say)
-        results.write(folder.results)
+    for name, size, work in results.missing():
+        title = work.title if size is None else f"{name}: {work.title}"
+        console.print(f"\n{title}", markup=False, highlight=False)
+        rows = measure(name, work, size, settings, say)
+        console.print(table_of_rows(rows))
+        results.add(rows, folder.results)
+    results.draw()
     results.write(folder.results)
-    console.print("\n".join(["", *ratio_lines(results.ratios)]), markup=False, highlight=False, soft_wrap=True)
+    for name in results.measured_sweeps():
+        console.print(table_of_growth(f"{name}: growth with {sweeps[name].axis}", results.exponents(name)))
+    console.print("\n".join(["", *ratio_lines(results.ratios())]), markup=False, highlight=False, soft_wrap=True)
     console.print(f"\neverything is in {folder.path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def run_work(
-    name: str, work: Work, settings: Settings, results: Results, console: Console, say: Callable[[str], None]
-) -> None:
-    """Measures a work, and adds its rows and ratios to the results."""
-    console.print(f"\n{work.title}", markup=False, highlight=False)
-    rows = measure(name, work, None, settings, say)
-    console.print(table_of_rows(rows))
-    results.rows.extend(rows)
-    results.ratios.extend(measured_ratio(target, rows) for target in work.targets())
-
-
-def run_sweep(
-    name: str,
-    works: Mapping[int, Work],
-    axis: str,
-    settings: Settings,
-    results: Results,
-    console: Console,
-    say: Callable[[str], None],
-) -> None:
-    """Measures a work at every size, draws it, and adds rows, exponents and crossover to the results."""
-    rows: list[Row] = []
-    targets = {size: work.targets() for size, work in works.items()}
-    for size, work in works.items():
-        console.print(f"\n{name}: {work.title}", markup=False, highlight=False)
-        of_size = measure(name, work, size, settings, say)
-        console.print(table_of_rows(of_size))
-        rows += of_size
-        results.rows.extend(of_size)
-    names = list(dict.fromkeys(row.contestant for row in rows))
-    exponents: dict[str, dict[str, Growth | None]] = {
-        key: {
-            quantity: growth([row for row in rows if row.contestant == key], quantity)
-            for quantity in ("time", "memory")
-        }
-        for key in names
-    }
-    console.print(table_of_growth(f"{name}: growth with {axis}", exponents))
-    results.sweeps[name] = {
-        "axis": axis,
-        "exponents": {
-            key: {quantity: None if fit is None else asdict(fit) for quantity, fit in found.items()}
-            for key, found in exponents.items()
-        },
-    }
-    if variants.FORWARD in names:
-        results.sweeps[name]["forward_crosses_reverse_at"] = crossover(rows, variants.FORWARD, variants.EAGER)
-        for size in works:
-            results.ratios.extend(
-                measured_ratio(target, [row for row in rows if row.size == size]) for target in targets[size]
-            )
-    plot_sweep(rows, exponents, targets, axis=axis, path=results.folder / f"{name}.png")
 
 
 def build_settings(config: DictConfig) -> Settings:
@@ -207,26 +128,23 @@ def refuse_unknown_contestants(settings: Settings, works: Sequence[Work]) -> Non
             )
 
 
-def chosen_names(config: DictConfig) -> tuple[list[str], list[str]]:
-    """Returns the names of the works and of the sweeps to run: all, or those that `only` names.
+def chosen_names(config: DictConfig) -> frozenset[str]:
+    """Returns the names of the works and sweeps to run: all, or those that `only` names.
 
     Raises:
         ExpectedFailure: if `only` names others.
     """
-    works, sweeps = [str(name) for name in config.works], [str(name) for name in config.sweeps]
-    if config.only is None:
-        return works, sweeps
-    for name in config.only:
-        if name not in [*works, *sweeps]:
+    known = [str(name) for name in [*config.works, *config.sweeps]]
+    for name in config.only or ():
+        if name not in known:
             raise ExpectedFailure(
-                f"`only` names {name!r}, which is neither a work nor a sweep. Choose from: "
-                f"{', '.join([*works, *sweeps])}."
+                f"`only` names {name!r}, which is neither a work nor a sweep. Choose from: {', '.join(known)}."
             )
-    return [name for name in works if name in config.only], [name for name in sweeps if name in config.only]
+    return frozenset(known if config.only is None else config.only)
 
 
-def build_sweep(config: DictConfig, name: str) -> dict[int, Work]:
-    """Returns the works of a sweep by their size, ascending.
+def build_sweep(config: DictConfig, name: str) -> Sweep:
+    """Returns a sweep with its works, by ascending size.
 
     Raises:
         ExpectedFailure: if the work has no such size.
@@ -242,7 +160,7 @@ def build_sweep(config: DictConfig, name: str) -> dict[int, Work]:
     values = ascending_lengths(config, f"sweeps.{name}.values")
     if config.quick:
         work, values = work.tiny(), values[:_QUICK_SIZES]
-    return {value: _resized(work, size, value) for value in values}
+    return Sweep(axis=str(config.sweeps[name].axis), by_size={value: _resized(work, size, value) for value in values})
 
 
 def header(config: DictConfig, settings: Settings) -> dict[str, Any]:

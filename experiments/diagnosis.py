@@ -17,19 +17,25 @@ from experiments.assembly import build
 from experiments.failures import ExpectedFailure
 from experiments.reporting import versions
 from experiments.run_folder import command
-from experiments.settings import chosen_device, chosen_dtype, whole_number
+from experiments.settings import check_switch, chosen_device, chosen_dtype, whole_number
 
 Row = Mapping[str, Any]
 
 
-def prepare(config: DictConfig) -> None:
+def prepare(config: DictConfig, *, resumes: bool = False) -> None:
     """Checks the settings that every command here reads and no class checks, and applies the number of threads.
+
+    Args:
+        config: the configuration.
+        resumes: whether the command can go on with an earlier run.
 
     Raises:
         ExpectedFailure: naming the setting, its value and what to write instead.
     """
     whole_number(config, "seed", minimum=0, purpose="it chooses the data and the first weights")
-    if config.resume is not False:
+    if resumes:
+        check_switch(config, "resume")
+    elif config.resume is not False:
         raise ExpectedFailure(
             f"`resume` is {config.resume!r}, but this command has nothing to go on with: it writes its results at the "
             "end. Leave it out."

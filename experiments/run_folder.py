@@ -27,11 +27,12 @@ _FREE = (
     "threads",
     "evaluation",
     "pictures",
+    "only",
     "outer_loop.num_outer_steps",
     "outer_loop.progress",
     "dataset.root",
 )
-_FREE_OVERRIDES = ("resume=", "paths.", "hydra.")
+_FREE_OVERRIDES = ("resume=", "only=", "paths.", "hydra.")
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,7 @@ def check_training_settings(config: DictConfig) -> None:
     whole_number(config, "evaluation.num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
     whole_number(config, "pictures.num_episodes", minimum=2, purpose="a curve is a mean over episodes, with its spread")
     for key in ("resume", "outer_loop.progress"):
-        if not isinstance(OmegaConf.select(config, key), bool):
-            raise ExpectedFailure(
-                f"`{key}` is {OmegaConf.select(config, key)!r}, but it is a switch. Use true or false."
-            )
+        check_switch(config, key)
     chosen_dtype(config)
     chosen_inner_dtype(config)
     chosen_device(config)
@@ -44,6 +41,13 @@ def set_threads(config: DictConfig) -> None:
     """
     if config.threads is not None:
         torch.set_num_threads(whole_number(config, "threads", minimum=1, purpose="PyTorch computes on so many threads"))
+
+
+def check_switch(config: DictConfig, key: str) -> None:
+    """Raises `ExpectedFailure` if a setting is neither true nor false."""
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, bool):
+        raise ExpectedFailure(f"`{key}` is {value!r}, but it is a switch. Use true or false.")
 
 
 def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ def pytest_configure() -> None:
     # Threads that wait for each other on busy cores make small operations a hundred times slower.
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    # A shell that starts the tests in the background lets them, and every process they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -53,6 +53,11 @@ class Row:
         """Returns the row for JSON."""
         return {**asdict(self), "figures": dict(self.figures), "notes": list(self.notes)}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Returns the row that `as_dict` wrote."""
+        return cls(**{**values, "notes": tuple(values["notes"])})
+
     def flat(self) -> dict[str, Any]:
         """Returns the row for CSV: figures in columns of their own, notes in one."""
         rest = {name: value for name, value in self.as_dict().items() if name not in ("figures", "notes")}

@@ -54,7 +54,8 @@ class Rounds:
     Args:
         repetitions: rounds.
         shortest: a repetition is as many runs in a row as take at least so long (unit: seconds).
-        longest: a contestant takes no part in further rounds once it has run for so long (unit: seconds).
+        longest: a contestant takes no part in further rounds once it has run for so long (unit: seconds). Of what takes
+            longer by itself, the run to warm up is its only one.
     """
 
     repetitions: int
@@ -68,8 +69,13 @@ class Rounds:
             runs: contestants that are warm.
             stopwatch: of the device.
         """
-        numbers = {name: self._number(run, stopwatch) for name, run in runs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
+        numbers: dict[str, int] = {}
+        for name, run in runs.items():
+            warming = stopwatch.seconds(run)
+            numbers[name] = max(1, math.ceil(self.shortest / max(warming, 1e-6)))
+            if warming >= self.longest:
+                times[name].append(warming)
         names = list(runs)
         for turn in range(self.repetitions):
             first = turn % max(len(names), 1)
@@ -77,7 +83,3 @@ class Rounds:
                 if sum(times[name]) * numbers[name] < self.longest:
                     times[name].append(stopwatch.seconds(runs[name], numbers[name]))
         return times
-
-    def _number(self, run: Run, stopwatch: Stopwatch) -> int:
-        """Returns how many runs make a repetition, after one more run to warm up."""
-        return max(1, math.ceil(self.shortest / max(stopwatch.seconds(run), 1e-6)))

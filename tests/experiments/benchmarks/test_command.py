@@ -6,17 +6,16 @@ import csv
 import json
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import benchmark
-from experiments.benchmarks import (
-    measure,
-    timing,
-)
+from experiments.benchmarks import measure, timing
+from experiments.benchmarks.row import Row
+from experiments.benchmarks.work import Work
 
 
 class TestCommand:
@@ -74,10 +73,45 @@ class TestCommand:
         assert (self.folder / "forward_hparams.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert "everything is in" in out
 
+    def test_an_interrupted_benchmark_goes_on(self) -> None:
+        some = "contestants=[higher,whole graph]"
+        measured = measure.measure
+
+        def interrupted(name: str, work: Work, size: int | None, *rest: Any) -> list[Row]:
+            if size == 2:
+                raise KeyboardInterrupt
+            return measured(name, work, size, *rest)
+
+        self.monkeypatch.setattr(benchmark, "measure", interrupted)
+        chosen = "only=[small_unroll,forward_hparams]"
+        assert self.run(chosen, some)[0] != 0
+        before = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        assert [(item["work"], item["size"]) for item in before["rows"][::2]] == [
+            ("small_unroll", None), ("forward_hparams", 1),
+        ]  # fmt: skip
+
+        self.monkeypatch.setattr(benchmark, "measure", measured)
+        code, out, error = self.run("only=[forward_hparams]", some, "resume=true")
+        assert code == 0, error
+        after = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        assert after["rows"][:4] == before["rows"]
+        assert [(item["work"], item["size"]) for item in after["rows"][4::2]] == [("forward_hparams", 2)]
+        assert after["command"] == before["command"]
+        assert {item["work"] for item in after["ratios"]} == {"small_unroll"}
+        assert "2 outer variables" in out
+        assert "1 outer variables" not in out
+
+        before["versions"]["torch"] = "1.0"
+        (self.folder / "results.json").write_text(json.dumps(before), encoding="utf-8")
+        code, _, error = self.run(some, "resume=true")
+        assert code == 1
+        assert "was measured with other versions" in error
+
     FAILURES: ClassVar = {
         "unknown work": (("only=[smal]",), "`only` names 'smal'"),
         "no repetitions": (("repetitions=0",), "`repetitions` is 0"),
-        "nothing to resume": (("resume=true",), "`resume` is True"),
+        "nothing to resume": (("resume=true",), "where there is no run to go on with"),
+        "word for a switch": (("resume=maybe",), "`resume` is 'maybe'"),
         "unknown size": (("sweeps.steps.size=hidden_layers",), "`sweeps.steps.size` is 'hidden_layers'"),
         "no sizes": (("sweeps.steps.values=[]",), "`sweeps.steps.values` is []"),
         "unknown argument": (("+works.small_unroll.shape=3",), "`works.small_unroll.shape` is no argument"),

@@ -74,8 +74,9 @@ class TestRounds:
         assert len(times["short"]) == 4
 
     def test_everyone_is_timed_once(self) -> None:
-        _, times = self.ran({"a": 50.0}, Rounds(repetitions=3, shortest=0.0, longest=1.0))
-        assert times == {"a": [50.0]}
+        order, times = self.ran({"a": 50.0, "b": 0.6}, Rounds(repetitions=3, shortest=0.0, longest=1.0))
+        assert times == {"a": [50.0], "b": [0.6, 0.6]}
+        assert order.count("a") == 1
 
     def test_nobody(self) -> None:
         assert self.ran({}, Rounds(repetitions=3, shortest=0.0, longest=1.0)) == ([], {})

@@ -83,6 +83,15 @@ def test_the_first_hypergradient_is_the_reference(monkeypatch: pytest.MonkeyPatc
     assert contestants["floor"].runs == 4
 
 
+def test_what_takes_long_runs_once_and_twice_if_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"weight": torch.tensor([1.0])}
+    contestants = {"plain": _Fixed(right), "compiled": _Fixed(right, compiles=True)}
+    rows = measured_here(monkeypatch, contestants, rounds=Rounds(repetitions=3, shortest=0.0, longest=0.0))
+    assert {name: item.runs for name, item in contestants.items()} == {"plain": 1, "compiled": 2}
+    assert {name: item.repetitions for name, item in rows.items()} == {"plain": 1, "compiled": 1}
+    assert rows["plain"].min_seconds == rows["plain"].first_seconds
+
+
 def test_a_refused_compilation_is_that_of_all_compiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     right = {"weight": torch.tensor([1.0])}
     later = _Fixed(right, compiles=True)

@@ -56,7 +56,7 @@ print(memory._resident_peak(run, 2**30))
 def test_gaps_between_blocks_are_no_memory() -> None:
     pytest.importorskip("psutil", reason="psutil is not installed; it comes with the extra `benchmark`")
     ran = subprocess.run([sys.executable, "-c", _WITH_GAPS], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert 40 * 2**20 <= int(ran.stdout) < 44 * 2**20
+    assert 39 * 2**20 < int(ran.stdout) < 44 * 2**20  # the system counts pages roughly
 
 
 def test_a_process_that_fails_or_lasts_is_said() -> None:

@@ -1,0 +1,168 @@
+"""What a benchmark has measured so far, what follows from it, and the files that hold it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks import variants
+from experiments.benchmarks.charts import plot_sweep
+from experiments.benchmarks.ratios import Ratio, measured_ratio
+from experiments.benchmarks.row import Row
+from experiments.benchmarks.sweep import Growth, crossover, growth
+from experiments.benchmarks.tables import ratio_lines
+from experiments.benchmarks.work import Work
+from experiments.diagnosis import json_ready, write_csv
+from experiments.failures import ExpectedFailure
+from experiments.reporting import write_results
+
+# What must be the same for numbers to stand in one table.
+_COMPARABLE = ("versions", "machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A work over one of its sizes.
+
+    Args:
+        axis: what grows, in words.
+        by_size: the work at every size, ascending.
+    """
+
+    axis: str
+    by_size: Mapping[int, Work]
+
+    @property
+    def works(self) -> tuple[Work, ...]:
+        """The works, by ascending size."""
+        return tuple(self.by_size.values())
+
+
+@dataclass(kw_only=True)
+class Results:
+    """What was measured so far: its rows; ratios, exponents and charts follow from them.
+
+    Args:
+        folder: where they are written.
+        header: what determines the numbers.
+        works: by name.
+        sweeps: by name.
+        chosen: names of the works and sweeps to measure; what else an earlier part of the benchmark has measured stays.
+        rows: what was measured.
+    """
+
+    folder: Path
+    header: Mapping[str, Any]
+    works: Mapping[str, Work]
+    sweeps: Mapping[str, Sweep]
+    chosen: Collection[str]
+    rows: list[Row] = field(default_factory=list)
+
+    def missing(self) -> Iterator[tuple[str, int | None, Work]]:
+        """Yields name, size (None outside a sweep) and work of what is still to be measured: works, then sweeps."""
+        done = {(row.work, row.size) for row in self.rows}
+        every = [(name, None, work) for name, work in self.works.items()]
+        every += [(name, size, work) for name, sweep in self.sweeps.items() for size, work in sweep.by_size.items()]
+        yield from (item for item in every if item[0] in self.chosen and item[:2] not in done)
+
+    def add(self, rows: Sequence[Row], path: Path) -> None:
+        """Takes the rows of a work, and writes everything anew: what interrupts a benchmark loses one work at most."""
+        self.rows.extend(rows)
+        self.write(path)
+
+    def go_on_from(self, path: Path) -> None:
+        """Takes what an interrupted benchmark has measured.
+
+        Args:
+            path: of its results.json.
+
+        Raises:
+            ExpectedFailure: if it was measured on another machine, or with other versions.
+        """
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key in _COMPARABLE:
+            if before[key] != json_ready(self.header[key]):
+                raise ExpectedFailure(
+                    f"`resume` is True, but {str(path)!r} was measured with other {key} ({before[key]}) than those of "
+                    f"now ({self.header[key]}): the numbers could not be compared. Start anew, without resume=true."
+                )
+        self.header = {name: before[name] for name in self.header}
+        self.rows.extend(Row.from_dict(row) for row in before["rows"])
+
+    def ratios(self) -> list[Ratio]:
+        """Returns the targets of what was measured, with what was reached."""
+        found = [
+            measured_ratio(target, rows)
+            for name, work in self.works.items()
+            if (rows := self._rows_of(name, None))
+            for target in work.targets()
+        ]
+        return found + [
+            measured_ratio(target, rows)
+            for name, sweep in self.sweeps.items()
+            if self._compares_modes(name)
+            for size, work in sweep.by_size.items()
+            if (rows := self._rows_of(name, size))
+            for target in work.targets()
+        ]
+
+    def measured_sweeps(self) -> list[str]:
+        """Returns the names of the sweeps of which something was measured."""
+        return [name for name in self.sweeps if any(row.work == name for row in self.rows)]
+
+    def exponents(self, name: str) -> dict[str, dict[str, Growth | None]]:
+        """Returns how time and memory of every contestant grow along a sweep."""
+        rows = [row for row in self.rows if row.work == name]
+        return {
+            key: {
+                quantity: growth([row for row in rows if row.contestant == key], quantity)
+                for quantity in ("time", "memory")
+            }
+            for key in dict.fromkeys(row.contestant for row in rows)
+        }
+
+    def write(self, path: Path) -> None:
+        """Writes results.json, the rows and ratios as CSV, and the ratios as a table.
+
+        Args:
+            path: of results.json.
+        """
+        ratios = self.ratios()
+        write_csv(self.folder / "rows.csv", [row.flat() for row in self.rows])
+        write_csv(self.folder / "ratios.csv", [ratio.as_dict() for ratio in ratios])
+        (self.folder / "ratios.md").write_text("\n".join(ratio_lines(ratios)) + "\n", encoding="utf-8")
+        measured = {
+            "rows": [json_ready(row.as_dict()) for row in self.rows],
+            "ratios": [json_ready(ratio.as_dict()) for ratio in ratios],
+            "sweeps": {name: self._summary(name) for name in self.measured_sweeps()},
+        }
+        write_results(path, {**self.header, **measured})
+
+    def draw(self) -> None:
+        """Draws a chart of time and memory for every sweep."""
+        for name in self.measured_sweeps():
+            sweep, rows = self.sweeps[name], [row for row in self.rows if row.work == name]
+            targets = {size: work.targets() for size, work in sweep.by_size.items()}
+            plot_sweep(rows, self.exponents(name), targets, axis=sweep.axis, path=self.folder / f"{name}.png")
+
+    def _rows_of(self, name: str, size: int | None) -> list[Row]:
+        return [row for row in self.rows if (row.work, row.size) == (name, size)]
+
+    def _compares_modes(self, name: str) -> bool:
+        return any(row.work == name and row.contestant == variants.FORWARD for row in self.rows)
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "axis": self.sweeps[name].axis,
+            "exponents": {
+                key: {quantity: None if fit is None else asdict(fit) for quantity, fit in found.items()}
+                for key, found in self.exponents(name).items()
+            },
+        }
+        if self._compares_modes(name):
+            rows = [row for row in self.rows if row.work == name]
+            summary["forward_crosses_reverse_at"] = crossover(rows, variants.FORWARD, variants.EAGER)
+        return summary
