@@ -21,6 +21,7 @@ from experiments.reporting import write_results
 
 # What must be the same for numbers to stand in one table.
 _COMPARABLE = ("versions", "machine")
+_CHANGING = ("load_average",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +85,11 @@ class Results:
         """
         before = json.loads(path.read_text(encoding="utf-8"))
         for key in _COMPARABLE:
-            if before[key] != json_ready(self.header[key]):
+            then, now = (_lasting(part[key]) for part in (before, json_ready(self.header)))
+            if then != now:
                 raise ExpectedFailure(
-                    f"`resume` is True, but {str(path)!r} was measured with other {key} ({before[key]}) than those of "
-                    f"now ({self.header[key]}): the numbers could not be compared. Start anew, without resume=true."
+                    f"`resume` is True, but {str(path)!r} was measured with other {key} ({then}) than those of now "
+                    f"({now}): the numbers could not be compared. Start anew, without resume=true."
                 )
         self.header = {name: before[name] for name in self.header}
         self.rows.extend(Row.from_dict(row) for row in before["rows"])
@@ -166,3 +168,7 @@ class Results:
             rows = [row for row in self.rows if row.work == name]
             summary["forward_crosses_reverse_at"] = crossover(rows, variants.FORWARD, variants.EAGER)
         return summary
+
+
+def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in _CHANGING}
