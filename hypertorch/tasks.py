@@ -126,6 +126,9 @@ def lift(
 
 _MEASURED_TASKS = 4
 _REPEATS = 5  # the fastest of each counts: on a busy machine single times are several times too long
+# What the vectorised route wins on a few tasks by less than this, it may lose on many, whose memory outgrows caches.
+_CLEARLY = 2.0
+_REPEATS_OF_ALL = 2
 _measured_routes: dict[Hashable, TaskRoute] = {}
 
 
@@ -134,8 +137,9 @@ def resolve_task_route(
 ) -> TaskRoute:
     """Returns the route by which a problem's tasks are run: the one it names, or the faster by a measurement.
 
-    "auto" runs a few tasks of the problem by either route, after a warm-up, and keeps the answer for problems of the
-    same classes and sizes. Where an operation cannot be vectorised the loop is taken. What was chosen is logged.
+    "auto" runs a few tasks of the problem by either route, after a warm-up; where the vectorised route wins, but not
+    clearly, all tasks. The answer is kept for problems of the same classes and sizes. Where an operation cannot be
+    vectorised the loop is taken. What was chosen is logged.
 
     Args:
         problem: the problem.
@@ -149,37 +153,47 @@ def resolve_task_route(
     sizes = (problem.num_tasks, problem.task_chunk, problem.num_steps)
     key = (kind, type(problem.inner), type(problem.outer), sizes, shapes)
     if key not in _measured_routes:
-        at_once = min(problem.num_tasks, problem.task_chunk or problem.num_tasks, _MEASURED_TASKS)
-        _measured_routes[key] = _faster_route(at_once, run)
+        _measured_routes[key] = _faster_route(problem, run)
     return _measured_routes[key]
 
 
-def _faster_route(num_tasks: int, run: Callable[[list[TaskSlice | None]], object]) -> TaskRoute:
-    together: list[TaskSlice | None] = [TaskSlice(start=0, stop=num_tasks)]
-    one_by_one: list[TaskSlice | None] = [
-        TaskSlice(start=task, stop=task + 1, squeeze=True) for task in range(num_tasks)
-    ]
+def _faster_route(problem: BilevelProblem, run: Callable[[list[TaskSlice | None]], object]) -> TaskRoute:
+    together, one_by_one = (list(task_slices(problem, route)) for route in ("vmap", "loop"))
+    first = together[0]
+    assert first is not None
+    few = min(first.stop, _MEASURED_TASKS)
+    some: list[TaskSlice | None] = [TaskSlice(start=0, stop=few)]
     try:
-        run(together)
+        run(some)
     except RuntimeError as error:
         if not re.search("vmap|batching rule", str(error), flags=re.IGNORECASE):
             raise
         _logger.info("tasks run one by one: an operation cannot be vectorised (%s)", error)
         return "loop"
-    run(one_by_one)
-    seconds = {"vmap": float("inf"), "loop": float("inf")}
-    for _ in range(_REPEATS):
-        seconds["vmap"] = min(seconds["vmap"], _time(lambda: run(together)))
-        seconds["loop"] = min(seconds["loop"], _time(lambda: run(one_by_one)))
-    route: TaskRoute = "vmap" if seconds["vmap"] <= seconds["loop"] else "loop"
+    run(one_by_one[:few])
+    count, (vectorised, looped) = few, _seconds(run, some, one_by_one[:few], _REPEATS)
+    if vectorised <= looped < _CLEARLY * vectorised and few < len(one_by_one):
+        count, (vectorised, looped) = len(one_by_one), _seconds(run, together, one_by_one, _REPEATS_OF_ALL)
+    route: TaskRoute = "vmap" if vectorised <= looped else "loop"
     _logger.info(
         "%d tasks took %.1f ms vectorised and %.1f ms one by one: tasks run by %r",
-        num_tasks,
-        1e3 * seconds["vmap"],
-        1e3 * seconds["loop"],
+        count,
+        1e3 * vectorised,
+        1e3 * looped,
         route,
     )
     return route
+
+
+def _seconds(
+    run: Callable[[list[TaskSlice | None]], object],
+    together: list[TaskSlice | None],
+    one_by_one: list[TaskSlice | None],
+    repeats: int,
+) -> tuple[float, float]:
+    """Returns the shortest time of each route, taken in turns."""
+    turns = [(_time(lambda: run(together)), _time(lambda: run(one_by_one))) for _ in range(repeats)]
+    return min(times[0] for times in turns), min(times[1] for times in turns)
 
 
 def _time(run: Callable[[], object]) -> float:

@@ -262,7 +262,7 @@ class Source(ht.ProblemSource):
 
 
 @pytest.mark.usefixtures("fresh_routes")
-@pytest.mark.parametrize(("vmap", "loop", "route"), [(2e-3, 1e-3, "loop"), (1e-3, 2e-3, "vmap"), (1e-3, 1e-3, "vmap")])
+@pytest.mark.parametrize(("vmap", "loop", "route"), [(2e-3, 1e-3, "loop"), (1e-3, 2e-3, "vmap"), (1e-3, 9e-3, "vmap")])
 def test_a_run_measures_once_takes_the_faster_route_and_says_which_and_why(
     vmap: float, loop: float, route: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -303,6 +303,32 @@ def test_the_best_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> No
     problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=3)
     assert resolve_task_route(problem, "a stub", problem.init_hparams(), lambda slices: None) == "vmap"
     assert next(seconds, None) is None
+
+
+@pytest.mark.usefixtures("fresh_routes")
+@pytest.mark.parametrize(("chunk", "first"), [(None, 6), (5, 5)])
+@pytest.mark.parametrize(("of_all", "route"), [((3.0, 2.0), "loop"), ((2.0, 2.0), "vmap")])
+def test_what_is_won_on_a_few_tasks_by_little_is_measured_on_all(
+    chunk: int | None, first: int, of_all: tuple[float, float], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of many tasks grows out of caches: four convolutional tasks can win, and sixteen lose by twice."""
+    ran: list[list[tuple[int, int]]] = []
+
+    def timed(run: Callable[[], object]) -> float:
+        run()
+        vectorised = ran[-1][0][1] > 1
+        few = ran[-1][-1][1] <= 4
+        return (1.0 if vectorised else 1.9) if few else of_all[not vectorised]
+
+    def run(slices: list[TaskSlice | None]) -> None:
+        ran.append([(item.start, item.stop) for item in slices if item is not None])
+
+    monkeypatch.setattr("hypertorch.tasks._time", timed)
+    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=6, task_chunk=chunk)
+    assert resolve_task_route(problem, "a stub", problem.init_hparams(), run) == route
+    whole = [(0, first), *([(first, 6)] if first < 6 else [])]
+    each = [(task, task + 1) for task in range(6)]
+    assert ran == [[(0, 4)], each[:4]] * 6 + [whole, each] * 2
 
 
 @pytest.mark.usefixtures("fresh_routes")

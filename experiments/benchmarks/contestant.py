@@ -47,12 +47,16 @@ class Contestant(ABC):
 
     side: Side
     compiles = False
-    """Whether its first run compiles, which is no part of what is measured."""
+    """Whether its first run compiles."""
 
     @property
     @abstractmethod
     def library(self) -> str:
         """The library's name in the table."""
+
+    def prepares(self, job: Job) -> bool:
+        """Returns whether the first run of a job does what no later one does, so that it is not measured."""
+        return self.compiles
 
     @abstractmethod
     def run(self, job: Job) -> Outcome:

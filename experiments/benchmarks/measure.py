@@ -127,7 +127,7 @@ def timed_here(request: TimesRequest) -> list[Row]:
             refusal = error if isinstance(error, NotCompiled) else refusal
             continue
         seconds = rows[key].first_seconds or 0.0
-        if contestant.compiles or seconds < settings.rounds.longest:
+        if contestant.prepares(job) or seconds < settings.rounds.longest:
             warm[key] = partial(contestant.run, job)
         else:
             rows[key] = replace(rows[key], median_seconds=seconds, min_seconds=seconds, repetitions=1)

@@ -79,8 +79,8 @@ def peak_bytes_here(request: MemoryRequest) -> int:
     On a CPU: the largest resident set during the run minus that before it, with a C library that gives freed blocks
     back to the system at once, where it can be told so: what it keeps by default depends on the order of allocations,
     is up to as much again, and differs from run to run. Before it come what is no memory of the work: imports, data,
-    libraries' own buffers (a run of the same work in tiny sizes), compilation (a run of the work itself, whose memory
-    is then given back). On a GPU: the allocator's peak minus what was allocated before.
+    libraries' own buffers (a run of the same work in tiny sizes), compilation and the choice of a task route (a run of
+    the work itself, whose memory is then given back). On a GPU: the allocator's peak minus what was allocated before.
 
     Raises:
         NotMeasured: if the run failed; says why.
@@ -91,7 +91,7 @@ def peak_bytes_here(request: MemoryRequest) -> int:
     contestant = request.work.contestants()[request.contestant]
     job = _job(request.work, request, device)
     try:
-        contestant.run(job if contestant.compiles else _job(request.work.tiny(), request, device))
+        contestant.run(job if contestant.prepares(job) else _job(request.work.tiny(), request, device))
         if device.type == "cuda":
             return _cuda_peak(lambda: contestant.run(job), device)
         return _resident_peak(lambda: contestant.run(job), request.limit)

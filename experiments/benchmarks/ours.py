@@ -40,6 +40,10 @@ class Ours(Contestant):
         """The library's name in the table."""
         return "hypertorch"
 
+    def prepares(self, job: Job) -> bool:
+        """Returns whether the first run compiles, or measures which way to run tasks is the faster."""
+        return self.compiles or (job.num_tasks is not None and self.task_route == "auto")
+
     def run(self, job: Job) -> Outcome:
         """Returns the hypergradient.
 
