@@ -28,11 +28,16 @@ _FREE = (
     "evaluation",
     "pictures",
     "only",
+    "repetitions",
+    "shortest_repetition",
+    "longest_timing",
     "outer_loop.num_outer_steps",
     "outer_loop.progress",
     "dataset.root",
 )
-_FREE_OVERRIDES = ("resume=", "only=", "paths.", "hydra.")
+_FREE_OVERRIDES = (
+    "resume=", "only=", "repetitions=", "shortest_repetition=", "longest_timing=", "paths.", "hydra.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

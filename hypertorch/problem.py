@@ -118,8 +118,9 @@ class BilevelProblem(ProblemSource):
         shared_context: names of context entries without a tasks axis.
         allow_unused: names of hparams that may have no path to the outer loss, or none that the backend follows; they
             get zeros.
-        task_route: how tasks are run: "vmap", "loop", or "auto" for the faster by a measurement. Noise that the model
-            draws itself (dropout) differs between the two; name one where bits must not depend on a measurement.
+        task_route: how tasks are run: "vmap", "loop", or "auto" for the loop unless "vmap", which holds the memory of
+            all tasks, is faster by a fifth when both are measured. Noise that the model draws itself (dropout) differs
+            between the two; name one where bits must not depend on a measurement.
         task_chunk: tasks run at once under "vmap" (memory is proportional to it); None for all.
         warm_start: start each outer step from the inner state that the last one ended with, instead of
             `init_params`; schedules over the horizon are refused.

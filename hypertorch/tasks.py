@@ -128,6 +128,8 @@ _MEASURED_TASKS = 4
 _REPEATS = 5  # the fastest of each counts: on a busy machine single times are several times too long
 # What the vectorised route wins on a few tasks by less than this, it may lose on many, whose memory outgrows caches.
 _CLEARLY = 2.0
+# It must win by this at least: it holds the memory of all tasks at once.
+_WORTH_ITS_MEMORY = 1.2
 _REPEATS_OF_ALL = 2
 _measured_routes: dict[Hashable, TaskRoute] = {}
 
@@ -138,8 +140,8 @@ def resolve_task_route(
     """Returns the route by which a problem's tasks are run: the one it names, or the faster by a measurement.
 
     "auto" runs a few tasks of the problem by either route, after a warm-up; where the vectorised route wins, but not
-    clearly, all tasks. The answer is kept for problems of the same classes and sizes. Where an operation cannot be
-    vectorised the loop is taken. What was chosen is logged.
+    clearly, all tasks. The loop, which holds the memory of one task, is taken unless the other wins by a fifth, and
+    where an operation cannot be vectorised. The answer is kept for problems of the same classes and sizes, and logged.
 
     Args:
         problem: the problem.
@@ -172,9 +174,9 @@ def _faster_route(problem: BilevelProblem, run: Callable[[list[TaskSlice | None]
         return "loop"
     run(one_by_one[:few])
     count, (vectorised, looped) = few, _seconds(run, some, one_by_one[:few], _REPEATS)
-    if vectorised <= looped < _CLEARLY * vectorised and few < len(one_by_one):
+    if _WORTH_ITS_MEMORY * vectorised <= looped < _CLEARLY * vectorised and few < len(one_by_one):
         count, (vectorised, looped) = len(one_by_one), _seconds(run, together, one_by_one, _REPEATS_OF_ALL)
-    route: TaskRoute = "vmap" if vectorised <= looped else "loop"
+    route: TaskRoute = "vmap" if looped >= _WORTH_ITS_MEMORY * vectorised else "loop"
     _logger.info(
         "%d tasks took %.1f ms vectorised and %.1f ms one by one: tasks run by %r",
         count,

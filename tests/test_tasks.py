@@ -262,7 +262,9 @@ class Source(ht.ProblemSource):
 
 
 @pytest.mark.usefixtures("fresh_routes")
-@pytest.mark.parametrize(("vmap", "loop", "route"), [(2e-3, 1e-3, "loop"), (1e-3, 2e-3, "vmap"), (1e-3, 9e-3, "vmap")])
+@pytest.mark.parametrize(
+    ("vmap", "loop", "route"), [(2e-3, 1e-3, "loop"), (1e-3, 1.1e-3, "loop"), (1e-3, 2e-3, "vmap")]
+)
 def test_a_run_measures_once_takes_the_faster_route_and_says_which_and_why(
     vmap: float, loop: float, route: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,7 +309,7 @@ def test_the_best_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("fresh_routes")
 @pytest.mark.parametrize(("chunk", "first"), [(None, 6), (5, 5)])
-@pytest.mark.parametrize(("of_all", "route"), [((3.0, 2.0), "loop"), ((2.0, 2.0), "vmap")])
+@pytest.mark.parametrize(("of_all", "route"), [((3.0, 2.0), "loop"), ((2.0, 2.3), "loop"), ((2.0, 2.5), "vmap")])
 def test_what_is_won_on_a_few_tasks_by_little_is_measured_on_all(
     chunk: int | None, first: int, of_all: tuple[float, float], route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,9 +70,11 @@ class LargeUnroll(Work):
         return (
             Target(contestant=variants.EAGER, quantity="time", against="peers", at_most=1.05),
             Target(contestant=variants.STEP_WISE_COMPILED, quantity="time", against="peers", at_most=1.15),
-            Target(contestant=variants.SQRT, quantity="time", against="peers", at_most=1.6),
             Target(contestant=variants.STEP_WISE, quantity="memory", against="peers", at_most=1 / 8),
+            Target(contestant=variants.SQRT, quantity="time", against="peers", at_most=1.6),
             Target(contestant=variants.SQRT, quantity="memory", against="peers", at_most=1 / 8),
+            Target(contestant=variants.SQRT_COMPILED, quantity="time", against="peers", at_most=1.6),
+            Target(contestant=variants.SQRT_COMPILED, quantity="memory", against="peers", at_most=1 / 8),
         )
 
     def tiny(self) -> LargeUnroll:

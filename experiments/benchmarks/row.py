@@ -26,8 +26,9 @@ class Row:
         repetitions: timed runs.
         peak_bytes: peak memory above what was in use before, in a process of its own.
         error: relative error of the hypergradient against the work's reference.
+        error_in_float64: the same in float64, where the other is beyond the tolerance; None elsewhere.
         reference: whose hypergradient that is.
-        agrees: whether the error is within the tolerance; None for the floor.
+        agrees: whether one of the two is within the tolerance; None for the floor.
         figures: what the contestant counted itself.
         notes: why something was not measured.
     """
@@ -44,6 +45,7 @@ class Row:
     repetitions: int = 0
     peak_bytes: int | None = None
     error: float | None = None
+    error_in_float64: float | None = None
     reference: str | None = None
     agrees: bool | None = None
     figures: Mapping[str, float] = field(default_factory=dict)

@@ -34,7 +34,7 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
             time_words(fastest),
             f"{fastest / min(peers):.3g}" if peers and fastest is not None else _MISSING,
             byte_words(row.peak_bytes),
-            _MISSING if row.error is None else f"{row.error:.1e}{' DISAGREES' if row.agrees is False else ''}",
+            _error_words(row),
         )
     return table
 
@@ -93,6 +93,13 @@ def byte_words(count: float | None) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count:.3g} B"
+
+
+def _error_words(row: Row) -> str:
+    if row.error is None:
+        return _MISSING
+    exact = "" if row.error_in_float64 is None else f" (float64: {row.error_in_float64:.0e})"
+    return f"{row.error:.1e}{exact}{' DISAGREES' if row.agrees is False else ''}"
 
 
 def _ratio_words(ratio: float) -> str:

@@ -82,7 +82,7 @@ class Learner(ABC):
 
         Args:
             episodes: the episodes.
-            task_route: how the episodes of a batch are run: "vmap", "loop", or "auto" for the faster by a measurement.
+            task_route: how the episodes of a batch are run: as `BilevelProblem.task_route` says; "auto" measures.
                 The two agree up to rounding; name one where runs must be equal to the last bit.
             task_chunk: episodes run at once under "vmap" (memory is proportional to it); None for all.
             inner_dtype: `torch.bfloat16` computes the products of the inner loss in it; see `BilevelProblem`.

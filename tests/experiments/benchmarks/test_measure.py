@@ -83,6 +83,24 @@ def test_the_first_hypergradient_is_the_reference(monkeypatch: pytest.MonkeyPatc
     assert contestants["floor"].runs == 4
 
 
+def test_what_only_rounding_sets_apart_agrees_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kinked(_Fixed):
+        """Right in float64, and in float32 on the other side of a kink."""
+
+        def run(self, job: Job) -> Outcome:
+            rounded = next(job.network.parameters()).dtype is torch.float32
+            return Outcome(grads={"weight": torch.tensor([1.0, 2.1 if rounded else 2.0])})
+
+    right = _Fixed({"weight": torch.tensor([1.0, 2.0])})
+    wrong = _Fixed({"weight": torch.tensor([1.0, 2.1])})
+    given = {"right": right, "kinked": Kinked(None), "wrong": wrong}
+    rows = measured_here(monkeypatch, given, dtype=torch.float32)
+    assert {name: row.agrees for name, row in rows.items()} == {"right": True, "kinked": True, "wrong": False}
+    assert rows["kinked"].error == rows["wrong"].error == pytest.approx(0.1 / 5**0.5, rel=1e-3)
+    assert [row.error_in_float64 for row in rows.values()] == [None, 0.0, rows["wrong"].error]
+    assert measured_here(monkeypatch, given)["kinked"].error == 0.0
+
+
 def test_what_takes_long_runs_once_and_twice_if_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     right = {"weight": torch.tensor([1.0])}
     contestants = {"plain": _Fixed(right), "compiled": _Fixed(right, compiles=True)}
