@@ -13,6 +13,7 @@ from hypertorch.derivatives import vjp
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients.base import BlackBox, Hypergradient, HypergradientResult
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
+from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.statistics import dropped_statistics, refuse_dropped_statistics
@@ -53,12 +54,11 @@ def hypergradient(
     """
     run = _Run(problem, hparams, backend, outer_step, carry)
     slices = list(task_slices(problem, run.task_route()))
-    parts = run.over(slices)
-    found = run.mean_grads(parts)
+    found, parts = run.over(slices)
     check_reachability(backend, found, problem.allow_unused, run.probe(slices))
     refuse_dropped_statistics(run.dropped_statistics(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
-    outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / run.total_weight(parts)
+    outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / _total_weight(slices)
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
         raise run.explain_non_finite(slices, grads)
     return HypergradientResult(
@@ -83,9 +83,8 @@ def hypergradient_task_route(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """The result for one slice of tasks; `weight` counts them."""
+    """The result for one slice of tasks, without its hypergradient; `weight` counts them."""
 
-    grads: dict[str, Tensor | None]
     outer_loss: Tensor
     params: TensorDict
     carry: TensorDict
@@ -116,10 +115,23 @@ class _Run:
         """Returns the route that the problem names, or the measured one."""
         return resolve_task_route(self._bound.problem, repr(self._backend), self._hparams, self.over)
 
-    def over(self, slices: list[TaskSlice | None]) -> list[_Part]:
-        """Returns the results of these slices, one after the other."""
+    def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, list[_Part]]:
+        """Returns the mean of the hypergradients over the tasks of these slices, and what else each slice gives.
+
+        None stands for an entry that no task has a path from. One slice's hypergradient is held beside the sum.
+        """
+        mean: Grads = dict.fromkeys(self._hparams)
+        parts: list[_Part] = []
         with self._bound.execution():
-            return [self._slice(item, self._backend) for item in slices]
+            for item in slices:
+                grads, part = self._slice(item, self._backend)
+                parts.append(part)
+                share = part.weight / _total_weight(slices)
+                mean = accumulate(
+                    mean,
+                    {name: value if value is None or share == 1.0 else value * share for name, value in grads.items()},
+                )
+        return mean, parts
 
     def probe(self, slices: list[TaskSlice | None]) -> Probe:
         """Returns what finds out which hyperparameters reach the outer loss."""
@@ -152,11 +164,11 @@ class _Run:
             for item in slices:
                 if reached == self._hparams.keys():
                     break
-                part = self._slice(item, Reverse(checkpoint_every="sqrt"))
-                reached |= {name for name, value in part.grads.items() if value is not None}
+                grads, _ = self._slice(item, Reverse(checkpoint_every="sqrt"))
+                reached |= {name for name, value in grads.items() if value is not None}
         return frozenset(reached)
 
-    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> _Part:
+    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
             context = self._bound.context(leaves, task_slice)
@@ -168,30 +180,16 @@ class _Run:
         result = backend.compute(loop, variables)
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
         chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)
-        return _Part(
-            grads={name: tree.add_optional(result.grads[name], chained[name]) for name in leaves},
+        grads = {name: tree.add_optional(result.grads[name], chained[name]) for name in leaves}
+        return grads, _Part(
             outer_loss=result.outer_loss,
             params=result.state.params,
             carry={**loop.carry_after(result.state), **result.carry},
             figures=result.figures,
             cost=loop.cost,
             inner_losses=torch.stack(loop.inner_losses) if loop.inner_losses else result.outer_loss,
-            weight=1 if task_slice is None else task_slice.stop - task_slice.start,
+            weight=_weight(task_slice),
         )
-
-    def total_weight(self, parts: list[_Part]) -> int:
-        """Returns the number of tasks."""
-        return sum(part.weight for part in parts)
-
-    def mean_grads(self, parts: list[_Part]) -> dict[str, Tensor | None]:
-        """Returns the mean of the hypergradients over tasks; None where no task has a path."""
-        total: dict[str, Tensor | None] = dict.fromkeys(self._hparams)
-        for part in parts:
-            share = part.weight / self.total_weight(parts)
-            for name, value in part.grads.items():
-                scaled = value if value is None or share == 1.0 else value * share
-                total[name] = tree.add_optional(total[name], scaled)
-        return total
 
     def explain_non_finite(self, slices: list[TaskSlice | None], grads: TensorDict) -> NonFiniteError:
         """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
@@ -203,6 +201,14 @@ class _Run:
                 if found is not None:
                     return found
         return non_finite_hypergradient(grads)
+
+
+def _weight(task_slice: TaskSlice | None) -> int:
+    return 1 if task_slice is None else task_slice.stop - task_slice.start
+
+
+def _total_weight(slices: list[TaskSlice | None]) -> int:
+    return sum(_weight(item) for item in slices)
 
 
 def _check_allow_unused(problem: BilevelProblem, hparams: TensorDict) -> None:
