@@ -25,7 +25,7 @@ LAYERS = (
         "live_memory",
         "exact_arithmetic",
     ),
-    ("derivatives", "compilation", "compiler_mends"),
+    ("derivatives", "missing_derivatives", "inner_loss", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),
     ("problem",),
     ("tasks", "inner_precision", "inner_loop", "bound_problem", "unroll"),
