@@ -243,3 +243,20 @@ class LambdaOuter(ht.OuterProblem):
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
         return self._loss(params, hparams, batch)
+
+
+def one_by_one(problem: ht.BilevelProblem, hparams: TensorDict) -> TensorDict:
+    """Returns the mean of the hypergradients of each task as a problem of its own: the plainest thing there is."""
+    total = {name: torch.zeros_like(value) for name, value in hparams.items()}
+    inner, outer = problem.inner, problem.outer
+    assert problem.num_tasks is not None
+    for task in range(problem.num_tasks):
+        alone = ht.BilevelProblem(
+            type(inner)(inner.net.module, *(part[task] for part in inner.data)),  # type: ignore[attr-defined]
+            type(outer)(outer.net.module, *(part[task] for part in outer.data)),  # type: ignore[attr-defined]
+            dynamics=problem.dynamics,
+            num_steps=problem.num_steps,
+        )
+        grads = ht.hypergradient(alone, hparams, backend=ht.hypergradients.Reverse()).grads
+        total = {name: total[name] + grads[name] / problem.num_tasks for name in total}
+    return total
