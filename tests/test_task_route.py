@@ -17,6 +17,15 @@ from tests.helpers.problems import one_by_one, task_problem
 Reverse = ht.hypergradients.Reverse
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
@@ -162,14 +171,6 @@ def test_routes_are_measured_for_each_backend_and_horizon(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("fresh_routes")
 def test_the_loop_of_what_cannot_be_vectorised_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.lstm(x)[0][:, -1])
-
     problem = task_problem(Recurrent().double(), item=(3, 4))
     with caplog.at_level("INFO", logger="hypertorch.tasks"):
         for _ in range(3):
@@ -194,14 +195,6 @@ def test_auto_takes_the_loop_where_an_operation_cannot_be_vectorised() -> None:
 
 
 def test_auto_takes_the_loop_for_an_lstm() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.lstm(x)[0][:, -1])
-
     problem = task_problem(Recurrent().double(), item=(3, 4))
     hparams = problem.init_hparams()
     expected = one_by_one(problem, hparams)

@@ -84,20 +84,21 @@ def test_the_first_hypergradient_is_the_reference(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_only_rounding_sets_apart_agrees_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Kinked(_Fixed):
-        """Right in float64, and in float32 on the other side of a kink."""
+    class Rounded(_Fixed):
+        """Right in float64, and off by so much in float32."""
 
         def run(self, job: Job) -> Outcome:
             rounded = next(job.network.parameters()).dtype is torch.float32
-            return Outcome(grads={"weight": torch.tensor([1.0, 2.1 if rounded else 2.0])})
+            return Outcome(grads={"weight": torch.tensor([1.0, 2.0 + rounded * self.answer])})
 
     right = _Fixed({"weight": torch.tensor([1.0, 2.0])})
-    wrong = _Fixed({"weight": torch.tensor([1.0, 2.1])})
-    given = {"right": right, "kinked": Kinked(None), "wrong": wrong}
+    wrong = _Fixed({"weight": torch.tensor([1.0, 2.001])})
+    given = {"right": right, "kinked": Rounded(1e-3), "wrong": wrong, "far": Rounded(0.1)}
     rows = measured_here(monkeypatch, given, dtype=torch.float32)
-    assert {name: row.agrees for name, row in rows.items()} == {"right": True, "kinked": True, "wrong": False}
-    assert rows["kinked"].error == rows["wrong"].error == pytest.approx(0.1 / 5**0.5, rel=1e-3)
-    assert [row.error_in_float64 for row in rows.values()] == [None, 0.0, rows["wrong"].error]
+    agrees = {name: row.agrees for name, row in rows.items()}
+    assert agrees == {"right": True, "kinked": True, "wrong": False, "far": False}
+    assert rows["kinked"].error == rows["wrong"].error == pytest.approx(1e-3 / 5**0.5, rel=1e-3)
+    assert [row.error_in_float64 for row in rows.values()] == [None, 0.0, rows["wrong"].error, None]
     assert measured_here(monkeypatch, given)["kinked"].error == 0.0
 
 
