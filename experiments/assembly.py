@@ -18,6 +18,7 @@ from experiments.failures import ExpectedFailure
 from experiments.run_folder import RunFolder
 from experiments.settings import SPLITS, chosen_device, chosen_dtype, chosen_inner_dtype
 from hypertorch.fewshot import EpisodeSource, Learner
+from hypertorch.fewshot.learners.step_sizes import LOG_LR
 
 # Streams of episodes: no two of one run are the same, and neither are those of runs with different seeds.
 _STREAMS = ("train", "validate", *(f"evaluate {split}" for split in SPLITS))
@@ -135,7 +136,13 @@ def _build_learner(config: DictConfig, changes: Mapping[str, Any], lr: float | N
             f"`evaluation.lr` is {lr}, but {make(config, 'learner').func.__name__} takes no inner steps: it would have "
             "no effect. Leave it out."
         )
-    return build(config, "learner", network, **options)
+    learner: Learner = build(config, "learner", network, **options)
+    if lr is not None and any(name.split(".")[0] == LOG_LR for name in learner.init_hparams()):
+        raise ExpectedFailure(
+            f"`evaluation.lr` is {lr}, but {type(learner).__name__} learns its step sizes: it would have no effect. Leave "
+            "it out, or learn none (`learner.learn_lr=null`, where the learner has it)."
+        )
+    return learner
 
 
 def on_episodes(config: DictConfig, learner: Learner, episodes: EpisodeSource) -> ht.ProblemSource:

@@ -199,6 +199,10 @@ FAILURES = {
         ("experiment=protonet", "evaluation.lr=0.1"),
         ["`evaluation.lr` is 0.1, but ProtoNet takes no inner steps"],
     ),
+    "step size of a learner that learns its own": (
+        ("experiment=meta_sgd", "evaluation.lr=0.1"),
+        ["`evaluation.lr` is 0.1, but MetaSGD learns its step sizes"],
+    ),
     "resume without a run": (("resume=true",), ["error: `resume` is True", "no run of the same command", "start anew"]),
     "hyperparameter that does nothing": (
         ("experiment=maml", "learner.num_steps=0", "learner.learn_lr=one"),
