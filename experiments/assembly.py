@@ -139,8 +139,8 @@ def _build_learner(config: DictConfig, changes: Mapping[str, Any], lr: float | N
     learner: Learner = build(config, "learner", network, **options)
     if lr is not None and any(name.split(".")[0] == LOG_LR for name in learner.init_hparams()):
         raise ExpectedFailure(
-            f"`evaluation.lr` is {lr}, but {type(learner).__name__} learns its step sizes: it would have no effect. Leave "
-            "it out, or learn none (`learner.learn_lr=null`, where the learner has it)."
+            f"`evaluation.lr` is {lr}, but {type(learner).__name__} learns its step sizes: it would have no effect. "
+            "Leave it out, or learn none (`learner.learn_lr=null`, where the learner has it)."
         )
     return learner
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -12,69 +11,16 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
+from hypertorch.cost import Cost
 from hypertorch.inner_loss import GradientRoute, InnerLoss
 from hypertorch.inner_precision import in_precision
+from hypertorch.inner_state import InnerState
 from hypertorch.noise import mix, seed_generators
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.tasks import TaskSlice, check_tasks_axis, lift
 from hypertorch.types import Batch, TensorDict
 
 INIT, OUTER, CONTEXT, MAP, BACKEND = -1, -2, -3, -4, -5  # positions of noise beside the inner steps, which count from 0
-
-
-class InnerState(NamedTuple):
-    """The inner state `s = (w, v)`: params (with untrained buffers among them), and the optimiser's buffers."""
-
-    params: TensorDict
-    dynamics: TensorDict
-
-    def tensors(self) -> list[Tensor]:
-        """Returns every tensor, in a fixed order."""
-        return [*self.params.values(), *self.dynamics.values()]
-
-    def names(self) -> list[str]:
-        """Returns the names of `tensors()`: of params as they are, of the optimiser's buffers with `dynamics.`."""
-        return [*self.params, *(f"dynamics.{name}" for name in self.dynamics)]
-
-    def replace_tensors(self, tensors: list[Tensor]) -> InnerState:
-        """Returns a state of the same names that holds these tensors."""
-        split = len(self.params)
-        return InnerState(
-            dict(zip(self.params, tensors[:split], strict=True)),
-            dict(zip(self.dynamics, tensors[split:], strict=True)),
-        )
-
-    def detached(self) -> InnerState:
-        """Returns the same state cut from its graph."""
-        return InnerState(tree.detach(self.params), tree.detach(self.dynamics))
-
-
-@dataclass
-class Cost:
-    """What a run took, counted as it went.
-
-    Attributes:
-        steps: inner steps evaluated, replays included.
-        vjps: inner steps differentiated in reverse mode, once for every cotangent.
-        jvps: inner steps differentiated in forward mode, once for every tangent.
-        stored_states: most inner states kept at once.
-        graph_steps: most inner steps whose graph was kept at once.
-    """
-
-    steps: int = 0
-    vjps: int = 0
-    jvps: int = 0
-    stored_states: int = 0
-    graph_steps: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            steps=self.steps + other.steps,
-            vjps=self.vjps + other.vjps,
-            jvps=self.jvps + other.jvps,
-            stored_states=max(self.stored_states, other.stored_states),
-            graph_steps=max(self.graph_steps, other.graph_steps),
-        )
 
 
 class LoopProgram(NamedTuple):

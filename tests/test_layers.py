@@ -28,7 +28,7 @@ LAYERS = (
     ("derivatives", "missing_derivatives", "inner_loss", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),
     ("problem",),
-    ("tasks", "inner_precision", "inner_loop", "bound_problem", "unroll"),
+    ("cost", "tasks", "inner_precision", "inner_state", "inner_loop", "bound_problem", "unroll"),
     ("hypergradients",),
     ("diagnostics", "outer"),
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hypertorch.cost import Cost
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.text_table import aligned, in_bytes, in_seconds
 from hypertorch.errors import HypertorchError
@@ -22,7 +23,6 @@ from hypertorch.hypergradients import (
     hypergradient,
     hypergradient_task_route,
 )
-from hypertorch.inner_loop import Cost
 from hypertorch.live_memory import PeakMemory
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict

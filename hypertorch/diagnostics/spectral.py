@@ -17,7 +17,8 @@ from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Reverse, hypergradient_task_route
 from hypertorch.hypergradients.finiteness import first_non_finite
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, task_slices
 from hypertorch.types import TensorDict

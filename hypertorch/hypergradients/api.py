@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem, join_tasks
+from hypertorch.cost import Cost
 from hypertorch.derivatives import vjp
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients.base import BlackBox, Hypergradient, HypergradientResult
@@ -17,7 +18,6 @@ from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.statistics import dropped_statistics, refuse_dropped_statistics
-from hypertorch.inner_loop import Cost
 from hypertorch.problem import BilevelProblem, TaskRoute
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hypertorch.inner_loop import Cost, InnerLoop, InnerState
+from hypertorch.cost import Cost
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 

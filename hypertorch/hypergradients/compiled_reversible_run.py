@@ -6,7 +6,8 @@ from hypertorch.dynamics.reversible import ExactState, ReversibleDynamics
 from hypertorch.hypergradients.compiled_steps import CompiledSteps, try_dynamics
 from hypertorch.hypergradients.pull_back import Cotangents, PulledBack
 from hypertorch.hypergradients.reversible_run import ReversibleRun
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 

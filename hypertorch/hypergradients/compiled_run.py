@@ -14,7 +14,8 @@ from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.compiled_steps import draws, program_key, try_dynamics
 from hypertorch.hypergradients.pull_back import Grads
 from hypertorch.hypergradients.window import differentiate_window, whole_window
-from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
+from hypertorch.inner_loop import InnerLoop, LoopProgram
+from hypertorch.inner_state import InnerState
 from hypertorch.noise import generator_states
 from hypertorch.types import Batch, TensorDict
 

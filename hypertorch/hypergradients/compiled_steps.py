@@ -16,7 +16,8 @@ from hypertorch.hypergradients.mixed_mode import through_gradients
 from hypertorch.hypergradients.pull_back import Cotangents, Grads, PulledBack, pull_back, pull_back_steps
 from hypertorch.hypergradients.replay import check_values
 from hypertorch.hypergradients.step_by_step import Steps
-from hypertorch.inner_loop import InnerLoop, InnerState, LoopProgram
+from hypertorch.inner_loop import InnerLoop, LoopProgram
+from hypertorch.inner_state import InnerState
 from hypertorch.noise import generator_states
 from hypertorch.types import Batch, TensorDict
 

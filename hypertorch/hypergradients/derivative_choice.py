@@ -11,10 +11,11 @@ import torch
 
 from hypertorch import tree
 from hypertorch.compilation import compiler_errors
+from hypertorch.cost import Cost
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.compiled_steps import program_key
 from hypertorch.hypergradients.step_by_step import Steps
-from hypertorch.inner_loop import Cost, InnerLoop
+from hypertorch.inner_loop import InnerLoop
 
 _logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, BlackBox
 from hypertorch.hypergradients.particles import Pair, pairs_to_carry, read_pairs
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 

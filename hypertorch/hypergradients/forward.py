@@ -21,7 +21,8 @@ from hypertorch.hypergradients.tangents import (
     directional_grads,
     with_last_term,
 )
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 _COUNT = "shared.tangents"  # in a carry: how many tangents it holds

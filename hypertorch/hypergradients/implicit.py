@@ -14,7 +14,8 @@ from hypertorch.derivatives import vjp
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.pull_back import accumulate, last_term
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.linear_solvers import ConjugateGradient, FixedPoint, LinearSolution, LinearSolver, SymmetricSolver
 from hypertorch.types import TensorDict
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.pull_back import Cotangents, PulledBack, pull_back
 from hypertorch.hypergradients.replay import check_replay
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import InnerLoss
+from hypertorch.inner_state import InnerState
 from hypertorch.missing_derivatives import forward_mode
 from hypertorch.types import TensorDict
 

@@ -13,8 +13,9 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.pull_back import Grads, accumulate, pull_back
 from hypertorch.hypergradients.window import WindowStart, differentiate_window, window_from
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import InnerLoss
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 

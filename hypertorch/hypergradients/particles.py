@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 _STATES, _SUMS = "particles", "shared.perturbations"

@@ -10,7 +10,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.replay import check_replay
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 Grads: TypeAlias = dict[str, Tensor | None]

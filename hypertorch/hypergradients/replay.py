@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.errors import ReplayError
-from hypertorch.inner_loop import InnerState
+from hypertorch.inner_state import InnerState
 
 _TOLERANCE = 100.0  # in units of the dtype's machine epsilon, relative to the largest entry of the whole state
 

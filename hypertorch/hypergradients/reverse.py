@@ -25,7 +25,8 @@ from hypertorch.hypergradients.pull_back import (
 from hypertorch.hypergradients.revolve import Advance, Differentiate, Keep, Return, binomial_schedule
 from hypertorch.hypergradients.step_by_step import EagerSteps, Piece, Steps, go_back_step_by_step
 from hypertorch.hypergradients.window import differentiate_window, whole_window
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import parse_bytes
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict

@@ -14,7 +14,8 @@ from hypertorch.exact_arithmetic import LARGEST_NUMBER, encode
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.finiteness import first_non_finite
 from hypertorch.hypergradients.pull_back import Cotangents, PulledBack, accumulate, last_term, pull_back
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 

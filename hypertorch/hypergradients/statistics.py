@@ -7,7 +7,8 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 _MOVE = 0.1  # by which tensors are moved to see what depends on them, relative to their size and at least this much

@@ -19,7 +19,8 @@ from hypertorch.hypergradients.pull_back import (
     pull_back_initial,
     pull_back_steps,
 )
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 Piece: TypeAlias = tuple[int, int, InnerState]

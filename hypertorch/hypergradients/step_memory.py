@@ -12,7 +12,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.pull_back import accumulate, last_term, pull_back
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import PeakMemory, storage_bytes
 from hypertorch.types import TensorDict
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.derivatives import jvps, vjp
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.missing_derivatives import forward_mode
 from hypertorch.types import TensorDict
 

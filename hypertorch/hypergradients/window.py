@@ -11,8 +11,9 @@ from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.pull_back import Grads, accumulate
-from hypertorch.inner_loop import InnerLoop, InnerState
+from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import GradientRoute
+from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 

@@ -7,7 +7,7 @@ import torch
 
 from hypertorch.errors import ReplayError
 from hypertorch.hypergradients.replay import check_replay
-from hypertorch.inner_loop import InnerState
+from hypertorch.inner_state import InnerState
 
 
 def state(shift: float = 0.0, *, dtype: torch.dtype = torch.float64) -> InnerState:
