@@ -20,7 +20,7 @@ from experiments.adaptation_pictures import draw_adaptation
 from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop, build_training_learner, on_episodes
 from experiments.config_errors import CONFIGS
 from experiments.episode_pictures import draw_episodes
-from experiments.failures import Failures
+from experiments.failures import ExpectedFailure, Failures
 from experiments.plots import plot_learning_curve, plot_step_sizes
 from experiments.reporting import (
     duration,
@@ -31,8 +31,10 @@ from experiments.reporting import (
     write_results,
 )
 from experiments.run_folder import RunFolder, command, open_folder
-from experiments.settings import SPLITS, check_training_settings, chosen_device, set_threads
+from experiments.settings import SPLITS, check_training_settings, chosen_device, chosen_dtype, set_threads
+from hypertorch.errors import CheckpointError
 from hypertorch.fewshot import Learner
+from hypertorch.types import TensorDict
 
 failures = Failures("train")
 
@@ -43,6 +45,7 @@ def main(config: DictConfig) -> float:
     """Returns the figure that a sweep optimises: the best validation."""
     check_training_settings(config)
     set_threads(config)
+    initial = start(config)
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console(stderr=True)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
@@ -51,12 +54,25 @@ def main(config: DictConfig) -> float:
     learner = build_learner(config)
     source = on_episodes(config, build_training_learner(config), training)
     loop = build_outer_loop(config, source, on_episodes(config, learner, validation), folder)
-    trained = loop.run(config.outer_loop.num_outer_steps, resume=folder.resumed)
+    trained = loop.run(config.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
     reports = evaluate_splits(config, learner, streams, trained)
     write_results(folder.results, results(config, trained, reports))
     draw(config, learner, streams, trained, folder)
     show(config, trained, reports, folder)
     return reports["meta_val"].metrics[config.task.metric].mean if trained.best_value is None else trained.best_value
+
+
+def start(config: DictConfig) -> TensorDict | None:
+    """Returns the outer variables to start from; None for fresh ones."""
+    # Runs of earlier versions do not have this setting.
+    path = config.get("start_from")
+    if path is None:
+        return None
+    try:
+        hparams = ht.load_hparams(str(path), device=chosen_device(config))
+    except CheckpointError as error:
+        raise ExpectedFailure(f"`start_from` is {str(path)!r}, but no run can start there. {error}") from error
+    return {name: value.to(chosen_dtype(config)) for name, value in hparams.items()}
 
 
 def evaluate_splits(

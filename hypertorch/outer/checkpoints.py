@@ -11,7 +11,7 @@ from typing import Any
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.encoding import decode, encode
 from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tensor_file
-from hypertorch.types import TensorDict
+from hypertorch.types import TensorDict, TensorMapping
 
 _FORMAT = "hypertorch.checkpoint"
 _VERSION = "1"
@@ -165,11 +165,7 @@ def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
 
 def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> None:
     """Raises `CheckpointError` if a checkpoint's outer variables are not those of the problem, naming what differs."""
-    differing = [
-        f"`{name}` ({_describe(stored.get(name))} in the checkpoint, {_describe(expected.get(name))} in the problem)"
-        for name in {**stored, **expected}
-        if _describe(stored.get(name)) != _describe(expected.get(name))
-    ]
+    differing = differences(stored, expected, "in the checkpoint")
     if not differing and list(stored) != list(expected):
         differing = [f"their order ({list(stored)} in the checkpoint, {list(expected)} in the problem)"]
     if differing:
@@ -177,6 +173,21 @@ def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> 
             f"`{path}` belongs to another problem; its hyperparameters differ in {', '.join(differing)}: the run "
             "cannot go on from it. Resume with the settings that it was started with, or choose another folder."
         )
+
+
+def differences(given: TensorMapping, expected: TensorMapping, place: str) -> list[str]:
+    """Returns what is different in names, shapes and types of outer variables and those of the problem, in words.
+
+    Args:
+        given: the outer variables.
+        expected: those of the problem.
+        place: where the given ones are, as in "in the checkpoint".
+    """
+    return [
+        f"`{name}` ({_describe(given.get(name))} {place}, {_describe(expected.get(name))} in the problem)"
+        for name in {**given, **expected}
+        if _describe(given.get(name)) != _describe(expected.get(name))
+    ]
 
 
 def _describe(value: Any) -> str:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
+from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError
 from hypertorch.hypergradients import Hypergradient, hypergradient_task_route
-from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams
+from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
 from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
@@ -23,7 +24,7 @@ from hypertorch.outer.step import propose, take
 from hypertorch.outer.stopwatch import Stopwatch
 from hypertorch.outer.validation import Validation
 from hypertorch.problem import BilevelProblem, ProblemSource
-from hypertorch.types import TensorDict
+from hypertorch.types import TensorDict, TensorMapping
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +118,7 @@ class OuterLoop:
                 "above 0, or None for no clipping."
             )
 
-    def run(self, num_outer_steps: int, *, resume: bool = False) -> Trained:
+    def run(self, num_outer_steps: int, *, start_from: TensorMapping | None = None, resume: bool = False) -> Trained:
         """Returns what `num_outer_steps` outer steps found.
 
         With checkpoints, the best outer variables are also written to `hparams.safetensors` in their folder, and an
@@ -126,23 +127,41 @@ class OuterLoop:
 
         Args:
             num_outer_steps: outer steps in all, those of the runs it resumes included; at least 1.
+            start_from: outer variables to start from instead of the source's own, such as those that another run found
+                (fine-tuning); the same names, shapes and types. They are copied. A run that goes on from a checkpoint
+                takes that one's.
             resume: go on from the newest checkpoint if there is one; a run that has done as many steps returns at
                 once. False starts afresh, and refuses a folder that holds checkpoints.
 
         Raises:
-            ValueError: if `num_outer_steps` is below 1, `resume` is asked for without `checkpoints`, or a constraint
-                or the validation's metric names nothing.
+            ValueError: if `num_outer_steps` is below 1, `resume` is asked for without `checkpoints`, a constraint or
+                the validation's metric names nothing, or `start_from` are not the outer variables of the source.
             CheckpointError: if a checkpoint is damaged, of another problem or in the way, or cannot be written.
             NonFiniteError: if NaN or infinity appears; names the outer step, the inner step and the entry.
             HypertorchError: whatever else the hypergradient raises.
         """
         _check_count("num_outer_steps", num_outer_steps, "outer steps to take")
-        state = OuterState(self.source.init_hparams(), optimizer=self.optimizer, scheduler=self.scheduler)
+        state = OuterState(self._start(start_from), optimizer=self.optimizer, scheduler=self.scheduler)
         resumed = self._begin(state, resume=resume)
         run = _Run(self, state, num_outer_steps, resumed=resumed)
         if not run.is_over():
             run.to_the_end()
         return self._conclude(state)
+
+    def _start(self, given: TensorMapping | None) -> TensorDict:
+        """Returns the outer variables before the first step, in the order of the source."""
+        own = self.source.init_hparams()
+        if given is None:
+            return own
+        check_hparams(given)
+        differing = differences(given, own, "in `start_from`")
+        if differing:
+            raise ValueError(
+                f"`start_from` differs from the outer variables of the problem in {', '.join(differing)}: no step can "
+                "start there. Pass outer variables of the same problem, such as `trained.best_hparams` or "
+                "`ht.load_hparams(path)`."
+            )
+        return {name: given[name].to(value.device) for name, value in own.items()}
 
     def _begin(self, state: OuterState, *, resume: bool) -> bool:
         """Brings state and loggers to where the run starts; returns whether that is a checkpoint."""

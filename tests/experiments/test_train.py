@@ -151,6 +151,25 @@ def test_evaluation_repeats_the_figures_of_the_run(command: Command, tmp_path: P
     assert trained["metrics"]["meta_test"] == evaluated["metrics"]["meta_test"]
 
 
+def test_a_run_starts_from_the_best_of_another(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID, "paths.run_dir=first")[0] == 0
+    again = (*SINUSOID, "paths.run_dir=second", "start_from=first", "outer_optimizer.lr=0")
+    code, error = command(*again)
+    assert code == 0, error
+    first, second = (ht.load_hparams(tmp_path / name) for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert command(*again, "resume=true")[0] == 0
+
+
+def test_a_run_of_another_learner_is_no_start(command: Command) -> None:
+    assert command(*SINUSOID, "paths.run_dir=first")[0] == 0
+    code, error = command("experiment=maml", *TINY, "start_from=first")
+    assert code == 1
+    assert "error: `start_from` differs from the outer variables of the problem" in error
+    assert "Traceback" not in error
+
+
 def test_a_multirun_goes_on_after_a_failed_job(command: Command, tmp_path: Path) -> None:
     code, error = command("--multirun", *SINUSOID, "dynamics.lr=-1,0.01", "paths.sweep_dir=sweep")
     assert code == 1
@@ -203,6 +222,7 @@ FAILURES = {
         ("experiment=meta_sgd", "evaluation.lr=0.1"),
         ["`evaluation.lr` is 0.1, but MetaSGD learns its step sizes"],
     ),
+    "start from no run": (("start_from=nowhere",), ["`start_from` is 'nowhere'", "where there is no file"]),
     "resume without a run": (("resume=true",), ["error: `resume` is True", "no run of the same command", "start anew"]),
     "hyperparameter that does nothing": (
         ("experiment=maml", "learner.num_steps=0", "learner.learn_lr=one"),
