@@ -46,8 +46,10 @@ class Reverse(Hypergradient):
     given.
 
     With `checkpoint_every`, one state in every so many is kept, counted from the end, and each segment between two is
-    run again with its graph. 1 keeps every state and one step's graph; with "sqrt" both the states and the steps of a
-    graph are about `sqrt(num_steps)`.
+    run again with its graph. 1 keeps every state and one step's graph. With "sqrt" memory grows as the square root of
+    the horizon: `n / k` states and a segment of `k` steps are least in sum at `k = sqrt(n / r)`, where a segment holds
+    `r` states' worth per step. Graphs of steps hold at least the state after the step and its gradient, often much
+    more, so `r = 2`; compiled and mixed segments hold states alone, so `r = 1`.
 
     With `snapshots`, at most so many states and one step's graph are kept, and states in between are run again and
     again, by the schedule that runs the fewest steps (Revolve).
@@ -84,7 +86,7 @@ class Reverse(Hypergradient):
 
     Args:
         checkpoint_every: steps between kept states (unit: steps, at least 1); "sqrt" for
-            `round(sqrt(num_steps))`.
+            `round(sqrt(num_steps / 2))`, compiled or in mixed mode `round(sqrt(num_steps))`.
         snapshots: most states kept at once, the first one included (unit: states, at least 1).
         memory_budget: bytes, or a string such as "512MiB" or "1.5 GB".
         compile: run the steps as compiled functions.
@@ -172,7 +174,7 @@ class Reverse(Hypergradient):
         mixed = is_mixed(self.derivative, loop, steps, compiled=False)
         if every is snapshots is None and not mixed:
             return differentiate_window(loop, variables, whole_window(loop, variables))
-        pieces = _pieces(loop, steps(mixed), every, snapshots)
+        pieces = _pieces(loop, steps(mixed), every, snapshots, with_graphs=not mixed)
         if not mixed:
             return _go_back(loop, variables, pieces)
         result = go_back_step_by_step(loop, variables, pieces, steps(mixed))
@@ -191,7 +193,7 @@ class Reverse(Hypergradient):
 
         mixed = is_mixed(self.derivative, loop, steps, compiled=True)
         own = steps(mixed)
-        result = go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots), own)
+        result = go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots, with_graphs=False), own)
         return _without_missing_paths(loop, variables, result) if mixed else result
 
 
@@ -211,18 +213,27 @@ def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: Backe
 
 
 def _pieces(
-    loop: InnerLoop, steps: Steps, every: int | Literal["sqrt"] | None, snapshots: int | None
+    loop: InnerLoop, steps: Steps, every: int | Literal["sqrt"] | None, snapshots: int | None, *, with_graphs: bool
 ) -> Iterator[Piece]:
-    """Returns the pieces of a run from the last to the first; single steps of which every state is kept by default."""
+    """Returns the pieces of a run from the last to the first; single steps of which every state is kept by default.
+
+    Args:
+        loop: the loop.
+        steps: its steps.
+        every: steps between kept states.
+        snapshots: most states kept at once.
+        with_graphs: whether a piece is run with the graph of all its steps; without, with their states.
+    """
     if snapshots is not None:
         return _revolving(loop, steps, snapshots)
-    return _kept_every(loop, steps, 1 if every is None else _stretch(every, loop.num_steps))
+    return _kept_every(loop, steps, 1 if every is None else _stretch(every, loop.num_steps, with_graphs))
 
 
-def _stretch(every: int | Literal["sqrt"], num_steps: int) -> int:
+def _stretch(every: int | Literal["sqrt"], num_steps: int, with_graphs: bool) -> int:
     """Returns the steps between kept states."""
     if every == "sqrt":
-        return max(1, round(math.sqrt(num_steps)))
+        states_per_step = 2 if with_graphs else 1
+        return max(1, round(math.sqrt(num_steps / states_per_step)))
     if every > num_steps:
         raise IncompatibleBackendError(
             f"`Reverse(checkpoint_every={every})` got a problem with `num_steps` = {num_steps}: no state would be kept "

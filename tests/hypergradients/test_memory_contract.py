@@ -123,11 +123,16 @@ def test_checkpoints_grow_by_one_state_with_every_segment(every: int) -> None:
 
 
 def test_sqrt_grows_as_the_square_root() -> None:
-    sizes = [peak(root**2, Reverse(checkpoint_every="sqrt")) for root in (4, 8, 12, 16)]
+    sizes = [peak(2 * root**2, Reverse(checkpoint_every="sqrt")) for root in (4, 8, 12, 16)]
     slopes = [after - before for before, after in pairwise(sizes)]
-    # Four states and four steps' graphs more for each four of the root: a line in it, so no growth in the slopes.
+    # Eight states and four steps' graphs more for each four of the root: a line in it, so no growth in the slopes.
     for slope in slopes:
-        assert slope == pytest.approx(4 * (STATE + peak(11, Reverse()) - peak(10, Reverse())), rel=0.05)
+        assert slope == pytest.approx(4 * (2 * STATE + peak(11, Reverse()) - peak(10, Reverse())), rel=0.05)
+
+
+def test_sqrt_is_leaner_than_segments_as_long_as_there_are_states() -> None:
+    assert peak(200, Reverse(checkpoint_every="sqrt")) == peak(200, Reverse(checkpoint_every=10))
+    assert peak(200, Reverse(checkpoint_every="sqrt")) < 0.85 * peak(200, Reverse(checkpoint_every=14))
 
 
 def test_revolve_does_not_grow_with_the_horizon_but_with_the_snapshots() -> None:
