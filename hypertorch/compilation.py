@@ -7,9 +7,11 @@ import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from hypertorch.errors import HypertorchError
@@ -26,11 +28,14 @@ BACKEND = "inductor"
 _MOST_PROGRAMS = 16
 
 _compiled: dict[Hashable, Callable[..., Any]] = {}
-_refused: set[Hashable] = set()
 
 
 class NotCompilableError(HypertorchError):
     """A function cannot be compiled; whoever asked runs it without compilation."""
+
+
+class TooManyProgramsError(NotCompilableError):
+    """A function could be compiled, but was often enough."""
 
 
 def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) -> Callable[..., Any]:
@@ -53,10 +58,33 @@ def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) 
     if (function, key, device.type) not in _compiled:
         # A list of programs belongs to a code object.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        options = _options(device) if BACKEND == "inductor" else None
-        program = torch.compile(own, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+        program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device))
         _compiled[function, key, device.type] = _copied(program) if device.type == "cuda" else program
     return _compiled[function, key, device.type]
+
+
+def _make_code(backend: str, device: torch.device, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Returns the code of a traced function."""
+    _refuse_cut_derivatives(graph)
+    if backend == "inductor":
+        return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device))
+    dynamo: Any = torch._dynamo
+    return dynamo.lookup_backend(backend)(graph, inputs)
+
+
+def _refuse_cut_derivatives(graph: fx.GraphModule) -> None:
+    """Raises `NotCompilableError` for a `torch.autograd.Function`.
+
+    Once traced, its backward pass has no derivative any more: a hypergradient would lack what passes through it.
+    """
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule) and any(
+            str(node.target) == "autograd_function_apply" for node in module.graph.nodes
+        ):
+            raise NotCompilableError(
+                "a custom `torch.autograd.Function` is on the way, whose backward pass loses its own derivative when "
+                "it is traced. Written out of operations of PyTorch it could be compiled."
+            )
 
 
 def _options(device: torch.device) -> Any:
@@ -105,34 +133,22 @@ def compilation() -> Iterator[None]:
         try:
             yield
         except dynamo.exc.FailOnRecompileLimitHit as error:
-            raise NotCompilableError(
+            raise TooManyProgramsError(
                 f"it became another program {_MOST_PROGRAMS} times. Numbers that change from step to step belong into "
-                f"tensors of the batch. {_first_sentence(str(error))}"
+                f"tensors of the batch, and those that change from run to run into hyperparameters (`Hyper`). "
+                f"{_first_sentence(str(error))}"
             ) from error
         except compiler_errors() as error:
-            raise NotCompilableError(_first_sentence(str(error))) from error
+            inner = getattr(error, "inner_exception", None)  # of what failed outside of the tracing
+            if isinstance(inner, NotCompilableError):
+                raise inner from error
+            raise NotCompilableError(f"PyTorch says: {_first_sentence(str(error))}") from error
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
     """Returns what PyTorch raises where it cannot compile a function."""
     dynamo: Any = torch._dynamo
     return dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit
-
-
-def may_compile(key: Hashable) -> bool:
-    """Returns whether nothing of this key was found out not to be compilable."""
-    return key not in _refused
-
-
-def refuse(key: Hashable, what: str, error: NotCompilableError) -> None:
-    """Remembers that what has this key cannot be compiled, and warns of it, once."""
-    _refused.add(key)
-    warnings.warn(
-        f"`compile=True`: {what} cannot be compiled, and runs without compilation, with the same numbers. PyTorch "
-        f"says: {error}",
-        UserWarning,
-        stacklevel=2,
-    )
 
 
 def _first_sentence(text: str) -> str:

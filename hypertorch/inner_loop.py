@@ -12,6 +12,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
 from hypertorch.cost import Cost
+from hypertorch.grad_mode import stopping_tangents
 from hypertorch.inner_loss import GradientRoute, InnerLoss
 from hypertorch.inner_precision import in_precision
 from hypertorch.inner_state import InnerState
@@ -75,6 +76,7 @@ class InnerLoop:
         is_warm_started: whether the next run starts from this run's last state.
         dynamics: the inner optimiser.
         device: of the noise.
+        inner_eps: machine epsilon of the inner loss's products where they are coarser than the params; else 0.
         first_index: index of the first step, counted since the state was made (unit: steps).
         cost: what was done so far, counted.
         inner_losses: the inner loss before each step taken so far, replays included, of shape `()` or `(tasks,)`.
@@ -109,6 +111,7 @@ class InnerLoop:
         self.has_context = problem.context is not None
         self.is_warm_started = problem.warm_start
         self.dynamics = problem.dynamics
+        self.inner_eps = 0.0 if problem.inner_dtype is None else torch.finfo(problem.inner_dtype).eps
         self.first_task = 0 if task_slice is None else task_slice.start
         self.cost = Cost()
         self.inner_losses: list[Tensor] = []
@@ -123,7 +126,9 @@ class InnerLoop:
         self.first_index = int(carry["index"]) if carry else 0
         num_tasks = None if task_slice is None else task_slice.num_tasks
         self.has_tasks_axis = num_tasks is not None
-        self._init = lift(lambda _, hparams, __: problem.inner.init_params(hparams), num_tasks, per_task)
+        self._init = lift(
+            lambda _, hparams, __: stopping_tangents(problem.inner.init_params, hparams), num_tasks, per_task
+        )
         # Of the problem, not of this object: an object that refers to itself holds its data until garbage is collected.
         inner_loss = partial(_inner_loss, problem.inner)
         if problem.inner_dtype is not None:
@@ -303,7 +308,7 @@ class InnerLoop:
         """Returns the term of the outer loss at the params after a step, shape `()` or `(tasks,)`."""
 
         def at_index(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-            loss = self._problem.outer.step_loss(params, hparams, batch, self.first_index + step)
+            loss = stopping_tangents(self._problem.outer.step_loss, params, hparams, batch, self.first_index + step)
             check_outer_loss(loss, "step_loss")
             return loss
 
@@ -355,7 +360,7 @@ class InnerLoop:
 def _inner_loss(
     inner: InnerProblem, params: TensorDict, hparams: TensorDict, batch: Batch
 ) -> tuple[Tensor, TensorDict]:
-    result = inner.loss(params, hparams, batch)
+    result = stopping_tangents(inner.loss, params, hparams, batch)
     value, new_buffers = result if isinstance(result, tuple) else (result, {})
     check_scalar(value, "InnerProblem.loss")
     check_buffers(new_buffers, inner.buffers)
@@ -363,6 +368,6 @@ def _inner_loss(
 
 
 def _outer_loss(outer: OuterProblem, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-    value = outer.loss(params, hparams, batch)
+    value = stopping_tangents(outer.loss, params, hparams, batch)
     check_outer_loss(value, "loss")
     return value

@@ -22,6 +22,7 @@ LAYERS = (
         "functional",
         "constraints",
         "noise",
+        "grad_mode",
         "live_memory",
         "exact_arithmetic",
     ),

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.compilation import NotCompilableError, compilation, compiled, may_compile, refuse
+from hypertorch.compilation import NotCompilableError, compilation, compiled
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.compiled_steps import draws, program_key, try_dynamics
+from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.pull_back import Grads
+from hypertorch.hypergradients.refusals import may_compile, refuse
 from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop, LoopProgram
 from hypertorch.inner_state import InnerState
@@ -43,8 +45,8 @@ def run_compiled(
         otherwise: the run without.
     """
     problem = loop.program().problem
-    key = (program_key(loop.program()), derivative)
-    if not may_compile(key):
+    family = (program_key(loop.program()), derivative)
+    if not may_compile(family, lambda: kind_of(problem)):
         return otherwise()
     cost, losses = replace(loop.cost), len(loop.inner_losses)
     try:
@@ -56,7 +58,8 @@ def run_compiled(
     del loop.inner_losses[losses:]
     # What is wrong with the problem itself is an error here, and no word on compilation.
     result = otherwise()
-    refuse(key, f"a step of `{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`", reason)
+    what = f"a step of `{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`"
+    refuse(family, kind_of(problem), what, reason)
     return result
 
 

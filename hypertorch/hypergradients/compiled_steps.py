@@ -128,7 +128,7 @@ class CompiledSteps(Steps):
 
     def check_replays(self) -> None:
         """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
-        check_values(self._first_values, self._further_values)
+        check_values(self._first_values, self._further_values, inner_eps=self._loop.inner_eps)
 
     def _counter(self, step: int) -> int:
         return self._loop.first_index + step + 2

@@ -10,10 +10,11 @@ from typing import Literal, TypeAlias
 import torch
 
 from hypertorch import tree
-from hypertorch.compilation import compiler_errors
+from hypertorch.compilation import NotCompilableError, compiler_errors
 from hypertorch.cost import Cost
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.compiled_steps import program_key
+from hypertorch.hypergradients.cross_check import disagreement
+from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.step_by_step import Steps
 from hypertorch.inner_loop import InnerLoop
 
@@ -24,7 +25,8 @@ Derivative: TypeAlias = Literal["reverse", "mixed", "auto"]
 
 _REPEATS = 3  # the fastest of each counts
 _HANDICAP = 1.1  # a mixed step holds no graph of a backward pass, and wins if it is not much slower
-_measured: dict[Hashable, bool] = {}
+_wins: dict[Hashable, bool] = {}
+_faults: dict[Hashable, str | None] = {}
 
 
 def check_derivative(derivative: str) -> None:
@@ -39,40 +41,74 @@ def check_derivative(derivative: str) -> None:
 def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool], Steps], *, compiled: bool) -> bool:
     """Returns whether steps are differentiated in mixed mode: by name, or by a measurement of the first step.
 
-    The measurement is made once for problems of the same classes, dtypes and sizes, and leaves no trace in the loop's
-    costs. Where an operation has no forward derivative, reverse over reverse is taken.
+    Mixed mode is compared with reverse over reverse first. That and the measurement are made once for problems of the
+    same classes, dtypes and sizes, and leave no trace in the loop's costs. Problems with buffers go by reverse over
+    reverse, whatever is asked for.
 
     Args:
         derivative: the name.
         loop: a loop of at least one step.
         make_steps: makes the steps, in mixed mode or not.
         compiled: whether they are compiled, which has a measurement of its own.
+
+    Raises:
+        IncompatibleBackendError: if mixed mode is asked for by name and is not possible, or would be wrong.
+        NotCompilableError: the same of compiled steps, which may be right without compilation.
     """
-    if derivative != "auto":
-        return derivative == "mixed"
-    if loop.has_buffers:
+    if derivative == "reverse" or loop.has_buffers:
         return False
     cost, losses = loop.cost, len(loop.inner_losses)
     loop.cost = Cost()
     try:
         state = make_steps(False).initial()
         sizes = tuple((tuple(value.shape), value.dtype) for value in state.tensors())
-        key = (program_key(loop.program()), sizes, loop.device.type, compiled)
-        if key not in _measured:
-            _measured[key] = _mixed_wins(loop, make_steps)
-        return _measured[key]
+        key = (kind_of(loop.program().problem), sizes, loop.inner_eps, loop.device.type, compiled)
+        if key not in _faults:
+            _faults[key] = _fault(loop, make_steps, compiled=compiled, by_name=derivative == "mixed")
+        fault = _faults[key]
+        if derivative == "mixed":
+            if fault is not None:
+                failure = NotCompilableError if compiled else IncompatibleBackendError
+                raise failure(
+                    f"mixed mode is not possible here: {fault.removesuffix('.')}. Use `derivative='reverse'` or 'auto'."
+                )
+            return True
+        if fault is not None:
+            _logger.info("inner gradients differentiated by reverse over reverse: %s", fault)
+            return False
+        if key not in _wins:
+            _wins[key] = _mixed_wins(loop, make_steps)
+        return _wins[key]
     finally:
         loop.cost = cost
         del loop.inner_losses[losses:]
 
 
-def _mixed_wins(loop: InnerLoop, make_steps: Callable[[bool], Steps]) -> bool:
-    reverse = _seconds(loop, make_steps(False))
+def _fault(loop: InnerLoop, make_steps: Callable[[bool], Steps], *, compiled: bool, by_name: bool) -> str | None:
+    """Returns why mixed mode is out of the question, in words; None if it is not."""
     try:
-        mixed = _seconds(loop, make_steps(True))
-    except (IncompatibleBackendError, RuntimeError, *compiler_errors()) as error:  # reverse over reverse has run
-        _logger.info("inner gradients differentiated by reverse over reverse: %s", error)
-        return False
+        fault = disagreement(loop, make_steps(False), lambda: make_steps(True), runs=2 if compiled else 1)
+    except compiler_errors() as error:
+        if by_name:  # it may be possible without compilation
+            raise
+        return str(error)
+    except IncompatibleBackendError as error:
+        return str(error)
+    except RuntimeError as error:
+        # Reverse over reverse has run, or it would have raised the same. What forward mode lacks is on no list.
+        return f"PyTorch says: {str(error).splitlines()[0]}"
+    return (
+        None
+        if fault is None
+        else (
+            f"{fault} (the backward pass of some operations cannot be differentiated forwards, a determinant or a "
+            "linear solve for example, and at a kink the two may take different sides)"
+        )
+    )
+
+
+def _mixed_wins(loop: InnerLoop, make_steps: Callable[[bool], Steps]) -> bool:
+    reverse, mixed = _seconds(loop, make_steps(False)), _seconds(loop, make_steps(True))
     _logger.info("a step's vjp took %.2f ms by reverse over reverse, %.2f ms mixed", 1e3 * reverse, 1e3 * mixed)
     return mixed <= _HANDICAP * reverse
 

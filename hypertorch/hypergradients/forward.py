@@ -80,7 +80,7 @@ class Forward(PathBlind):
                 run = self.advance(loop, variables, run, step)
             part = self.read(loop, variables, run)
             first = first or part
-            check_replay(part.state, first.state, 0, loop.num_steps)
+            check_replay(part.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
             grads = complete_grads(variables, [grads, part.grads])
             carries.append(part.carry)
         return BackendResult(

@@ -88,7 +88,7 @@ class ForwardGradient(RandomDirections):
                 run = route.advance(loop, variables, run, step)
             run = with_last_term(loop, variables, run)
             first = first or run
-            check_replay(run.state, first.state, 0, loop.num_steps)
+            check_replay(run.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
             total = complete_grads(variables, [total, directional_grads(variables, run)])
         return BackendResult(
             grads={name: None if value is None else value / self.num_samples for name, value in total.items()},

@@ -11,7 +11,6 @@ from hypertorch.hypergradients.replay import check_replay
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.inner_state import InnerState
-from hypertorch.missing_derivatives import forward_mode
 from hypertorch.types import TensorDict
 
 
@@ -47,7 +46,7 @@ def pull_back_step_mixed(
 
     Raises:
         ReplayError: if the step does not arrive at `arrival`.
-        IncompatibleBackendError: if an operation of the inner loss has no forward derivative.
+        RuntimeError: (PyTorch's own) if an operation of the inner loss has no forward derivative.
 
     References:
         Kemaev et al. (2025), Scalable meta-learning via mixed-mode differentiation, section 3 (MixFlow-MG).
@@ -64,11 +63,10 @@ def pull_back_step_mixed(
             seeds.append(torch.ones_like(term))
         else:
             term = torch.zeros((), device=loop.device)
-    check_replay(end, arrival, step, step + 1)
+    check_replay(end, arrival, step, step + 1, inner_eps=loop.inner_eps)
     loop.cost.vjps += 1
     loop.cost.graph_steps = max(loop.cost.graph_steps, 1)
-    with forward_mode(one_by_one=None):
-        outputs, seeds, _ = through_gradients(loss, outputs, seeds)
+    outputs, seeds, _ = through_gradients(loss, outputs, seeds)
     grads, before = pull_back(outputs, seeds, leaves, variables)
     return PulledBack(grads, before, term.detach())
 

@@ -126,7 +126,7 @@ def pull_back_steps(
     """
     segment = run_segment(loop, variables, departure, start, stop)
     if arrival is not None:
-        check_replay(segment.end, arrival, start, stop)
+        check_replay(segment.end, arrival, start, stop, inner_eps=loop.inner_eps)
     return pull_back_segment(loop, variables, segment, cotangents)
 
 

@@ -19,22 +19,24 @@ _ADVICE = (
 )
 
 
-def check_replay(replayed: InnerState, expected: InnerState, start: int, stop: int) -> None:
+def check_replay(replayed: InnerState, expected: InnerState, start: int, stop: int, *, inner_eps: float = 0.0) -> None:
     """Raises `ReplayError` if steps run again arrived elsewhere, so that their derivative would be of another run.
 
-    Some kernels differ in the last bit with and without a graph, hence a tolerance.
+    Some kernels differ in the last bit with and without a graph, hence a tolerance. What an inner loss of coarser
+    products differs by enters the state after it was made smaller twice: by the step size, and beside the params.
 
     Args:
         replayed: the state after the steps were run again.
         expected: the state after they were run first.
         start: the first of the steps.
         stop: one past the last.
+        inner_eps: machine epsilon of the inner loss's products where they are coarser than the state.
     """
     with torch.no_grad():
-        check_gaps(replay_gaps(replayed, expected), expected, start, stop)
+        check_gaps(replay_gaps(replayed, expected, inner_eps=inner_eps), expected, start, stop)
 
 
-def replay_gaps(replayed: InnerState, expected: InnerState) -> Tensor:
+def replay_gaps(replayed: InnerState, expected: InnerState, *, inner_eps: float = 0.0) -> Tensor:
     """Returns how far apart two states are, and how far one step may bring them, shape `(entries, 2)`.
 
     Only the entries that hold real or complex numbers count, in the order of `InnerState.tensors`.
@@ -48,7 +50,7 @@ def replay_gaps(replayed: InnerState, expected: InnerState) -> Tensor:
         return torch.zeros(0, 2)
     # Of the whole state: entries that are zero but for rounding have no size of their own to compare with.
     size = torch.stack([_size(first) for _, first in pairs]).max()
-    allowed = [_TOLERANCE * torch.finfo(first.dtype).eps * size for _, first in pairs]
+    allowed = [_TOLERANCE * max(torch.finfo(first.dtype).eps, inner_eps**2) * size for _, first in pairs]
     return torch.stack([torch.stack([_size(again - first) for again, first in pairs]), torch.stack(allowed)], dim=1)
 
 
@@ -79,12 +81,13 @@ def _size(value: Tensor) -> Tensor:
     return value.abs().max().to(torch.float32)
 
 
-def check_values(first: Mapping[int, Tensor], again: Mapping[int, Tensor]) -> None:
+def check_values(first: Mapping[int, Tensor], again: Mapping[int, Tensor], *, inner_eps: float = 0.0) -> None:
     """Raises `ReplayError` if the inner loss of a step differs from its first run.
 
     Args:
         first: the loss by the step, shape `()` or `(tasks,)`.
         again: the same of steps that were run again.
+        inner_eps: machine epsilon of the inner loss's products where they are coarser than its value.
     """
     steps = sorted(again.keys() & first.keys())
     if not steps:
@@ -92,7 +95,8 @@ def check_values(first: Mapping[int, Tensor], again: Mapping[int, Tensor]) -> No
     with torch.no_grad():
         expected = torch.stack([first[step] for step in steps])
         gaps = (torch.stack([again[step] for step in steps]) - expected).abs().reshape(len(steps), -1).amax(dim=1)
-        allowed = _TOLERANCE * torch.finfo(expected.dtype).eps * torch.stack(list(first.values())).abs().max()
+        eps = max(torch.finfo(expected.dtype).eps, inner_eps**2)
+        allowed = _TOLERANCE * eps * torch.stack(list(first.values())).abs().max()
         too_far = (gaps > allowed).tolist()
     for step, gap, is_too_far in zip(steps, gaps, too_far, strict=True):
         if is_too_far:

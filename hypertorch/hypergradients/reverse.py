@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,6 +13,7 @@ from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.compiled_run import check_compile, compiled_whole, run_compiled
 from hypertorch.hypergradients.compiled_steps import CompiledSteps
 from hypertorch.hypergradients.derivative_choice import Derivative, check_derivative, is_mixed
+from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.memory_plan import plan_loop, plan_memory
 from hypertorch.hypergradients.pull_back import (
     accumulate,
@@ -32,6 +33,9 @@ from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
+
+# The variables to which a path was found, of problems with a derivative that was exactly zero in mixed mode.
+_followed: dict[Hashable, frozenset[str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,8 @@ class Reverse(Hypergradient):
     is taken that fits: the whole graph, else states kept every `k` steps with the largest `k` that fits, else Revolve
     with as many states as fit. The budget is for what the backend holds beside the problem's own data,
     the hyperparameters and a context; bytes asked for are counted, not what an allocator makes of them, so leave it a
-    tenth. The choice depends on shapes only; `explain` and `plan_memory` tell it in advance.
+    tenth. The choice depends on shapes only, those of the second step, which the others must share; `explain` and
+    `plan_memory` tell it in advance. It is a plan for reverse over reverse: not with another `derivative`.
 
     With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
     iterations and problems of the same classes and shapes; changed tensors change the results and compile nothing. A
@@ -93,11 +98,11 @@ class Reverse(Hypergradient):
         derivative: "reverse", "mixed" or "auto".
 
     Raises:
-        ValueError: if a setting is out of its range or an unknown word, or more than one of the first three is given.
+        ValueError: if a setting is out of its range or an unknown word, more than one of the first three is given, or
+            `memory_budget` together with a `derivative`.
         TypeError: if `compile` is neither True nor False.
         IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, nothing fits
-            `memory_budget` (the message then says what would), or an operation has no forward derivative in mixed
-            mode.
+            `memory_budget` (the message then says what would), or mixed mode is not possible or would be wrong.
         ReplayError: (from `compute`) if steps run again do not arrive at the same state.
 
     References:
@@ -132,6 +137,12 @@ class Reverse(Hypergradient):
             _check_count("snapshots", self.snapshots, "so many states are kept, the first one included", "")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "memory_budget")
+            if self.derivative != "reverse":
+                raise ValueError(
+                    f"`memory_budget` is given with `derivative={self.derivative!r}`: what is planned is reverse over "
+                    "reverse, and mixed mode would not keep the budget. Leave `derivative` out, or say what is kept by "
+                    "`checkpoint_every` or `snapshots`."
+                )
 
     def explain(self, problem: BilevelProblem, hparams: TensorDict, *, outer_step: int = 0) -> str:
         """Returns what `memory_budget` makes of a problem, and why, to be printed; as `plan_memory` tells it.
@@ -145,7 +156,8 @@ class Reverse(Hypergradient):
                 f"`{self!r}` has no `memory_budget`: it runs as its settings say, and chooses nothing that could be "
                 "explained. Pass one, such as `Reverse(memory_budget='512MiB')`."
             )
-        return plan_memory(problem, hparams, self.memory_budget, outer_step=outer_step).explain()
+        plan = plan_memory(problem, hparams, self.memory_budget, outer_step=outer_step).explain()
+        return f"{plan}\ncompiled steps keep states in place of graphs, and hold less" if self.compile else plan
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
@@ -178,7 +190,7 @@ class Reverse(Hypergradient):
         if not mixed:
             return _go_back(loop, variables, pieces)
         result = go_back_step_by_step(loop, variables, pieces, steps(mixed))
-        return _without_missing_paths(loop, variables, result)
+        return _without_missing_paths(loop, variables, result, every, snapshots)
 
     def _compiled(
         self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
@@ -194,21 +206,35 @@ class Reverse(Hypergradient):
         mixed = is_mixed(self.derivative, loop, steps, compiled=True)
         own = steps(mixed)
         result = go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots, with_graphs=False), own)
-        return _without_missing_paths(loop, variables, result) if mixed else result
+        return _without_missing_paths(loop, variables, result, every, snapshots) if mixed else result
 
 
-def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: BackendResult) -> BackendResult:
+def _without_missing_paths(
+    loop: InnerLoop,
+    variables: TensorDict,
+    result: BackendResult,
+    every: int | Literal["sqrt"] | None,
+    snapshots: int | None,
+) -> BackendResult:
     """Returns the result with None for zero where there is no path, of which forward mode knows nothing.
 
-    Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, which is not counted.
+    Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory, the
+    first time that the question comes up for this kind of problem.
     """
     if all(value is None or bool(value.any()) for value in result.grads.values()):
         return result
-    cost, losses = replace(loop.cost), len(loop.inner_losses)
-    known = _go_back(loop, variables, _kept_every(loop, EagerSteps(loop, variables, mixed=False), 1))
-    loop.cost = cost
-    del loop.inner_losses[losses:]
-    grads = {name: None if known.grads[name] is None else value for name, value in result.grads.items()}
+    key = (kind_of(loop.program().problem), *variables)
+    if key not in _followed:
+        losses = len(loop.inner_losses)
+        steps = EagerSteps(loop, variables, mixed=False)
+        every = 1 if every is None else every
+        known = _go_back(loop, variables, _pieces(loop, steps, every, snapshots, with_graphs=True))
+        del loop.inner_losses[losses:]
+        _followed[key] = frozenset(name for name, value in known.grads.items() if value is not None)
+    grads = {
+        name: value if name in _followed[key] or (value is not None and bool(value.any())) else None
+        for name, value in result.grads.items()
+    }
     return replace(result, grads=grads)
 
 

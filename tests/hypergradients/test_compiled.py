@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 import hypertorch as ht
 from hypertorch import compilation
 from hypertorch.errors import DetachedHyperparameterError, ReplayError
+from hypertorch.hypergradients import refusals
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem
 
@@ -30,7 +32,9 @@ SCHEDULE = {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}
 def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces functions and their derivatives, but makes no machine code of them; what is slow does that too."""
     monkeypatch.setattr(compilation, "_compiled", {})
-    monkeypatch.setattr(compilation, "_refused", set())
+    monkeypatch.setattr(refusals, "_refused", set())
+    monkeypatch.setattr(refusals, "_attempts", Counter())
+    monkeypatch.setattr(refusals, "_warned", set())
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
@@ -130,7 +134,7 @@ def test_an_error_of_the_problem_is_no_word_on_compilation() -> None:
     problem = sum_problem(loss)
     with warnings.catch_warnings(), pytest.raises(KeyError, match="a mistake"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
-    assert not compilation._refused
+    assert not refusals._refused
 
 
 def test_a_hyperparameter_that_does_nothing_is_refused() -> None:

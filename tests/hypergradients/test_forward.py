@@ -467,7 +467,6 @@ def through_numpy(z: Tensor) -> Tensor:
 
 
 NO_FORWARD = {
-    "mse_loss": (lambda z: F.mse_loss(z, Y), r"constant argument.*write it as `\(outputs - targets\).square\(\)"),
     "huber_loss": (lambda z: F.huber_loss(z, Y), "`huber_loss_backward`, which has no forward derivative.*Write it"),
     "grid_sample": (grid_sampled, "`grid_sampler_2d_backward`, which has no forward derivative"),
 }
@@ -479,6 +478,12 @@ def test_operations_without_forward_derivative_are_explained(name: str, chunk_si
     loss, message = NO_FORWARD[name]
     with pytest.raises(IncompatibleBackendError, match=message + r".*`Reverse\(\)`"):
         compute(operation_problem(loss), Forward(chunk_size=chunk_size))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_the_mean_squared_error_has_one_all_the_same(chunk_size: int | None) -> None:
+    for loss in (F.mse_loss, torch.nn.MSELoss()):
+        assert_equals_reverse(operation_problem(lambda z, loss=loss: loss(z, Y)), Forward(chunk_size=chunk_size))
 
 
 NOT_VECTORISED = {
