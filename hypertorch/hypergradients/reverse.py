@@ -75,7 +75,10 @@ class Reverse(Hypergradient):
     over reverse: the Hessian product and the cross derivative of a step are the gradient in params and hyperparameters,
     moved along one direction, which keeps no graph of a backward pass. Without compilation that is worth a quarter of
     a step's memory or nothing, as the model's operations have it. Every state is kept unless a setting says less. By
-    "auto", whichever a measurement on the first step of a problem of these sizes favours; they agree up to rounding.
+    "auto", whichever a measurement on the first step of a problem of these sizes favours. Before mixed mode serves a
+    kind of problem, a step is differentiated both ways and compared: where an operation has no forward derivative, or
+    PyTorch has a wrong one (of determinants and linear solves, for example), "auto" goes on by reverse over reverse and
+    "mixed" raises. They agree up to rounding.
     Steps of problems with buffers, and compiled ones that draw noise, always go by reverse over reverse.
 
     Cost, with `T = num_steps`, in steps beside `T` vjps, and in memory:
