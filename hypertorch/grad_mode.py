@@ -31,7 +31,7 @@ def stopping_tangents(function: Callable[..., T], *arguments: Any) -> T:
     Raises:
         IncompatibleBackendError: in forward mode, for a tensor hook, which changes gradients only.
     """
-    if not in_forward_mode() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not in_forward_mode():
         return function(*arguments)
     before = torch._C._is_fwd_grad_enabled()
     try:
