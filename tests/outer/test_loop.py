@@ -401,7 +401,9 @@ def live_bytes() -> int:
     tensors = [
         value
         for value in gc.get_objects()
-        if issubclass(type(value), Tensor) and not issubclass(type(value), FakeTensor)
+        if issubclass(type(value), Tensor)
+        and not issubclass(type(value), FakeTensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     ]
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
     return sum(storages.values())
