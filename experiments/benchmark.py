@@ -31,7 +31,7 @@ from experiments.config_errors import CONFIGS
 from experiments.diagnosis import ascending_lengths, prepare
 from experiments.failures import ExpectedFailure, Failures
 from experiments.run_folder import command, open_folder
-from experiments.settings import chosen_device, chosen_dtype, whole_number
+from experiments.settings import check_switch, chosen_device, chosen_dtype, positive_number, whole_number
 from hypertorch.live_memory import parse_bytes
 
 failures = Failures("benchmark")
@@ -86,11 +86,14 @@ def build_settings(config: DictConfig) -> Settings:
     Raises:
         ExpectedFailure: if a setting cannot be used.
     """
-    names = None if config.contestants is None else list(config.contestants)
+    for key in ("memory", "quick"):
+        check_switch(config, key)
     rounds = Rounds(
         repetitions=whole_number(config, "repetitions", minimum=1, purpose="the median is taken over them"),
-        shortest=float(config.shortest_repetition),
-        longest=float(config.longest_timing),
+        shortest=positive_number(
+            config, "shortest_repetition", purpose="a repetition takes so long", example=0.2, or_zero=True
+        ),
+        longest=positive_number(config, "longest_timing", purpose="a contestant is timed for so long", example=120),
     )
     limit = config.memory_limit
     free = available_bytes()
@@ -99,8 +102,10 @@ def build_settings(config: DictConfig) -> Settings:
         device=chosen_device(config),
         dtype=chosen_dtype(config),
         rounds=_QUICK_ROUNDS if config.quick else rounds,
-        tolerance=float(config.tolerance),
-        memory=bool(config.memory),
+        tolerance=positive_number(
+            config, "tolerance", purpose="rounding alone sets hypergradients apart", example=1e-4
+        ),
+        memory=config.memory,
         memory_limit=(
             parse_bytes(limit, "memory_limit")
             if limit is not None
@@ -108,9 +113,11 @@ def build_settings(config: DictConfig) -> Settings:
             if free is None
             else int(_SHARE_OF_FREE_MEMORY * free)
         ),
-        longest_run=float(config.longest_run),
-        longest_work=float(config.longest_work),
-        contestants=names,
+        longest_run=positive_number(config, "longest_run", purpose="a run may take so long", example=1800),
+        longest_work=positive_number(
+            config, "longest_work", purpose="the times of a work may take so long", example=14400
+        ),
+        contestants=None if config.contestants is None else list(config.contestants),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,6 +70,29 @@ def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) ->
             f"for example {key}={max(minimum, 1)}."
         )
     return value
+
+
+def positive_number(config: DictConfig, key: str, *, purpose: str, example: float, or_zero: bool = False) -> float:
+    """Returns a finite number above 0 of the configuration.
+
+    Args:
+        config: the configuration.
+        key: dotted name of the setting.
+        purpose: what the number is for, a clause of the message.
+        example: one that would do, for the message.
+        or_zero: whether 0 is allowed too.
+
+    Raises:
+        ExpectedFailure: if it is anything else.
+    """
+    value = OmegaConf.select(config, key)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 0 or (value == 0 and not or_zero):
+        raise ExpectedFailure(
+            f"`{key}` is {value!r}, but {purpose}, so a finite number {'of at least' if or_zero else 'above'} 0 is "
+            f"needed. Write for example {key}={example:g}."
+        )
+    return float(value)
 
 
 def chosen_dtype(config: DictConfig) -> torch.dtype:

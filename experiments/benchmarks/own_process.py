@@ -17,6 +17,7 @@ _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
 _ROOT = Path(__file__).resolve().parents[2]
 _MODULE = "experiments.benchmarks.own_process"
+_LONGEST_WAIT = 2e6  # the system counts milliseconds in 32 bits (unit: seconds)
 
 
 def in_own_process(function: Callable[[_Argument], _Result], argument: _Argument, longest: float) -> _Result:
@@ -25,11 +26,12 @@ def in_own_process(function: Callable[[_Argument], _Result], argument: _Argument
     Args:
         function: at the top level of a module.
         argument: what it gets; pickled.
-        longest: seconds after which the process is ended.
+        longest: seconds after which the process is ended, 23 days at most.
 
     Raises:
         NotMeasured: if the function raised it, the process failed or was ended, or took too long.
     """
+    longest = min(longest, _LONGEST_WAIT)
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer"
         try:

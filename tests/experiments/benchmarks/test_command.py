@@ -111,6 +111,17 @@ class TestCommand:
 
     FAILURES: ClassVar = {
         "unknown work": (("only=[smal]",), "`only` names 'smal'"),
+        "word for a time": (("longest_timing=abc",), "`longest_timing` is 'abc'"),
+        "no time": (("longest_timing=0",), "`longest_timing` is 0"),
+        "word for the time of a work": (("longest_work=abc",), "`longest_work` is 'abc'"),
+        "negative time of a run": (("longest_run=-5",), "`longest_run` is -5, but a run may take so long, so a finite"),
+        "endless run": (("longest_run=inf",), "`longest_run` is inf"),
+        "negative repetition": (("shortest_repetition=-1",), "`shortest_repetition` is -1"),
+        "negative tolerance": (("tolerance=-1",), "`tolerance` is -1"),
+        "no tolerance": (("tolerance=0",), "`tolerance` is 0"),
+        "switch for a tolerance": (("tolerance=true",), "`tolerance` is True"),
+        "memory perhaps": (("memory=maybe",), "`memory` is 'maybe', but it is a switch"),
+        "quick perhaps": (("quick=maybe",), "`quick` is 'maybe', but it is a switch"),
         "no repetitions": (("repetitions=0",), "`repetitions` is 0"),
         "nothing to resume": (("resume=true",), "where there is no run to go on with"),
         "word for a switch": (("resume=maybe",), "`resume` is 'maybe'"),
@@ -124,7 +135,7 @@ class TestCommand:
     @pytest.mark.parametrize("case", FAILURES)
     def test_a_mistake_gives_one_message(self, case: str) -> None:
         overrides, expected = self.FAILURES[case]
-        code, _, error = self.run(*overrides)
+        code, _, error = self.run("only=[small_unroll]", "contestants=[higher]", *overrides)
         assert code == 1
         assert error.count("error: ") == 1
         assert "Traceback" not in error
