@@ -20,6 +20,7 @@ from rich.console import Console
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 from experiments.assembly import build
+from experiments.benchmarks import variants
 from experiments.benchmarks.machine import library_versions, machine
 from experiments.benchmarks.measure import Settings, measure
 from experiments.benchmarks.memory import available_bytes
@@ -31,7 +32,15 @@ from experiments.config_errors import CONFIGS
 from experiments.diagnosis import ascending_lengths, prepare
 from experiments.failures import ExpectedFailure, Failures
 from experiments.run_folder import command, open_folder
-from experiments.settings import check_switch, chosen_device, chosen_dtype, positive_number, whole_number
+from experiments.settings import (
+    check_switch,
+    chosen_device,
+    chosen_dtype,
+    listed_names,
+    positive_number,
+    quoted,
+    whole_number,
+)
 from hypertorch.live_memory import parse_bytes
 
 failures = Failures("benchmark")
@@ -70,6 +79,9 @@ def main(config: DictConfig) -> None:
         title = work.title if size is None else f"{name}: {work.title}"
         console.print(f"\n{title}", markup=False, highlight=False)
         rows = measure(name, work, size, settings, say)
+        if not rows:
+            say("none of the contestants takes part")
+            continue
         console.print(table_of_rows(rows))
         results.add(rows, folder.results)
     results.draw()
@@ -117,7 +129,7 @@ def build_settings(config: DictConfig) -> Settings:
         longest_work=positive_number(
             config, "longest_work", purpose="the times of a work may take so long", example=14400
         ),
-        contestants=None if config.contestants is None else list(config.contestants),
+        contestants=listed_names(config, "contestants", example="higher,TorchOpt"),
     )
 
 
@@ -131,7 +143,8 @@ def refuse_unknown_contestants(settings: Settings, works: Sequence[Work]) -> Non
     for name in settings.contestants or ():
         if name not in known:
             raise ExpectedFailure(
-                f"`contestants` names {name!r}, which takes part in none of the works. Choose from: {', '.join(known)}."
+                f"`contestants` names {name!r}, which takes part in none of the works. Choose from: {quoted(known)}. "
+                f"What has a comma or a bracket needs double quotes: 'contestants=[higher,\"{variants.COMPILED}\"]'."
             )
 
 
@@ -142,12 +155,13 @@ def chosen_names(config: DictConfig) -> frozenset[str]:
         ExpectedFailure: if `only` names others.
     """
     known = [str(name) for name in [*config.works, *config.sweeps]]
-    for name in config.only or ():
+    only = listed_names(config, "only", example=known[0])
+    for name in only or ():
         if name not in known:
             raise ExpectedFailure(
-                f"`only` names {name!r}, which is neither a work nor a sweep. Choose from: {', '.join(known)}."
+                f"`only` names {name!r}, which is neither a work nor a sweep. Choose from: {quoted(known)}."
             )
-    return frozenset(known if config.only is None else config.only)
+    return frozenset(known if only is None else only)
 
 
 def build_sweep(config: DictConfig, name: str) -> Sweep:

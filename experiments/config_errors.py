@@ -33,7 +33,8 @@ def explain_config_error(error: HydraException | OmegaConfBaseException, config_
     if isinstance(error, OverrideParseException):
         return (
             f"`{error.override}` is not of the form setting=value, so nothing can be set by it. Write for example "
-            f"seed=1 (quotes keep the shell from splitting a value). {_SHOW}"
+            "seed=1 (quotes keep the shell from splitting a value); a value with brackets or commas in it needs double "
+            f"quotes of its own: 'setting=\"a (b), c\"'. {_SHOW}"
         )
     if isinstance(error, MissingMandatoryValue):
         return (

@@ -17,7 +17,7 @@ from experiments.assembly import build
 from experiments.failures import ExpectedFailure
 from experiments.reporting import versions
 from experiments.run_folder import command
-from experiments.settings import check_switch, chosen_device, chosen_dtype, whole_number
+from experiments.settings import check_switch, chosen_device, chosen_dtype, listed_names, whole_number
 
 Row = Mapping[str, Any]
 
@@ -65,7 +65,8 @@ def build_backends(config: DictConfig) -> dict[str, ht.Hypergradient]:
         ExpectedFailure: if `only` names others.
     """
     names = [str(name) for name in config.backends]
-    chosen = names if config.only is None else list(config.only)
+    only = listed_names(config, "only", example=names[0])
+    chosen = names if only is None else only
     for name in chosen:
         if name not in names:
             raise ExpectedFailure(

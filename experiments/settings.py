@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from experiments.failures import ExpectedFailure
 
@@ -93,6 +94,34 @@ def positive_number(config: DictConfig, key: str, *, purpose: str, example: floa
             f"needed. Write for example {key}={example:g}."
         )
     return float(value)
+
+
+def listed_names(config: DictConfig, key: str, *, example: str) -> list[str] | None:
+    """Returns the names that a setting lists, where one alone needs no brackets; None if it is null, which is for all.
+
+    Args:
+        config: the configuration.
+        key: dotted name of the setting.
+        example: a name that it may list, for the message.
+
+    Raises:
+        ExpectedFailure: if it is empty, or anything else.
+    """
+    value = OmegaConf.select(config, key)
+    if value is None:
+        return None
+    given = list(value) if isinstance(value, ListConfig) else [value]
+    if not given or not all(isinstance(name, str) and name for name in given):
+        raise ExpectedFailure(
+            f"`{key}` is {value!r}, but it lists names: at least one is needed. Write for example '{key}=[{example}]', "
+            "or leave it out for all."
+        )
+    return given
+
+
+def quoted(known: Iterable[str]) -> str:
+    """Returns names for a message, in quotes: some contain commas."""
+    return ", ".join(repr(name) for name in known)
 
 
 def chosen_dtype(config: DictConfig) -> torch.dtype:

@@ -53,7 +53,7 @@ class Settings:
 
 
 def measure(name: str, work: Work, size: int | None, settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """Returns a row for every contestant of a work.
+    """Returns a row for every contestant of a work that takes part; none where nobody does.
 
     Memory comes first, in a process for each, so that what does not fit or takes too long is known before all of them
     are run together. Then one more process takes their times, and compares their hypergradients.
@@ -70,6 +70,8 @@ def measure(name: str, work: Work, size: int | None, settings: Settings, say: Ca
         for key, contestant in work.contestants().items()
         if settings.contestants is None or key in settings.contestants
     ]
+    if not rows:
+        return []
     if settings.memory:
         for place, row in enumerate(rows):
             say(f"memory: {row.contestant}")

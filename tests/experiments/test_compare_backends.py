@@ -86,6 +86,8 @@ def test_earlier_results_are_not_overwritten(command: Commands) -> None:
 
 FAILURES = {
     "unknown backend": (("only=[revers]",), "`only` names 'revers'"),
+    "unknown backend alone": (("only=revers",), "`only` names 'revers'"),
+    "no backend": (("only=[]",), "`only` is [], but it lists names"),
     "no list of steps": (("num_steps=10",), "`num_steps` is 10, but a list"),
     "no steps": (("num_steps=[]",), "`num_steps` is []"),
     "half a step": (("num_steps=[1.5]",), "`num_steps` is [1.5]"),

@@ -109,8 +109,31 @@ class TestCommand:
         assert code == 1
         assert "was measured with other versions" in error
 
+    def test_one_name_needs_no_brackets_and_a_comma_quotes(self) -> None:
+        code, _, error = self.run("only=small_unroll", 'contestants="whole graph, compiled"')
+        assert code == 0, error
+        assert [item["contestant"] for item in self.written()["rows"]] == ["whole graph, compiled"]
+
+    def test_a_work_in_which_nobody_takes_part_is_passed_over(self) -> None:
+        code, out, error = self.run("only=[small_unroll,forward_hparams]", "contestants=[forward]")
+        assert code == 0, error
+        assert "none of the contestants takes part" in out
+        assert {item["work"] for item in self.written()["rows"]} == {"forward_hparams"}
+
     FAILURES: ClassVar = {
-        "unknown work": (("only=[smal]",), "`only` names 'smal'"),
+        "unknown work": (
+            ("only=[smal]",),
+            "`only` names 'smal', which is neither a work nor a sweep. Choose from: 'sin",
+        ),
+        "unknown work alone": (("only=smal",), "`only` names 'smal'"),
+        "no work": (("only=[]",), "`only` is [], but it lists names: at least one is needed"),
+        "number of a work": (("only=3",), "`only` is 3, but it lists names"),
+        "no contestant": (("contestants=[]",), "`contestants` is [], but it lists names: at least one is needed"),
+        "name with a comma": (
+            ("contestants=[step-wise, compiled]",),
+            """'contestants=[higher,"whole graph, compiled"]'""",
+        ),
+        "name with brackets": (("contestants=[sqrt(T)]",), "needs double quotes of its own: 'setting="),
         "word for a time": (("longest_timing=abc",), "`longest_timing` is 'abc'"),
         "no time": (("longest_timing=0",), "`longest_timing` is 0"),
         "word for the time of a work": (("longest_work=abc",), "`longest_work` is 'abc'"),
@@ -129,7 +152,7 @@ class TestCommand:
         "no sizes": (("sweeps.steps.values=[]",), "`sweeps.steps.values` is []"),
         "unknown argument": (("+works.small_unroll.shape=3",), "`works.small_unroll.shape` is no argument"),
         "no memory": (("memory_limit=much",), "`memory_limit` is 'much'"),
-        "unknown contestant": (("contestants=[nobody]",), "`contestants` names 'nobody'"),
+        "unknown contestant": (("contestants=nobody",), "`contestants` names 'nobody'"),
     }
 
     @pytest.mark.parametrize("case", FAILURES)
