@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import hydra
@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.assembly import build
 from experiments.benchmarks import variants
 from experiments.benchmarks.machine import library_versions, machine
 from experiments.benchmarks.measure import Settings, measure
 from experiments.benchmarks.memory import available_bytes
 from experiments.benchmarks.results import Results, Sweep
+from experiments.benchmarks.sizes import build_work, sizes
 from experiments.benchmarks.tables import ratio_lines, table_of_growth, table_of_rows
 from experiments.benchmarks.timing import Rounds
 from experiments.benchmarks.work import Work
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
     prepare(config, resumes=True)
     settings = build_settings(config)
     # All of them before the first is run: a mistake in the last must not be found after hours.
-    works = {str(name): _sized(build(config, f"works.{name}"), config) for name in config.works}
+    works = {str(name): _sized(build_work(config, f"works.{name}"), config) for name in config.works}
     sweeps = {str(name): build_sweep(config, str(name)) for name in config.sweeps}
     chosen = chosen_names(config)
     refuse_unknown_contestants(
@@ -170,13 +170,12 @@ def build_sweep(config: DictConfig, name: str) -> Sweep:
     Raises:
         ExpectedFailure: if the work has no such size.
     """
-    work: Work = build(config, f"sweeps.{name}.work")
+    work = build_work(config, f"sweeps.{name}.work")
     size = str(config.sweeps[name].size)
-    sizes = [item.name for item in fields(work)] if is_dataclass(work) else []
-    if size not in sizes:
+    if size not in sizes(work):
         raise ExpectedFailure(
             f"`sweeps.{name}.size` is {size!r}, which is no size of {type(work).__name__}, so nothing would grow. Use "
-            f"one of: {', '.join(sizes)}."
+            f"one of: {', '.join(sizes(work))}."
         )
     values = ascending_lengths(config, f"sweeps.{name}.values")
     if config.quick:
