@@ -81,9 +81,9 @@ class Results:
             path: of its results.json.
 
         Raises:
-            ExpectedFailure: if it was measured on another machine, or with other versions.
+            ExpectedFailure: if it is damaged, or was measured on another machine, or with other versions.
         """
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before, rows = _read(path, self.header)
         for key in _COMPARABLE:
             then, now = (_lasting(part[key]) for part in (before, json_ready(self.header)))
             if then != now:
@@ -92,7 +92,7 @@ class Results:
                     f"({now}): the numbers could not be compared. Start anew, without resume=true."
                 )
         self.header = {name: before[name] for name in self.header}
-        self.rows.extend(Row.from_dict(row) for row in before["rows"])
+        self.rows.extend(rows)
 
     def ratios(self) -> list[Ratio]:
         """Returns the targets of what was measured, with what was reached."""
@@ -168,6 +168,24 @@ class Results:
             rows = [row for row in self.rows if row.work == name]
             summary["forward_crosses_reverse_at"] = crossover(rows, variants.FORWARD, variants.EAGER)
         return summary
+
+
+def _read(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, Any], list[Row]]:
+    """Returns what a results.json holds, with a header like the given one, and its rows."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row.from_dict(row) for row in held["rows"]]
+        wrong = [key for key, value in header.items() if type(held[key]) is not type(value)]
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        if not wrong:
+            return held, rows
+        problem = f"{wrong[0]} is {held[wrong[0]]!r}"
+    raise ExpectedFailure(
+        f"`resume` is True, but {str(path)!r} is not as a benchmark writes it ({problem}): what was measured cannot be "
+        "taken from it. Restore the file, or delete it to measure everything anew in its folder."
+    )
 
 
 def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,9 @@ class TestCommand:
         written = self.capsys.readouterr()
         return code, written.out, written.err
 
+    def written(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+
     def test_a_run_leaves_json_csv_markdown_and_pictures(self) -> None:
         some = "contestants=[higher,whole graph,forward,plain training]"
         code, out, error = self.run("only=[small_unroll,forward_hparams]", some)
@@ -119,6 +122,33 @@ class TestCommand:
         assert code == 0, error
         assert "none of the contestants takes part" in out
         assert {item["work"] for item in self.written()["rows"]} == {"forward_hparams"}
+
+    def test_results_that_cannot_be_read(self) -> None:
+        some = ("only=small_unroll", "contestants=higher")
+        assert self.run(*some)[0] == 0
+        results = self.folder / "results.json"
+        whole = results.read_text(encoding="utf-8")
+        held = json.loads(whole)
+        damaged = {
+            "truncated": whole[: len(whole) // 2],
+            "empty": "",
+            "a list": "[]",
+            "without rows": json.dumps({key: value for key, value in held.items() if key != "rows"}),
+            "without versions": json.dumps({key: value for key, value in held.items() if key != "versions"}),
+            "other versions": json.dumps({**held, "versions": 3}),
+            "strange rows": json.dumps({**held, "rows": [{"work": "small_unroll"}]}),
+        }
+        for case, text in damaged.items():
+            results.write_text(text, encoding="utf-8")
+            code, _, error = self.run(*some, "resume=true")
+            assert (code, error.count("error: "), "Traceback" in error) == (1, 1, False), (case, error)
+            assert "results.json' is not as a benchmark writes it" in error, case
+            assert "delete it to measure everything anew" in error
+        results.write_bytes(b"\xff\xfe\x00")
+        assert "is not as a benchmark writes it" in self.run(*some, "resume=true")[2]
+        results.unlink()
+        assert self.run(*some, "resume=true")[0] == 0
+        assert len(self.written()["rows"]) == 1
 
     FAILURES: ClassVar = {
         "unknown work": (
