@@ -23,8 +23,8 @@ class Ratio:
         target: what was wanted.
         against: what it is compared with, the best peer by its name.
         figure: the ratio, or the bytes; None if not measured.
-        reached: whether it is at most what was wanted; None if not measured.
-        notes: why it was not measured.
+        reached: whether it is at most what was wanted, of a hypergradient that agrees; None if not measured.
+        notes: why it was not measured, or does not count.
     """
 
     work: str
@@ -43,7 +43,7 @@ class Ratio:
 
 
 def measured_ratio(target: Target, rows: Sequence[Row]) -> Ratio:
-    """Returns what was reached of a target.
+    """Returns what was reached of a target; nothing is, by or against a contestant whose hypergradient disagrees.
 
     Args:
         target: what was wanted.
@@ -54,8 +54,7 @@ def measured_ratio(target: Target, rows: Sequence[Row]) -> Ratio:
     value = None if own is None else own.quantity(target.quantity)
     figure = None if value is None or base is None or base <= 0 else value / base
     some = rows[0]
-    missing = target.contestant if value is None else against
-    reasons = [note for row in rows if row.contestant == missing for note in row.notes]
+    wrong = [row for row in rows if row.agrees is False and row.contestant in (target.contestant, against)]
     return Ratio(
         work=some.work,
         title=some.title,
@@ -63,9 +62,26 @@ def measured_ratio(target: Target, rows: Sequence[Row]) -> Ratio:
         target=target,
         against=against,
         figure=figure,
-        reached=None if figure is None else figure <= target.at_most,
-        notes="" if figure is not None else "; ".join([missing, *reasons]),
+        reached=None if figure is None else figure <= target.at_most and not wrong,
+        notes="; ".join(
+            _missing(target.contestant if value is None else against, rows)
+            if figure is None
+            else [_disagreement(row) for row in wrong]
+        ),
     )
+
+
+def _missing(name: str, rows: Sequence[Row]) -> list[str]:
+    """Returns what is missing for a figure, with the reasons."""
+    reasons = [note for row in rows if row.contestant == name for note in row.notes]
+    if name == PEERS:
+        reasons += [_disagreement(row) for row in rows if row.side == "peer" and row.agrees is False]
+    return [name, *reasons]
+
+
+def _disagreement(row: Row) -> str:
+    error = "" if row.error is None else f", relative error {row.error:.1e}"
+    return f"{row.contestant} disagrees with {row.reference}{error}"
 
 
 def _base(target: Target, rows: Sequence[Row]) -> tuple[float | None, str]:
@@ -73,7 +89,8 @@ def _base(target: Target, rows: Sequence[Row]) -> tuple[float | None, str]:
     if target.against == BYTES:
         return 1.0, BYTES
     if target.against == PEERS:
-        figures = {row.contestant: row.quantity(target.quantity) for row in rows if row.side == "peer"}
+        peers = [row for row in rows if row.side == "peer" and row.agrees is not False]
+        figures = {row.contestant: row.quantity(target.quantity) for row in peers}
         measured = {name: value for name, value in figures.items() if value is not None}
         best = min(measured, key=lambda name: measured[name], default=None)
         return (None, PEERS) if best is None else (measured[best], best)

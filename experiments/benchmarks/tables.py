@@ -25,7 +25,8 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
     table.add_column("contestant")
     for column in ("median", "fastest", "x best peer", "memory", "error"):
         table.add_column(column, justify="right")
-    peers = [row.min_seconds for row in rows if row.side == "peer" and row.min_seconds is not None]
+    agreeing = [row for row in rows if row.side == "peer" and row.agrees is not False]
+    peers = [row.min_seconds for row in agreeing if row.min_seconds is not None]
     for row in rows:
         fastest = row.min_seconds
         table.add_row(
@@ -61,13 +62,13 @@ def ratio_lines(ratios: Sequence[Ratio]) -> list[str]:
     lines = ["| work | contestant | figure | against | wanted | measured | reached |", "|" + " --- |" * 7]
     for ratio in ratios:
         target = ratio.target
-        absolute = target.against == BYTES
-        wanted = byte_words(target.at_most) if absolute else _ratio_words(target.at_most)
-        if ratio.figure is None:
-            measured, reached = f"{NOT_MEASURED} ({ratio.notes})", ""
-        else:
-            measured = byte_words(ratio.figure) if absolute else _ratio_words(ratio.figure)
+        words = byte_words if target.against == BYTES else _ratio_words
+        wanted, measured, reached = words(target.at_most), NOT_MEASURED, ""
+        if ratio.figure is not None:
+            measured = words(ratio.figure)
             reached = "yes" if ratio.reached else "no"
+        if ratio.notes:
+            measured += f" ({ratio.notes})"
         size = "" if ratio.size is None else f" (size {ratio.size:,})"
         cells = (f"{ratio.title}{size}", target.contestant, target.quantity.replace("_", " "))
         cells += (ratio.against.replace("_", " "), f"at most {wanted}", measured, reached)

@@ -123,6 +123,19 @@ class TestCommand:
         assert "none of the contestants takes part" in out
         assert {item["work"] for item in self.written()["rows"]} == {"forward_hparams"}
 
+    def test_who_disagrees_reaches_nothing(self) -> None:
+        some = ("only=small_unroll", "contestants=[higher,whole graph]")
+        self.monkeypatch.setattr(measure, "relative_error", lambda found, reference: 1e-3 * (found is not reference))
+        code, _, error = self.run(*some)
+        assert code == 0, error
+        own = next(item for item in self.written()["rows"] if item["contestant"] == "whole graph")
+        assert own["agrees"] is False
+        ratio = next(item for item in self.written()["ratios"] if item["contestant"] == "whole graph")
+        assert ratio["figure"] > 0
+        assert ratio["reached"] is False
+        assert ratio["notes"] == "whole graph disagrees with higher, relative error 1.0e-03"
+        assert ratio["notes"] in (self.folder / "ratios.md").read_text(encoding="utf-8")
+
     def test_results_that_cannot_be_read(self) -> None:
         some = ("only=small_unroll", "contestants=higher")
         assert self.run(*some)[0] == 0

@@ -11,10 +11,10 @@ import torch
 from experiments.benchmarks.agreement import relative_error
 from experiments.benchmarks.contestant import NotMeasured
 from experiments.benchmarks.failure_reasons import is_out_of_memory, reason
-from experiments.benchmarks.ratios import measured_ratio
+from experiments.benchmarks.ratios import Ratio, measured_ratio
 from experiments.benchmarks.row import Row
 from experiments.benchmarks.sweep import crossover, growth
-from experiments.benchmarks.tables import byte_words, ratio_lines, time_words
+from experiments.benchmarks.tables import byte_words, ratio_lines, table_of_rows, time_words
 from experiments.benchmarks.timing import Rounds, Stopwatch
 from experiments.benchmarks.work import Target
 from tests.experiments.benchmarks.benchmark_works import CPU
@@ -124,6 +124,42 @@ class TestRatios:
         assert self.ratio("own", "unheard of", "stored").figure is None
         alone = measured_ratio(Target(contestant="own", quantity="time", against="peers", at_most=1), ROWS[3:])
         assert (alone.figure, alone.notes) == (None, "peers")
+
+    def test_who_disagrees_does_not_count(self) -> None:
+        wrong = {"agrees": False, "reference": "slow peer"}
+        rows = [
+            row("slow peer", "peer", min_seconds=4.0, agrees=True),
+            row("wrong peer", "peer", min_seconds=0.1, error=0.5, **wrong),
+            row("own", min_seconds=1.0, agrees=True),
+            row("wrong own", min_seconds=0.5, peak_bytes=5, figures={"kept": 1.0, "stored": 9.0}, **wrong),
+            row("plain", "floor", min_seconds=0.25),
+        ]
+
+        def ratio(contestant: str, against: str, quantity: str = "time", rows: list[Row] = rows) -> Ratio:
+            target = Target(contestant=contestant, quantity=quantity, against=against, at_most=100.0)
+            return measured_ratio(target, rows)
+
+        right = ratio("own", "peers")
+        assert (right.against, right.figure, right.reached, right.notes) == ("slow peer", 0.25, True, "")
+        for against, quantity in (("peers", "time"), ("plain", "time"), ("own", "time"), ("bytes", "memory")):
+            found = ratio("wrong own", against, quantity)
+            assert found.figure is not None
+            assert (found.reached, found.notes) == (False, "wrong own disagrees with slow peer")
+        assert ratio("wrong own", "stored", "kept").reached is False
+        base = ratio("own", "wrong peer")
+        assert (base.figure, base.reached) == (10.0, False)
+        assert base.notes == "wrong peer disagrees with slow peer, relative error 5.0e-01"
+        assert ratio_lines([base])[2].endswith(f"| at most 100 | 10 ({base.notes}) | no |")
+        alone = ratio("own", "peers", rows=rows[1:])
+        assert (alone.figure, alone.reached, alone.notes) == (None, None, f"peers; {base.notes}")
+
+    def test_who_disagrees_is_no_best_peer_of_the_table(self) -> None:
+        rows = [
+            row("slow peer", "peer", min_seconds=4.0, agrees=True),
+            row("wrong peer", "peer", min_seconds=0.1, error=0.5, agrees=False),
+            row("own", min_seconds=1.0, agrees=True),
+        ]
+        assert list(table_of_rows(rows).columns[3].cells) == ["1", "0.025", "0.25"]
 
     def test_as_markdown(self) -> None:
         lines = ratio_lines(
