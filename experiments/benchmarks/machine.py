@@ -36,11 +36,16 @@ def machine(device: torch.device) -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "memory_bytes": None if psutil is None else psutil.virtual_memory().total,
         "torch_threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if platform.system() != "Windows" else None,
+        "load_average": load_average(),
         "gpu": None if gpu is None else gpu.name,
         "gpu_memory_bytes": None if gpu is None else gpu.total_memory,
         "cuda": torch.version.cuda,
     }
+
+
+def load_average() -> list[float] | None:
+    """Returns the mean number of running processes over 1, 5 and 15 minutes; None where the system does not say."""
+    return list(os.getloadavg()) if platform.system() != "Windows" else None
 
 
 def _version(name: str) -> str | None:

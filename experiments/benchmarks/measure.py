@@ -10,9 +10,11 @@ from functools import partial
 import torch
 
 from experiments.benchmarks.agreement import relative_error
+from experiments.benchmarks.code_version import commit
 from experiments.benchmarks.contestant import Contestant, NotCompiled, NotMeasured, Outcome
 from experiments.benchmarks.failure_reasons import CONTESTANT_FAILURES, reason
 from experiments.benchmarks.job import Job
+from experiments.benchmarks.machine import load_average
 from experiments.benchmarks.memory import MemoryRequest, peak_bytes
 from experiments.benchmarks.own_process import in_own_process
 from experiments.benchmarks.row import Row
@@ -65,8 +67,18 @@ def measure(name: str, work: Work, size: int | None, settings: Settings, say: Ca
         settings: how to measure.
         say: is told what is being done.
     """
+    # Before anything runs, since every process reads the code anew.
+    code = commit()
     rows = [
-        Row(work=name, title=work.title, size=size, contestant=key, library=contestant.library, side=contestant.side)
+        Row(
+            work=name,
+            title=work.title,
+            size=size,
+            contestant=key,
+            library=contestant.library,
+            side=contestant.side,
+            commit=code,
+        )
         for key, contestant in work.contestants().items()
         if settings.contestants is None or key in settings.contestants
     ]
@@ -83,8 +95,8 @@ def measure(name: str, work: Work, size: int | None, settings: Settings, say: Ca
         timed = in_own_process(timed_here, request, settings.longest_work)
     except NotMeasured as error:
         timed = [_without(row, error) for row in able]
-    by_name = {row.contestant: row for row in timed}
-    return [by_name.get(row.contestant, row) for row in rows]
+    by_name, load = {row.contestant: row for row in timed}, load_average()
+    return [replace(by_name.get(row.contestant, row), load_average=load and load[0]) for row in rows]
 
 
 @dataclass(frozen=True, kw_only=True)

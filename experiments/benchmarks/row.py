@@ -30,6 +30,9 @@ class Row:
         reference: whose hypergradient that is.
         agrees: whether one of the two is within the tolerance; None for the floor.
         figures: what the contestant counted itself.
+        commit: of the code, with "+" if files differed from it; None outside git, and in older results.
+        load_average: mean number of running processes, this benchmark's own included, over the last minute of
+            measuring the work; None where the system does not say, and in older results.
         notes: why something was not measured.
     """
 
@@ -49,6 +52,8 @@ class Row:
     reference: str | None = None
     agrees: bool | None = None
     figures: Mapping[str, float] = field(default_factory=dict)
+    commit: str | None = None
+    load_average: float | None = None
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:

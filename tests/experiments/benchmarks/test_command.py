@@ -163,6 +163,26 @@ class TestCommand:
         assert self.run(*some, "resume=true")[0] == 0
         assert len(self.written()["rows"]) == 1
 
+    def test_every_part_says_with_which_code_it_was_measured(self) -> None:
+        some = "contestants=[higher,whole graph]"
+        self.monkeypatch.setattr(measure, "commit", lambda: "1234567")
+        self.monkeypatch.setattr(measure, "load_average", lambda: [0.5, 0.6, 0.7])
+        assert self.run("only=small_unroll", some)[0] == 0
+        results = self.written()
+        # As a benchmark without these two columns left it.
+        for item in results["rows"]:
+            assert (item.pop("commit"), item.pop("load_average")) == ("1234567", 0.5)
+        (self.folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+        self.monkeypatch.setattr(measure, "commit", lambda: "89abcde+")
+        self.monkeypatch.setattr(measure, "load_average", lambda: None)
+        code, out, error = self.run("only=sinusoid_maml", some, "resume=true")
+        assert code == 0, error
+        assert [item["commit"] for item in self.written()["rows"]] == [None] * 2 + ["89abcde+"] * 2
+        assert [item["load_average"] for item in self.written()["rows"]] == [None] * 4
+        with (self.folder / "rows.csv").open(encoding="utf-8", newline="") as file:
+            assert [item["commit"] for item in csv.DictReader(file)] == ["", "", "89abcde+", "89abcde+"]
+        assert "89abcde" not in out
+
     FAILURES: ClassVar = {
         "unknown work": (
             ("only=[smal]",),
