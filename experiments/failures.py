@@ -120,16 +120,21 @@ class Failures:
     def exit_code(self, main: Callable[[], None]) -> int:
         """Returns the exit code of a Hydra main function after running it: 1 if it failed in an expected way, else 0.
 
+        Who reads the output may have enough of it, such as `head`: the command then ends without a word, with 1.
+
         Args:
             main: decorated with `hydra.main` around `reported`.
         """
         self._messages.clear()
         self._keep_tracebacks = os.environ.get(_FULL_ERROR) == "1"
         try:
-            with _hydra_raises():
-                main()
-        except (KeyboardInterrupt, *_JOB_FAILURES) as error:
-            self._report(error, "")
+            try:
+                self._run(main)
+            finally:  # Hydra exits after --help
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _write_nowhere()
+            return 1
         return 1 if self._messages else 0
 
     def environment(self) -> dict[str, str]:
@@ -139,6 +144,13 @@ class Failures:
             kept.pop(_FULL_ERROR, None)
         return kept
 
+    def _run(self, main: Callable[[], None]) -> None:
+        try:
+            with _hydra_raises():
+                main()
+        except (KeyboardInterrupt, *_JOB_FAILURES) as error:
+            self._report(error, "")
+
     def _report(self, error: BaseException, prefix: str) -> None:
         message = None if self._keep_tracebacks else explain(error, self._config_name)
         if message is None:
@@ -146,6 +158,13 @@ class Failures:
         self._messages.append(message)
         sys.stdout.flush()
         sys.stderr.write(f"error: {prefix}{message}\n")
+
+
+def _write_nowhere() -> None:
+    """Sends what is still to be written to nowhere: Python flushes its streams once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
 
 
 @contextmanager
