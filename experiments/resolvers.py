@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,5 +18,11 @@ def _run_folder(*, _root_: DictConfig) -> str:
     return str(choose_folder(_root_))
 
 
+def _names_of(block: DictConfig) -> str:
+    """Returns the names in a block, for a --help text, wrapped and indented by two."""
+    return textwrap.fill(", ".join(str(name) for name in block), width=112, subsequent_indent="  ")
+
+
 OmegaConf.register_new_resolver("is_null", _is_null, replace=True)
+OmegaConf.register_new_resolver("names_of", _names_of, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import benchmark
 from experiments.benchmarks import measure, timing
 from experiments.benchmarks.row import Row
 from experiments.benchmarks.work import Work
+from experiments.config_errors import CONFIGS
 
 
 class TestCommand:
@@ -182,6 +185,18 @@ class TestCommand:
         with (self.folder / "rows.csv").open(encoding="utf-8", newline="") as file:
             assert [item["commit"] for item in csv.DictReader(file)] == ["", "", "89abcde+", "89abcde+"]
         assert "89abcde" not in out
+
+    def test_help_names_every_setting_work_and_sweep(self) -> None:
+        with pytest.raises(SystemExit) as ended:
+            self.run("--help")
+        assert ended.value.code == 0
+        out = self.capsys.readouterr().out
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("benchmark")
+        words = set(re.findall(r"\w+", out))
+        assert {str(name) for name in [*config, *config.works, *config.sweeps]} - {"task_name"} <= words
+        assert "--cuda" in out
+        assert not {"learner", "dynamics", "backbone"} & words
 
     FAILURES: ClassVar = {
         "unknown work": (
