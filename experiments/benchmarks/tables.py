@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -11,6 +11,7 @@ from experiments.benchmarks.row import Row
 from experiments.benchmarks.sweep import Growth
 
 _MISSING = "-"
+_DIGITS, _ALL_DIGITS = 3, 17
 NOT_MEASURED = "not measured"
 
 
@@ -65,7 +66,7 @@ def ratio_lines(ratios: Sequence[Ratio]) -> list[str]:
         words = byte_words if target.against == BYTES else _ratio_words
         wanted, measured, reached = words(target.at_most), NOT_MEASURED, ""
         if ratio.figure is not None:
-            measured = words(ratio.figure)
+            measured = _told_apart(ratio.figure, target.at_most, words)
             reached = "yes" if ratio.reached else "no"
         if ratio.notes:
             measured += f" ({ratio.notes})"
@@ -86,14 +87,14 @@ def time_words(seconds: float | None) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def byte_words(count: float | None) -> str:
-    """Returns bytes for people, with three digits."""
+def byte_words(count: float | None, digits: int = _DIGITS) -> str:
+    """Returns bytes for people, with three digits unless told otherwise."""
     if count is None:
         return _MISSING
     for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.3g} B"
+            return f"{count / scale:.{digits}g} {unit}"
+    return f"{count:.{digits}g} B"
 
 
 def _error_words(row: Row) -> str:
@@ -103,5 +104,13 @@ def _error_words(row: Row) -> str:
     return f"{row.error:.1e}{exact}{' DISAGREES' if row.agrees is False else ''}"
 
 
-def _ratio_words(ratio: float) -> str:
-    return f"1/{1 / ratio:.3g}" if 0 < ratio < 1 / 3 else f"{ratio:.3g}"
+def _ratio_words(ratio: float, digits: int = _DIGITS) -> str:
+    return f"1/{1 / ratio:.{digits}g}" if 0 < ratio < 1 / 3 else f"{ratio:.{digits}g}"
+
+
+def _told_apart(figure: float, wanted: float, words: Callable[[float, int], str]) -> str:
+    """Returns a figure in words, with as many digits as tell it from what was wanted, where they differ."""
+    digits = _DIGITS
+    while figure != wanted and digits < _ALL_DIGITS and words(figure, digits) == words(wanted, digits):
+        digits += 1
+    return words(figure, digits)

@@ -161,6 +161,27 @@ class TestRatios:
         ]
         assert list(table_of_rows(rows).columns[3].cells) == ["1", "0.025", "0.25"]
 
+    @pytest.mark.parametrize(
+        ("figure", "at_most", "shown"),
+        [
+            (1.0544, 1.05, "1.054 | no"),
+            (1.04996, 1.05, "1.04996 | yes"),
+            (1.05, 1.05, "1.05 | yes"),
+            (1.06, 1.05, "1.06 | no"),
+            (1 / 11.98, 1 / 12, "1/11.98 | no"),
+            (1 / 12, 1 / 12, "1/12 | yes"),
+        ],
+    )
+    def test_a_figure_is_told_from_what_was_wanted(self, figure: float, at_most: float, shown: str) -> None:
+        rows = [row("base", min_seconds=1.0), row("own", min_seconds=figure)]
+        target = Target(contestant="own", quantity="time", against="base", at_most=at_most)
+        assert f"| {shown} |" in ratio_lines([measured_ratio(target, rows)])[2]
+
+    def test_bytes_are_told_from_what_was_wanted(self) -> None:
+        target = Target(contestant="own", quantity="memory", against="bytes", at_most=2**30)
+        line = ratio_lines([measured_ratio(target, [row("own", peak_bytes=2**30 + 2**21)])])[2]
+        assert "| at most 1 GiB | 1.002 GiB | no |" in line
+
     def test_as_markdown(self) -> None:
         lines = ratio_lines(
             [
