@@ -116,9 +116,9 @@ class TestCommand:
         assert "was measured with other versions" in error
 
     def test_one_name_needs_no_brackets_and_a_comma_quotes(self) -> None:
-        code, _, error = self.run("only=small_unroll", 'contestants="whole graph, compiled"')
+        code, _, error = self.run("only=small_unroll", 'contestants="TorchOpt, functional"')
         assert code == 0, error
-        assert [item["contestant"] for item in self.written()["rows"]] == ["whole graph, compiled"]
+        assert [item["contestant"] for item in self.written()["rows"]] == ["TorchOpt, functional"]
 
     def test_a_work_in_which_nobody_takes_part_is_passed_over(self) -> None:
         code, out, error = self.run("only=[small_unroll,forward_hparams]", "contestants=[forward]")
