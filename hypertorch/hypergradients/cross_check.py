@@ -50,8 +50,8 @@ def disagreement(loop: InnerLoop, plain: Steps, other: Callable[[], Steps], *, r
             dict(zip(names, found.cotangents, strict=True)), dict(zip(names, expected.cotangents, strict=True))
         ),
     )
-    eps = [torch.finfo(value.dtype).eps for value in arrival.tensors() if value.is_floating_point()]
-    if error <= min(10.0 * max(loop.inner_eps, *eps) ** 0.5, 0.1):
+    eps = [torch.finfo(value.dtype).eps for value in arrival.tensors() if tree.is_differentiable(value)]
+    if error <= min(10.0 * max([loop.inner_eps, *eps]) ** 0.5, 0.1):
         return None
     return f"the derivative of a step in `{name}` differs by {error:.1e}, relative, from that of reverse over reverse"
 

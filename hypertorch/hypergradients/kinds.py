@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
 from functools import partial
-from types import FunctionType
+from types import CellType, FunctionType
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from hypertorch.problem import BilevelProblem
 def kind_of(problem: BilevelProblem) -> Hashable:
     """Returns what is the same for problems that run the same operations, as far as their attributes tell.
 
-    Namely words, switches, functions and the classes of everything else; of the inner optimiser numbers, too.
+    Namely words, switches, functions with what they are closed over, and the classes of everything else; of the inner
+    optimiser numbers, too.
 
     Cost: some microseconds.
     """
@@ -34,13 +35,27 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
     return list(getattr(thing, "__dict__", {}).items())
 
 
-def _mark(value: object) -> Hashable:
+def _mark(value: object, depth: int = 4) -> Hashable:
     if value is None or isinstance(value, (str, bool, torch.dtype)):
         return value
     if isinstance(value, partial):
-        return "partial", _mark(value.func)
+        return "partial", _mark(value.func, depth)
     if isinstance(value, FunctionType):
-        return value.__code__
+        # A factory of losses gives them the same code.
+        return value.__code__, tuple(_mark(inside, depth - 1) for inside in _closed_over(value)) if depth else ()
     if isinstance(value, nn.Module):
         return tuple(type(module) for module in value.modules())
     return type(value)
+
+
+def _closed_over(function: FunctionType) -> list[object]:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -226,7 +226,7 @@ def _without_missing_paths(
     """
     if all(value is None or bool(value.any()) for value in result.grads.values()):
         return result
-    key = (kind_of(loop.program().problem), *variables)
+    key = (kind_of(loop.program().problem), loop.num_steps, *variables)
     if key not in _followed:
         losses = len(loop.inner_losses)
         steps = EagerSteps(loop, variables, mixed=False)

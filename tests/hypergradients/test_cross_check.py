@@ -153,6 +153,27 @@ def test_kinds() -> None:
     assert len({kind_of(each) for each in [problem("nothing"), *others]}) == 4
 
 
+def made(extra: Callable[[Tensor], Tensor]) -> ht.BilevelProblem:
+    """A problem of a factory: its functions have the same code whatever the extra term is."""
+    own = problem("nothing")
+    inner = LambdaInner(
+        own.inner.init_params, lambda params, hparams, batch: base(params, hparams) + extra(params["w"])
+    )
+    return ht.BilevelProblem(inner, own.outer, dynamics=own.dynamics, num_steps=own.num_steps)
+
+
+def base(params: TensorDict, hparams: TensorDict) -> Tensor:
+    return (hparams["weight"].sigmoid() * (INPUTS @ params["w"] - TARGETS).square()).mean()
+
+
+def test_functions_of_one_factory_are_told_apart() -> None:
+    harmless, wrong = made(EXTRAS["nothing"]), made(EXTRAS["slogdet"])
+    assert kind_of(harmless) == kind_of(made(EXTRAS["nothing"])) != kind_of(wrong)
+    assert error(harmless, Reverse(derivative="mixed")) < 1e-12
+    with pytest.raises(IncompatibleBackendError, match="mixed mode is not possible here"):
+        error(wrong, Reverse(derivative="mixed"))
+
+
 def module_problem(*layers: nn.Module, inner_dtype: torch.dtype | None = torch.bfloat16) -> ht.BilevelProblem:
     torch.manual_seed(0)
     module = ht.FunctionalModule(nn.Sequential(*layers))
