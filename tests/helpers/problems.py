@@ -17,6 +17,11 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def scalars(**values: float) -> TensorDict:
+    """Returns the numbers as tensors without axes, in float64."""
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
 class Ridge:
     """Ridge regression: inner loss `|Aw - y|^2 / 2n + lam |w|^2 / 2`, outer loss `|Bw - z|^2 / 2m`.
 
@@ -243,6 +248,26 @@ class LambdaOuter(ht.OuterProblem):
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
         return self._loss(params, hparams, batch)
+
+
+def scalar_problem(**changes: object) -> ht.BilevelProblem:
+    """Returns: minimise `(w - c)^2` by three steps of gradient descent from 0, judge `w^2 + c`, with any part changed.
+
+    The parts are `init` and `inner` (of a `LambdaInner`), `hparams` and `outer` (of a `LambdaOuter`) and the settings
+    of `BilevelProblem`.
+    """
+    options: dict = {
+        "init": lambda h: {"w": torch.zeros((), dtype=torch.float64)},
+        "inner": lambda p, h, b: (p["w"] - h["c"]).square(),
+        "outer": lambda p, h, b: p["w"].square() + h["c"],
+        "hparams": scalars(c=2.0),
+        "dynamics": ht.dynamics.SGD(lr=0.1),
+        "num_steps": 3,
+        **changes,
+    }
+    inner = LambdaInner(options.pop("init"), options.pop("inner"))
+    outer = LambdaOuter(options.pop("hparams"), options.pop("outer"))
+    return ht.BilevelProblem(inner, outer, **options)
 
 
 def one_by_one(problem: ht.BilevelProblem, hparams: TensorDict) -> TensorDict:

@@ -10,27 +10,11 @@ from torch.nn import functional as F
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, NonFiniteError
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal
+from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, scalar_problem
 
 Reverse = ht.hypergradients.Reverse
 SGD = ht.dynamics.SGD
 F64 = torch.float64
-
-
-def scalar_problem(**changes: object) -> ht.BilevelProblem:
-    """Minimise (w - c)^2 by gradient descent from 0, judge w^2 + c."""
-    options: dict = {
-        "init": lambda h: {"w": torch.zeros((), dtype=F64)},
-        "inner": lambda p, h, b: (p["w"] - h["c"]).square(),
-        "outer": lambda p, h, b: p["w"].square() + h["c"],
-        "hparams": {"c": torch.tensor(2.0, dtype=F64)},
-        "dynamics": SGD(lr=0.1),
-        "num_steps": 3,
-        **changes,
-    }
-    inner = LambdaInner(options.pop("init"), options.pop("inner"))
-    outer = LambdaOuter(options.pop("hparams"), options.pop("outer"))
-    return ht.BilevelProblem(inner, outer, **options)
 
 
 def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None) -> ht.HypergradientResult:

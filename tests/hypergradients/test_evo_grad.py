@@ -11,15 +11,11 @@ from torch import Tensor
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, task_problem
+from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, scalars, task_problem
 
 EvoGrad = ht.hypergradients.EvoGrad
 SGD, Hyper = ht.dynamics.SGD, ht.Hyper
 F64 = torch.float64
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
 
 def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient, **options: int) -> ht.HypergradientResult:

@@ -15,16 +15,12 @@ import hypertorch as ht
 from hypertorch import outer
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
+from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, scalars, task_problem
 
 EvolutionStrategies = ht.hypergradients.EvolutionStrategies
 SGD, Hyper = ht.dynamics.SGD, ht.Hyper
 F64 = torch.float64
 Z = 4.42  # standard errors that a normal number exceeds, in either direction, once in 100 000 times
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
 
 def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient, **options: object) -> ht.HypergradientResult:

@@ -9,15 +9,11 @@ from torch import Tensor
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
+from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, scalars, task_problem
 
 FirstOrder, Reverse = ht.hypergradients.FirstOrder, ht.hypergradients.Reverse
 SGD, Hyper = ht.dynamics.SGD, ht.Hyper
 F64 = torch.float64
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
 
 class CubicInner(ht.InnerProblem):

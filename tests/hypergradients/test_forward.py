@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,18 +21,23 @@ from hypertorch.errors import (
 from hypertorch.hypergradients import tangents
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, task_problem
+from tests.helpers.agreement import assert_equal, assert_equals_reverse
+from tests.helpers.problems import (
+    LambdaInner,
+    LambdaOuter,
+    Ridge,
+    net_problem,
+    normal,
+    scalar_problem,
+    scalars,
+    task_problem,
+)
 from tests.test_tasks import NORMS, net
 
 Forward, Reverse = ht.hypergradients.Forward, ht.hypergradients.Reverse
 SGD = ht.dynamics.SGD
 F64 = torch.float64
 CHUNKS = [None, 3, 1]
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
-
 
 LEARNT = scalars(lr=0.3, momentum=0.6, dampening=0.2, weight_decay=0.01)
 LEARNT_SGD = SGD(**{name: ht.Hyper(name) for name in LEARNT})
@@ -56,27 +60,6 @@ RULES: dict[str, tuple[ht.Dynamics, TensorDict]] = {
     "nesterov": (NESTEROV, scalars(lr=0.2, momentum=0.7)),
     "schedules and settings per parameter": (SCHEDULED_SGD, SCHEDULED),
 }
-
-
-def assert_equal(
-    problem: ht.BilevelProblem,
-    backend: ht.Hypergradient,
-    expected: ht.HypergradientResult,
-    hparams: TensorDict,
-    outer_step: int = 0,
-) -> None:
-    result = ht.hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
-    torch.testing.assert_close(result.outer_loss, expected.outer_loss, rtol=1e-12, atol=1e-14)
-    for name in hparams:
-        torch.testing.assert_close(result.grads[name], expected.grads[name], rtol=1e-10, atol=1e-13)
-    for name in expected.params:
-        torch.testing.assert_close(result.params[name], expected.params[name], rtol=1e-11, atol=1e-14)
-
-
-def assert_equals_reverse(problem: ht.BilevelProblem, backend: ht.Hypergradient, outer_step: int = 0) -> None:
-    hparams = problem.init_hparams()
-    expected = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
-    assert_equal(problem, backend, expected, hparams, outer_step)
 
 
 # The number
@@ -366,22 +349,6 @@ def test_a_constant_that_asks_for_its_gradient_starts_no_graph(chunk_size: int |
 # Hyperparameters that do nothing
 
 
-def scalar_problem(**changes: object) -> ht.BilevelProblem:
-    """Minimise (w - c)^2 by gradient descent from 0, judge w^2 + c."""
-    options: dict = {
-        "init": lambda h: {"w": torch.zeros((), dtype=F64)},
-        "inner": lambda p, h, b: (p["w"] - h["c"]).square(),
-        "outer": lambda p, h, b: p["w"].square() + h["c"],
-        "hparams": scalars(c=2.0),
-        "dynamics": SGD(lr=0.1),
-        "num_steps": 3,
-        **changes,
-    }
-    inner = LambdaInner(options.pop("init"), options.pop("inner"))
-    outer = LambdaOuter(options.pop("hparams"), options.pop("outer"))
-    return ht.BilevelProblem(inner, outer, **options)
-
-
 def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None) -> ht.HypergradientResult:
     return ht.hypergradient(problem, problem.init_hparams(), backend=backend or Forward())
 
@@ -422,145 +389,6 @@ def test_an_infinite_derivative_names_its_hyperparameter(chunk_size: int | None)
         compute(problem, Forward(chunk_size=chunk_size))
 
 
-# What PyTorch cannot do
-
-
-X, Y = normal(5, 3, seed=1), normal(5, 4, seed=2)
-
-
-class Doubled(torch.autograd.Function):
-    """Has a backward only."""
-
-    @staticmethod
-    def forward(ctx: object, value: Tensor) -> Tensor:
-        return 2.0 * value
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        return 2.0 * grad
-
-
-def operation_problem(loss: Callable[[Tensor], Tensor]) -> ht.BilevelProblem:
-    return scalar_problem(
-        init=lambda h: {"w": normal(3, 4, seed=3)},
-        inner=lambda p, h, b: h["c"] * loss(X @ p["w"]),
-        outer=lambda p, h, b: p["w"].square().sum(),
-        hparams=scalars(c=0.5, lr=0.1),
-        dynamics=SGD(lr=ht.Hyper("lr")),
-    )
-
-
-def grid_sampled(z: Tensor) -> Tensor:
-    return F.grid_sample(Y[None, None], z[:4].reshape(1, 2, 4, 2), align_corners=False).square().mean()
-
-
-def checkpointed(z: Tensor) -> Tensor:
-    return torch.utils.checkpoint.checkpoint(torch.tanh, z, use_reentrant=False).square().mean()
-
-
-def nested(z: Tensor) -> Tensor:
-    return torch.func.jvp(lambda v: v.square().mean(), (z,), (Y,))[1].square()
-
-
-def through_numpy(z: Tensor) -> Tensor:
-    return z.square().mean() + float(z.detach().numpy().sum() * 0.0)
-
-
-NO_FORWARD = {
-    "huber_loss": (lambda z: F.huber_loss(z, Y), "`huber_loss_backward`, which has no forward derivative.*Write it"),
-    "grid_sample": (grid_sampled, "`grid_sampler_2d_backward`, which has no forward derivative"),
-}
-
-
-@pytest.mark.parametrize("name", NO_FORWARD)
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_operations_without_forward_derivative_are_explained(name: str, chunk_size: int | None) -> None:
-    loss, message = NO_FORWARD[name]
-    with pytest.raises(IncompatibleBackendError, match=message + r".*`Reverse\(\)`"):
-        compute(operation_problem(loss), Forward(chunk_size=chunk_size))
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_the_mean_squared_error_has_one_all_the_same(chunk_size: int | None) -> None:
-    for loss in (F.mse_loss, torch.nn.MSELoss()):
-        assert_equals_reverse(operation_problem(lambda z, loss=loss: loss(z, Y)), Forward(chunk_size=chunk_size))
-
-
-NOT_VECTORISED = {
-    "checkpoint": checkpointed,
-    "numpy": through_numpy,
-    "noise": lambda z: F.rrelu(z, training=True).sum(),
-}
-
-
-@pytest.mark.parametrize("name", NOT_VECTORISED)
-def test_operations_that_cannot_be_vectorised_are_pushed_one_by_one(name: str) -> None:
-    problem = operation_problem(NOT_VECTORISED[name])
-    with pytest.raises(
-        IncompatibleBackendError, match=r"cannot be vectorised.*PyTorch says.*`Forward\(chunk_size=1\)`"
-    ):
-        compute(problem)
-    assert_equals_reverse(problem, Forward(chunk_size=1))
-
-
-def test_other_limits_are_explained() -> None:
-    with pytest.raises(IncompatibleBackendError, match=r"cannot be vectorised.*autograd.Function.*chunk_size=1"):
-        compute(operation_problem(lambda z: Doubled.apply(z).square().mean()))
-    with pytest.raises(IncompatibleBackendError, match=r"uses `autograd.Function`, which has no forward derivative"):
-        compute(operation_problem(lambda z: Doubled.apply(z).square().mean()), Forward(chunk_size=1))
-    with pytest.raises(IncompatibleBackendError, match="forward derivatives of its own.*`chunk_size` above 1"):
-        compute(operation_problem(nested), Forward(chunk_size=1))
-    assert_equals_reverse(operation_problem(nested), Forward())
-
-
-@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
-def test_an_lstm_in_single_precision_is_explained() -> None:
-    lstm = nn.LSTM(4, 2, batch_first=True)
-    problem = operation_problem(lambda z: lstm(z.float()[None])[0].square().mean())
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("no oneDNN in this PyTorch")
-    with pytest.raises(IncompatibleBackendError, match="`mkldnn_rnn_layer`.*switch oneDNN off"):
-        compute(problem)
-    with torch.backends.mkldnn.flags(enabled=False):
-        compute(problem)
-
-
-def test_values_may_be_looked_at() -> None:
-    """Only tangents are vectorised, so that checks of values work."""
-
-    def loss(z: Tensor) -> Tensor:
-        return z.square().mean() * (1.0 if z.sum() < 1e9 and float(z.sum().item()) < 1e9 else 2.0)
-
-    assert_equals_reverse(operation_problem(loss), Forward())
-
-
-def test_an_error_of_the_user_is_left_alone() -> None:
-    for chunk_size in (None, 1):
-        with pytest.raises(RuntimeError, match="shape") as caught:
-            compute(operation_problem(lambda z: (z @ z).sum()), Forward(chunk_size=chunk_size))
-        assert not isinstance(caught.value, IncompatibleBackendError)
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_auto_takes_the_loop_where_tasks_cannot_be_vectorised(chunk_size: int | None) -> None:
-    problem = task_problem(nn.Linear(2, 3).double(), item=(2,), num_tasks=3, num_steps=2)
-    inner = problem.inner
-
-    class DataDependent(type(inner)):  # type: ignore[misc]
-        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> tuple[Tensor, TensorDict]:
-            assert batch[0].sum() < 1e9
-            return super().loss(params, hparams, batch)
-
-    rerouted = dataclasses.replace(problem, inner=DataDependent(inner.net.module, *inner.data))
-    hparams = problem.init_hparams()
-    expected = ht.hypergradient(rerouted.with_task_route("loop"), hparams, backend=Reverse())
-    assert_equal(rerouted, Forward(chunk_size=chunk_size), expected, hparams)
-    with pytest.raises(RuntimeError, match="vmap") as caught:
-        ht.hypergradient(rerouted.with_task_route("vmap"), hparams, backend=Forward(chunk_size=chunk_size))
-    # One at a time there is nothing but the tasks that was vectorised, and no advice to push one at a time.
-    assert isinstance(caught.value, IncompatibleBackendError) == (chunk_size is None)
-
-
 # Replays
 
 
@@ -585,77 +413,3 @@ def test_data_that_change_between_chunks_are_noticed() -> None:
 def test_settings_are_validated(chunk_size: object) -> None:
     with pytest.raises(ValueError, match="`chunk_size` is .*entries are pushed .* at least 1. Pass a whole number"):
         Forward(chunk_size=chunk_size)  # type: ignore[arg-type]
-
-
-# Warm starts
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_a_warm_start_without_tangents_differentiates_its_own_steps(chunk_size: int | None) -> None:
-    problem = dataclasses.replace(net_problem(LEARNT_SGD, LEARNT, num_steps=3), warm_start=True)
-    names = tuple(name for name in problem.init_hparams() if name.startswith("init."))
-    problem = dataclasses.replace(problem, allow_unused=names)
-    hparams = problem.init_hparams()
-    carry = ht.hypergradient(problem, hparams, backend=Reverse()).carry
-    expected = ht.hypergradient(problem, hparams, backend=Reverse(), carry=carry, outer_step=1)
-    actual = ht.hypergradient(problem, hparams, backend=Forward(chunk_size=chunk_size), carry=carry, outer_step=1)
-    assert actual.carry.keys() == expected.carry.keys()
-    for name in hparams:
-        torch.testing.assert_close(actual.grads[name], expected.grads[name], rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("chunk_size", [None, 20])
-def test_kept_tangents_reach_back_to_the_start(chunk_size: int | None) -> None:
-    backend = Forward(chunk_size=chunk_size, keep_tangents=True)
-    cold = net_problem(LEARNT_SGD, LEARNT, num_steps=2)
-    warm = dataclasses.replace(cold, warm_start=True)
-    hparams = warm.init_hparams()
-    carry: TensorDict = {}
-    for outer_step in range(3):
-        result = ht.hypergradient(warm, hparams, backend=backend, carry=carry, outer_step=outer_step)
-        carry = result.carry
-        whole = dataclasses.replace(cold, num_steps=2 * (outer_step + 1))
-        expected = ht.hypergradient(whole, hparams, backend=Reverse())
-        for name in hparams:
-            torch.testing.assert_close(result.grads[name], expected.grads[name], rtol=1e-11, atol=1e-13)
-    assert int(carry["index"]) == 6
-    assert carry["tangents.params.first"].shape == (59, 4, 6)
-    assert carry["tangents.dynamics.momentum.second"].shape == (59, 6, 3)
-
-
-@pytest.mark.parametrize("route", ["vmap", "loop"])
-@pytest.mark.parametrize("task_chunk", [None, 2])
-def test_kept_tangents_with_tasks_and_statistics(route: str, task_chunk: int | None) -> None:
-    cold = task_problem(net("ours, running"), item=(1, 4, 4), num_steps=1, task_route=route, task_chunk=task_chunk)
-    warm = dataclasses.replace(cold, warm_start=True)
-    hparams = warm.init_hparams()
-    carry: TensorDict = {}
-    for outer_step in range(2):
-        result = ht.hypergradient(
-            warm, hparams, backend=Forward(keep_tangents=True, chunk_size=40), carry=carry, outer_step=outer_step
-        )
-        carry = result.carry
-    expected = ht.hypergradient(dataclasses.replace(cold, num_steps=2), hparams, backend=Reverse())
-    for name in hparams:
-        torch.testing.assert_close(result.grads[name], expected.grads[name], rtol=1e-10, atol=1e-13)
-    entries = sum(value.numel() for value in hparams.values())
-    assert carry["tangents.params.0.bias"].shape == (3, entries, 4)
-    assert int(carry["shared.tangents"]) == entries
-
-
-def test_keeping_tangents_is_refused_where_it_means_nothing() -> None:
-    backend = Forward(keep_tangents=True)
-    with pytest.raises(IncompatibleBackendError, match="`warm_start=False`: .*Set `warm_start=True`"):
-        compute(scalar_problem(), backend)
-    contextual = scalar_problem(warm_start=True, context=lambda h, b: {"more": h["c"]})
-    with pytest.raises(IncompatibleBackendError, match="a `context`, which is computed anew.*keep_tangents=False"):
-        compute(contextual, backend)
-    warm = scalar_problem(warm_start=True)
-    hparams = warm.init_hparams()
-    without = ht.hypergradient(warm, hparams, backend=Forward()).carry
-    with pytest.raises(ValueError, match=r"`carry` holds no tangents, .*carry of the same backend"):
-        ht.hypergradient(warm, hparams, backend=backend, carry=without)
-    one = ht.hypergradient(warm, hparams, backend=backend).carry
-    more = scalar_problem(warm_start=True, hparams=scalars(c=2.0, d=1.0), allow_unused=("d",))
-    with pytest.raises(ValueError, match=r"the tangents of 1 entries, but .* in 2 entries"):
-        ht.hypergradient(more, more.init_hparams(), backend=backend, carry=one)

@@ -12,17 +12,13 @@ import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, task_problem
+from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, scalars, task_problem
 
 OneStep, Reverse, Truncated = ht.hypergradients.OneStep, ht.hypergradients.Reverse, ht.hypergradients.Truncated
 SGD, Hyper = ht.dynamics.SGD, ht.Hyper
 F64 = torch.float64
 EXACT, DIFFERENCE = OneStep(), OneStep(finite_difference=True)
 INITIAL = ("init.first", "init.second")
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
 
 def assert_equal(actual: TensorDict, expected: TensorDict, tolerance: float = 1e-10) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, NonFiniteError, ReplayError
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
+from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, scalars, task_problem
 
 Reverse, Reversible = ht.hypergradients.Reverse, ht.hypergradients.Reversible
 ReversibleMomentum, LearnedBuffers = ht.dynamics.ReversibleMomentum, ht.dynamics.LearnedBuffers
@@ -23,10 +23,6 @@ Hyper = ht.Hyper
 F64 = torch.float64
 NUM_STEPS = 60
 SHAPES = {"first": (4, 6), "second": (6, 3)}
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
 
 def wobbling(value: float, *shape: int, seed: int) -> Tensor:

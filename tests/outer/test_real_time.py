@@ -18,7 +18,7 @@ from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.hypergradients import Forward
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import normal
+from tests.helpers.problems import normal, scalars
 from tests.outer.runs import assert_same_checkpoint, assert_same_run, records
 
 F64 = torch.float64
@@ -29,10 +29,6 @@ TRUTH = torch.tensor([2.0, -1.0, 1.5], dtype=F64)
 INPUTS, HELD_OUT = normal(12, FEATURES, seed=1), normal(9, FEATURES, seed=3)
 TARGETS, JUDGED = INPUTS @ TRUTH + 0.3 * normal(12, seed=2), HELD_OUT @ TRUTH + 0.3 * normal(9, seed=4)
 SIZE = 4  # of a minibatch
-
-
-def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
 
 class Regression(ht.InnerProblem):
