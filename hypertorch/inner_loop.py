@@ -155,6 +155,11 @@ class InnerLoop:
         self._seed(INIT)
 
     @property
+    def outer_batch(self) -> Batch:
+        """The outer data of the loop's tasks."""
+        return self._outer_batch
+
+    @property
     def carry(self) -> TensorDict:
         """The state that the run starts from, as the last run's `carry` holds it; empty for a fresh start."""
         return self._carry

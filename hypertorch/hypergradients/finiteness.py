@@ -5,7 +5,10 @@ from __future__ import annotations
 from hypertorch import tree
 from hypertorch.errors import NonFiniteError
 from hypertorch.inner_loop import InnerLoop
-from hypertorch.types import TensorDict
+from hypertorch.types import Batch, TensorDict
+
+_SMALLER_STEPS = "A smaller inner step size keeps the inner run stable; if that is not it, look at the loss itself."
+_BAD_DATA = "So does its data, which is the first thing to look at: see what `{method}` returns."
 
 
 def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError | None:
@@ -17,32 +20,33 @@ def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError |
     """
     for name, value in variables.items():
         if not tree.all_finite([value]):
-            return _non_finite(f"`{name}`", "before the first inner step", "The last outer step, or the data,")
+            return _non_finite(f"`{name}`", "before the first inner step", "Look at the last outer step or the data.")
     state = loop.initial(variables)
     for name, value in zip(state.names(), state.tensors(), strict=True):
         if not tree.all_finite([value]):
-            return _non_finite(f"`{name}`", "in the initial inner state", "`init_params`")
+            return _non_finite(f"`{name}`", "in the initial inner state", "Look at `init_params`.")
     for step in range(loop.num_steps):
         state, loss = loop.step_and_loss(state, variables, step)
         if loss is not None and not tree.all_finite([loss]):
-            return _non_finite("the inner loss", f"at inner step {step}", "The inner step size, or the loss itself,")
+            advice = _SMALLER_STEPS if step > 0 else "Nothing was stepped yet: look at the loss and the initial params."
+            if not _is_finite(loop.prepare_step(step)):
+                advice = _BAD_DATA.format(method="InnerProblem.batch")
+            return _non_finite("the inner loss", f"at inner step {step}", advice)
         for name, value in zip(state.names(), state.tensors(), strict=True):
             if not tree.all_finite([value]):
-                return _non_finite(f"`{name}`", f"after inner step {step}", "The inner step size")
+                return _non_finite(f"`{name}`", f"after inner step {step}", _SMALLER_STEPS)
     if not tree.all_finite([loop.outer_loss(state.params, variables)]):
-        return _non_finite(
-            "the outer loss",
-            f"after {loop.num_steps} inner steps",
-            "An overflowing inner step, or the outer loss,",
-        )
+        advice = _SMALLER_STEPS if _is_finite(loop.outer_batch) else _BAD_DATA.format(method="OuterProblem.batch")
+        return _non_finite("the outer loss", f"after {loop.num_steps} inner steps", advice)
     return None
 
 
-def _non_finite(entry: str, where: str, suspect: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {suspect} is the first thing to look "
-        "at; a smaller inner step size keeps the inner run stable."
-    )
+def _is_finite(batch: Batch) -> bool:
+    return tree.all_finite(tree.batch_tensors(batch))
+
+
+def _non_finite(entry: str, where: str, advice: str) -> NonFiniteError:
+    return NonFiniteError(f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {advice}")
 
 
 def non_finite_hypergradient(grads: TensorDict) -> NonFiniteError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,31 @@ def test_a_diverging_inner_run_names_step_and_entry() -> None:
 def test_a_non_finite_outer_loss_is_named() -> None:
     with pytest.raises(NonFiniteError, match="the outer loss holds NaN or infinity after 3 inner steps"):
         compute(scalar_problem(outer=lambda p, h, b: p["w"].log() * 0 + (p["w"] - p["w"]).log()))
+
+
+def test_a_loss_that_is_nan_at_once_is_no_matter_of_step_sizes() -> None:
+    with pytest.raises(NonFiniteError, match="at inner step 0: .*Nothing was stepped yet: look at the loss and"):
+        compute(scalar_problem(inner=lambda p, h, b: (p["w"] * h["c"]).log() * 0.0 + (p["w"] - h["c"]).log()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_data_that_are_not_finite_are_blamed(bad: float) -> None:
+    class Inner(LambdaInner):
+        def batch(self, step: int) -> Batch:
+            return {"x": [torch.tensor(bad if step == 1 else 1.0, dtype=F64)]}
+
+    class Outer(LambdaOuter):
+        def batch(self, outer_step: int) -> Batch:
+            return torch.tensor(bad, dtype=F64)
+
+    plain = scalar_problem()
+    init, outer_loss = plain.inner._init, plain.outer._loss  # type: ignore[attr-defined]
+    inner = Inner(init, lambda p, h, b: (p["w"] - h["c"] * b["x"][0]).square())
+    with pytest.raises(NonFiniteError, match=r"at inner step 1: .*So does its data.*`InnerProblem.batch`"):
+        compute(dataclasses.replace(plain, inner=inner))
+    outer = Outer(plain.outer.init_hparams(), lambda p, h, b: outer_loss(p, h, None) * b)
+    with pytest.raises(NonFiniteError, match=r"the outer loss .* after 3 inner steps: .*`OuterProblem.batch`"):
+        compute(dataclasses.replace(plain, outer=outer))
 
 
 def test_an_infinite_derivative_of_finite_values_is_named() -> None:
