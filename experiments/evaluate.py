@@ -34,6 +34,8 @@ def main(config: DictConfig) -> float:
     num_episodes = whole_number(config, "num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
     if config.seed is not None:
         whole_number(config, "seed", minimum=0, purpose="it chooses the episodes")
+    if config.num_queries is not None:
+        whole_number(config, "num_queries", minimum=1, purpose="each class is judged on so many images")
     chosen_device(config)
     run = RunFolder(Path(str(config.run)))
     trained_as = as_trained(config, run)
@@ -65,9 +67,11 @@ def main(config: DictConfig) -> float:
 
 
 def as_trained(config: DictConfig, run: RunFolder) -> DictConfig:
-    """Returns the run's configuration with the device, and the data's place, of this command."""
+    """Returns the run's configuration with the device, the number of queries and the data's place of this command."""
     trained_as = read_config(run.path)
     trained_as.device = config.device
+    if config.num_queries is not None:
+        trained_as.evaluation.num_queries = config.num_queries
     if config.dataset_root is not None:
         if trained_as.dataset is None or "root" not in trained_as.dataset:
             raise ExpectedFailure(

@@ -30,6 +30,7 @@ def check_training_settings(config: DictConfig) -> None:
     whole_number(config, "pictures.num_episodes", minimum=2, purpose="a curve is a mean over episodes, with its spread")
     for key in ("resume", "outer_loop.progress"):
         check_switch(config, key)
+    chosen_splits(config)
     chosen_dtype(config)
     chosen_inner_dtype(config)
     chosen_device(config)
@@ -117,6 +118,24 @@ def listed_names(config: DictConfig, key: str, *, example: str) -> list[str] | N
             "or leave it out for all."
         )
     return given
+
+
+def chosen_splits(config: DictConfig) -> tuple[str, ...]:
+    """Returns the splits that `evaluation.splits` lists, in their own order; all where it is null.
+
+    Raises:
+        ExpectedFailure: if it lists another, or none.
+    """
+    # Runs of earlier versions do not have this setting.
+    if config.evaluation.get("splits") is None:
+        return SPLITS
+    given = listed_names(config, "evaluation.splits", example=SPLITS[1]) or []
+    for name in given:
+        if name not in SPLITS:
+            raise ExpectedFailure(
+                f"`evaluation.splits` lists {name!r}, which is no split. Use some of: {', '.join(SPLITS)}."
+            )
+    return tuple(split for split in SPLITS if split in given)
 
 
 def quoted(known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from experiments.reporting import (
     write_results,
 )
 from experiments.run_folder import RunFolder, command, open_folder
-from experiments.settings import SPLITS, check_training_settings, chosen_device, chosen_dtype, set_threads
+from experiments.settings import check_training_settings, chosen_device, chosen_dtype, chosen_splits, set_threads
 from hypertorch.errors import CheckpointError
 from hypertorch.fewshot import Learner
 from hypertorch.types import TensorDict
@@ -59,7 +59,9 @@ def main(config: DictConfig) -> float:
     write_results(folder.results, results(config, trained, reports))
     draw(config, learner, streams, trained, folder)
     show(config, trained, reports, folder)
-    return reports["meta_val"].metrics[config.task.metric].mean if trained.best_value is None else trained.best_value
+    if trained.best_value is not None:
+        return trained.best_value
+    return reports.get("meta_val", next(iter(reports.values()))).metrics[config.task.metric].mean
 
 
 def start(config: DictConfig) -> TensorDict | None:
@@ -78,7 +80,7 @@ def start(config: DictConfig) -> TensorDict | None:
 def evaluate_splits(
     config: DictConfig, learner: Learner, streams: EpisodeStreams, trained: ht.Trained
 ) -> dict[str, ht.Report]:
-    """Returns the figures of the best outer variables on fresh episodes of each split."""
+    """Returns the figures of the best outer variables on fresh episodes of each split that is asked for."""
     return {
         split: ht.evaluate(
             on_episodes(config, learner, streams.evaluation(split)),
@@ -86,7 +88,7 @@ def evaluate_splits(
             num_episodes=config.evaluation.num_episodes,
             progress=config.outer_loop.progress,
         )
-        for split in SPLITS
+        for split in chosen_splits(config)
     }
 
 
@@ -111,7 +113,8 @@ def draw(config: DictConfig, learner: Learner, streams: EpisodeStreams, trained:
     """Writes the pictures."""
     plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", config.task.metric)
     plot_step_sizes(trained.best_hparams, folder.path / "step_sizes.png")
-    draw_episodes(config, learner, streams.evaluation("meta_test"), trained.best_hparams, folder.path / "episodes.png")
+    shown = chosen_splits(config)[-1]
+    draw_episodes(config, learner, streams.evaluation(shown), trained.best_hparams, folder.path / "episodes.png")
     draw_adaptation(
         learner,
         trained.best_hparams,

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 
 import hypertorch as ht
 from experiments import evaluate, train
+from experiments.assembly import EpisodeStreams
+from hypertorch.fewshot import HyperRepresentation
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ("debug=default", "outer_loop.progress=false", "backbone.hidden=4")
@@ -151,6 +153,33 @@ def test_evaluation_repeats_the_figures_of_the_run(command: Command, tmp_path: P
     assert trained["metrics"]["meta_test"] == evaluated["metrics"]["meta_test"]
 
 
+def test_the_test_classes_can_be_left_alone(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    evaluation = EpisodeStreams.evaluation
+    monkeypatch.setattr(EpisodeStreams, "evaluation", lambda *given: asked.append(given[1]) or evaluation(*given))
+    code, error = command(*TINY, "evaluation.splits=[meta_val,meta_train]", "paths.run_dir=trained")
+    assert code == 0, error
+    assert list(json.loads((tmp_path / "trained/results.json").read_text())["metrics"]) == ["meta_train", "meta_val"]
+    assert set(asked) == {"meta_train", "meta_val"}
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_evaluation_has_a_number_of_queries_of_its_own(
+    num_queries: int, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(*TINY, "paths.run_dir=trained")[0] == 0
+    judged = []
+    on = HyperRepresentation.on
+    monkeypatch.setattr(
+        HyperRepresentation, "on", lambda learner, source, **k: judged.append(source) or on(learner, source, **k)
+    )
+    arguments = ("run=trained", "num_episodes=4", f"num_queries={num_queries}", "paths.run_dir=evaluated")
+    code, error = command(*arguments, module=evaluate)
+    assert code == 0, error
+    assert judged[0].at(0).query.targets.shape[1] == 5 * num_queries
+    assert f"num_queries={num_queries}" in json.loads((tmp_path / "evaluated/results.json").read_text())["command"]
+
+
 def test_a_run_starts_from_the_best_of_another(command: Command, tmp_path: Path) -> None:
     assert command(*SINUSOID, "paths.run_dir=first")[0] == 0
     again = (*SINUSOID, "paths.run_dir=second", "start_from=first", "outer_optimizer.lr=0")
@@ -213,6 +242,11 @@ FAILURES = {
     "non-finite inner loss": (
         ("experiment=maml", "dynamics.lr=1e38", "learner.num_steps=3"),
         ["NaN or infinity", "inner step"],
+    ),
+    "evaluation on no split": (("evaluation.splits=[]",), ["`evaluation.splits` is []", "evaluation.splits=[meta_val]"]),
+    "evaluation on an unknown split": (
+        ("evaluation.splits=[test]",),
+        ["`evaluation.splits` lists 'test'", "meta_train, meta_val, meta_test"],
     ),
     "step size of a learner without inner steps": (
         ("experiment=protonet", "evaluation.lr=0.1"),
