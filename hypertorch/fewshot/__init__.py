@@ -1,7 +1,7 @@
 """Few-shot learning: episodes, data sets, backbones and learners, each learner a bilevel problem."""
 
 from hypertorch.fewshot.augmentation import Augmentation, Normalisation
-from hypertorch.fewshot.backbones import MLP, BatchNorm, Conv4, ResNet12
+from hypertorch.fewshot.backbones import MLP, BatchNorm, Conv4, FeatureNorm, ResNet12
 from hypertorch.fewshot.datasets import (
     CIFARFS,
     ImageClasses,
@@ -47,6 +47,7 @@ __all__ = [
     "EpisodeSampler",
     "EpisodeSource",
     "Examples",
+    "FeatureNorm",
     "HeadLearner",
     "HyperRepresentation",
     "ImageClasses",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,7 @@ class BatchNorm(nn.Module):
         self, features: int, *, statistics: Statistics = "episode", momentum: float = 1.0, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        if statistics not in ("episode", "running"):
-            raise ValueError(
-                f"`statistics` is {statistics!r}, which names no rule for batch norm. Use 'episode' (each call by its "
-                "own statistics) or 'running' (query by the support's)."
-            )
+        check_statistics(statistics)
         self.statistics = statistics
         self.momentum = momentum
         self.eps = eps
@@ -78,3 +74,12 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, images: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return (images - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
+
+
+def check_statistics(statistics: str) -> None:
+    """Raises `ValueError` if no rule has this name."""
+    if statistics not in get_args(Statistics):
+        raise ValueError(
+            f"`statistics` is {statistics!r}, which names no rule for batch norm. Use 'episode' (each call by its own "
+            "statistics) or 'running' (query by the support's)."
+        )

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor, nn
 
 from hypertorch.fewshot.backbones.batch_norm import BatchNorm, Statistics
+from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
 
 Downsample: TypeAlias = Literal["max_pool", "stride"]
 
@@ -28,15 +29,17 @@ class Conv4(nn.Module):
         downsample: "max_pool" or "stride".
         in_channels: channels of the image.
         image_size: height and width of the image (unit: pixels).
-        statistics: the rule of `BatchNorm`.
+        statistics: the rule of `BatchNorm`, and of `FeatureNorm`.
+        feature_length: centre the features and scale them to this root mean square length (`FeatureNorm`), before the
+            classifier if there is one; None leaves them as they are.
 
     Attributes:
         num_features: features per image before the classifier.
         item_shape: channels, height and width of an image.
 
     Raises:
-        ValueError: if `downsample` is unknown, a number is below 1, or the image is too small to be halved four times;
-            and, from a call, if the images have another shape.
+        ValueError: if `downsample` is unknown, a number is out of range, or the image is too small to be halved four
+            times; and, from a call, if the images have another shape.
 
     References:
         Vinyals et al. (2016), Matching networks, section 4.1; Finn, Abbeel and Levine (2017), MAML, section 5.2.
@@ -51,6 +54,7 @@ class Conv4(nn.Module):
         in_channels: int = 1,
         image_size: int = 28,
         statistics: Statistics = "episode",
+        feature_length: float | None = None,
     ) -> None:
         super().__init__()
         if downsample not in ("max_pool", "stride"):
@@ -74,6 +78,11 @@ class Conv4(nn.Module):
         self.blocks = nn.Sequential(
             *(_block(channels[i], channels[i + 1], downsample, statistics) for i in range(4)), nn.Flatten()
         )
+        self.feature_norm = (
+            nn.Identity()
+            if feature_length is None
+            else FeatureNorm(self.num_features, length=feature_length, statistics=statistics)
+        )
         self.classifier = nn.Identity() if way is None else nn.Linear(self.num_features, way)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -84,7 +93,7 @@ class Conv4(nn.Module):
                 f"{', '.join(map(str, self.item_shape))}). Pass `in_channels` and `image_size` of your images to it, "
                 "or scale the images."
             )
-        return self.classifier(self.blocks(images))
+        return self.classifier(self.feature_norm(self.blocks(images)))
 
 
 def _block(in_channels: int, out_channels: int, downsample: Downsample, statistics: Statistics) -> nn.Sequential:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from hypertorch.fewshot.backbones.batch_norm import BatchNorm, Statistics
+from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
 
 
 class ResNet12(nn.Module):
@@ -23,13 +24,15 @@ class ResNet12(nn.Module):
         way: number of outputs of a linear classifier at the end; None for features.
         channels: channels of the four blocks; (64, 128, 256, 512) and (64, 160, 320, 640) are usual.
         in_channels: channels of the image.
-        statistics: the rule of `BatchNorm`.
+        statistics: the rule of `BatchNorm`, and of `FeatureNorm`.
+        feature_length: centre the features and scale them to this root mean square length (`FeatureNorm`), before the
+            classifier if there is one; None leaves them as they are.
 
     Attributes:
         num_features: features per image before the classifier.
 
     Raises:
-        ValueError: if a number is below 1, or there are not four blocks; and, from a call, if images have another
+        ValueError: if a number is out of range, or there are not four blocks; and, from a call, if images have another
             number of channels or are too small.
 
     References:
@@ -43,6 +46,7 @@ class ResNet12(nn.Module):
         channels: Sequence[int] = (64, 128, 256, 512),
         in_channels: int = 3,
         statistics: Statistics = "episode",
+        feature_length: float | None = None,
     ) -> None:
         super().__init__()
         widths = [in_channels, *channels]
@@ -54,6 +58,11 @@ class ResNet12(nn.Module):
         self.in_channels = in_channels
         self.num_features = channels[-1]
         self.blocks = nn.Sequential(*(_Block(first, last, statistics) for first, last in pairwise(widths)))
+        self.feature_norm = (
+            nn.Identity()
+            if feature_length is None
+            else FeatureNorm(self.num_features, length=feature_length, statistics=statistics)
+        )
         self.classifier = nn.Identity() if way is None else nn.Linear(self.num_features, way)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,7 +73,7 @@ class ResNet12(nn.Module):
                 f"{self.in_channels}, height, width) of at least 16 x 16. Pass `in_channels` of your images to it, or "
                 "scale the images."
             )
-        return self.classifier(self.blocks(images).mean(dim=(2, 3)))
+        return self.classifier(self.feature_norm(self.blocks(images).mean(dim=(2, 3))))
 
 
 class _Block(nn.Module):

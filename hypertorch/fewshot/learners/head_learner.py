@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hypertorch import tree
 from hypertorch.dynamics import Dynamics
 from hypertorch.errors import IncompatibleBackendError
+from hypertorch.fewshot.backbones.feature_norm import mean_and_spread
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.base import Embedding, Learner, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
@@ -21,8 +22,6 @@ from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
-
-_TINY = 1e-12  # keeps the derivative of the root finite where all support features are equal
 
 
 class HeadLearner(Learner):
@@ -175,8 +174,7 @@ class HeadLearner(Learner):
             features = self._fit(weights, torch.cat([support, query]))
             support_features, query_features = features[: len(support)], features[len(support) :]
         if self._normalise:
-            centre = support_features.mean(dim=0)
-            spread = (support_features - centre).square().sum(dim=1).mean().add(_TINY).sqrt()
+            centre, spread = mean_and_spread(support_features)
             support_features, query_features = (support_features - centre) / spread, (query_features - centre) / spread
         return {
             "support": support_features,
