@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot.learners.backbone_checks import feature_count, first_parameter
 from hypertorch.fewshot.learners.head_learner import HeadLearner, linear_head
 from hypertorch.fewshot.learners.objectives import Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
@@ -49,8 +50,7 @@ class ANIL(HeadLearner):
         objective: Objective | None = None,
         normalise: bool = False,
     ) -> None:
-        some = next(backbone.parameters())
-        layer = nn.Linear(int(backbone.num_features), way).to(some)  # type: ignore[arg-type]
+        layer = nn.Linear(feature_count(backbone), way).to(first_parameter(backbone))
         head = {"weight": layer.weight.detach(), "bias": layer.bias.detach()}
         dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, head, num_steps)
         super().__init__(

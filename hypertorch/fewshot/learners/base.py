@@ -172,6 +172,22 @@ def check_examples(examples: Examples, role: str, *, way: int | None = None) -> 
         _check_labels(targets, role, way)
 
 
+def check_dtype(inputs: Tensor, role: str, hparams: TensorDict) -> None:
+    """Raises `ValueError` if inputs are of another floating-point type than the outer variables.
+
+    Args:
+        inputs: of one task.
+        role: what they are, for the message.
+        hparams: the outer variables.
+    """
+    dtype = next((value.dtype for value in hparams.values()), inputs.dtype)
+    if inputs.dtype != dtype:
+        raise ValueError(
+            f"`{role}` has inputs of {inputs.dtype}, but the learner's weights are {dtype}: PyTorch multiplies none by "
+            f"the other. Convert them: `inputs.to({dtype})`."
+        )
+
+
 def _check_labels(labels: Tensor, role: str, way: int | None) -> None:
     if labels.dtype != torch.int64:
         raise TypeError(

@@ -16,7 +16,8 @@ from hypertorch.dynamics import Dynamics
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.backbones.feature_norm import mean_and_spread
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Embedding, Learner, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.backbone_checks import first_parameter, refuse_dropout
+from hypertorch.fewshot.learners.base import Embedding, Learner, check_dtype, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
@@ -50,7 +51,7 @@ class HeadLearner(Learner):
         own_hparams: outer variables beside the representation's weights; their names must differ from those.
 
     Raises:
-        ValueError: if `way` is below 1, or a name is used twice.
+        ValueError: if `way` is below 1, a name is used twice, or the backbone has dropout or nothing to train.
         IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong.
     """
 
@@ -68,6 +69,8 @@ class HeadLearner(Learner):
         if way < 1:
             raise ValueError(f"`way` is {way}: the head needs at least one output. Pass the number of classes.")
         refuse_untracked_statistics(backbone)
+        refuse_dropout(backbone)
+        some = first_parameter(backbone)
         self._fit = FunctionalModule(copy.deepcopy(backbone).train())
         self._predict = FunctionalModule(copy.deepcopy(backbone).eval())
         self.way = way
@@ -76,15 +79,20 @@ class HeadLearner(Learner):
         self._num_steps = num_steps
         self._normalise = normalise
         self._names = self._fit.trained_names()
-        clash = sorted(own_hparams.keys() & set(self._names))
+        owned = dynamics.init_hparams().keys()
+        clash = sorted((own_hparams.keys() | owned) & set(self._names) | own_hparams.keys() & owned)
         if clash:
             raise ValueError(
-                f"`backbone` has parameters called {clash}, which are outer variables of the learner's own too. Rename "
-                "those of the module."
+                f"`backbone` has parameters called {clash}, which are outer variables of the learner or its dynamics "
+                "too: one value would be both. Rename those of the module."
             )
         initial = self._fit.init_params()
         self._initial: TensorDict = {**{name: initial[name] for name in self._names}, **own_hparams}
-        some = next(iter(self._initial.values()))
+        if not self._initial:
+            raise ValueError(
+                f"`backbone` is a {type(backbone).__name__} with all its parameters frozen, and {type(self).__name__} "
+                "has no outer variable of its own: there is nothing to learn. Set `requires_grad` on some."
+            )
         self._owned = {name: value.to(some) for name, value in dynamics.init_hparams().items()}
 
     @property
@@ -141,8 +149,10 @@ class HeadLearner(Learner):
             support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
         """
         check_examples(support, "support", way=self.way)
+        check_dtype(support.inputs, "support", hparams)
 
         def outputs(inputs: Tensor) -> Tensor:
+            check_dtype(inputs, "inputs", hparams)
             unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])
             episode = Episode(support, Examples(inputs, unlabelled))
             head = unroll(self.problem(episode, None), hparams).params

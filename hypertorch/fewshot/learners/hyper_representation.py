@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.head_learner import HeadLearner, linear_head
 from hypertorch.fewshot.learners.objectives import Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
@@ -57,7 +58,7 @@ class HyperRepresentation(HeadLearner):
                 f"`learn_lr` is {learn_lr!r}, but the head's size is known only with the features: it has one step "
                 "size, or one per step. Use None, 'one' or 'step'."
             )
-        some = {"some": next(backbone.parameters()).detach()}
+        some = {"some": first_parameter(backbone).detach()}
         dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, some, num_steps)
         super().__init__(
             backbone,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Embedding, Learner, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.base import Embedding, Learner, check_dtype, check_examples, check_hparams_of
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
 from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
@@ -37,7 +37,7 @@ class NetworkLearner(Learner):
         objective: loss and figures of support and query; classification by default.
 
     Raises:
-        ValueError: if `learn_lr` does not fit the dynamics, or the network has nothing to train.
+        ValueError: if `learn_lr` does not fit the dynamics, a name is used twice, or the network has nothing to train.
         IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
     """
 
@@ -56,6 +56,13 @@ class NetworkLearner(Learner):
                 "`network` has no trainable parameter: there is nothing to learn or adapt. Set `requires_grad` on some."
             )
         self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
+        owned = self._dynamics.init_hparams().keys()
+        clash = sorted((step_sizes.keys() | owned) & initialisation.keys() | step_sizes.keys() & owned)
+        if clash:
+            raise ValueError(
+                f"`network` has parameters called {clash}, which are outer variables of the learner or its dynamics "
+                "too: one value would be both. Rename those of the module."
+            )
         self._initial: TensorDict = {**initialisation, **step_sizes}
         some = next(iter(initialisation.values()))
         self._owned = {name: value.to(some) for name, value in self._dynamics.init_hparams().items()}
@@ -112,8 +119,28 @@ class NetworkLearner(Learner):
             support: inputs of shape `(way * shot, ...)` and targets; no tasks axis.
         """
         check_examples(support, "support")
-        params = unroll(self.problem(Episode(support, support), None), hparams).params
-        return lambda inputs: self._predict(params, inputs).detach()
+        check_dtype(support.inputs, "support", hparams)
+        problem = self.problem(Episode(support, support), None)
+        if not support.targets.is_floating_point():
+            self._check_outputs(problem.inner.init_params(hparams), support)
+        params = unroll(problem, hparams).params
+
+        def outputs(inputs: Tensor) -> Tensor:
+            check_dtype(inputs, "inputs", hparams)
+            return self._predict(params, inputs).detach()
+
+        return outputs
+
+    def _check_outputs(self, params: TensorDict, support: Examples) -> None:
+        """Raises `ValueError` if a label has no output."""
+        with torch.no_grad():
+            way = self._predict(params, support.inputs).shape[-1]
+        last = int(support.targets.max())
+        if last >= way:
+            raise ValueError(
+                f"`support` has labels up to {last}, but the network has {way} outputs, for labels 0 to {way - 1}. "
+                f"Number the classes of the task anew, or build the network with `way={last + 1}`."
+            )
 
     def embed(self, hparams: TensorDict, episode: Episode) -> Embedding:
         """Returns what enters the network's last linear layer for the queries, by the shared and the fitted weights.

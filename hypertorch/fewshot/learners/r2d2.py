@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hypertorch.dynamics import SGD
+from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.head_learner import HeadLearner
 from hypertorch.types import TensorDict
 
@@ -44,7 +45,7 @@ class R2D2(HeadLearner):
         for name, value in {"ridge": ridge, "scale": scale}.items():
             if not value > 0.0:
                 raise ValueError(f"`{name}` is {value}: its logarithm is learnt. Pass a number above 0.")
-        some = next(backbone.parameters())
+        some = first_parameter(backbone)
         super().__init__(
             backbone,
             way=way,

@@ -19,12 +19,15 @@ class Reptile(NetworkLearner):
     """Weights are trained on each episode from the shared weights, which then move towards where they ended.
 
     The outer step is along `theta - w_T`, which is the gradient of the outer loss `|theta - w_T|^2 / 2` with `w_T`
-    held constant. It is a direct term, so every backend returns the same; `FirstOrder` and `Truncated(window=1)` are
-    the cheapest. The query set is used for figures only, so training episodes may have a larger `shot` instead.
+    held constant. It is a direct term, so every backend that differentiates returns the same; `FirstOrder` and
+    `Truncated(window=1)` are the cheapest. `EvolutionStrategies` and `EvoGrad` look at values, of which `w_T` is not
+    constant: with them this is another method. The query set is used for figures only, so training episodes may have
+    a larger `shot` instead.
 
     Reptile learns from how the gradients of different minibatches of one task agree (section 5 of the paper), so in
     training the support set should be cut into several: `batch_size`. The minibatches are strided, so a support set
-    ordered by class is cut into ones with equally many images of each class, and each example is used once per pass.
+    ordered by class is cut into ones with equally many images of each class (where the number of minibatches divides
+    the shot), and each example is used once per pass.
 
     Cost: per episode, `num_steps` steps on `batch_size` examples; no second derivatives.
 

@@ -68,3 +68,19 @@ def test_how_tasks_are_run_is_said_where_learner_and_episodes_meet() -> None:
         maml().on(Blobs(), task_chunk=0)
     with pytest.raises(ValueError, match="`task_route` is 'fast'"):
         maml().on(Blobs(), task_route="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [maml, proto_net])
+def test_inputs_of_another_precision_are_refused(make: object) -> None:
+    learner: Learner = make()  # type: ignore[operator]
+    hparams, labels = learner.init_hparams(), torch.arange(3)
+    with pytest.raises(ValueError, match=r"`support` has inputs of torch.float32.*`inputs.to\(torch.float64\)`"):
+        learner.adapt(hparams, Examples(IMAGES.float(), labels))
+    with pytest.raises(ValueError, match=r"`inputs` has inputs of torch.float32"):
+        learner.adapt(hparams, Examples(IMAGES, labels))(IMAGES.float())
+
+
+def test_a_label_without_an_output_is_refused() -> None:
+    learner = maml()
+    with pytest.raises(ValueError, match="labels up to 3, but the network has 3 outputs.*`way=4`"):
+        learner.adapt(learner.init_hparams(), Examples(IMAGES, torch.tensor([0, 1, 3])))
