@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ def draw_adaptation(
     hparams: dict[str, Tensor],
     splits: Mapping[str, EpisodeSource],
     *,
+    on: Callable[[EpisodeSource], ht.ProblemSource],
     metric: str,
     num_episodes: int,
     path: Path,
@@ -40,6 +41,7 @@ def draw_adaptation(
         learner: the learner.
         hparams: trained outer variables.
         splits: episodes by the name of their split; the queries drawn are those of the last one's first episode.
+        on: the learner's problems on episodes, their tasks run as in training.
         metric: the figure.
         num_episodes: episodes of each curve.
         path: the picture.
@@ -54,7 +56,8 @@ def draw_adaptation(
     figure = Figure(figsize=(4.2 * columns, 3.6), layout="constrained")
     panels = list(figure.subplots(1, columns, squeeze=False).flat)
     if num_steps:
-        _draw_curves(panels.pop(0), learner, hparams, splits, metric, num_episodes, num_steps)
+        sources = {name: on(episodes) for name, episodes in splits.items()}
+        _draw_curves(panels.pop(0), hparams, sources, metric, num_episodes, num_steps)
     if has_classes:
         embedding = learner.embed(hparams, episode)
         for axes, values, when in zip(panels, embedding, ("before", "after"), strict=True):
@@ -97,16 +100,15 @@ def shown_steps(num_steps: int) -> list[int]:
 
 def _draw_curves(
     axes: Axes,
-    learner: Learner,
     hparams: dict[str, Tensor],
-    splits: Mapping[str, EpisodeSource],
+    sources: Mapping[str, ht.ProblemSource],
     metric: str,
     num_episodes: int,
     num_steps: int,
 ) -> None:
     steps = shown_steps(num_steps)
-    for split, source in splits.items():
-        curve = figures_after_steps(learner.on(source), hparams, metric=metric, steps=steps, num_episodes=num_episodes)
+    for split, source in sources.items():
+        curve = figures_after_steps(source, hparams, metric=metric, steps=steps, num_episodes=num_episodes)
         means = [point.mean for point in curve]
         axes.errorbar(steps, means, [point.half_width for point in curve], marker=".", capsize=2, label=split)
     if num_steps >= _MOST_POINTS:

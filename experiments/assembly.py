@@ -123,11 +123,37 @@ def build_training_learner(config: DictConfig) -> Learner:
     return _build_learner(config, {} if config.training.way is None else {"way": config.training.way}, None)
 
 
+def check_same_hparams(training: Learner, evaluated: Learner) -> None:
+    """Checks that what is learned can be judged, before anything is learned.
+
+    Args:
+        training: the learner as it is trained.
+        evaluated: the learner as it is evaluated.
+
+    Raises:
+        ExpectedFailure: if they have other outer variables.
+    """
+    learned, judged = ({name: tuple(v.shape) for name, v in x.init_hparams().items()} for x in (training, evaluated))
+    differing = [name for name in {**learned, **judged} if learned.get(name) != judged.get(name)]
+    if differing:
+        name = differing[0]
+        raise ExpectedFailure(
+            f"`training.way` or `evaluation.num_steps` gives the learner other outer variables than in training: "
+            f"{name!r} has shape {learned.get(name)} there and {judged.get(name)} in the evaluation, so nothing "
+            "could be judged. Leave that setting out (null), or choose a learner whose variables do not depend on it."
+        )
+
+
 def _build_learner(config: DictConfig, changes: Mapping[str, Any], lr: float | None) -> Learner:
     torch.manual_seed(config.seed)
     network: nn.Module = build(config, "backbone")
     network = network.to(device=chosen_device(config), dtype=chosen_dtype(config))
     takes = inspect.signature(make(config, "learner").func).parameters
+    if "num_steps" in changes and "num_steps" not in takes:
+        raise ExpectedFailure(
+            f"`evaluation.num_steps` is {changes['num_steps']}, but {make(config, 'learner').func.__name__} takes no "
+            "inner steps: it would have no effect. Leave it out."
+        )
     options = {name: value for name, value in changes.items() if name in takes}
     if "dynamics" in takes:
         options["dynamics"] = build(config, "dynamics", **({} if lr is None else {"lr": lr}))

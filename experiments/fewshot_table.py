@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
-import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the 
 from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
 from experiments.run_folder import RunFolder, command
+from experiments.settings import listed_names, whole_number
 
 failures = Failures("fewshot_table")
 _TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -43,6 +44,9 @@ _COLUMNS: tuple[str, ...] = (
     "command",
 )
 NOT_RUN = "not run"
+NOT_JUDGED = "not evaluated"
+# Settings of a training command that say where and how it runs, not what is computed.
+_FREE = ("paths.", "resume=", "device=", "threads=", "dataset.root=", "outer_loop.progress=", "pictures.", "hydra.")
 # As in scripts/train, where it is explained.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
@@ -69,6 +73,24 @@ class Cell:
         """Returns whether the cell has its figures."""
         return self.folder.results.is_file()
 
+    def check_command(self) -> None:
+        """Refuses figures of other settings than those that the cell is to have.
+
+        Raises:
+            ExpectedFailure: naming the settings that only one of the two commands has.
+        """
+        recorded = self._results().get("command")
+        if recorded is None:
+            return
+        was, wanted = _settings(shlex.split(recorded)[1:]), _settings(self.overrides)
+        if was != wanted:
+            raise ExpectedFailure(
+                f"`cells` has a finished run of {self.learner} in {self.setting} that was made by another command: "
+                f"{sorted(was - wanted)} there, {sorted(wanted - was)} here, so its figures are not those asked for. "
+                f"Give another folder with cells=..., or delete {str(self.folder.path)!r}, or add run=false for the "
+                "table of what was run."
+            )
+
     def run(self, data: str) -> None:
         """Trains and evaluates, or goes on with a run that was interrupted.
 
@@ -92,7 +114,7 @@ class Cell:
             )
 
     def row(self, data: str | None) -> dict[str, str]:
-        """Returns the cell as a row of the table; what was not run is said to be not run."""
+        """Returns the cell as a row of the table, with the command that ran; what was not run is said to be not run."""
         shown = [word.replace(str(data), "...") if data else word for word in self.overrides]
         known = {
             "learner": self.learner,
@@ -102,18 +124,33 @@ class Cell:
         }
         if not self.is_finished():
             return {**dict.fromkeys(_COLUMNS, ""), **known, "accuracy (%)": NOT_RUN}
-        results = json.loads(self.folder.results.read_text(encoding="utf-8"))
-        splits = {split: _accuracy(figures["accuracy"]) for split, figures in results["metrics"].items()}
+        results = self._results()
+        figures = {split: metrics.get("accuracy") for split, metrics in results["metrics"].items()}
+        train, val, test = (figures.get(split) for split in ("meta_train", "meta_val", "meta_test"))
         return {
             **known,
-            "accuracy (%)": splits["meta_test"],
-            "meta-train": splits["meta_train"],
-            "meta-val": splits["meta_val"],
-            "gap (train - test)": f"{_mean(results, 'meta_train') - _mean(results, 'meta_test'):.2f}",
+            "command": self._command_that_ran(results, data) or known["command"],
+            "accuracy (%)": _accuracy(test),
+            "meta-train": _accuracy(train),
+            "meta-val": _accuracy(val),
+            "gap (train - test)": f"{100 * (train['mean'] - test['mean']):.2f}" if train and test else "",
             "seed": str(results["seed"]),
             "minutes": f"{results['training_minutes']:.0f}",
-            "hardware": f"{results['device']}, {platform.machine()}, {results['torch_threads']} threads",
+            "hardware": ", ".join([results.get("hardware", results["device"]), f"{results['torch_threads']} threads"]),
         }
+
+    def _results(self) -> dict[str, Any]:
+        return json.loads(self.folder.results.read_text(encoding="utf-8"))
+
+    def _command_that_ran(self, results: Mapping[str, Any], data: str | None) -> str | None:
+        """Returns the command of the run itself, without where it lay; None if the run does not say."""
+        if "command" not in results:
+            return None
+        words = [
+            word.replace(str(Path(str(data)).resolve()), "...").replace(str(data), "...") if data else word
+            for word in shlex.split(results["command"])
+        ]
+        return shlex.join(word for word in words if not word.startswith(("paths.", "resume=")))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="fewshot_table")
@@ -125,6 +162,9 @@ def main(config: DictConfig) -> None:
     cells = list(planned_cells(config))
     console = Console()
     folder = Path(str(config.cells)).parent
+    for cell in cells if config.run else ():
+        if cell.is_finished():
+            cell.check_command()
     for cell in cells if config.run else ():
         if not cell.is_finished():
             console.print(f"{cell.learner}, {cell.setting}", highlight=False)
@@ -151,20 +191,23 @@ def planned_cells(config: DictConfig) -> Iterator[Cell]:
             f"`data` is {str(config.data)!r}, which is no folder: there is nothing to train on. Pass the folder that "
             "has `omniglot` and `cifar100`."
         )
+    whole_number(config, "seed", minimum=0, purpose="it chooses the initial weights and the episodes")
+    learners = listed_names(config, "learners", example="maml") or list(published)
+    settings = listed_names(config, "settings", example="omniglot_5way_1shot") or list(config.known_settings)
     experiments = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-    for learner in config.learners:
+    for learner in learners:
         if learner not in experiments:
             raise ExpectedFailure(
                 f"`learners` names {learner!r}, which is no experiment, so there is nothing to run. Choose of these: "
                 f"{experiments}."
             )
-    for setting in config.settings:
+    for setting in settings:
         if setting not in config.known_settings:
             raise ExpectedFailure(
                 f"`settings` names {setting!r}, which is not among {list(config.known_settings)}. Choose of these, or "
                 f"add it: '+known_settings.{setting}=[...]'."
             )
-        for learner in config.learners:
+        for learner in learners:
             figure = published.get(learner, {}).get(setting)
             yield Cell(
                 learner=learner,
@@ -201,11 +244,13 @@ def write_table(folder: Path, cells: Sequence[Cell], data: str | None) -> None:
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _mean(results: Mapping[str, Any], split: str) -> float:
-    return 100 * results["metrics"][split]["accuracy"]["mean"]
+def _settings(words: Sequence[str]) -> set[str]:
+    return {word for word in words if not word.lstrip("+~").startswith(_FREE)}
 
 
-def _accuracy(figure: Mapping[str, float]) -> str:
+def _accuracy(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return NOT_JUDGED
     return f"{100 * figure['mean']:.2f} ± {100 * figure['half_width_95']:.2f}"
 
 

@@ -35,6 +35,12 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def hardware(device: torch.device) -> str:
+    """Returns what a run computed on, such as `cpu, x86_64` or `cuda, NVIDIA H100`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type}, {name}"
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of what determines the numbers."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy")}

@@ -31,6 +31,7 @@ def check_training_settings(config: DictConfig) -> None:
     for key in ("resume", "outer_loop.progress"):
         check_switch(config, key)
     chosen_splits(config)
+    check_train_split(config)
     chosen_dtype(config)
     chosen_inner_dtype(config)
     chosen_device(config)
@@ -136,6 +137,32 @@ def chosen_splits(config: DictConfig) -> tuple[str, ...]:
                 f"`evaluation.splits` lists {name!r}, which is no split. Use some of: {', '.join(SPLITS)}."
             )
     return tuple(split for split in SPLITS if split in given)
+
+
+def check_train_split(config: DictConfig) -> None:
+    """Checks which classes are learned from.
+
+    Raises:
+        ExpectedFailure: if they are unknown, those of the test, or those that choose the best outer variables.
+    """
+    value = config.train_split
+    names = value.split("+") if isinstance(value, str) else []
+    if not names or not set(names) <= set(SPLITS) or len(set(names)) < len(names):
+        raise ExpectedFailure(
+            f"`train_split` is {value!r}, which names no classes to learn from. Use meta_train, or "
+            "meta_train+meta_val for a last run."
+        )
+    if "meta_test" in names:
+        raise ExpectedFailure(
+            f"`train_split` is {value!r}: what is learned from the test classes says nothing of unseen ones. Use "
+            "meta_train, or meta_train+meta_val for a last run."
+        )
+    if "meta_val" in names and config.validation.every < config.outer_loop.num_outer_steps:
+        raise ExpectedFailure(
+            f"`train_split` is {value!r}, but the best of several validations on meta_val would give the final "
+            "weights: they would be chosen on classes that were learned from. Set validation.every="
+            f"{config.outer_loop.num_outer_steps}, the length of the run, so that it ends with its last weights."
+        )
 
 
 def quoted(known: Iterable[str]) -> str:

@@ -17,13 +17,21 @@ from rich.console import Console
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from experiments.adaptation_pictures import draw_adaptation
-from experiments.assembly import EpisodeStreams, build_learner, build_outer_loop, build_training_learner, on_episodes
+from experiments.assembly import (
+    EpisodeStreams,
+    build_learner,
+    build_outer_loop,
+    build_training_learner,
+    check_same_hparams,
+    on_episodes,
+)
 from experiments.config_errors import CONFIGS
 from experiments.episode_pictures import draw_episodes
 from experiments.failures import ExpectedFailure, Failures
 from experiments.plots import plot_learning_curve, plot_step_sizes
 from experiments.reporting import (
     duration,
+    hardware,
     peak_memory_mib,
     print_reports,
     report_as_dict,
@@ -51,8 +59,9 @@ def main(config: DictConfig) -> float:
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     streams = EpisodeStreams(config=config)
     training, validation = streams.training(), streams.validation()
-    learner = build_learner(config)
-    source = on_episodes(config, build_training_learner(config), training)
+    learner, trainee = build_learner(config), build_training_learner(config)
+    check_same_hparams(trainee, learner)
+    source = on_episodes(config, trainee, training)
     loop = build_outer_loop(config, source, on_episodes(config, learner, validation), folder)
     trained = loop.run(config.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
     reports = evaluate_splits(config, learner, streams, trained)
@@ -104,6 +113,7 @@ def results(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Repor
         "evaluation_minutes": sum(report.seconds for report in reports.values()) / 60,
         "peak_memory_mib": peak_memory_mib(chosen_device(config)),
         "device": str(chosen_device(config)),
+        "hardware": hardware(chosen_device(config)),
         "torch_threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -119,6 +129,7 @@ def draw(config: DictConfig, learner: Learner, streams: EpisodeStreams, trained:
         learner,
         trained.best_hparams,
         {split: streams.evaluation(split) for split in ("meta_train", "meta_val")},
+        on=lambda episodes: on_episodes(config, learner, episodes),
         metric=config.task.metric,
         num_episodes=config.pictures.num_episodes,
         path=folder.path / "adaptation.png",

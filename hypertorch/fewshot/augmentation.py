@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -102,11 +103,12 @@ class Normalisation:
     """Subtracts a mean from every channel and divides by a standard deviation.
 
     Args:
-        mean: one number per channel.
-        std: one number per channel, above 0.
+        mean: one number per channel, or one for all.
+        std: as many numbers, above 0.
 
     Raises:
-        ValueError: if the lengths differ, or a deviation is not above 0.
+        ValueError: if the lengths differ, a number is not finite, or a deviation is not above 0; and, from a call, if
+            the images have another number of channels.
     """
 
     mean: tuple[float, ...]
@@ -116,18 +118,19 @@ class Normalisation:
         # Lists from a config file become tuples, so that nothing can change the checked value.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0.0:
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if len(self.mean) != len(self.std) or not self.mean or not finite or min(self.std) <= 0.0:
             raise ValueError(
                 f"`mean` and `std` are {self.mean} and {self.std}: each channel has one of both, and is divided by the "
-                "second. Give as many of either, the second above 0."
+                "second. Give as many finite numbers of either, the second above 0."
             )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Returns normalised images of shape `(batch, channels, height, width)`."""
-        if images.shape[1] not in (1, len(self.mean)) and len(self.mean) != 1:
+        if len(self.mean) not in (1, images.shape[1]):
             raise ValueError(
                 f"`images` have {images.shape[1]} channels, but `mean` has {len(self.mean)} entries. Give one number "
-                "per channel."
+                "per channel, or one for all."
             )
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std

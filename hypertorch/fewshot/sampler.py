@@ -78,9 +78,9 @@ class EpisodeSampler(EpisodeSource):
         check_num_queries(self.num_queries)
         check_num_tasks(self.num_tasks)
         check_seed(self.seed)
-        if not self.dtype.is_floating_point:
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise TypeError(
-                f"`dtype` is {self.dtype}: images in [0, 1] need a floating-point type. Use `torch.float32`."
+                f"`dtype` is {self.dtype!r}: images in [0, 1] need a floating-point type. Use `torch.float32`."
             )
         self._check_changes()
         self._check_size()
@@ -163,6 +163,8 @@ class EpisodeSampler(EpisodeSource):
                 f"`normalisation` is {_shown(self.normalisation)}: images are normalised by a mean and a deviation. "
                 "Pass a `Normalisation`, such as `Normalisation(mean=(0.5,), std=(0.25,))`, or None."
             )
+        if self.normalisation is not None:
+            self.normalisation(torch.zeros(1, self.dataset.item_shape[0], 1, 1))
 
     def _check_size(self) -> None:
         if self.way > self.num_classes:

@@ -60,6 +60,31 @@ def test_what_was_not_run_is_said_to_be_not_run(tmp_path: Path) -> None:
     assert "secret" not in text and len(text.splitlines()) == 2 + len(cells)
 
 
+def test_a_finished_cell_is_shown_with_its_own_command_and_only_what_was_judged(tmp_path: Path) -> None:
+    (cell,) = planned_cells(config(f"data={tmp_path}", f"cells={tmp_path / 'cells'}", "learners=maml", "seed=3"))
+    finished(cell)
+    results = json.loads(cell.folder.results.read_text())
+    del results["metrics"]["meta_test"]
+    words = f"scripts/train experiment=maml learner.num_steps=9 dataset.root={tmp_path}/omniglot paths.run_dir=x"
+    cell.folder.results.write_text(json.dumps({**results, "command": words, "hardware": "cpu, abacus"}))
+    row = cell.row(str(tmp_path))
+    assert row["command"] == "scripts/train experiment=maml learner.num_steps=9 dataset.root=.../omniglot"
+    assert row["accuracy (%)"] == "not evaluated" and row["gap (train - test)"] == ""
+    assert row["meta-val"] == "98.77 ± 0.31" and row["hardware"] == "cpu, abacus, 2 threads"
+
+
+def test_a_finished_cell_of_other_settings_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:
+    (cell,) = planned_cells(config(f"data={tmp_path}", f"cells={tmp_path / 'cells'}", "learners=[maml]"))
+    finished(cell)
+    results = json.loads(cell.folder.results.read_text())
+    same = " ".join(["scripts/train", *cell.overrides, "paths.run_dir=elsewhere", "resume=true"])
+    cell.folder.results.write_text(json.dumps({**results, "command": same.replace(str(tmp_path), "/another/place")}))
+    cell.check_command()
+    cell.folder.results.write_text(json.dumps({**results, "command": same + " backbone.hidden=8"}))
+    with pytest.raises(ExpectedFailure, match=r"made by another command: \['backbone.hidden=8'\] there, \[\] here"):
+        cell.check_command()
+
+
 def test_a_cell_goes_on_with_the_run_that_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 

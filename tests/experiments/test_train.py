@@ -130,6 +130,14 @@ def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Comman
     assert "`task_route` is 'loop', but the run in" in error
 
 
+@pytest.mark.parametrize("change", ["evaluation.num_steps=3", "evaluation.num_queries=2", "evaluation.lr=0.5"])
+def test_what_changes_a_validation_is_not_changed_in_the_middle(change: str, command: Command) -> None:
+    assert command("experiment=maml", *TINY, "paths.run_dir=here")[0] == 0
+    code, error = command("experiment=maml", *TINY, "paths.run_dir=here", "resume=true", change)
+    assert code == 1
+    assert f"`{change.split('=', maxsplit=1)[0]}` is" in error and "but the run in" in error
+
+
 def test_a_finished_run_is_not_overwritten(command: Command, tmp_path: Path) -> None:
     assert command(*SINUSOID, "paths.run_dir=here")[0] == 0
     before = (tmp_path / "here/results.json").read_bytes()
@@ -256,6 +264,27 @@ FAILURES = {
         ("experiment=meta_sgd", "evaluation.lr=0.1"),
         ["`evaluation.lr` is 0.1, but MetaSGD learns its step sizes"],
     ),
+    "inner steps of a learner without any": (
+        ("experiment=protonet", "evaluation.num_steps=5"),
+        ["`evaluation.num_steps` is 5, but ProtoNet takes no inner steps"],
+    ),
+    "more inner steps than learnt step sizes": (
+        ("experiment=maml", "learner.learn_lr=step", "learner.num_steps=1", "evaluation.num_steps=3"),
+        ["`evaluation.num_steps`", "'log_lr' has shape (1,) there and (3,) in the evaluation"],
+    ),
+    "a head for other classes than in training": (
+        ("experiment=anil", "training.way=7"),
+        ["`training.way`", "'head.weight' has shape (7, ", "(5, "],
+    ),
+    "training on the test classes": (
+        ("train_split=meta_train+meta_test",),
+        ["`train_split` is 'meta_train+meta_test'", "says nothing of unseen ones"],
+    ),
+    "training on no split": (("train_split=train",), ["`train_split` is 'train', which names no classes"]),
+    "choosing on what was learned from": (
+        ("train_split=meta_train+meta_val", "validation.every=1", "outer_loop.num_outer_steps=2"),
+        ["`train_split`", "chosen on classes that were learned from", "validation.every=2"],
+    ),
     "start from no run": (("start_from=nowhere",), ["`start_from` is 'nowhere'", "where there is no file"]),
     "resume without a run": (("resume=true",), ["error: `resume` is True", "no run of the same command", "start anew"]),
     "hyperparameter that does nothing": (
@@ -263,7 +292,10 @@ FAILURES = {
         ["`hparams['log_lr']` does not reach the outer loss"],
     ),
     "network for other images": (("task.in_channels=3",), ["`images` have shape", "`in_channels`"]),
-    "network for other classes": (("experiment=maml", "backbone.way=3"), ["labels 0 to 4", "cannot work on"]),
+    "network for other classes": (
+        ("experiment=maml", "backbone.way=3"),
+        ["labels up to 4, but the network has 3 outputs"],
+    ),
     "resume of a folder without a run": (
         ("resume=true", "paths.run_dir=new"),
         ["`paths.run_dir` is", "no run to go on"],

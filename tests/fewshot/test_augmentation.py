@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hypertorch.fewshot import Augmentation, EpisodeSampler, ImageClasses, Normalisation
+from hypertorch.fewshot import Augmentation, EpisodeSampler, ImageClasses, Normalisation, StrokeCharacters
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -113,7 +113,24 @@ def test_padding_that_could_hide_the_image_is_refused() -> None:
 
 
 def test_wrong_normalisations_are_explained() -> None:
-    with pytest.raises(ValueError, match="`mean` and `std` are .*Give as many of either"):
+    with pytest.raises(ValueError, match="`mean` and `std` are .*Give as many finite numbers of either"):
         Normalisation(mean=(0.1, 0.2), std=(1.0,))
     with pytest.raises(ValueError, match="`images` have 3 channels, but `mean` has 2 entries"):
         Normalisation(mean=(0.1, 0.2), std=(1.0, 1.0))(pictures())
+    with pytest.raises(ValueError, match="as many finite numbers"):
+        Normalisation(mean=(float("nan"),), std=(1.0,))
+
+
+def test_one_number_normalises_all_channels_but_three_no_grey_images() -> None:
+    torch.testing.assert_close(
+        Normalisation(mean=(0.5,), std=(0.25,))(pictures()), Normalisation(mean=(0.5,) * 3, std=(0.25,) * 3)(pictures())
+    )
+    with pytest.raises(ValueError, match="`images` have 1 channels, but `mean` has 3 entries.*one for all"):
+        EpisodeSampler(
+            StrokeCharacters(split="meta_val"),
+            way=2,
+            shot=1,
+            num_queries=1,
+            num_tasks=1,
+            normalisation=Normalisation(mean=(0.5,) * 3, std=(1.0,) * 3),
+        )

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them, on flattened inputs.
@@ -17,15 +19,24 @@ class MLP(nn.Module):
         in_features: numbers per item.
         hidden: widths of the hidden layers; (40, 40) is MAML's sinusoid network.
         out_features: number of outputs; None ends with the last hidden layer, for features.
+        feature_length: centre what the hidden layers give and scale it to this root mean square length
+            (`FeatureNorm`), before the last layer if there is one; None leaves it as it is.
 
     Attributes:
         num_features: numbers per item before the last layer.
 
     Raises:
-        ValueError: if a width is below 1, or there is no layer at all.
+        ValueError: if a number is out of range, or there is no layer at all.
     """
 
-    def __init__(self, *, in_features: int = 1, hidden: Sequence[int] = (40, 40), out_features: int | None = 1) -> None:
+    def __init__(
+        self,
+        *,
+        in_features: int = 1,
+        hidden: Sequence[int] = (40, 40),
+        out_features: int | None = 1,
+        feature_length: float | None = None,
+    ) -> None:
         super().__init__()
         widths = [in_features, *hidden]
         if min([*widths, 1 if out_features is None else out_features]) < 1:
@@ -37,6 +48,8 @@ class MLP(nn.Module):
         layers: list[nn.Module] = [nn.Flatten()]
         for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        if feature_length is not None:
+            layers.append(FeatureNorm(widths[-1], length=feature_length))
         if out_features is not None:
             layers.append(nn.Linear(widths[-1], out_features))
         elif not hidden:

@@ -16,7 +16,7 @@ from hypertorch.fewshot.datasets.cache import cached_array
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 # Part of the cache's key: to be raised whenever the same files would be decoded to other pixels.
-_DECODING = "fit, Lanczos, 2"
+_DECODING = "fit, Lanczos, on white, 3"
 
 
 def is_image(path: Path) -> bool:
@@ -36,7 +36,7 @@ def read_images(
     """Returns images cropped to a centred square and scaled by Lanczos' filter, from the cache after the first time.
 
     The square is as large as the shorter side: proportions stay, and what lies outside on the longer side is lost.
-    Images of 16 bits are scaled to 8.
+    Images of 16 bits are scaled to 8. What is transparent shows white, as on paper.
 
     Cost: about 1 ms per photograph at first, milliseconds in all from the cache. The cache's key holds the path, size
     and time of every file.
@@ -54,12 +54,16 @@ def read_images(
 
     Raises:
         ValueError: if `channels` is neither 1 nor 3.
-        DatasetError: if a file is no readable image.
+        DatasetError: if a file is no readable image, or a link to nothing.
     """
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels}: images are grey or coloured. Use 1 or 3.")
     digest = hashlib.sha256()
     for file in files:
+        if not file.exists():
+            raise DatasetError(
+                f"{str(file)!r} is a link to a file that is gone. Restore that file, or remove the link."
+            )
         status = file.stat()
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     key = f"{image_size} {channels} {_DECODING} Pillow {PIL.__version__} {digest.hexdigest()}"
@@ -74,14 +78,14 @@ def read_images(
 
 
 def open_image(file: Path, mode: str) -> Image.Image:
-    """Returns a decoded image in a Pillow mode ("L" or "RGB"), whole and in its own size; 16 bits are scaled to 8.
+    """Returns a decoded image in a Pillow mode ("L" or "RGB"), whole and in its own size, by 8 bits and on white.
 
     Raises:
         DatasetError: if the file is no readable image.
     """
     try:
         with Image.open(file) as image:
-            return _eight_bits(image).convert(mode)
+            return _on_white(_eight_bits(image)).convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises all three
         raise DatasetError(
             f"{str(file)!r} is no readable image ({error}): it is damaged, or not what its name says. Copy it again, "
@@ -96,6 +100,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     levels = np.asarray(image).astype(np.int64)
     return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Returns an image with its transparent parts laid on white, and one without any as it is."""
+    # Conversion alone would drop the opacity, and show the colour underneath: black, mostly.
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _decode(file: Path, image_size: int, channels: int) -> np.ndarray:

@@ -222,6 +222,11 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
 
 
 def _chosen(found: Mapping[str, list[Path]], classes: Sequence[str], root: Path) -> dict[str, list[Path]]:
+    if isinstance(classes, str) or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"`classes` is {classes!r}: it lists the names of classes, each once. Write for example "
+            f"`classes={sorted(found)[:2]}`."
+        )
     missing = [name for name in classes if name not in found]
     if missing:
         raise DatasetError(

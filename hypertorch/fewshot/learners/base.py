@@ -88,9 +88,15 @@ class Learner(ABC):
             inner_dtype: `torch.bfloat16` computes the products of the inner loss in it; see `BilevelProblem`.
 
         Raises:
+            TypeError: if `episodes` are no source of episodes.
             ValueError: if the network cannot take the inputs, or has not one output per class, or `task_chunk` or
                 `task_route` cannot be.
         """
+        if not isinstance(episodes, EpisodeSource):
+            raise TypeError(
+                f"`episodes` is a {type(episodes).__name__}, which draws no episodes. Pass an `EpisodeSource`, such as "
+                "`EpisodeSampler(dataset, way=5, shot=1, num_queries=15, num_tasks=4)`."
+            )
         batch = episodes.at(0)
         _check_fit(self, batch)
         source = LearnerOnEpisodes(self, episodes, task_route, task_chunk, inner_dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hypertorch as ht
-from hypertorch.fewshot import IMAML, MAML, Conv4, FeatureNorm, Learner, ResNet12
+from hypertorch.fewshot import IMAML, MAML, MLP, Conv4, FeatureNorm, Learner, ResNet12
 from tests.fewshot.learners.test_learners import Blobs, with_smooth_activations
 from tests.helpers.problems import normal
 
@@ -135,6 +135,14 @@ def test_tasks_together_equal_tasks_one_by_one(statistics: str) -> None:
     )
     for name, value in together.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-12)
+
+
+def test_an_mlp_normalises_before_its_last_layer() -> None:
+    torch.manual_seed(0)
+    network = MLP(in_features=3, hidden=(4,), out_features=2, feature_length=6.0).double()
+    inputs = normal(5, 3, seed=9)
+    features = FeatureNorm(4, length=6.0)(network.layers[:-2](inputs))
+    torch.testing.assert_close(network(inputs), network.layers[-1](features), rtol=1e-12, atol=1e-12)
 
 
 class Magnified(nn.Module):

@@ -63,6 +63,35 @@ def test_images_of_16_bits_are_scaled_to_8(tmp_path: Path, channels: int) -> Non
     assert classes.images[0].tolist() == [[[0, 1], [128, 255]]] * channels
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_shows_white(tmp_path: Path, mode: str, channels: int) -> None:
+    opacity = np.array([[255, 0], [0, 255]], dtype=np.uint8)  # black ink on nothing
+    ink = Image.merge("LA", (Image.new("L", (2, 2)), Image.fromarray(opacity)))
+    options: dict[str, int] = {}
+    if mode == "P":
+        ink = Image.fromarray((opacity == 0).astype(np.uint8))
+        ink.putpalette([0, 0, 0] * 256)
+        options["transparency"] = 1
+    elif mode == "RGBA":
+        ink = ink.convert("RGBA")
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    ink.save(tmp_path / "data" / "a" / "ink.png", **options)
+    classes = ImageFolder(tmp_path / "data", image_size=2, channels=channels, cache_dir=tmp_path / "cache")
+    assert classes.images[0].tolist() == [[[0, 255], [255, 0]]] * channels
+
+
+def test_a_link_to_nothing_and_classes_that_are_no_list_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.new("L", (2, 2)).save(tmp_path / "data" / "a" / "one.png")
+    for classes in ("a", ["a", "a"]):
+        with pytest.raises(ValueError, match="`classes` is .*names of classes, each once"):
+            ImageFolder(tmp_path / "data", image_size=2, classes=classes, cache_dir=tmp_path / "cache")
+    (tmp_path / "data" / "a" / "two.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(DatasetError, match="two.png' is a link to a file that is gone"):
+        ImageFolder(tmp_path / "data", image_size=2, cache_dir=tmp_path / "cache")
+
+
 def test_splits_are_folders(tmp_path: Path) -> None:
     for split, names in (("train", "abc"), ("meta_val", "de"), ("test", "fg")):
         class_folders(tmp_path / "data" / split, names)

@@ -231,7 +231,7 @@ def test_episodes_that_do_not_fit_are_refused(kind: str) -> None:
         made.on(Blobs(item=(2, 4, 4)))
     more, fewer = {
         "maml": (
-            "labels 0 to 4, which the learner cannot work on",
+            "labels up to 4, but the network has 3 outputs.*`way=5`",
             "`episodes` have 2 classes, but the learner has 3 outputs",
         ),
         "hyper_representation": ("or build the learner with `way=5`", r"no example of the classes \[2\], of 3"),
