@@ -130,7 +130,7 @@ def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Comman
     assert "`task_route` is 'loop', but the run in" in error
 
 
-@pytest.mark.parametrize("change", ["evaluation.num_steps=3", "evaluation.num_queries=2", "evaluation.lr=0.5"])
+@pytest.mark.parametrize("change", ["evaluation.num_steps=3", "evaluation.num_queries=3", "evaluation.lr=0.5"])
 def test_what_changes_a_validation_is_not_changed_in_the_middle(change: str, command: Command) -> None:
     assert command("experiment=maml", *TINY, "paths.run_dir=here")[0] == 0
     code, error = command("experiment=maml", *TINY, "paths.run_dir=here", "resume=true", change)
