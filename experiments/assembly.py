@@ -205,8 +205,10 @@ class EpisodeStreams:
         config = self.config
         number = len(_STREAMS) * (config.seed if seed is None else seed) + _STREAMS.index(purpose)
         common: dict[str, Any] = {"seed": number, "dtype": chosen_dtype(config)}
+        own: dict[str, int] = {}
         if purpose == "train":
-            common |= {name: config.training[name] for name in ("way", "shot") if config.training[name] is not None}
+            own = {name: config.training[name] for name in ("way", "shot") if config.training[name] is not None}
+            common |= own
             if config.training.augmentation is not None:
                 common["augmentation"] = build(config, "training.augmentation")
         else:
@@ -217,7 +219,12 @@ class EpisodeStreams:
         try:
             return build(config, "episodes", images, **common)
         except ValueError as error:
-            raise ExpectedFailure(f"the episodes of {split}, to {purpose.split(maxsplit=1)[0]} on: {error}") from error
+            # The class knows its arguments only, not that some come from settings of another name here.
+            hint = "".join(
+                f" In training `{name}` is the setting training.{name}={value}." for name, value in own.items()
+            )
+            task = purpose.split(maxsplit=1)[0]
+            raise ExpectedFailure(f"the episodes of {split}, to {task} on: {error}{hint}") from error
 
 
 def build_outer_loop(

@@ -239,6 +239,10 @@ FAILURES = {
     "way of one": (("episodes.way=1",), ["`way` must be at least 2, got 1"]),
     "word for way": (("episodes.way=five",), ["`way` is 'five'"]),
     "way larger than the number of classes": (("episodes.way=5000",), ["`way` is 5000", "classes"]),
+    "way of training larger than the number of classes": (
+        ("experiment=protonet", "training.way=5000"),
+        ["`way` is 5000", "In training `way` is the setting training.way=5000"],
+    ),
     "more drawings than there are": (("episodes.shot=15", "episodes.num_queries=15"), ["`shot + num_queries`"]),
     "negative step size": (("dynamics.lr=-0.1",), ["`lr` of `SGD` is -0.1"]),
     "wrong outer optimizer": (("outer_optimizer.lr=-1",), ["`outer_optimizer` is Adam(", "Invalid learning rate: -1"]),

@@ -37,6 +37,8 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
     order.
 
     Images that are not square are cropped to the centred square of their shorter side, not squeezed, and then scaled.
+    What is transparent shows white; photographs are turned as their camera was held. Files are images by their suffix
+    (.png, .jpg, .jpeg, .bmp, .webp); others are passed over.
 
     Cost: about 1 ms per photograph at first, then from the cache; `num_images * channels * image_size**2` bytes.
 
@@ -51,7 +53,8 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
 
     Raises:
         TypeError: if `root` is no path.
-        ValueError: if `split` names none or one twice, or a size is out of range.
+        ValueError: if `split` names none or one twice, `classes` is no list of different names, or a size is out of
+            range.
         DatasetError: if folders or classes are missing, a class is empty or in two splits, or a file is damaged.
     """
     check_count("image_size", image_size, minimum=1, why="images need pixels", advice="use for instance 84")

@@ -81,6 +81,16 @@ def test_what_is_transparent_shows_white(tmp_path: Path, mode: str, channels: in
     assert classes.images[0].tolist() == [[[0, 255], [255, 0]]] * channels
 
 
+def test_photographs_are_turned_as_the_camera_was_held(tmp_path: Path) -> None:
+    pixels = np.array([[0, 50], [100, 150]], dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the top is on the right: to be turned by 90 degrees clockwise
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "data" / "a" / "photo.png", exif=turned)
+    classes = ImageFolder(tmp_path / "data", image_size=2, channels=1, cache_dir=tmp_path / "cache")
+    assert classes.images[0, 0].tolist() == [[100, 0], [150, 50]]
+
+
 def test_a_link_to_nothing_and_classes_that_are_no_list_are_explained(tmp_path: Path) -> None:
     (tmp_path / "data" / "a").mkdir(parents=True)
     Image.new("L", (2, 2)).save(tmp_path / "data" / "a" / "one.png")
