@@ -121,7 +121,9 @@ def test_debugging_is_short_and_on_the_cpu() -> None:
 
 
 def test_the_evaluation_has_an_inner_learning_rate_of_its_own() -> None:
-    config = composed("experiment=imaml", "dynamics.lr=0.1", "evaluation.lr=0.02", "evaluation.num_steps=14")
+    config = composed(
+        "experiment=imaml", "dynamics.lr=0.1", "learner.num_steps=6", "evaluation.lr=0.02", "evaluation.num_steps=14"
+    )
     images = Examples(torch.zeros(5, 1, 28, 28), torch.arange(5))
 
     def inner_loop(learner: Learner) -> tuple[object, int]:
