@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import hypertorch as ht
 from experiments import evaluate, train
 from experiments.assembly import EpisodeStreams
-from hypertorch.fewshot import HyperRepresentation
+from hypertorch.fewshot import HyperRepresentation, Learner
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ("debug=default", "outer_loop.progress=false", "backbone.hidden=4")
@@ -392,6 +392,17 @@ def test_how_tasks_are_run_is_a_setting(command: Command) -> None:
     code, error = command("experiment=maml", *TINY, "task_route=fast")
     assert code == 1
     assert "`task_route` is 'fast'" in error
+
+
+def test_no_part_of_a_run_measures_where_the_route_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    routes = []
+    on = Learner.on
+    monkeypatch.setattr(
+        Learner, "on", lambda *given, **named: routes.append(named.get("task_route")) or on(*given, **named)
+    )
+    code, error = command("experiment=maml", *TINY, "task_route=loop")
+    assert code == 0, error
+    assert set(routes) == {"loop"} and len(routes) >= 7  # training, validation, three splits and two curves
 
 
 def test_the_backend_of_implicit_maml_is_a_choice(command: Command) -> None:

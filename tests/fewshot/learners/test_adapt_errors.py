@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.fewshot import MAML, MLP, Examples, Learner, ProtoNet
+from hypertorch.fewshot import MAML, MLP, Examples, Learner, ProtoNet, StrokeCharacters
 from tests.fewshot.learners.test_learners import Blobs
 
 SGD = ht.dynamics.SGD
@@ -78,6 +78,11 @@ def test_inputs_of_another_precision_are_refused(make: object) -> None:
         learner.adapt(hparams, Examples(IMAGES.float(), labels))
     with pytest.raises(ValueError, match=r"`inputs` has inputs of torch.float32"):
         learner.adapt(hparams, Examples(IMAGES, labels))(IMAGES.float())
+
+
+def test_a_data_set_in_place_of_episodes_is_refused() -> None:
+    with pytest.raises(TypeError, match="`episodes` is a ImageClasses, which draws no episodes.*`EpisodeSampler"):
+        maml().on(StrokeCharacters(split="meta_val"))  # type: ignore[arg-type]
 
 
 def test_a_label_without_an_output_is_refused() -> None:
