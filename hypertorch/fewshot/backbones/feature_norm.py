@@ -60,13 +60,13 @@ class FeatureNorm(nn.Module):
         return f"length={self.length}, statistics={self.statistics!r}"
 
     def _statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        if self.statistics == "episode":
-            return mean_and_spread(features)
-        if self.training:
-            mean, spread = mean_and_spread(features)
+        if self.statistics == "running" and not self.training:
+            return self.running_mean, self.running_spread
+        mean, spread = mean_and_spread(features)
+        if self.statistics == "running":
             self.running_mean.copy_(mean)
             self.running_spread.copy_(spread)
-        return self.running_mean, self.running_spread
+        return mean, spread
 
 
 def mean_and_spread(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,15 @@ def test_running_statistics_are_those_of_the_last_call_in_training() -> None:
     torch.testing.assert_close(together, 3.0 * (query - mean) / spread, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("statistics", ["episode", "running"])
+def test_a_plain_training_loop_goes_back_through_each_call_alone(statistics: str) -> None:
+    norm = FeatureNorm(4, length=3.0, statistics=statistics).double()  # type: ignore[arg-type]
+    weight = torch.ones(4, dtype=F64, requires_grad=True)
+    for step in range(3):
+        norm(normal(5, 4, seed=step) * weight)[0].sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("items", [1, 4])
 def test_equal_features_become_zero_with_finite_first_and_second_derivatives(items: int) -> None:
     features = torch.full((items, 3), 2.0, dtype=F64, requires_grad=True)
