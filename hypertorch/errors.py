@@ -9,6 +9,20 @@ class IncompatibleBackendError(HypertorchError):
     """A hypergradient backend cannot serve this problem (its dynamics, horizon or kind of hyperparameter)."""
 
 
+class ForwardModeError(IncompatibleBackendError):
+    """PyTorch cannot push a tangent through an inner problem, or forward mode would have another derivative.
+
+    Attributes:
+        reason: what stands in the way.
+        advice: what to do, a sentence.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}. {advice}")
+        self.reason = reason
+        self.advice = advice
+
+
 class DetachedHyperparameterError(HypertorchError):
     """A hyperparameter does not reach the outer loss, so its hypergradient would be a silent zero."""
 

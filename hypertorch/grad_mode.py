@@ -1,7 +1,7 @@
-"""What a loss means backwards it means forwards: forward mode made to follow `torch.no_grad()` and `.data`.
+"""Forward mode made to follow `torch.no_grad()` and `.data`, which stop gradients.
 
-PyTorch's forward mode goes through both, so that a loss with a pseudo-label or a target network in it would have
-another derivative forwards than backwards.
+PyTorch's forward mode goes through both: a loss with a pseudo-label or a target network in it would have another
+derivative by forward mode than by reverse mode.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hypertorch.errors import IncompatibleBackendError
+from hypertorch.errors import ForwardModeError
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def stopping_tangents(function: Callable[..., T], *arguments: Any) -> T:
     Cost: nothing outside of forward mode; there, a Python call for every operation of the function.
 
     Raises:
-        IncompatibleBackendError: in forward mode, for a tensor hook, which changes gradients only.
+        ForwardModeError: in forward mode, for a tensor hook, which changes gradients only.
     """
     if torch.compiler.is_compiling() or not in_forward_mode():
         return function(*arguments)
@@ -60,9 +60,10 @@ class _StoppingTangents(TorchFunctionMode):
         elif func is F.mse_loss and _is_plain_mean(args, kwargs or {}):
             return (args[0] - args[1]).square().mean()
         elif func is torch.Tensor.register_hook:
-            raise IncompatibleBackendError(
+            raise ForwardModeError(
                 "the inner problem registers a hook on a tensor, which changes gradients but no tangents: forward mode "
-                "would have another derivative. Use reverse mode, for example `Reverse()`."
+                "would have another derivative",
+                "Use reverse mode, for example `Reverse()`.",
             )
         return func(*args, **(kwargs or {}))
 

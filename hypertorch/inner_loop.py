@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -172,6 +173,12 @@ class InnerLoop:
     def note_tracked(self, names: frozenset[str]) -> None:
         """Takes down that a step has computed these buffers with a derivative."""
         self._tracked_buffers |= names
+
+    def uncounted(self) -> InnerLoop:
+        """Returns the same loop with counts and losses of its own, for steps that are no part of the run."""
+        other = copy.copy(self)
+        other.cost, other.inner_losses = Cost(), []
+        return other
 
     def start_afresh(self) -> None:
         """Drops the carry: the run starts from `init_params`, at index 0."""

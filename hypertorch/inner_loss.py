@@ -23,7 +23,7 @@ GradientRoute: TypeAlias = Literal["differentiable", "constant", "leaf", "functi
 "differentiable": by autograd, with a graph where grad mode is on. "constant": its value only, as first-order methods
 have it. "leaf": a leaf of the graph, so that what reaches the gradient can be read off it. "functional": by
 `torch.func`, for a step that is itself transformed (forward mode, vectorised). "dual": by autograd on dual numbers
-(forward mode, one tangent), without a graph.
+(forward mode, one tangent), with a graph that is freed after the step.
 """
 
 
@@ -192,7 +192,9 @@ class InnerLoss:
             gradients = torch.autograd.grad(
                 total if total.requires_grad else total.detach().requires_grad_(),
                 list(variables.values()),
-                create_graph=differentiable,
+                # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves
+                # among them), which dual numbers go through with a wrong tangent, with none, or not at all.
+                create_graph=keep_path,
                 allow_unused=True,
             )
         if all(gradient is None for gradient in gradients):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hypertorch.errors import IncompatibleBackendError
+from hypertorch.errors import ForwardModeError, IncompatibleBackendError
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def second_order() -> Iterator[None]:
         ) from error
 
 
-class NotVectorisableError(IncompatibleBackendError, RuntimeError):
+class NotVectorisableError(ForwardModeError, RuntimeError):
     """An operation cannot be vectorised over tangents.
 
     It is a `RuntimeError` too, as PyTorch's own is: who can run the tasks one by one instead then does so.
@@ -56,43 +56,43 @@ def forward_mode(one_by_one: str | None) -> Iterator[None]:
         one_by_one: how the user asks for one tangent at a time; None if that is what is done.
 
     Raises:
-        IncompatibleBackendError: instead of PyTorch's error.
+        ForwardModeError: instead of PyTorch's error.
     """
     try:
         yield
     except RuntimeError as error:
-        advice = _forward_mode_advice(str(error), vectorised=one_by_one is not None)
-        if advice is not None:
-            raise IncompatibleBackendError(f"{advice}, or use reverse mode, for example `Reverse()`.") from error
-        if one_by_one is not None and _NOT_VECTORISED.search(str(error)):
+        text = str(error)
+        if limit := _limit(text):
+            raise ForwardModeError(*limit) from error
+        if one_by_one is not None and _NOT_VECTORISED.search(text):
             raise NotVectorisableError(
                 "the inner problem cannot be vectorised (by vmap) over several tangents. PyTorch says: "
-                f"{str(error).splitlines()[0]} Push one at a time with `{one_by_one}`, or use reverse mode, for "
-                "example `Reverse()`."
+                f"{text.splitlines()[0].removesuffix('.')}",
+                f"Push one at a time with `{one_by_one}`, or use reverse mode, for example `Reverse()`.",
             ) from error
         raise
 
 
-def _forward_mode_advice(text: str, *, vectorised: bool) -> str | None:
-    """Returns what PyTorch's error means for forward mode and what to do; None if it is of another kind."""
+def _limit(text: str) -> tuple[str, str] | None:
+    """Returns what PyTorch's error means for forward mode, and what to do; None if it is of another kind."""
     operation = _NO_FORWARD_DERIVATIVE.search(text)
     if operation is not None:
+        # PyTorch has another implementation, with a forward derivative, of what oneDNN does (an LSTM).
+        switch = ", switch oneDNN off (`torch.backends.mkldnn.flags(enabled=False)`)" if "mkldnn" in text else ""
         return (
             f"the inner problem uses `{operation.group(1) or operation.group(2)}`, which has no forward derivative in "
-            "PyTorch: no tangent can be pushed through it. Write it out of simpler operations"
-            # PyTorch takes some operations apart to vectorise them, such as group norm.
-            + ("" if vectorised else ", try several tangents at once (a `chunk_size` above 1)")
-            # PyTorch has another implementation, with a forward derivative, of what oneDNN does (an LSTM).
-            + (", switch oneDNN off (`torch.backends.mkldnn.flags(enabled=False)`)" if "mkldnn" in operation[0] else "")
+            "PyTorch: no tangent can be pushed through it",
+            f"Write it out of simpler operations{switch}, or use reverse mode, for example `Reverse()`.",
         )
     if "ZeroTensors are immutable" in text:
         return (
-            f"the inner problem uses an operation that cannot push a tangent past a constant argument ({text}). "
-            "`mse_loss` with a mean is one: write it as `(outputs - targets).square().mean()`"
+            f"the inner problem uses an operation that cannot push a tangent past a constant argument ({text})",
+            "`mse_loss` is one: write it out, as `(outputs - targets).square().mean()` for a mean. Or use reverse "
+            "mode, for example `Reverse()`.",
         )
     if "Nested forward mode AD" in text:
         return (
-            "the inner problem takes forward derivatives of its own, which PyTorch cannot nest into dual numbers. Push "
-            "several tangents at once (a `chunk_size` above 1)"
+            "the inner problem takes forward derivatives of its own, which PyTorch cannot nest into dual numbers",
+            "Push several tangents at once (a `chunk_size` above 1), or use reverse mode, for example `Reverse()`.",
         )
     return None

@@ -1,81 +1,208 @@
-"""Another way to differentiate a step, compared once with the plain one for every kind of problem.
+"""Another way to differentiate a step, compared once for every kind of problem with reverse over reverse.
 
-Forward mode and compilation both rest on formulas of PyTorch that are silently wrong for some operations: backward
-passes that cannot be differentiated forwards (determinants, linear solves), and gradients that a hook changes.
+Forward mode and compilation rest on formulas of PyTorch that are silently wrong for some operations: backward passes
+that cannot be differentiated forwards, and gradients that a hook changes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.hypergradients.step_by_step import Steps
+from hypertorch.errors import ForwardModeError, IncompatibleBackendError
+from hypertorch.hypergradients.jacobian_identity import CoarsestPrecision, Products, by_name, generic_cotangents
+from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.pull_back import Cotangents, Grads, pull_back, pull_back_initial
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_loss import GradientRoute
+from hypertorch.inner_state import InnerState
+from hypertorch.types import TensorDict
+
+_logger = logging.getLogger(__name__)
+
+# What was found out, by kind of problem and way: what is wrong, in words; None for nothing. No tensor among it.
+_verdicts: dict[tuple[Hashable, str], Fault | None] = {}
 
 
-def disagreement(loop: InnerLoop, plain: Steps, other: Callable[[], Steps], *, runs: int) -> str | None:
-    """Returns how the vjps of a step by two ways differ, in words; None if they agree up to rounding.
+class Fault(NamedTuple):
+    """What is wrong with a way to differentiate a step, in words.
+
+    Attributes:
+        reason: what is wrong, without a full stop.
+        advice: what to do, a sentence; empty where there is no more to say than to take another way.
+    """
+
+    reason: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """The initial state of a loop and one of its steps, differentiated by reverse over reverse.
 
     The step is the second where there is one: what starts at zero has moved.
 
-    Cost: three steps and two vjps, or as many more as `runs` says.
+    Attributes:
+        loop: the loop, with counts of its own.
+        variables: hyperparameters and context, as leaves.
+        initial: the products of the initial state; None for a run that goes on from another.
+        step: the step; 0 without steps.
+        departure: the state before it.
+        products: the products of the step; None without steps.
+    """
+
+    loop: InnerLoop
+    variables: TensorDict
+    initial: Products | None
+    step: int
+    departure: InnerState
+    products: Products | None
+
+
+Faults: TypeAlias = Callable[[Reference], Iterable[str]]
+"""Yields what is wrong with a way to differentiate a step, in words."""
+
+
+def case_of(loop: InnerLoop, variables: TensorDict) -> Hashable:
+    """Returns what loops have in common whose steps are differentiated by the same formulas of PyTorch.
+
+    Namely the kind of problem, the names, sizes and dtypes of the variables and of a task's state, whether tasks are
+    vectorised, the precision of the inner loss, the device, and which step there is to compare: the second has what the
+    first has not (a momentum that moves), and a run that goes on has no initial state.
+
+    Cost: one evaluation of the initial state, without a derivative.
+    """
+    with torch.no_grad():
+        state = loop.uncounted().initial(tree.detach(variables))
+    program = loop.program()
+    own = {*state.params, *state.dynamics, *program.per_task} if loop.has_tasks_axis else set()
+    sizes = tuple(
+        (name, tuple(value.shape[name.partition(".")[2] in own :]), value.dtype)
+        for name, value in by_name(variables, state.params, state.dynamics).items()
+    )
+    which = (bool(loop.carry), min(loop.num_steps, 2))
+    return kind_of(program.problem), sizes, loop.has_tasks_axis, loop.inner_eps, loop.device.type, which
+
+
+def fault_of(loop: InnerLoop, variables: TensorDict, case: Hashable, way: str, faults: Faults) -> Fault | None:
+    """Returns what is wrong with a way to differentiate the steps of a loop; None for nothing.
+
+    It is asked once for every kind of problem, and logged. The loop is left as it is: nothing is counted, every
+    function of it seeds its own noise, and no tensor is kept.
+
+    Cost: the first time up to two steps, one vjp by reverse over reverse and one past the inner gradient, and what
+    `faults` takes; memory of one step's graph.
 
     Args:
-        loop: a loop of at least one step.
-        plain: the steps to compare with, by reverse over reverse without compilation.
-        other: makes those that are judged.
-        runs: vjps by them until it is the one to be judged; the first of compiled steps is not compiled.
+        loop: the loop.
+        variables: hyperparameters and context.
+        case: the kind of problem, as `case_of` tells it.
+        way: names the way.
+        faults: compares it with reverse over reverse.
+
+    Raises:
+        ReplayError: if a step is another one when it is run again.
+        RuntimeError: (PyTorch's own) if reverse over reverse fails.
     """
-    step = min(1, loop.num_steps - 1)
-    departure = plain.initial()
-    for earlier in range(step):
-        departure = plain.advance(departure, earlier)
-    arrival = plain.advance(departure, step)
-    cotangents = [_spread(value) if tree.is_differentiable(value) else None for value in arrival.tensors()]
-    expected = plain.pull_back(departure, cotangents, step, arrival)
-    judged = other()
-    judged.initial()
-    judged.advance(departure, step)
-    found = expected
-    for _ in range(runs):
-        found = judged.pull_back(departure, cotangents, step, arrival)
-    names = departure.names()
-    error, name = max(
-        _difference(found.grads, expected.grads),
-        _difference(
-            dict(zip(names, found.cotangents, strict=True)), dict(zip(names, expected.cotangents, strict=True))
-        ),
+    if (case, way) not in _verdicts:
+        fault = _first(faults, _reference(loop.uncounted(), tree.leaves_requiring_grad(variables)))
+        if fault is not None:
+            _logger.info("%s is not taken: %s", way, fault.reason)
+        _verdicts[case, way] = fault
+    return _verdicts[case, way]
+
+
+def forget(case: Hashable, ways: Iterable[str]) -> None:
+    """Forgets what was found out, after a refusal: following its advice may change the answer (a switch of PyTorch)."""
+    for way in ways:
+        _verdicts.pop((case, way), None)
+
+
+def vjp_faults(products: Products, grads: Grads, cotangents: Cotangents, departure: InnerState) -> Iterator[str]:
+    """Yields how the vjp of a step by another way differs, entry by entry.
+
+    Args:
+        products: the step's.
+        grads: the vjp in the variables.
+        cotangents: the vjp in the tensors of the state before the step, in order.
+        departure: that state.
+    """
+    vjps = _vjps_by_name(grads, cotangents, departure)
+    for name in products.directions:
+        fault = products.fault(products.of_inputs(vjps, [name]), [name])
+        if fault is not None:
+            yield fault
+
+
+def _first(faults: Faults, reference: Reference) -> Fault | None:
+    try:
+        reason = next(iter(faults(reference)), None)
+        return None if reason is None else Fault(reason)
+    except ForwardModeError as error:
+        return Fault(error.reason, error.advice)
+    except IncompatibleBackendError as error:
+        return Fault(str(error).removesuffix("."))
+    except RuntimeError as error:
+        # Reverse over reverse has run, or it would have raised the same. What forward mode lacks is on no list.
+        return Fault(f"PyTorch says: {str(error).splitlines()[0].removesuffix('.')}")
+
+
+def _reference(loop: InnerLoop, variables: TensorDict) -> Reference:
+    step = max(min(1, loop.num_steps - 1), 0)
+    with torch.no_grad():
+        constants = tree.detach(variables)
+        first = departure = loop.initial(constants)
+        for earlier in range(step):
+            departure = loop.step(departure, constants, earlier)
+        if loop.has_buffers and loop.num_steps:
+            loop.step(departure, constants, step)  # tells which of them have a derivative
+    return Reference(
+        loop=loop,
+        variables=variables,
+        initial=None if loop.carry else _products_of_initial(loop, variables, first),
+        step=step,
+        departure=departure,
+        products=_products_of_step(loop, variables, departure, step) if loop.num_steps else None,
     )
-    eps = [torch.finfo(value.dtype).eps for value in arrival.tensors() if tree.is_differentiable(value)]
-    if error <= min(10.0 * max([loop.inner_eps, *eps]) ** 0.5, 0.1):
-        return None
-    return f"the derivative of a step in `{name}` differs by {error:.1e}, relative, from that of reverse over reverse"
 
 
-def _difference(found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None]) -> tuple[float, str]:
-    """Returns the largest relative difference and its name; what is small beside the others counts by their size.
-
-    What is infinite or NaN to begin with is not judged: a run says more of it.
-    """
-    sizes = {name: float(_exact(value).norm()) for name, value in expected.items()}
-    least = max([1e-3 * size for size in sizes.values() if math.isfinite(size)] + [1e-30])
-    worst = (0.0, "")
-    for name, size in sizes.items():
-        if math.isfinite(size):
-            gap = float((_exact(found.get(name)) - _exact(expected[name])).norm())
-            worst = max(worst, (gap / max(size, least) if math.isfinite(gap) else math.inf, name))
-    return worst
+def _products_of_initial(loop: InnerLoop, variables: TensorDict, state: InnerState) -> Products:
+    cotangents = generic_cotangents(state)
+    vjps = by_name(pull_back_initial(loop, variables, cotangents), {}, {})
+    return Products("the initial state", state, cotangents, by_name(variables, {}, {}), vjps, {})
 
 
-def _exact(value: Tensor | None) -> Tensor:
-    """Returns a derivative in a precision of which nothing is lost; zero for none."""
-    return torch.zeros(()) if value is None else value.detach().cpu().to(torch.complex128)
+def _products_of_step(loop: InnerLoop, variables: TensorDict, departure: InnerState, step: int) -> Products:
+    cotangents = generic_cotangents(departure)
+
+    def differentiated(route: GradientRoute) -> tuple[InnerState, Grads]:
+        leaves = loop.leaves(departure)
+        with torch.enable_grad():
+            end = loop.step(leaves, variables, step, route)
+            outputs, seeds = end.tensors(), list(cotangents)
+            if loop.has_step_loss:
+                outputs.append(loop.step_loss(end.params, variables, step))
+                seeds.append(torch.ones_like(outputs[-1]))
+        return end.detached(), _vjps_by_name(*pull_back(outputs, seeds, leaves, variables), departure)
+
+    with CoarsestPrecision() as precision:
+        arrival, vjps = differentiated("differentiable")
+    return Products(
+        "a step",
+        arrival,
+        cotangents,
+        by_name(variables, departure.params, departure.dynamics),
+        vjps,
+        differentiated("constant")[1],
+        inner_eps=max(loop.inner_eps, precision.eps),
+    )
 
 
-def _spread(value: Tensor) -> Tensor:
-    """Returns a direction in which no sum is zero by symmetry, unlike that of ones."""
-    return torch.arange(1, value.numel() + 1, device=value.device).cos().to(value.dtype).reshape(value.shape)
+def _vjps_by_name(grads: Grads, cotangents: Cotangents, state: InnerState) -> Grads:
+    params = dict(zip(state.params, cotangents, strict=False))
+    return by_name(grads, params, dict(zip(state.dynamics, cotangents[len(params) :], strict=True)))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Literal, TypeAlias
 
 import torch
 
 from hypertorch import tree
 from hypertorch.compilation import NotCompilableError, compiler_errors
-from hypertorch.cost import Cost
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.cross_check import disagreement
-from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.cross_check import Reference, case_of, fault_of, forget, vjp_faults
 from hypertorch.hypergradients.step_by_step import Steps
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
 
@@ -25,8 +24,10 @@ Derivative: TypeAlias = Literal["reverse", "mixed", "auto"]
 
 _REPEATS = 3  # the fastest of each counts
 _HANDICAP = 1.1  # a mixed step holds no graph of a backward pass, and wins if it is not much slower
-_wins: dict[Hashable, bool] = {}
-_faults: dict[Hashable, str | None] = {}
+_wins: dict[tuple[Hashable, bool], bool] = {}
+
+StepsOf: TypeAlias = Callable[[InnerLoop, TensorDict, bool], Steps]
+"""`(loop, variables, mixed) -> steps`."""
 
 
 def check_derivative(derivative: str) -> None:
@@ -38,17 +39,20 @@ def check_derivative(derivative: str) -> None:
         )
 
 
-def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool], Steps], *, compiled: bool) -> bool:
+def is_mixed(
+    derivative: Derivative, loop: InnerLoop, variables: TensorDict, steps_of: StepsOf, *, compiled: bool
+) -> bool:
     """Returns whether steps are differentiated in mixed mode: by name, or by a measurement of the first step.
 
-    Mixed mode is compared with reverse over reverse first. That and the measurement are made once for problems of the
-    same classes, dtypes and sizes, and leave no trace in the loop's costs. Problems with buffers go by reverse over
-    reverse, whatever is asked for.
+    Mixed mode is compared with reverse over reverse first. That and the measurement are made once for every kind of
+    problem, and leave no trace in the loop's costs. Problems with buffers go by reverse over reverse, whatever is asked
+    for.
 
     Args:
         derivative: the name.
         loop: a loop of at least one step.
-        make_steps: makes the steps, in mixed mode or not.
+        variables: hyperparameters and context, as leaves.
+        steps_of: makes the steps of a loop, in mixed mode or not.
         compiled: whether they are compiled, which has a measurement of its own.
 
     Raises:
@@ -57,54 +61,42 @@ def is_mixed(derivative: Derivative, loop: InnerLoop, make_steps: Callable[[bool
     """
     if derivative == "reverse" or loop.has_buffers:
         return False
-    cost, losses = loop.cost, len(loop.inner_losses)
-    loop.cost = Cost()
-    try:
-        state = make_steps(False).initial()
-        sizes = tuple((tuple(value.shape), value.dtype) for value in state.tensors())
-        key = (kind_of(loop.program().problem), sizes, loop.inner_eps, loop.device.type, compiled)
-        if key not in _faults:
-            _faults[key] = _fault(loop, make_steps, compiled=compiled, by_name=derivative == "mixed")
-        fault = _faults[key]
-        if derivative == "mixed":
-            if fault is not None:
-                failure = NotCompilableError if compiled else IncompatibleBackendError
-                raise failure(
-                    f"mixed mode is not possible here: {fault.removesuffix('.')}. Use `derivative='reverse'` or 'auto'."
-                )
-            return True
+    case = case_of(loop, variables)
+    way = "mixed mode, compiled" if compiled else "mixed mode"
+
+    def faults(reference: Reference) -> Iterator[str]:
+        try:
+            yield from _faults(reference, steps_of, compiled=compiled)
+        except compiler_errors() as error:
+            if derivative == "mixed":  # it may be possible without compilation
+                raise
+            yield str(error).removesuffix(".")
+
+    fault = fault_of(loop, variables, case, way, faults)
+    if derivative == "mixed":
         if fault is not None:
-            _logger.info("inner gradients differentiated by reverse over reverse: %s", fault)
-            return False
-        if key not in _wins:
-            _wins[key] = _mixed_wins(loop, make_steps)
-        return _wins[key]
-    finally:
-        loop.cost = cost
-        del loop.inner_losses[losses:]
+            forget(case, [way])
+            failure = NotCompilableError if compiled else IncompatibleBackendError
+            raise failure(f"mixed mode is not possible here: {fault.reason}. Use `derivative='reverse'` or 'auto'.")
+        return True
+    if fault is not None:
+        return False
+    if (case, compiled) not in _wins:
+        own = loop.uncounted()
+        _wins[case, compiled] = _mixed_wins(own, lambda mixed: steps_of(own, variables, mixed))
+    return _wins[case, compiled]
 
 
-def _fault(loop: InnerLoop, make_steps: Callable[[bool], Steps], *, compiled: bool, by_name: bool) -> str | None:
-    """Returns why mixed mode is out of the question, in words; None if it is not."""
-    try:
-        fault = disagreement(loop, make_steps(False), lambda: make_steps(True), runs=2 if compiled else 1)
-    except compiler_errors() as error:
-        if by_name:  # it may be possible without compilation
-            raise
-        return str(error)
-    except IncompatibleBackendError as error:
-        return str(error)
-    except RuntimeError as error:
-        # Reverse over reverse has run, or it would have raised the same. What forward mode lacks is on no list.
-        return f"PyTorch says: {str(error).splitlines()[0]}"
-    return (
-        None
-        if fault is None
-        else (
-            f"{fault} (the backward pass of some operations cannot be differentiated forwards, a determinant or a "
-            "linear solve for example, and at a kink the two may take different sides)"
-        )
-    )
+def _faults(reference: Reference, steps_of: StepsOf, *, compiled: bool) -> Iterator[str]:
+    """Yields what is wrong with mixed mode at a step."""
+    assert reference.products is not None
+    departure, products = reference.departure, reference.products
+    steps = steps_of(reference.loop, reference.variables, True)
+    steps.initial()
+    steps.advance(departure, reference.step)
+    for _ in range(2 if compiled else 1):  # the first vjp of compiled steps is not compiled
+        found = steps.pull_back(departure, list(products.cotangents), reference.step, products.outputs)
+    yield from vjp_faults(products, found.grads, found.cotangents, departure)
 
 
 def _mixed_wins(loop: InnerLoop, make_steps: Callable[[bool], Steps]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, PathBlind
 from hypertorch.hypergradients.replay import check_replay
+from hypertorch.hypergradients.tangent_choice import serving_route
 from hypertorch.hypergradients.tangents import (
     ForwardState,
     TangentRoute,
@@ -41,11 +43,18 @@ class Forward(PathBlind):
     `torch.func.jvp`; one at a time (`chunk_size=1`, or a single entry) they are dual numbers over plain autograd,
     which asks less of a model.
 
+    PyTorch's forward mode is silently wrong for some operations. Before a route serves a kind of problem (the same
+    classes, sizes and dtypes), the initial state and one step are therefore compared with reverse over reverse. Where
+    a route is wrong, or PyTorch does not serve it, the other one is taken, and the log says so once. Where both fail,
+    the problem is refused. What goes wrong at some values only is not looked for again.
+
     `start`, `advance` and `read` are `compute` in three parts, for a run that is read as it goes.
 
     Cost: with `P` scalar entries, `num_steps` steps for each of the `P / chunk_size` chunks, `P num_steps` jvps, and
     one vjp of the outer loss per chunk. Memory: `1 + chunk_size` states, as many directions in the hyperparameters,
     and one step with as many tangents, whatever `num_steps` is; with `keep_tangents` all `P` tangents at the end.
+    The comparison is not counted. The first time for a kind of problem it takes at most 7 steps, 4 jvps and 2 vjps, and
+    the memory of one step's graph by reverse over reverse; later, one evaluation of `init_params`.
 
     Args:
         chunk_size: entries of the hyperparameters whose tangents are carried at once (at least 1); None for all.
@@ -55,9 +64,9 @@ class Forward(PathBlind):
 
     Raises:
         ValueError: if `chunk_size` is below 1; (from `compute`) if `carry` holds no tangents, or other ones.
-        IncompatibleBackendError: (from `compute`) if an operation has no forward derivative or cannot be vectorised,
-            or `keep_tangents` meets a problem that starts afresh or has a context.
-        ReplayError: (from `compute`) if the run of another chunk does not arrive at the same state.
+        IncompatibleBackendError: (from `compute`) if PyTorch has no forward derivative of an operation, or a wrong
+            one, or `keep_tangents` meets a problem that starts afresh or has a context.
+        ReplayError: (from `compute`) if a step, or the run of another chunk, does not arrive at the same state.
 
     References:
         Franceschi, Donini, Frasconi and Pontil (2017), algorithm 2 and section 3.3 (real time).
@@ -74,10 +83,11 @@ class Forward(PathBlind):
         grads = complete_grads(variables, [])
         carries: list[TensorDict] = []
         first: BackendResult | None = None
+        route = self._route(loop, variables)
         for entries in self._chunks(variables):
-            run = self.start(loop, variables, entries)
+            run = self._started(loop, variables, entries, route)
             for step in range(loop.num_steps):
-                run = self.advance(loop, variables, run, step)
+                run = route.advance(loop, variables, run, step)
             part = self.read(loop, variables, run)
             first = first or part
             check_replay(part.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
@@ -98,11 +108,8 @@ class Forward(PathBlind):
             variables: hyperparameters and context.
             entries: which scalar entries of the variables, counted through all of them; None for all.
         """
-        check_real(variables)
-        total = _num_entries(variables)
-        entries = range(total) if entries is None else entries
-        run = self._route(total).start(loop, variables, _unit_vectors(variables, entries))
-        return self._resumed(loop, run, entries, total) if self.keep_tangents else run
+        entries = range(_num_entries(variables)) if entries is None else entries
+        return self._started(loop, variables, entries, self._route(loop, variables))
 
     def advance(self, loop: InnerLoop, variables: TensorDict, run: ForwardState, step: int) -> ForwardState:
         """Returns the inner state after a step, with its tangents; the one before is left as it is.
@@ -113,7 +120,7 @@ class Forward(PathBlind):
             run: the state before.
             step: position in the horizon.
         """
-        return self._route(_num_entries(variables)).advance(loop, variables, run, step)
+        return run.route.advance(loop, variables, run, step)
 
     def read(self, loop: InnerLoop, variables: TensorDict, run: ForwardState) -> BackendResult:
         """Returns the derivative of the outer loss at the state reached so far, in the entries whose tangents it has.
@@ -136,12 +143,19 @@ class Forward(PathBlind):
         size = self.chunk_size or total
         yield from (range(start, min(start + size, total)) for start in range(0, total, size))
 
-    def _route(self, num_entries: int) -> TangentRoute:
-        return TangentRoute(backend="Forward", at_once=min(self.chunk_size or num_entries, num_entries))
+    def _route(self, loop: InnerLoop, variables: TensorDict) -> TangentRoute:
+        check_real(variables)
+        if self.keep_tangents:
+            _check_real_time(loop)
+        at_once = min(self.chunk_size or math.inf, _num_entries(variables))
+        return serving_route(loop, variables, TangentRoute(backend="Forward", vectorised=at_once > 1))
+
+    def _started(self, loop: InnerLoop, variables: TensorDict, entries: range, route: TangentRoute) -> ForwardState:
+        run = route.start(loop, variables, _unit_vectors(variables, entries))
+        return self._resumed(loop, run, entries, _num_entries(variables)) if self.keep_tangents else run
 
     def _resumed(self, loop: InnerLoop, run: ForwardState, entries: range, total: int) -> ForwardState:
         """Returns the first state with the tangents that the carry holds."""
-        _check_real_time(loop)
         if not loop.carried("params"):
             return run
         count = loop.carried("shared").get("tangents")

@@ -11,6 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.hypergradients.base import BackendResult, RandomDirections
 from hypertorch.hypergradients.replay import check_replay
+from hypertorch.hypergradients.tangent_choice import serving_route
 from hypertorch.hypergradients.tangents import (
     ForwardState,
     TangentRoute,
@@ -39,7 +40,8 @@ class ForwardGradient(RandomDirections):
 
     Cost: with `K` samples, `num_steps` steps for each of the `K / chunk_size` chunks, `K num_steps` jvps, and one vjp
     of the outer loss per chunk. Memory: `1 + chunk_size` states and one step with as many tangents, whatever
-    `num_steps` is.
+    `num_steps` is. Before it serves a kind of problem, a step is compared with reverse over reverse, as `Forward` says;
+    that is not counted.
 
     Args:
         num_samples: directions per outer step, `K` (at least 1).
@@ -49,8 +51,8 @@ class ForwardGradient(RandomDirections):
 
     Raises:
         ValueError: if a number is below 1, or the distribution is another word.
-        IncompatibleBackendError: (from `compute`) if an operation has no forward derivative or cannot be vectorised.
-        ReplayError: (from `compute`) if the run of another chunk does not arrive at the same state.
+        IncompatibleBackendError: (from `compute`) if PyTorch has no forward derivative of an operation, or a wrong one.
+        ReplayError: (from `compute`) if a step, or the run of another chunk, does not arrive at the same state.
 
     References:
         Baydin, Pearlmutter, Syme, Wood and Torr (2022), Gradients without backpropagation, definition 1.
@@ -78,7 +80,7 @@ class ForwardGradient(RandomDirections):
         check_real(variables)
         directions = self._directions(loop, variables)
         size = min(self.chunk_size or self.num_samples, self.num_samples)
-        route = TangentRoute(backend="ForwardGradient", at_once=size)
+        route = serving_route(loop, variables, TangentRoute(backend="ForwardGradient", vectorised=size > 1))
         total = complete_grads(variables, [])
         first: ForwardState | None = None
         for start in range(0, self.num_samples, size):

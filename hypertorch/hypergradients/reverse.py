@@ -183,16 +183,17 @@ class Reverse(Hypergradient):
     def _eager(
         self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
     ) -> BackendResult:
-        def steps(mixed: bool) -> Steps:
+        def steps_of(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
             return EagerSteps(loop, variables, mixed=mixed)
 
-        mixed = is_mixed(self.derivative, loop, steps, compiled=False)
+        mixed = is_mixed(self.derivative, loop, variables, steps_of, compiled=False)
         if every is snapshots is None and not mixed:
             return differentiate_window(loop, variables, whole_window(loop, variables))
-        pieces = _pieces(loop, steps(mixed), every, snapshots, with_graphs=not mixed)
+        steps = EagerSteps(loop, variables, mixed=mixed)
+        pieces = _pieces(loop, steps, every, snapshots, with_graphs=not mixed)
         if not mixed:
             return _go_back(loop, variables, pieces)
-        result = go_back_step_by_step(loop, variables, pieces, steps(mixed))
+        result = go_back_step_by_step(loop, variables, pieces, steps)
         return _without_missing_paths(loop, variables, result, every, snapshots)
 
     def _compiled(
@@ -203,11 +204,11 @@ class Reverse(Hypergradient):
             if result is not None:
                 return result
 
-        def steps(mixed: bool) -> Steps:
+        def steps_of(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
             return CompiledSteps(loop, variables, mixed=mixed)
 
-        mixed = is_mixed(self.derivative, loop, steps, compiled=True)
-        own = steps(mixed)
+        mixed = is_mixed(self.derivative, loop, variables, steps_of, compiled=True)
+        own = CompiledSteps(loop, variables, mixed=mixed)
         result = go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots, with_graphs=False), own)
         return _without_missing_paths(loop, variables, result, every, snapshots) if mixed else result
 

@@ -28,6 +28,7 @@ class ForwardState:
         directions: of shape `(directions, *variable)`; only for those variables that they move.
         outer_loss: the terms of the outer loss up to here, a scalar.
         derivative: their derivative along each direction, of shape `(directions,)`.
+        route: how the tangents are pushed.
     """
 
     state: InnerState
@@ -35,24 +36,20 @@ class ForwardState:
     directions: TensorDict
     outer_loss: Tensor
     derivative: Tensor
+    route: TangentRoute
 
 
 @dataclass(frozen=True, kw_only=True)
 class TangentRoute:
-    """How tangents are pushed through a step: all at once by `torch.func`, or one by one on dual numbers.
+    """How tangents are pushed through a step: all of a chunk at once by `torch.func`, or one by one on dual numbers.
 
     Attributes:
         backend: name of the backend, for messages.
-        at_once: how many are pushed at a time; 1 takes dual numbers.
+        vectorised: whether by `torch.func`.
     """
 
     backend: str
-    at_once: int
-
-    @property
-    def vectorised(self) -> bool:
-        """Whether several tangents are pushed at a time."""
-        return self.at_once > 1
+    vectorised: bool
 
     def start(self, loop: InnerLoop, variables: TensorDict, directions: TensorDict) -> ForwardState:
         """Returns the state before the first step, `s_0 = Phi_0(variables)`, and its derivatives along directions.
@@ -72,12 +69,14 @@ class TangentRoute:
         with forward_mode(self._one_by_one):
             pushed = jvps(initial, [tree.detach(variables)], [directions], vectorised=self.vectorised)
         row = next(iter(directions.values()))
+        # A constant of the user's that asks for its gradient has left a graph.
         return ForwardState(
-            state=InnerState(*pushed.outputs),
-            tangents=InnerState(*pushed.tangents),
+            state=InnerState(*pushed.outputs).detached(),
+            tangents=InnerState(*pushed.tangents).detached(),
             directions=directions,
             outer_loss=torch.zeros((), device=loop.device),
             derivative=row.new_zeros(len(row)),
+            route=self,
         )
 
     def advance(self, loop: InnerLoop, variables: TensorDict, run: ForwardState, step: int) -> ForwardState:

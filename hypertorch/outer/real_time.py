@@ -40,7 +40,9 @@ class RealTime:
     hyperparameter reaches the outer loss is asked once, of a short fresh run.
 
     Cost: per inner step, as `Forward`: one jvp for every scalar entry of the outer variables. Memory: one tangent of
-    the size of the inner state for each, whatever the length of the run.
+    the size of the inner state for each, whatever the length of the run. The comparison of a step with reverse over
+    reverse, as `Forward` says, is made for the first two updates of a kind of problem: for the fresh start, and for a
+    run that goes on.
 
     Args:
         problem: the problem, without a context and without schedules over the horizon. Its `num_steps` and
@@ -103,7 +105,8 @@ class RealTime:
         Raises:
             ValueError: if `num_inner_steps` is not a positive multiple of `every`; whatever else `OuterLoop.run` says.
             DetachedHyperparameterError: if a hyperparameter does not reach the outer loss.
-            IncompatibleBackendError: if the problem has a context, or an operation without forward derivative.
+            IncompatibleBackendError: if the problem has a context, or PyTorch has no right forward derivative of an
+                operation.
             HypertorchError: whatever else `OuterLoop.run` raises.
         """
         if isinstance(num_inner_steps, bool) or not isinstance(num_inner_steps, int) or num_inner_steps < 1:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hypertorch as ht
 from hypertorch import compilation
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients import derivative_choice, refusals
+from hypertorch.hypergradients import cross_check, derivative_choice, refusals
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
@@ -88,8 +88,8 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "_refused", set())
     monkeypatch.setattr(refusals, "_attempts", Counter())
     monkeypatch.setattr(refusals, "_warned", set())
-    for known in ("_wins", "_faults"):
-        monkeypatch.setattr(derivative_choice, known, {})
+    monkeypatch.setattr(derivative_choice, "_wins", {})
+    monkeypatch.setattr(cross_check, "_verdicts", {})
 
 
 @pytest.mark.parametrize("name", ["slogdet", "solve"])
