@@ -70,16 +70,27 @@ def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
 
 
 def check_scalar(value: Any, source: str) -> None:
-    """Raises if a loss is no scalar tensor."""
+    """Raises if a loss is no scalar tensor, or has no derivative."""
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise ValueError(
             f"`{source}` returned {_describe(value)}: a loss is a scalar tensor. Reduce it, for instance with "
             "`.mean()`" + ("; with tasks, write it for one task." if source == "InnerProblem.loss" else ".")
         )
+    if not value.dtype.is_floating_point:
+        mend = (
+            "Return a real number made of it, such as `.abs()` or `.real`"
+            if value.dtype.is_complex
+            else "Compute it by operations that have a derivative, and return counts from `metrics`; for "
+            "`EvolutionStrategies`, which needs none, convert it with `.to(torch.float32)`"
+        )
+        raise TypeError(
+            f"`{source}` returned a scalar of {value.dtype}: a loss is a real number, which has a gradient to descend. "
+            f"{mend}."
+        )
 
 
 def check_outer_loss(value: Any, method: str) -> None:
-    """Raises if an outer loss is no scalar tensor."""
+    """Raises if an outer loss is no scalar tensor, or has no derivative."""
     check_scalar(value, f"OuterProblem.{method}")
 
 

@@ -156,6 +156,23 @@ def test_wrong_returns_are_explained(change: dict, message: str) -> None:
         ({"init": lambda h: {"w": torch.zeros(3, dtype=torch.int64)}}, "returned `w` with dtype torch.int64"),
         ({"hparams": {"c": torch.tensor(2)}}, r"`hparams\['c'\]` has dtype torch.int64, which has no derivative"),
         ({"hparams": {"c": 2.0}}, "`hparams` is a dict holding .*float.*flat dict"),
+        (
+            {"inner": lambda p, h, b: p["w"].sum().long()},
+            r"`InnerProblem.loss` returned a scalar of torch.int64: .*real",
+        ),
+        (
+            {"inner": lambda p, h, b: p["w"].sum() * 1j},
+            r"`InnerProblem.loss` returned a scalar of torch.complex128.*real",
+        ),
+        (
+            {"outer": lambda p, h, b: p["w"].sum() * 1j},
+            r"`OuterProblem.loss` returned a scalar of torch.complex128.*abs",
+        ),
+        (
+            {"outer": lambda p, h, b: p["w"].sum() > 0},
+            r"`OuterProblem.loss` returned a scalar of torch.bool.*`metrics`",
+        ),
+        ({"outer": lambda p, h, b: (p["w"] > 0).sum()}, r"`OuterProblem.loss` .*torch.int64.*`EvolutionStrategies`"),
     ],
 )
 def test_wrong_kinds_are_explained(change: dict, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,18 +42,23 @@ class Classification(Objective):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean cross-entropy (unit: nats).
 
+        Args:
+            outputs: logits, shape `(batch, way)`.
+            targets: int64 labels, shape `(batch,)`.
+
         Raises:
             ValueError: if there is not one row of logits per label.
+            TypeError: if the labels are of another type than int64.
         """
-        if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
-            raise ValueError(
-                f"`outputs` have shape {tuple(outputs.shape)} for labels of shape {tuple(targets.shape)}: "
-                "classification needs one row of logits per label. End the network with a layer of `way` outputs."
-            )
+        # Written out in both methods: an inner step pays for no call.
+        if outputs.dim() != 2 or targets.shape != outputs.shape[:1] or targets.dtype != torch.int64:
+            raise _no_labels(outputs, targets)
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> TensorDict:
-        """Returns `accuracy`, the share of examples whose largest logit is the label's."""
+        """Returns `accuracy`, the share of examples whose largest logit is the label's; raises as `loss` does."""
+        if outputs.dim() != 2 or targets.shape != outputs.shape[:1] or targets.dtype != torch.int64:
+            raise _no_labels(outputs, targets)
         return {"accuracy": (outputs.argmax(dim=-1) == targets).to(outputs.dtype).mean()}
 
 
@@ -61,10 +67,55 @@ class Regression(Objective):
     """Mean squared error; reports `mse`."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean squared error."""
+        """Returns the mean squared error.
+
+        Args:
+            outputs: values, of any shape.
+            targets: floating-point values of the same shape.
+
+        Raises:
+            ValueError: if the shapes differ.
+            TypeError: if the targets are no floating-point values.
+        """
+        if outputs.shape != targets.shape or not targets.dtype.is_floating_point:
+            raise _no_values(outputs, targets)
         # `F.mse_loss` with a constant target lacks a forward-mode rule in PyTorch.
         return (outputs - targets).square().mean()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> TensorDict:
-        """Returns `mse`."""
-        return {"mse": (outputs - targets).square().mean()}
+        """Returns `mse`; raises as `loss` does."""
+        return {"mse": self.loss(outputs, targets)}
+
+
+def _no_labels(outputs: Tensor, targets: Tensor) -> Exception:
+    """Returns the error for targets that are not one label per row of logits."""
+    if outputs.dim() == 2 and targets.shape == outputs.shape and targets.dtype.is_floating_point:
+        return ValueError(
+            f"`targets` have the shape {tuple(targets.shape)} of the logits: they are shares of the classes, of which "
+            "an accuracy cannot be taken. Pass one label per row; `label_smoothing` spreads it over the classes, and "
+            "an `Objective` of your own takes any targets."
+        )
+    if outputs.dim() != 2 or targets.shape != outputs.shape[:1]:
+        return ValueError(
+            f"`outputs` have shape {tuple(outputs.shape)} for labels of shape {tuple(targets.shape)}: "
+            "classification needs one row of logits per label. End the network with a layer of `way` outputs, and "
+            "pass labels of shape `(batch,)`."
+        )
+    return TypeError(
+        f"`targets` are of {targets.dtype}: classification takes labels that count classes. Convert them, "
+        "`labels.long()`; for values that are no classes, build the learner with `objective=Regression()`."
+    )
+
+
+def _no_values(outputs: Tensor, targets: Tensor) -> Exception:
+    """Returns the error for targets that are not one value per output."""
+    if not targets.dtype.is_floating_point:
+        return TypeError(
+            f"`targets` are of {targets.dtype}: regression takes floating-point values. Convert them, "
+            f"`targets.to({outputs.dtype})`; for labels of classes, use the objective `Classification()`."
+        )
+    return ValueError(
+        f"`outputs` have shape {tuple(outputs.shape)} and `targets` {tuple(targets.shape)}: their difference would "
+        "pair every output with every target. Give both the same shape: `targets.unsqueeze(-1)` for a network with "
+        "one output, or as many outputs as an example has values."
+    )
