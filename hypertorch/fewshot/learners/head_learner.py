@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,14 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.backbones.feature_norm import mean_and_spread
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.backbone_checks import first_parameter, refuse_dropout
-from hypertorch.fewshot.learners.base import Embedding, Learner, check_dtype, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.base import Embedding, Learner
+from hypertorch.fewshot.learners.episode_checks import (
+    check_dtype,
+    check_examples,
+    check_hparams_of,
+    integers_explained,
+)
+from hypertorch.fewshot.learners.module_copy import copy_module
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
@@ -55,6 +61,8 @@ class HeadLearner(Learner):
         IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong.
     """
 
+    needs_every_class = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -71,8 +79,8 @@ class HeadLearner(Learner):
         refuse_untracked_statistics(backbone)
         refuse_dropout(backbone)
         some = first_parameter(backbone)
-        self._fit = FunctionalModule(copy.deepcopy(backbone).train())
-        self._predict = FunctionalModule(copy.deepcopy(backbone).eval())
+        self._fit = FunctionalModule(copy_module(backbone).train())
+        self._predict = FunctionalModule(copy_module(backbone).eval())
         self.way = way
         self._objective = objective or Classification()
         self._dynamics = dynamics
@@ -150,16 +158,15 @@ class HeadLearner(Learner):
         """
         check_examples(support, "support", way=self.way)
         check_dtype(support.inputs, "support", hparams)
+        return _Fitted(self, hparams, support)
 
-        def outputs(inputs: Tensor) -> Tensor:
-            check_dtype(inputs, "inputs", hparams)
-            unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])
-            episode = Episode(support, Examples(inputs, unlabelled))
-            head = unroll(self.problem(episode, None), hparams).params
-            with torch.no_grad():
-                return self.outputs(head, self._features_of_one(hparams, episode)["query"], hparams)
-
-        return outputs
+    def _outputs(self, hparams: TensorDict, support: Examples, inputs: Tensor) -> Tensor:
+        """Returns the outputs of a head fitted to a support set, shape `(batch, outputs)`."""
+        unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])
+        episode = Episode(support, Examples(inputs, unlabelled))
+        head = unroll(self.problem(episode, None), hparams).params
+        with torch.no_grad():
+            return self.outputs(head, self._features_of_one(hparams, episode)["query"], hparams)
 
     def embed(self, hparams: TensorDict, episode: Episode) -> Embedding:
         """Returns the queries' features, which no head has seen yet, and the outputs of the fitted head.
@@ -206,6 +213,20 @@ class HeadLearner(Learner):
 def linear_head(head: TensorDict, features: Tensor) -> Tensor:
     """Returns `W x + b` for a head with entries `weight`, shape `(way, features)`, and `bias`, shape `(way,)`."""
     return torch.nn.functional.linear(features, head["weight"], head["bias"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A learner with one support set; can be copied and pickled, as far as the backbone can."""
+
+    learner: HeadLearner
+    hparams: TensorDict
+    support: Examples
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        check_dtype(inputs, "inputs", self.hparams)
+        with integers_explained(inputs, "inputs"):
+            return self.learner._outputs(self.hparams, self.support, inputs)
 
 
 @dataclass(frozen=True, eq=False)

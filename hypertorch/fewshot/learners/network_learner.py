@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,14 @@ from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.base import Embedding, Learner, check_dtype, check_examples, check_hparams_of
+from hypertorch.fewshot.learners.base import Embedding, Learner
+from hypertorch.fewshot.learners.episode_checks import (
+    check_dtype,
+    check_examples,
+    check_hparams_of,
+    integers_explained,
+)
+from hypertorch.fewshot.learners.module_copy import copy_module
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
 from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
@@ -45,8 +51,8 @@ class NetworkLearner(Learner):
         self, network: nn.Module, *, dynamics: Dynamics, num_steps: int, learn_lr: LearnLR, objective: Objective | None
     ) -> None:
         refuse_untracked_statistics(network)
-        self._fit = FunctionalModule(copy.deepcopy(network).train())
-        self._predict = FunctionalModule(copy.deepcopy(network).eval())
+        self._fit = FunctionalModule(copy_module(network).train())
+        self._predict = FunctionalModule(copy_module(network).eval())
         self._objective = objective or Classification()
         self._num_steps = num_steps
         initial = self._fit.init_params()
@@ -121,15 +127,10 @@ class NetworkLearner(Learner):
         check_examples(support, "support")
         check_dtype(support.inputs, "support", hparams)
         problem = self.problem(Episode(support, support), None)
-        if not support.targets.is_floating_point():
-            self._check_outputs(problem.inner.init_params(hparams), support)
-        params = unroll(problem, hparams).params
-
-        def outputs(inputs: Tensor) -> Tensor:
-            check_dtype(inputs, "inputs", hparams)
-            return self._predict(params, inputs).detach()
-
-        return outputs
+        with integers_explained(support.inputs, "support"):
+            if not support.targets.is_floating_point():
+                self._check_outputs(problem.inner.init_params(hparams), support)
+            return _Fitted(self._predict, unroll(problem, hparams).params)
 
     def _check_outputs(self, params: TensorDict, support: Examples) -> None:
         """Raises `ValueError` if a label has no output."""
@@ -155,6 +156,19 @@ class NetworkLearner(Learner):
         shared, fitted = problem.inner.init_params(hparams), unroll(problem, hparams).params
         inputs = episode.query.inputs
         return Embedding(_features(self._predict, shared, inputs), _features(self._predict, fitted, inputs))
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """A network with weights fitted to one support set; can be copied and pickled, as far as the network can."""
+
+    network: FunctionalModule
+    params: TensorDict
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        check_dtype(inputs, "inputs", self.params)
+        with torch.no_grad(), integers_explained(inputs, "inputs"):
+            return self.network(self.params, inputs)
 
 
 def _features(network: FunctionalModule, params: TensorDict, inputs: Tensor) -> Tensor:
