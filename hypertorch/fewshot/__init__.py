@@ -10,6 +10,7 @@ from hypertorch.fewshot.datasets import (
     Omniglot,
     Sinusoid,
     StrokeCharacters,
+    TensorClasses,
 )
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 from hypertorch.fewshot.learners import (
@@ -65,4 +66,5 @@ __all__ = [
     "ResNet12",
     "Sinusoid",
     "StrokeCharacters",
+    "TensorClasses",
 ]

@@ -12,7 +12,7 @@ class Examples(NamedTuple):
     """Inputs with their targets, one row per example.
 
     Attributes:
-        inputs: `(tasks, examples, *item)`, floating point.
+        inputs: `(tasks, examples, *item)`, floating point, or integers (token ids).
         targets: `(tasks, examples)` int64 labels in `0 .. way - 1` for classification, or `(tasks, examples, features)`
             floats for regression.
     """

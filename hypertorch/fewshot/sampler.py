@@ -17,6 +17,7 @@ from hypertorch.fewshot._checks import (
     check_step,
 )
 from hypertorch.fewshot.augmentation import Augmentation, Normalisation
+from hypertorch.fewshot.datasets.classes import Classes
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 from hypertorch.noise import mix, random_words
@@ -29,34 +30,35 @@ _LAST_WORD = np.uint64(2**64 - 1)
 class EpisodeSampler(EpisodeSource):
     """Draws `way`-way `shot`-shot episodes from a data set of classes.
 
-    Each task takes `way` distinct classes, uniformly, and `shot + num_queries` distinct images of each; the first
+    Each task takes `way` distinct classes, uniformly, and `shot + num_queries` distinct items of each; the first
     `shot` are the support. Labels `0 .. way - 1` follow the order in which the classes were drawn, so they say nothing
     about the data set's own order.
 
     The choice is the ordering of raw 64-bit words of a Philox stream keyed by `(seed, step)`: the same on every
     platform, device, process and worker, in any order of access, and independent of the generators of numpy and torch.
 
-    Cost: one gather of `num_tasks * way * (shot + num_queries)` images and `num_tasks * num_classes` random words.
+    Cost: one gather of `num_tasks * way * (shot + num_queries)` items and `num_tasks * num_classes` random words.
 
     Args:
-        dataset: the classes, on the device where the episodes are wanted.
+        dataset: the classes, of images (`ImageClasses`) or of other tensors (`TensorClasses`), on the device where the
+            episodes are wanted.
         way: classes per episode, at least 2.
-        shot: support images per class, at least 1.
-        num_queries: query images per class, at least 1.
+        shot: support items per class, at least 1.
+        num_queries: query items per class, at least 1.
         num_tasks: episodes in a batch, at least 1.
         seed: selects the stream of episodes.
-        dtype: floating-point type of the inputs, whose values lie in [0, 1] before normalisation.
+        dtype: floating-point type of the inputs; images lie in [0, 1] before normalisation, integers stay integers.
         augmentation: random changes of every image, for episodes to learn from; None for none. They are drawn by
             torch's generator of the device: a function of seed and step, but not the same on every device.
         normalisation: applied last; None for none.
 
     Raises:
-        TypeError: if an argument has the wrong type.
+        TypeError: if an argument has the wrong type, or what is for images meets items that are none.
         ValueError: if a number is too small, `way` exceeds the number of classes, or `shot + num_queries` exceeds the
-            images of the smallest class.
+            items of the smallest class.
     """
 
-    dataset: ImageClasses
+    dataset: Classes
     _: KW_ONLY
     way: int
     shot: int
@@ -68,10 +70,11 @@ class EpisodeSampler(EpisodeSource):
     normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dataset, ImageClasses):
+        if not isinstance(self.dataset, Classes):
             raise TypeError(
-                f"`dataset` is a {type(self.dataset).__name__}: episodes are drawn from images sorted by class. Pass "
-                "an `ImageClasses`, such as `StrokeCharacters(split='meta_train')`."
+                f"`dataset` is a {type(self.dataset).__name__}: episodes are drawn from items sorted by class. Pass "
+                "an `ImageClasses`, such as `StrokeCharacters(split='meta_train')`, or for data that are no images "
+                "`TensorClasses.of({name: tensor, ...})`."
             )
         check_count("way", self.way, minimum=2, why="one class leaves nothing to tell apart", advice="use 2 or more")
         check_shot(self.shot)
@@ -98,8 +101,8 @@ class EpisodeSampler(EpisodeSource):
 
         Returns:
             An `Episode` on the data set's device with `support.inputs` of shape
-            `(tasks, way * shot, channels, height, width)`, `support.targets` `(tasks, way * shot)` int64, and `query`
-            the same with `num_queries` in place of `shot`.
+            `(tasks, way * shot, *item)`, `(channels, height, width)` for images; `support.targets`
+            `(tasks, way * shot)` int64; and `query` the same with `num_queries` in place of `shot`.
 
         Raises:
             TypeError: if `step` is no integer.
@@ -107,22 +110,20 @@ class EpisodeSampler(EpisodeSource):
         """
         rows = self.rows(step)
         parts = rows[:, :, : self.shot], rows[:, :, self.shot :]
-        images = self.dataset.images.flatten(1)  # a view; gathering rows of a matrix is the fastest form
         # The parts lie one after the other, so that one gather serves both and each is a contiguous view of the result.
-        order = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(images.device)
-        inputs = images.index_select(0, order).to(self.dtype).div_(255)
-        inputs = self._changed(inputs.view(-1, *self.dataset.item_shape), step)
+        order = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(self.dataset.tensor.device)
+        inputs = self._changed(self.dataset.inputs(order, self.dtype), step)
         support, query = inputs.split([part.size for part in parts])
         return Episode(self._examples(support, self.shot), self._examples(query, self.num_queries))
 
     def rows(self, step: int) -> np.ndarray:
-        """Returns which rows of `dataset.images` make up batch `step`.
+        """Returns which rows of the data set make up batch `step`.
 
         Args:
             step: which batch, at least 0.
 
         Returns:
-            int64 `(tasks, way, shot + num_queries)`: by class, support images first.
+            int64 `(tasks, way, shot + num_queries)`: by class, support items first.
 
         Raises:
             TypeError: if `step` is no integer.
@@ -136,7 +137,7 @@ class EpisodeSampler(EpisodeSource):
         classes = _smallest(class_words.reshape(self.num_tasks, self.num_classes), self.way)
         image_words = image_words.reshape(self.num_tasks, self.way, largest)
         if largest != int(counts.min()):
-            # Images that a smaller class does not have sort last, behind those that it has.
+            # Items that a smaller class does not have sort last, behind those that it has.
             image_words = np.where(np.arange(largest) < counts[classes][..., None], image_words, _LAST_WORD)
         drawn = np.argsort(image_words, axis=-1, kind="stable")[..., : self.shot + self.num_queries]
         return starts[classes][..., None] + drawn
@@ -153,6 +154,12 @@ class EpisodeSampler(EpisodeSource):
         return Examples(inputs.view(*shape, *self.dataset.item_shape), labels.repeat(self.num_tasks, 1))
 
     def _check_changes(self) -> None:
+        for name in ("augmentation", "normalisation"):
+            if getattr(self, name) is not None and not isinstance(self.dataset, ImageClasses):
+                raise TypeError(
+                    f"`{name}` is {_shown(getattr(self, name))}, but `dataset` is {self.dataset!r}, which holds no "
+                    "images: it changes channels and pixels. Pass None, and change the items before they are sorted."
+                )
         if self.augmentation is not None and not isinstance(self.augmentation, Augmentation):
             raise TypeError(
                 f"`augmentation` is {_shown(self.augmentation)}: images are changed by settings with a range each. "
@@ -177,7 +184,8 @@ class EpisodeSampler(EpisodeSource):
         if needed > count:
             raise ValueError(
                 f"`shot + num_queries` is {self.shot} + {self.num_queries} = {needed}, but class "
-                f"{self.dataset.class_names[smallest]!r} has {count} images: support and query share no image. Lower "
+                f"{self.dataset.class_names[smallest]!r} has {count} {self.dataset.field}: support and query share no "
+                f"{self.dataset.noun}. Lower "
                 f"`shot` or `num_queries` until they sum to at most {count}."
             )
 

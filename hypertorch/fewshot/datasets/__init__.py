@@ -7,3 +7,4 @@ from hypertorch.fewshot.datasets.mini_imagenet import MiniImageNet as MiniImageN
 from hypertorch.fewshot.datasets.omniglot import Omniglot as Omniglot
 from hypertorch.fewshot.datasets.sinusoid import Sinusoid as Sinusoid
 from hypertorch.fewshot.datasets.strokes import StrokeCharacters as StrokeCharacters
+from hypertorch.fewshot.datasets.tensor_classes import TensorClasses as TensorClasses
