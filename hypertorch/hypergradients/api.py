@@ -59,15 +59,16 @@ def hypergradient(
     refuse_dropped_statistics(run.dropped_statistics(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / _total_weight(slices)
+    figures = join_tasks([part.figures for part in parts], slices)
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
-        raise run.explain_non_finite(slices, grads)
+        raise run.explain_non_finite(slices, grads, figures)
     return HypergradientResult(
         grads=grads,
         outer_loss=outer_loss,
         params=join_tasks([part.params for part in parts], slices),
         stats=sum((part.cost for part in parts), Cost()),
         carry=join_tasks([part.carry for part in parts], slices),
-        figures=join_tasks([part.figures for part in parts], slices),
+        figures=figures,
     )
 
 
@@ -191,7 +192,9 @@ class _Run:
             weight=_weight(task_slice),
         )
 
-    def explain_non_finite(self, slices: list[TaskSlice | None], grads: TensorDict) -> NonFiniteError:
+    def explain_non_finite(
+        self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict
+    ) -> NonFiniteError:
         """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
         with self._bound.execution(), torch.no_grad():
             constants = tree.detach(self._hparams)
@@ -200,7 +203,7 @@ class _Run:
                 found = first_non_finite(self._bound.loop(item, context), {**constants, **context})
                 if found is not None:
                     return found
-        return non_finite_hypergradient(grads)
+        return non_finite_hypergradient(grads, figures)
 
 
 def _weight(task_slice: TaskSlice | None) -> int:

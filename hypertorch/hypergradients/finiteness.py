@@ -49,11 +49,18 @@ def _non_finite(entry: str, where: str, advice: str) -> NonFiniteError:
     return NonFiniteError(f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {advice}")
 
 
-def non_finite_hypergradient(grads: TensorDict) -> NonFiniteError:
-    """Returns the error for a hypergradient that is not finite although the forward run is."""
+def non_finite_hypergradient(grads: TensorDict, figures: TensorDict) -> NonFiniteError:
+    """Returns the error for a hypergradient that is not finite although the forward run is.
+
+    Args:
+        grads: the hypergradient.
+        figures: what the backend says of its own accuracy.
+    """
     culprit = next(name for name, value in grads.items() if not tree.all_finite([value]))
+    own = ", ".join(f"`{name}` = {float(value.max()):.0e}" for name, value in figures.items())
     return NonFiniteError(
         f"the hypergradient of `{culprit}` is not finite, although every inner state and the outer loss are: the "
-        "reverse pass overflowed, or met an infinite derivative (such as of a square root at 0). Shorten the horizon, "
-        "lower the inner step size, or keep the losses away from the singular point."
+        "reverse pass overflowed, or met an infinite derivative (such as of a square root at 0)."
+        + (f" Of its own accuracy the backend reports {own}." if own else "")
+        + " Shorten the horizon, lower the inner step size, or keep the losses away from the singular point."
     )

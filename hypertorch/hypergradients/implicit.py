@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.derivatives import vjp
-from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning
+from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.pull_back import accumulate, last_term
 from hypertorch.inner_loop import InnerLoop
@@ -23,6 +23,11 @@ ImplicitMap: TypeAlias = Literal["gradient", "step"]
 """Which equation the inner solution solves: a gradient that is zero, or a step that changes nothing."""
 
 _BUFFER = "\0buffer"  # starts the names of the optimiser's buffers, which no param has
+_MENDS = (
+    "Lower the step size of `Neumann` or `FixedPoint` below 2 over the largest eigenvalue of the curvature; where the "
+    "curvature is not positive definite, use `ConjugateGradient(damping=...)` above its most negative eigenvalue, take "
+    "more inner steps, or use `Dense()` for a small problem"
+)
 _SCALE = "stationarity"  # starts the names of what the next outer step of a warm-started run needs
 
 
@@ -65,6 +70,7 @@ class Implicit(Hypergradient):
         TypeError: if `solver` is no `LinearSolver`.
         IncompatibleBackendError: if `map="step"` meets a solver for symmetric systems; (from `compute`) if the outer
             loss has terms at inner steps, or the inner loss is linear in its params.
+        NonFiniteError: (from `compute`) if the solver diverges until it overflows.
 
     References:
         Domke (2012), Generic methods for optimization-based modeling; Pedregosa (2016), Hyperparameter
@@ -125,7 +131,7 @@ class Implicit(Hypergradient):
             left = tree.norm(tree.detach(equation.values), tasks_axis=loop.has_tasks_axis)
             figures["stationarity"] = _ratio(left, first_size)
             carry = {f"{_SCALE}.first": first_size} if loop.is_warm_started else {}
-        self._warn(figures)
+        self._warn(figures, solved.iterations)
         return BackendResult(grads=grads, outer_loss=outer_loss, state=last.detached(), figures=figures, carry=carry)
 
     def _run(self, loop: InnerLoop, constants: TensorDict) -> tuple[InnerState, Tensor | None]:
@@ -161,16 +167,22 @@ class Implicit(Hypergradient):
             unknowns = values.keys() - _unused(loop, params, variables, fixed)
         return _Equation(values, leaves, frozenset(unknowns))
 
-    def _warn(self, figures: TensorDict) -> None:
+    def _warn(self, figures: TensorDict, iterations: int) -> None:
         # One digit: Python shows the same text once, and an outer loop comes here at every step.
         residual = _above(figures["linear_residual"], self.residual_tolerance)
         if residual is not None:
+            why = (
+                f"`{self.solver!r}` left that part of the linear system unsolved, and the hypergradient is off by it "
+                "or more. Give it more iterations, a step size or damping that suits the curvature, or use another "
+                "solver"
+                if residual <= 1.0
+                else f"after {iterations} iterations `{self.solver!r}` is farther from the solution than zero is, and "
+                f"the hypergradient means nothing. If it diverges, more iterations make it worse. {_MENDS}"
+            )
             warnings.warn(
                 LinearSolveWarning(
                     f"`linear_residual` is {residual:.0e}, above `residual_tolerance` = {self.residual_tolerance}: "
-                    f"`{self.solver!r}` left that part of the linear system unsolved, and the hypergradient is off by "
-                    "it or more. Give it more iterations, a step size or damping that suits the curvature, or use "
-                    "another solver; `residual_tolerance=None` accepts it.",
+                    f"{why}; `residual_tolerance=None` accepts it.",
                     residual,
                 ),
                 stacklevel=2,
@@ -248,7 +260,15 @@ def _solve(
         return {name: _or_zeros(product[name], leaf) for name, leaf in leaves.items()}
 
     rhs = {name: _or_zeros(cotangents.get(name), leaf.detach()) for name, leaf in leaves.items()}
-    return solver.solve(matvec, rhs, tasks_axis=loop.has_tasks_axis)
+    solved = solver.solve(matvec, rhs, tasks_axis=loop.has_tasks_axis)
+    # What is not finite in the system itself comes from the run, which the front door explains.
+    if not tree.all_finite([solved.residual]) and tree.all_finite([*rhs.values(), *matvec(rhs).values()]):
+        raise NonFiniteError(
+            f"the linear system of the hypergradient: `{solver!r}` diverged, with a `linear_residual` of "
+            f"{float(solved.residual.max())} after {solved.iterations} iterations, although the system is finite. "
+            f"{_MENDS}."
+        )
+    return solved
 
 
 def _support(loop: InnerLoop, equation: _Equation, cotangents: dict[str, Tensor | None]) -> list[str]:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 import hypertorch as ht
-from hypertorch.errors import (
-    LinearSolveWarning,
-)
-from hypertorch.linear_solvers import ConjugateGradient, Dense, FixedPoint, Neumann, Nystrom
+from hypertorch.errors import LinearSolveWarning, NonFiniteError
+from hypertorch.linear_solvers import ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, Nystrom
 from hypertorch.live_memory import PeakMemory
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
@@ -95,8 +93,69 @@ def test_a_poor_solution_of_the_linear_system_is_reported() -> None:
     assert caught[0].message.residual == float(result.figures["linear_residual"]) > 1e-3  # type: ignore[union-attr]
     ht.hypergradient(problem, hparams, backend=replace(poor, residual_tolerance=None))
     diverging = Implicit(solver=FixedPoint(max_iterations=30, step_size=50.0))
-    with pytest.warns(LinearSolveWarning, match="`linear_residual` is "):
+    with pytest.warns(LinearSolveWarning, match=(
+        r"`linear_residual` is \de\+\d+, .*after 30 iterations `FixedPoint\(max_iterations=30.* than zero is, and the "
+        r"hypergradient means nothing.*Lower the step size.*`residual_tolerance=None` accepts it"
+    )):  # fmt: skip
         ht.hypergradient(problem, hparams, backend=diverging)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [Neumann(num_terms=400, step_size=50.0), FixedPoint(max_iterations=400, step_size=50.0)],
+    ids=["neumann", "fixed point"],
+)
+@maps
+def test_a_solver_that_overflows_is_named(kind: str, solver: LinearSolver) -> None:
+    """Not the reverse pass, which is as healthy as the run; whether or not the residual is asked about."""
+    problem = softmax(SGD(lr=0.8), 100)
+    backend = Implicit(solver=solver, map=kind, residual_tolerance=None)  # type: ignore[arg-type]
+    with pytest.raises(NonFiniteError, match=(
+        rf"the linear system of the hypergradient: `{type(solver).__name__}\(.*step_size=50.0\)` diverged, with a "
+        r"`linear_residual` of (inf|nan) after 400 iterations.*Lower the step size.*`ConjugateGradient\(damping=...\)`"
+    )):  # fmt: skip
+        ht.hypergradient(problem, problem.init_hparams(), backend=backend)
+
+
+def indefinite() -> ht.BilevelProblem:
+    """A saddle of curvatures 1 and -1, on which conjugate gradients divide by next to nothing."""
+    curvatures = torch.tensor([1.0, -1.0], dtype=torch.float32)
+    return ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["c"] * torch.ones(2)},
+                    lambda p, h, b: (curvatures * (p["w"] - h["c"]).square()).sum() / 2),
+        LambdaOuter({"c": torch.tensor(0.5)}, lambda p, h, b: p["w"] @ torch.tensor([1.0, 1.0 + 3e-7])),
+        dynamics=SGD(lr=0.1),
+        num_steps=1,
+    )  # fmt: skip
+
+
+def test_conjugate_gradients_on_a_saddle_are_reported_and_damping_mends_it() -> None:
+    problem = indefinite()
+    hparams = problem.init_hparams()
+    few = Implicit(solver=ConjugateGradient(max_iterations=1), stationarity_tolerance=None)
+    with pytest.warns(LinearSolveWarning, match=r"after 1 iterations `ConjugateGradient.*not positive definite"):
+        ht.hypergradient(problem, hparams, backend=few)
+    exact = ht.hypergradient(problem, hparams, backend=Implicit(solver=Dense(), stationarity_tolerance=None))
+    torch.testing.assert_close(exact.grads["c"], torch.tensor(2.0))
+
+
+def test_a_run_that_is_not_finite_is_not_the_solvers_fault() -> None:
+    problem = softmax(SGD(lr=1e200), 5)
+    with pytest.raises(NonFiniteError, match="inner step|inner loss"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Implicit(solver=Neumann()))
+
+
+def test_a_curvature_that_is_not_finite_is_not_the_solvers_fault() -> None:
+    """The square root at 0 has an infinite second derivative, and a first one of 0 by the power."""
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.zeros((), dtype=F64)},
+                    lambda p, h, b: p["w"].abs().pow(1.5) + 0.0 * p["w"] * h["c"]),
+        LambdaOuter({"c": scalar(1.0)}, lambda p, h, b: p["w"] + 1.0),
+        dynamics=SGD(lr=0.1),
+        num_steps=1,
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match="met an infinite derivative.*the backend reports `linear_residual` = nan"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Implicit(solver=Neumann()))
 
 
 def test_one_task_that_is_badly_solved_is_enough_for_a_warning() -> None:
