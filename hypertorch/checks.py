@@ -94,6 +94,22 @@ def check_outer_loss(value: Any, method: str) -> None:
     check_scalar(value, f"OuterProblem.{method}")
 
 
+def check_metrics(metrics: TensorMapping, shape: tuple[int, ...]) -> None:
+    """Raises if a metric is not one figure per task.
+
+    Args:
+        metrics: what an outer problem returned, with a tasks axis if it has tasks.
+        shape: `()`, or `(tasks,)`.
+    """
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+            got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"as a {type(value).__name__}"
+            raise ValueError(
+                f"`OuterProblem.metrics` returned `{name}` {got}, where shape {shape} was expected: a metric is one "
+                "figure per episode, a tensor. Reduce it to a scalar, for instance with `.mean()`."
+            )
+
+
 def check_buffers(new_buffers: Any, names: Sequence[str]) -> None:
     """Raises if the inner loss did not return new values for exactly the buffers."""
     if set(new_buffers) != set(names):

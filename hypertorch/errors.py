@@ -1,4 +1,4 @@
-"""The exceptions that hypertorch raises beside `ValueError` and `TypeError`."""
+"""The exceptions that hypertorch raises beside `ValueError` and `TypeError`, and its warnings."""
 
 
 class HypertorchError(Exception):
@@ -53,3 +53,15 @@ class LinearSolveWarning(UserWarning):
     def __init__(self, message: str, residual: float) -> None:
         super().__init__(message)
         self.residual = residual
+
+
+class ZeroHypergradientWarning(UserWarning):
+    """A hypergradient stays exactly zero over the first outer steps of a run, although there is a path.
+
+    Attributes:
+        names: the outer variables.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem, join_tasks
+from hypertorch.checks import check_metrics
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict
@@ -135,6 +136,9 @@ def outer_metrics(
         params: params as a hypergradient or an unroll returned them, with a tasks axis if the problem has tasks.
         hparams: the outer variables that these params were trained with.
         outer_step: chooses the outer data.
+
+    Raises:
+        ValueError: if a metric is not one figure per task.
     """
     bound = BoundProblem(problem, hparams, outer_step, None)
     slices = list(task_slices(problem, "loop" if problem.task_route == "loop" else "vmap"))
@@ -144,4 +148,6 @@ def outer_metrics(
             context = bound.context(hparams, item)
             own = params if item is None else item.take(params)
             parts.append(bound.loop(item, context).metrics(own, {**hparams, **context}))
-    return {name: value.to(torch.get_default_dtype()).mean() for name, value in join_tasks(parts, slices).items()}
+    metrics = join_tasks(parts, slices)
+    check_metrics(metrics, () if problem.num_tasks is None else (problem.num_tasks,))
+    return {name: value.to(torch.get_default_dtype()).mean() for name, value in metrics.items()}

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from hypertorch.checks import check_metrics
 from hypertorch.outer.progress import progress_display
 from hypertorch.outer.report import Estimate, Report
 from hypertorch.outer.scalars import to_floats
@@ -84,12 +85,7 @@ def _figures_of(problem: BilevelProblem, hparams: TensorDict, step: int) -> dict
             "one of them would be lost. Rename the metric."
         )
     shape = () if problem.num_tasks is None else (problem.num_tasks,)
-    for name, value in result.metrics.items():
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"`OuterProblem.metrics` returned `{name}` of shape {tuple(value.shape)}, where shape {shape} was "
-                "expected: a metric is one figure per episode. Reduce it to a scalar, for instance with `.mean()`."
-            )
+    check_metrics(result.metrics, shape)
     return {
         name: value.detach().reshape(-1) for name, value in (*result.metrics.items(), (OUTER_LOSS, result.outer_loss))
     }

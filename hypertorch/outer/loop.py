@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+
+from torch import Tensor
 
 from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
@@ -20,20 +23,25 @@ from hypertorch.outer.progress import ProgressDisplay, progress_display
 from hypertorch.outer.report import Report
 from hypertorch.outer.scalars import to_floats
 from hypertorch.outer.state import OptimizerFactory, OuterState, SchedulerFactory
-from hypertorch.outer.step import propose, take
+from hypertorch.outer.step import STEPS_PER_SECOND, VALIDATION, propose, take
 from hypertorch.outer.stopwatch import Stopwatch
 from hypertorch.outer.validation import Validation
+from hypertorch.outer.zero_hypergradients import ZeroWatch
 from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict, TensorMapping
 
+_HALF_WIDTH = "_half_width"
+_RISE = 10.0  # noise of single episodes stays below it
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Trained:
     """What an outer run found.
 
     Attributes:
         hparams: the outer variables after the last step.
-        best_hparams: those with the best validation; `hparams` without a validation.
+        best_hparams: those with the best validation. Without a validation nothing is known to be better, and they are
+            those after the last step, however high the outer loss rose.
         best_step: outer steps after which they were found.
         best_value: their figure of merit; None without a validation.
         num_outer_steps: outer steps done.
@@ -48,6 +56,17 @@ class Trained:
     num_outer_steps: int
     seconds: float
     carry: TensorDict = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        # Sizes instead of entries, once: both sets of outer variables have the same.
+        steps = f"num_outer_steps={self.num_outer_steps}, seconds={self.seconds:.3g}"
+        best = (
+            f"best_step={self.best_step}, not validated: best_hparams are the last"
+            if self.best_value is None
+            else f"best_step={self.best_step}, best_value={self.best_value:.5g}"
+        )
+        sizes = ", ".join(f"{name}: {tuple(value.shape)}" for name, value in self.hparams.items())
+        return f"Trained({steps}, {best}, hparams={{{sizes}}})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +83,12 @@ class OuterLoop:
     started from; the record bears the number of steps then done. Logged after each validation, in a record of its own:
     `validation/<metric>` and `validation/<metric>_half_width`.
 
-    Cost: per step, one hypergradient and one optimizer step. The loop waits for an accelerator once per record.
+    An outer variable whose hypergradient is exactly zero at each of the first five steps is named in a
+    `ZeroHypergradientWarning`, unless the problem has it in `allow_unused`. Without a validation, an outer loss at the
+    last step of more than ten times that at the first is named in a warning.
+
+    Cost: per step, one hypergradient and one optimizer step. The loop waits for an accelerator once per record, and
+    once more at the first step.
 
     Args:
         source: where the problems come from; a `BilevelProblem` is its own source.
@@ -135,7 +159,8 @@ class OuterLoop:
 
         Raises:
             ValueError: if `num_outer_steps` is below 1, `resume` is asked for without `checkpoints`, a constraint or
-                the validation's metric names nothing, or `start_from` are not the outer variables of the source.
+                the validation's metric names nothing, a metric has a name that the loop logs another figure under, or
+                `start_from` are not the outer variables of the source.
             CheckpointError: if a checkpoint is damaged, of another problem or in the way, or cannot be written.
             NonFiniteError: if NaN or infinity appears; names the outer step, the inner step and the entry.
             HypertorchError: whatever else the hypergradient raises.
@@ -216,6 +241,9 @@ class _Run:
         self._saved = self._position() if resumed else None
         self._stopwatch = Stopwatch(seconds=state.seconds, step=state.step)
         self._constraints: dict[str, Constraint] = {}
+        self._zeros = ZeroWatch(state.leaves, first=state.step, last=num_outer_steps - 1)
+        self._first = state.step
+        self._losses: list[Tensor] = []  # at the first and at the last step of this call
 
     def is_over(self) -> bool:
         """Returns whether all steps are done, and validated."""
@@ -238,6 +266,7 @@ class _Run:
                 with self._stopwatch.excluded():
                     self._prepare()
                 self._iterate(display)
+            self._warn_of_a_rise()
         except (KeyboardInterrupt, SystemExit):
             with uninterrupted():
                 self._save()
@@ -263,7 +292,9 @@ class _Run:
                 problem, state.hparams, backend=loop.backend, outer_step=state.step
             )
         if loop.validation is not None:
-            loop.validation.figure(self._evaluate(loop.validation, num_episodes=1))
+            report = self._evaluate(loop.validation, num_episodes=1)
+            loop.validation.figure(report)
+            _validation_figures(report)
 
     def _iterate(self, display: ProgressDisplay) -> None:
         state = self._state
@@ -282,19 +313,30 @@ class _Run:
         loop, state = self._loop, self._state
         done = state.step + 1
         to_log = done % loop.log_every == 0 or done == self._num_outer_steps
-        proposal = propose(
-            self._problem_at(state.step),
-            state,
-            backend=loop.backend,
-            clip_norm=loop.clip_norm,
-            with_figures=to_log,
-        )
+        problem = self._problem_at(state.step)
+        proposal = propose(problem, state, backend=loop.backend, clip_norm=loop.clip_norm, with_figures=to_log)
+        self._zeros.look(state.step, proposal.grads, problem.allow_unused)
+        self._losses = [*self._losses[:1], proposal.outer_loss]
         with uninterrupted():
             take(proposal, state, self._constraints)
             if to_log:
                 figures = to_floats(proposal.figures)
-                self._log({**figures, "steps_per_second": self._stopwatch.rate(done)}, display)
+                self._log({**figures, STEPS_PER_SECOND: self._stopwatch.rate(done)}, display)
         display.advance(done)
+
+    def _warn_of_a_rise(self) -> None:
+        """Warns if the outer loss rose so far that the last outer variables cannot be what was wanted."""
+        if self._loop.validation is not None or len(self._losses) < 2:
+            return
+        first, last = (float(loss) for loss in self._losses)
+        if 0.0 < _RISE * first < last:
+            warnings.warn(
+                f"`outer_loss` is {last:.3g} at outer step {self._state.step - 1}, and was {first:.3g} at outer step "
+                f"{self._first}: the outer run diverged, and without a `validation` `best_hparams` are what it ended "
+                "with. Lower the learning rate of the outer optimizer, pass `clip_norm`, or pass a `validation`, which "
+                "keeps the best.",
+                stacklevel=4,  # the caller of `OuterLoop.run`
+            )
 
     def _problem_at(self, step: int) -> BilevelProblem:
         problem = self._loop.source.at(step)
@@ -352,10 +394,16 @@ class _Run:
 
 
 def _validation_figures(report: Report) -> dict[str, float]:
+    clash = sorted(name for name in report.metrics if f"{name}{_HALF_WIDTH}" in report.metrics)
+    if clash:
+        raise ValueError(
+            f"`OuterProblem.metrics` returned `{clash[0]}{_HALF_WIDTH}` beside `{clash[0]}`: the interval of the "
+            "second is logged under the name of the first. Rename the metric."
+        )
     figures: dict[str, float] = {}
     for name, estimate in report.metrics.items():
-        figures[f"validation/{name}"] = estimate.mean
-        figures[f"validation/{name}_half_width"] = estimate.half_width
+        figures[f"{VALIDATION}{name}"] = estimate.mean
+        figures[f"{VALIDATION}{name}{_HALF_WIDTH}"] = estimate.half_width
     return figures
 
 

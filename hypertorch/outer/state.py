@@ -68,14 +68,14 @@ class OuterState:
         """Returns the outer variables as they are now."""
         return {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
 
-    def learning_rates(self) -> dict[str, float | Tensor]:
-        """Returns the outer learning rate, or one per parameter group, by the name it is logged under."""
+    def learning_rates(self, name: str) -> dict[str, float | Tensor]:
+        """Returns the outer learning rate by `name`, or that of every parameter group by `name/position`."""
         rates = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
         # A tensor is changed in place by a scheduler before it is read.
         rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
         if len(rates) == 1:
-            return {"learning_rate": rates[0]}
-        return {f"learning_rate/{position}": rate for position, rate in enumerate(rates)}
+            return {name: rates[0]}
+        return {f"{name}/{position}": rate for position, rate in enumerate(rates)}
 
     def descend(self, grads: TensorMapping, carry: TensorDict) -> None:
         """Takes one step of the optimizer and of the scheduler along a hypergradient."""

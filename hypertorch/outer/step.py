@@ -19,6 +19,13 @@ from hypertorch.types import TensorDict
 from hypertorch.unroll import outer_metrics
 
 HYPERGRADIENT_NORM = "hypergradient_norm"
+STEPS_PER_SECOND = "steps_per_second"
+LEARNING_RATE = "learning_rate"
+HPARAMS = "hparams/"
+VALIDATION = "validation/"
+_STEP = "step"  # what loggers call the number of the step in a record
+_OWN_NAMES = (OUTER_LOSS, HYPERGRADIENT_NORM, STEPS_PER_SECOND, LEARNING_RATE, _STEP)
+_OWN_BEGINNINGS = (f"{LEARNING_RATE}/", HPARAMS, VALIDATION)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,11 +34,13 @@ class Proposal:
 
     Attributes:
         grads: the clipped hypergradient.
+        outer_loss: the outer loss that the step started from.
         carry: what the next hypergradient is handed.
         figures: what is to be logged, as numbers or tensors of one entry; empty if nothing is.
     """
 
     grads: TensorDict
+    outer_loss: Tensor
     carry: TensorDict
     figures: Mapping[str, float | Tensor]
 
@@ -67,7 +76,7 @@ def propose(
     if with_figures and norm is not None:
         figures = _figures(problem, state, result, norm)
     grads = result.grads if clip_norm is None or norm is None else clip_to_norm(result.grads, norm, clip_norm)
-    return Proposal(grads=grads, carry=state.own_carry(result.carry), figures=figures)
+    return Proposal(grads=grads, outer_loss=result.outer_loss, carry=state.own_carry(result.carry), figures=figures)
 
 
 def take(proposal: Proposal, state: OuterState, constraints: Mapping[str, Constraint]) -> None:
@@ -80,16 +89,16 @@ def _figures(
     problem: BilevelProblem, state: OuterState, result: HypergradientResult, norm: Tensor
 ) -> dict[str, float | Tensor]:
     metrics = outer_metrics(problem, result.params, state.hparams, outer_step=state.step)
-    figures: dict[str, float | Tensor] = {
-        OUTER_LOSS: result.outer_loss,
-        HYPERGRADIENT_NORM: norm,
-        **state.learning_rates(),
-    }
-    clash = sorted(metrics.keys() & figures.keys())
+    clash = sorted(name for name in metrics if name in _OWN_NAMES or name.startswith(_OWN_BEGINNINGS))
     if clash:
         raise ValueError(
             f"`OuterProblem.metrics` returned {clash}, names that the outer loop logs other figures under: one of them "
             "would be lost. Rename the metric."
         )
-    values = {f"hparams/{name}": value.clone() for name, value in state.hparams.items() if value.numel() == 1}
-    return {OUTER_LOSS: result.outer_loss, **metrics, **figures, **values}
+    return {
+        OUTER_LOSS: result.outer_loss,
+        **metrics,
+        HYPERGRADIENT_NORM: norm,
+        **state.learning_rates(LEARNING_RATE),
+        **{f"{HPARAMS}{name}": value.clone() for name, value in state.hparams.items() if value.numel() == 1},
+    }

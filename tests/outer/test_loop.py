@@ -122,7 +122,7 @@ def test_one_copy_to_the_host_per_record(monkeypatch: pytest.MonkeyPatch) -> Non
     original = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: copies.append(1) or original(self))
     make_loop(loggers=[outer.MemoryLogger()], log_every=3).run(6)
-    assert len(copies) == 2
+    assert len(copies) == 2 + 1  # and one at the first step, for hypergradients that are zero
 
 
 def test_figures_are_computed_only_where_they_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,10 +290,109 @@ def test_other_errors_pass_through() -> None:
         make_loop(Quadratics(fail_at=2)).run(3)
 
 
-@pytest.mark.parametrize("name", ["outer_loss", "learning_rate", "hypergradient_norm"])
+OWN_NAMES = ["outer_loss", "learning_rate", "learning_rate/1", "hypergradient_norm", "steps_per_second", "step",
+             "hparams/curvature", "validation/distance"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
 def test_a_metric_must_not_hide_a_figure_of_the_loop(name: str) -> None:
     with pytest.raises(ValueError, match=rf"`OuterProblem\.metrics` returned \['{name}'\], names that the outer loop"):
         make_loop(Quadratics(metric=name)).run(1)
+
+
+def test_every_name_that_the_loop_logs_is_refused_for_a_metric() -> None:
+    memory = outer.MemoryLogger()
+    validation = outer.Validation(source=Quadratics(), every=1, num_episodes=2, metric="distance")
+    make_loop(loggers=[memory], validation=validation).run(1)
+    logged = {name for record in memory.records for name in record} - {"distance"}
+    assert len(logged) == 10
+    for name in logged:
+        with pytest.raises(ValueError, match=rf"`OuterProblem\.metrics` returned \['{name}'\]"):
+            make_loop(Quadratics(metric=name)).run(1)
+
+
+def test_metrics_that_look_like_those_of_the_loop_are_kept() -> None:
+    memory = outer.MemoryLogger()
+    for name in ("outer_loss_train", "hparams_norm", "steps", "seconds", "train/outer_loss"):
+        make_loop(Quadratics(metric=name), loggers=[memory]).run(1)
+        assert name in memory.records[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Outer):
+    """Returns the metrics that it is given, of the fitted params."""
+
+    figures: Any
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+        return self.figures(params["w"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Quadratics):
+    figures: Any
+
+    def at(self, outer_step: int) -> ht.BilevelProblem:
+        problem = super().at(outer_step)
+        return replace(problem, outer=Measuring(**vars(problem.outer), figures=self.figures))
+
+
+@pytest.mark.parametrize("num_tasks", [None, 4])
+def test_a_metric_of_several_entries_is_not_averaged_over_them(num_tasks: int | None) -> None:
+    source = Measured(num_tasks=num_tasks, figures=lambda w: {"each": w})
+    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned `each` of shape .*3,?\).*one figure"):
+        make_loop(source).run(1)
+    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned `number` as a float"):
+        make_loop(Measured(num_tasks=None, figures=lambda w: {"number": 0.5})).run(1)
+
+
+def test_a_metric_must_not_hide_an_interval() -> None:
+    source = Measured(figures=lambda w: {"error": w.sum(), "error_half_width": w.sum()})
+    validation = outer.Validation(source=source, every=100, num_episodes=2, metric="error")
+    with pytest.raises(ValueError, match=r"returned `error_half_width` beside `error`.*Rename the metric"):
+        make_loop(validation=validation).run(100)
+
+
+# What is said of the result
+
+
+def test_a_result_prints_its_sizes_and_whether_it_was_validated() -> None:
+    trained = make_loop().run(2)
+    assert repr(replace(trained, seconds=1.5)) == (
+        "Trained(num_outer_steps=2, seconds=1.5, best_step=2, not validated: best_hparams are the last, "
+        "hparams={start: (3,), curvature: ()})"
+    )
+    validation = outer.Validation(source=Quadratics(), every=1, num_episodes=2, metric="distance")
+    validated = make_loop(validation=validation).run(2)
+    assert str(replace(validated, best_value=0.25, best_step=1, seconds=100.4)) == (
+        "Trained(num_outer_steps=2, seconds=100, best_step=1, best_value=0.25, hparams={start: (3,), curvature: ()})"
+    )
+
+
+@pytest.mark.parametrize("factor", [9.0, 11.0])
+def test_an_outer_loss_that_rose_tenfold_is_said(factor: float) -> None:
+    """Without a step of the optimizer, the loss is what the data of its outer step make it."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Rising(Outer):
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            return params["w"].square().sum() * (factor if self.step == 2 else 1.0 + 100.0 * self.step)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Source(Quadratics):
+        def at(self, outer_step: int) -> ht.BilevelProblem:
+            problem = super().at(outer_step)
+            return replace(problem, outer=Rising(**vars(problem.outer)))
+
+    still: dict[str, Any] = {"optimizer": partial(torch.optim.SGD, lr=0.0)}
+    if factor < 10.0:
+        make_loop(Source(), **still).run(3)
+        return
+    with pytest.warns(UserWarning, match=r"`outer_loss` is .* at outer step 2, and was .* at outer step 0: .*`clip_no"):
+        make_loop(Source(), **still).run(3)
+    validation = outer.Validation(source=Quadratics(), every=1, num_episodes=2, metric="distance")
+    make_loop(Source(), validation=validation, **still).run(3)
+    make_loop(Source(), **still).run(1)
 
 
 def test_refused_arguments() -> None:
