@@ -47,6 +47,11 @@ def add(left: TensorMapping, right: TensorMapping, alpha: float | Tensor = 1.0) 
     return {name: torch.add(value, right[name], alpha=alpha) for name, value in left.items()}
 
 
+def scale(tree: TensorMapping, factor: Tensor) -> TensorDict:
+    """Returns `factor * tree`, entry by entry; a factor of shape `(tasks,)` where entries have a leading tasks axis."""
+    return {name: _beside(factor, value) * value for name, value in tree.items()}
+
+
 def dot(left: TensorMapping, right: TensorMapping, *, tasks_axis: bool = False) -> Tensor:
     """Returns the inner product over all entries in the widest dtype of the entries, a scalar.
 

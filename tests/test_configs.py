@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import experiments.resolvers  # noqa: F401
@@ -90,6 +91,40 @@ def found_under(key: str, value: object) -> Iterator[str]:
             yield value[key]
         for item in value.values():
             yield from found_under(key, item)
+
+
+DYNAMICS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in CONFIGS.glob("dynamics/*.yaml")}
+PLAIN_DYNAMICS = [
+    name for name, values in DYNAMICS.items() if not any(isinstance(x, (dict, list)) for x in values.values())
+]
+
+
+@pytest.mark.parametrize("name", PLAIN_DYNAMICS)
+def test_an_inner_optimiser_has_the_numbers_of_its_class(name: str) -> None:
+    rule = instantiate(DYNAMICS[name])
+    # Gradient descent has no step size of its own.
+    own = {"lr": rule.lr} if name in ("sgd", "reversible_momentum") else {}
+    assert isinstance(rule, ht.Dynamics) and vars(rule) == vars(type(rule)(**own))
+
+
+@pytest.mark.parametrize("name", sorted(set(DYNAMICS) - set(PLAIN_DYNAMICS)))
+def test_an_inner_optimiser_made_of_parts_builds(name: str) -> None:
+    assert isinstance(make(composed(f"dynamics={name}", "~dynamics.lr"), "dynamics")(), ht.Dynamics)
+
+
+def test_every_inner_optimiser_is_in_a_file() -> None:
+    exported = {getattr(ht.dynamics, name) for name in ht.dynamics.__all__}
+    leaves = {item for item in exported if issubclass(item, ht.Dynamics) and not inspect.isabstract(item)}
+    targets = {get_object(target) for values in DYNAMICS.values() for target in found_under("_target_", values)}
+    # Learnt first buffers are tensors, which no file holds.
+    assert leaves - targets == {ht.dynamics.LearnedBuffers}
+
+
+def test_any_rule_can_be_clipped() -> None:
+    config = composed("dynamics=clipped", "dynamics@dynamics.rule=adam", "dynamics.max_value=0.1", "~dynamics.lr")
+    clipped = make(config, "dynamics")()
+    assert isinstance(clipped, ht.dynamics.Clipped) and isinstance(clipped.rule, ht.dynamics.Adam)
+    assert (clipped.max_norm, clipped.max_value) == (1.0, 0.1)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -4,10 +4,15 @@ from hypertorch.dynamics.adagrad import Adagrad
 from hypertorch.dynamics.adam import Adam
 from hypertorch.dynamics.adamw import AdamW
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
+from hypertorch.dynamics.clipped import Clipped
 from hypertorch.dynamics.groups import Groups
 from hypertorch.dynamics.hyper import Hyper
 from hypertorch.dynamics.learned_buffers import LearnedBuffers
 from hypertorch.dynamics.learned_update import LearnedUpdate
+from hypertorch.dynamics.lion import Lion
+from hypertorch.dynamics.muon import Muon
+from hypertorch.dynamics.nadam import NAdam
+from hypertorch.dynamics.radam import RAdam
 from hypertorch.dynamics.reversible import ReversibleDynamics
 from hypertorch.dynamics.reversible_momentum import ReversibleMomentum
 from hypertorch.dynamics.rmsprop import RMSprop
@@ -20,6 +25,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Clipped",
     "CoordinatewiseLSTM",
     "CoordinatewiseMLP",
     "Dynamics",
@@ -28,6 +34,10 @@ __all__ = [
     "Hyper",
     "LearnedBuffers",
     "LearnedUpdate",
+    "Lion",
+    "Muon",
+    "NAdam",
+    "RAdam",
     "RMSprop",
     "ReversibleDynamics",
     "ReversibleMomentum",

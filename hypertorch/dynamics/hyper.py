@@ -174,6 +174,22 @@ def check_range(owner: str, name: str, setting: Setting, lower: float, upper: fl
         _check_range(f"`{name}[{pattern!r}]` of `{owner}`", own, lower, upper, advice)
 
 
+def check_not_learnt(owner: str, name: str, setting: Setting, reason: str) -> None:
+    """Raises `ValueError` if a setting whose hypergradient is zero by nature is to be learnt.
+
+    Args:
+        owner: the dynamics' name, for the message.
+        name: the setting's name.
+        setting: the setting.
+        reason: the middle of the message: why nothing depends smoothly on the setting.
+    """
+    if any(isinstance(part, Hyper) for part in parts(setting)):
+        raise ValueError(
+            f"`{name}` of `{owner}` is {setting!r}, but its hypergradient is exactly zero: {reason}. Give it as a "
+            "number or a schedule, and compare runs to choose among several."
+        )
+
+
 def _check_range(argument: str, setting: UngroupedSetting, lower: float, upper: float, advice: str) -> None:
     if isinstance(setting, Hyper):
         return

@@ -50,6 +50,9 @@ DIFFERENTIABILITY: dict[type[torch.optim.Optimizer], Differentiability] = {
     torch.optim.RMSprop: Differentiability(exact=frozenset({"lr", "alpha", "eps", "weight_decay"}), instead="RMSprop"),
 }
 
+_OWN_ONLY = ("AdamW", "Muon", "NAdam", "RAdam")
+"""Classes of `torch.optim` that `higher` does not know, and we have dynamics of."""
+
 _WITHOUT_EFFECT = ("foreach", "fused", "capturable", "differentiable")
 _STAND_IN = 0.5  # for a learnt setting, where PyTorch checks the others: a value that every one of them can have
 
@@ -85,7 +88,9 @@ def check_class(optimizer: Any) -> None:
 def unsupported(optimizer: type[torch.optim.Optimizer]) -> ValueError:
     """Returns the error for a class that `higher` does not know."""
     known = ", ".join(sorted(kind.__name__ for kind in DIFFERENTIABILITY))
-    own = "`ht.dynamics.AdamW`" if optimizer is torch.optim.AdamW else f"one of {known}, or a dynamics of `ht.dynamics`"
+    # By name: a release of PyTorch need not have all of them.
+    has_own = optimizer.__module__.startswith("torch.optim.") and optimizer.__name__ in _OWN_ONLY
+    own = f"`ht.dynamics.{optimizer.__name__}`" if has_own else f"one of {known}, or a dynamics of `ht.dynamics`"
     return ValueError(
         f"`optimizer` is {optimizer.__name__}, of which the library `higher` has no differentiable form. Use {own}."
     )

@@ -8,6 +8,7 @@ are drawn by step; noise, terms at inner steps, tasks and context have tests of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -47,6 +48,9 @@ ESTIMATES: dict[type[ht.Hypergradient], str] = {
 }
 
 
+OF_A_MATRIX = {"ns_a", "ns_b", "ns_c"}  # of Muon: numbers that act on a matrix as a whole
+
+
 def scalars(**values: float) -> TensorDict:
     return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
 
@@ -71,6 +75,7 @@ def per_parameter(leaf: Callable[..., ht.Dynamics], **values: float) -> tuple[ht
     for position, (name, value) in enumerate(values.items()):
         settings[name] = Hyper(name, per="parameter" if position else "step,parameter")
         for parameter, shape in shapes.items():
+            shape = (1, 1) if name in OF_A_MATRIX else shape
             full = shape if position else (NUM_STEPS, *shape)
             entries[f"{name}.{parameter}"] = value * (1.0 - 0.2 * normal(*full, seed=60 + position).sigmoid())
     return leaf(**settings), entries
@@ -96,8 +101,23 @@ FLOATS: dict[str, tuple[Callable[..., ht.Dynamics], dict[str, float]]] = {
         dynamics.Adagrad,
         {"lr": 0.1, "lr_decay": 0.1, "eps": 1e-3, "weight_decay": 0.03, "initial_accumulator_value": 0.1},
     ),
+    "NAdam": (
+        dynamics.NAdam,
+        {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.03, "momentum_decay": 0.2},
+    ),
+    # Rectified in the last step.
+    "RAdam": (dynamics.RAdam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.99, "eps": 1e-3, "weight_decay": 0.03}),
+    "Lion": (dynamics.Lion, {"lr": 0.02, "weight_decay": 0.3}),
+    "Muon": (
+        dynamics.Muon,
+        {"lr": 0.05, "momentum": 0.7, "weight_decay": 0.2, "ns_a": 3.0, "ns_b": -3.2, "ns_c": 1.2},
+    ),
     "ReversibleMomentum": (dynamics.ReversibleMomentum, {"lr": 0.3, "momentum": 0.7}),
 }
+# Refused where they are to be learnt: their hypergradient is zero by nature.
+NEVER_LEARNT = {"Lion": {"beta1", "beta2"}, "Muon": {"eps"}}
+# Outer variables that act through the gradient alone, of which nothing depends smoothly.
+WITHOUT_PATH = {"Lion": ("weights",)}
 NOT_PER_STEP = {"initial_accumulator_value"}  # read once, when the buffers are made
 
 
@@ -128,6 +148,25 @@ def _composites() -> dict[str, tuple[ht.Dynamics, TensorDict]]:
         ),
         "LearnedUpdate": (rule, {}),
         "TorchOptim": (dynamics.TorchOptim(torch.optim.Adamax, options={"lr": Hyper("lr")}), scalars(lr=0.05)),
+        "TorchOptim, Adadelta": (
+            dynamics.TorchOptim(
+                torch.optim.Adadelta,
+                options={name: Hyper(name) for name in ("lr", "rho", "eps", "weight_decay")},
+            ),
+            scalars(lr=0.5, rho=0.8, eps=1e-2, weight_decay=0.03),
+        ),
+        "TorchOptim, ASGD": (
+            dynamics.TorchOptim(torch.optim.ASGD, options={"lr": 0.3, "weight_decay": Hyper("weight_decay")}),
+            scalars(weight_decay=0.03),
+        ),
+        "Clipped, norm": (
+            dynamics.Clipped(dynamics.SGD(lr=Hyper("lr"), momentum=0.6), max_norm=Hyper("max_norm", per="step")),
+            {**scalars(lr=0.3), "max_norm": 0.2 * (1.0 - 0.2 * normal(NUM_STEPS, seed=71).sigmoid())},
+        ),
+        "Clipped, value": (
+            dynamics.Clipped(dynamics.Adam(lr=Hyper("lr"), eps=1e-3), max_value=Hyper("max_value"), max_norm=0.2),
+            scalars(lr=0.05, max_value=0.04),
+        ),
     }
 
 
@@ -145,7 +184,7 @@ CASES = _cases()
 # Hundreds of tangents one by one take minutes; one dynamics of this kind stays in the default suite.
 SLOW = {
     (case, "forward by duals") for case in CASES if case.endswith("per parameter") and not case.startswith("Adagrad")
-}
+} | {(f"{leaf}, schedules", "forward by duals") for leaf in ("NAdam", "RAdam", "Lion", "Muon")}
 PAIRS = [
     pytest.param(case, backend, marks=pytest.mark.slow if (case, backend) in SLOW else ())
     for case in CASES
@@ -155,7 +194,8 @@ PAIRS = [
 
 def problem_of(case: str) -> ht.BilevelProblem:
     rule, extra = CASES[case]
-    return net_problem(rule, extra, num_steps=NUM_STEPS)
+    without_path = WITHOUT_PATH.get(case.split(",", maxsplit=1)[0], ())
+    return replace(net_problem(rule, extra, num_steps=NUM_STEPS), allow_unused=without_path)
 
 
 @cache
@@ -185,8 +225,9 @@ def test_exact_backends_agree(case: str, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_equals_central_differences(case: str) -> None:
     hparams, _ = reference(case)
-    # A step of the size of Adam's `eps` would be too coarse.
-    check = ht.check_hypergradient(problem_of(case), hparams, backends.Reverse(), num_directions=1, step_size=1e-5)
+    # A step of the size of Adam's `eps` would be too coarse; Lion jumps where a sign changes.
+    step_size = 1e-7 if case.startswith("Lion") else 1e-5
+    check = ht.check_hypergradient(problem_of(case), hparams, backends.Reverse(), num_directions=1, step_size=step_size)
     assert check.passed, str(check)
     assert {entry.name for entry in check.checks} == set(hparams)
 
@@ -257,5 +298,9 @@ def test_every_backend_and_every_dynamics_is_in_the_matrix() -> None:
 
 
 def test_every_float_setting_is_in_the_matrix() -> None:
-    for leaf, values in FLOATS.values():
-        assert set(leaf(**values).settings()) <= set(values) | {"nesterov", "dampening"}
+    for name, (leaf, values) in FLOATS.items():
+        never = NEVER_LEARNT.get(name, set())
+        assert set(leaf(**values).settings()) - never <= set(values) | {"nesterov", "dampening"}
+        for setting in never:
+            with pytest.raises(ValueError, match=f"`{setting}` of .*its hypergradient is exactly zero"):
+                leaf(**{setting: Hyper("learnt")})

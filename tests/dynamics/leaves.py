@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +14,8 @@ from tests.helpers.problems import normal
 
 SGD, Adam, AdamW = ht.dynamics.SGD, ht.dynamics.Adam, ht.dynamics.AdamW
 RMSprop, Adagrad = ht.dynamics.RMSprop, ht.dynamics.Adagrad
+NAdam, RAdam = ht.dynamics.NAdam, ht.dynamics.RAdam
+Lion, Muon = ht.dynamics.Lion, ht.dynamics.Muon
 F64 = torch.float64
 
 # (torch's optimiser, settings); a leaf that is exported and listed nowhere fails `test_every_leaf_is_listed`.
@@ -80,13 +84,42 @@ TORCH_OPTIM: dict[type[ht.Dynamics], tuple[type[torch.optim.Optimizer], list[dic
             {"lr": 0.01, "maximize": True, "weight_decay": 0.05},
         ],
     ),
+    NAdam: (
+        torch.optim.NAdam,
+        [
+            {},
+            {"lr": 0.1},
+            {"lr": 0.1, "beta1": 0.7, "beta2": 0.9, "eps": 1e-3},
+            {"lr": 0.1, "beta1": 0.0, "beta2": 0.0},
+            {"lr": 0.1, "momentum_decay": 0.3},
+            {"lr": 0.1, "momentum_decay": 0.0, "weight_decay": 0.05},
+            {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True},
+            {"lr": 0.01, "maximize": True, "momentum_decay": 0.1, "weight_decay": 0.05},
+        ],
+    ),
+    # With a beta2 of 0.6 the step is never rectified, with 0.8 from the seventh step on.
+    RAdam: (
+        torch.optim.RAdam,
+        [
+            {},
+            {"lr": 0.1},
+            {"lr": 0.1, "beta1": 0.7, "beta2": 0.8, "eps": 1e-2},
+            {"lr": 0.05, "beta1": 0.0, "beta2": 0.6},
+            {"lr": 0.1, "weight_decay": 0.05},
+            {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True},
+            {"lr": 0.01, "maximize": True, "weight_decay": 0.05, "beta2": 0.8},
+        ],
+    ),
 }
 
 # Leaves without such a counterpart: the file that proves each.
 OWN_TESTS: dict[str, str] = {
+    "Clipped": "tests/dynamics/test_clipped.py",
     "Groups": "tests/dynamics/test_groups.py",
     "LearnedBuffers": "tests/dynamics/test_learned_buffers.py",
     "LearnedUpdate": "tests/dynamics/test_learned_update.py",
+    "Lion": "tests/dynamics/test_lion.py",
+    "Muon": "tests/dynamics/test_muon.py",
     "ReversibleMomentum": "tests/dynamics/test_reversible_momentum.py",
     "TorchOptim": "tests/dynamics/test_torch_optim_adapter.py",
 }
@@ -156,7 +189,27 @@ LEARNT: list[Learnt] = [
         step_size=1e-4,
     ),
     Learnt(Adagrad, {"lr": 0.1, "initial_accumulator_value": 0.1}, {"maximize": True}, step_size=1e-4),
+    Learnt(
+        NAdam,
+        {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-2, "weight_decay": 0.03, "momentum_decay": 0.2},
+        step_size=1e-4,
+    ),
+    Learnt(NAdam, {"lr": 0.05, "beta1": 0.8, "momentum_decay": 0.2, "eps": 1e-2}, {"maximize": True}, step_size=1e-4),
+    Learnt(NAdam, {"lr": 0.05, "weight_decay": 0.3, "eps": 1e-2}, {"decoupled_weight_decay": True}, step_size=1e-4),
+    Learnt(RAdam, {"lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-2, "weight_decay": 0.03}, step_size=1e-4),
+    Learnt(RAdam, {"lr": 0.1, "beta2": 0.6, "weight_decay": 0.3}, {"decoupled_weight_decay": True}, step_size=1e-4),
+    Learnt(RAdam, {"lr": 0.05, "beta1": 0.8}, {"maximize": True}, step_size=1e-4),
 ]
+
+
+@contextmanager
+def double_counters() -> Iterator[None]:
+    """`torch.optim` keeps numbers of its own (the momenta of NAdam, the step size of ASGD) in the default dtype."""
+    torch.set_default_dtype(F64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def in_torch(settings: dict) -> dict:

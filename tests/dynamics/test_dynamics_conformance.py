@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import hypertorch as ht
 from hypertorch.types import TensorDict
-from tests.dynamics.leaves import F64, LEARNT, OWN_TESTS, SGD, TORCH_OPTIM, Learnt, in_torch
+from tests.dynamics.leaves import F64, LEARNT, OWN_TESTS, SGD, TORCH_OPTIM, Learnt, double_counters, in_torch
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
 
 Reverse = ht.hypergradients.Reverse
@@ -70,12 +70,13 @@ def trained_by_torch(
     params = {name: value.clone().requires_grad_() for name, value in START.items()}
     parts = [{"params": [params[name] for name in names], **own} for names, own in groups]
     optim = optimizer(parts or list(params.values()), **settings)
-    for step in range(num_steps):
-        for group in optim.param_groups:
-            group.update({name: values[step] for name, values in (schedules or {}).items()})
-        optim.zero_grad()
-        (loss_of(params) + 0.0 * params["unused"].sum()).backward()
-        optim.step()
+    with double_counters():
+        for step in range(num_steps):
+            for group in optim.param_groups:
+                group.update({name: values[step] for name, values in (schedules or {}).items()})
+            optim.zero_grad()
+            (loss_of(params) + 0.0 * params["unused"].sum()).backward()
+            optim.step()
     return {name: value.detach() for name, value in params.items()}
 
 

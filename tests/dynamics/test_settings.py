@@ -20,6 +20,7 @@ F64 = torch.float64
 Hyper = ht.Hyper
 SGD, Adam, AdamW = ht.dynamics.SGD, ht.dynamics.Adam, ht.dynamics.AdamW
 RMSprop, Adagrad = ht.dynamics.RMSprop, ht.dynamics.Adagrad
+NAdam, RAdam, Lion = ht.dynamics.NAdam, ht.dynamics.RAdam, ht.dynamics.Lion
 Reverse = ht.hypergradients.Reverse
 
 
@@ -98,6 +99,21 @@ RANGES = [
     (Adam, {"beta2": [0.9, 1.0]}, "`beta2` of `Adam` is 1.0"),
     (Adam, {"eps": -1e-8}, "`eps` of `Adam` is -1e-08"),
     (Adam, {"weight_decay": -0.1}, "`weight_decay` of `Adam` is -0.1"),
+    (NAdam, {"lr": -0.1}, "`lr` of `NAdam` is -0.1"),
+    (NAdam, {"beta1": 1.0}, "`beta1` of `NAdam` is 1.0"),
+    (NAdam, {"beta2": 1.0}, "`beta2` of `NAdam` is 1.0"),
+    (NAdam, {"eps": -0.1}, "`eps` of `NAdam` is -0.1"),
+    (NAdam, {"weight_decay": -0.1}, "`weight_decay` of `NAdam` is -0.1"),
+    (NAdam, {"momentum_decay": -0.1}, "`momentum_decay` of `NAdam` is -0.1"),
+    (RAdam, {"lr": -0.1}, "`lr` of `RAdam` is -0.1"),
+    (RAdam, {"beta1": 1.0}, "`beta1` of `RAdam` is 1.0"),
+    (RAdam, {"beta2": 1.0}, "`beta2` of `RAdam` is 1.0"),
+    (RAdam, {"eps": -0.1}, "`eps` of `RAdam` is -0.1"),
+    (RAdam, {"weight_decay": -0.1}, "`weight_decay` of `RAdam` is -0.1"),
+    (Lion, {"lr": -0.1}, "`lr` of `Lion` is -0.1"),
+    (Lion, {"beta1": 1.1}, "`beta1` of `Lion` is 1.1"),
+    (Lion, {"beta2": -0.1}, "`beta2` of `Lion` is -0.1"),
+    (Lion, {"weight_decay": -0.1}, "`weight_decay` of `Lion` is -0.1"),
     (RMSprop, {"lr": -0.1}, "`lr` of `RMSprop` is -0.1"),
     (RMSprop, {"alpha": 1.1}, "`alpha` of `RMSprop` is 1.1"),
     (RMSprop, {"eps": -1.0}, "`eps` of `RMSprop` is -1.0"),
@@ -283,6 +299,15 @@ def test_natural_constraints_cover_settings_learnt_directly() -> None:
         (Adam, {"lr": (0, 1.3), "beta1": (0, 1), "beta2": (0, 1), "eps": (0, 1.3), "weight_decay": (0, 1.3)}),
         (AdamW, {"lr": (0, 1.3), "beta1": (0, 1), "beta2": (0, 1), "eps": (0, 1.3), "weight_decay": (0, 1.3)}),
         (RMSprop, {"lr": (0, 1.3), "alpha": (0, 1), "eps": (0, 1.3), "weight_decay": (0, 1.3), "momentum": (0, 1)}),
+        (
+            NAdam,
+            {
+                **dict.fromkeys(("lr", "eps", "weight_decay", "momentum_decay"), (0, 1.3)),
+                "beta1": (0, 1),
+                "beta2": (0, 1),
+            },
+        ),
+        (RAdam, {"lr": (0, 1.3), "beta1": (0, 1), "beta2": (0, 1), "eps": (0, 1.3), "weight_decay": (0, 1.3)}),
         (
             Adagrad,
             dict.fromkeys(("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"), (0, 1.3)),

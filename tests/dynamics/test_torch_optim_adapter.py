@@ -7,8 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from hypertorch import tree
 from hypertorch.dynamics import TorchOptim
 from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
 from hypertorch.types import TensorDict
+from tests.dynamics.leaves import double_counters
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
 
 F64 = torch.float64
@@ -97,15 +97,6 @@ def start_params() -> TensorDict:
     return {"first": normal(4, 5, seed=2), "second": normal(5, 2, seed=3), "unused": normal(3, seed=4)}
 
 
-@contextmanager
-def double_counters(optimizer: type[optim.Optimizer]) -> Iterator[None]:
-    """PyTorch's ASGD keeps its step size in the default dtype, which then must not be the coarser one."""
-    if optimizer is optim.ASGD:
-        torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 VALUES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
     (optim.SGD, {"lr": 0.1}),
     (optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}),
@@ -133,7 +124,7 @@ VALUES: list[tuple[type[optim.Optimizer], dict[str, Any]]] = [
 def test_values_equal_torch_optim_over_20_steps(optimizer: type[optim.Optimizer], options: dict) -> None:
     theirs = {name: value.clone().requires_grad_() for name, value in start_params().items()}
     reference = optimizer(list(theirs.values()), **options)
-    with double_counters(optimizer):
+    with double_counters():
         for _ in range(20):
             reference.zero_grad()
             (loss_of(theirs) + 0.0 * theirs["unused"].sum()).backward()

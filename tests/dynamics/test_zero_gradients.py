@@ -8,21 +8,22 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.types import Batch, TensorDict
-from tests.dynamics.leaves import F64, LEARNT, Adagrad, Adam, AdamW, Learnt, RMSprop
+from tests.dynamics.leaves import F64, LEARNT, Adagrad, Adam, AdamW, Learnt, NAdam, RAdam, RMSprop
 from tests.helpers.problems import LambdaOuter, normal
 
 Reverse = ht.hypergradients.Reverse
-NUM_STEPS = 5
+NUM_STEPS = 8  # RAdam divides by a root from the sixth on
 # Which of the coordinates have a gradient at each step: always, never, not at first, at first only, now and then.
-USED = torch.tensor(
-    [[1, 0, 0, 1, 1], [1, 0, 1, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 0, 1], [1, 0, 1, 0, 0]], dtype=F64
-)  # fmt: skip
+USED = torch.tensor([[1, 0, 0, 1, 1], *[[1, 0, 1, 0, 0]] * 2, [1, 0, 1, 0, 1], *[[1, 0, 1, 0, 0]] * 4], dtype=F64)
 SETTINGS = [
     *LEARNT,
     # The epsilons of `torch.optim`, which are too small to be moved by a central difference.
     Learnt(Adam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9}, step_size=1e-4),
     Learnt(Adam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9}, {"amsgrad": True}, step_size=1e-5),
     Learnt(AdamW, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3}, step_size=1e-4),
+    Learnt(NAdam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "momentum_decay": 0.1}, step_size=1e-4),
+    Learnt(RAdam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9}, step_size=1e-4),
+    Learnt(RAdam, {"lr": 0.05, "beta1": 0.8}, step_size=1e-4),
     Learnt(RMSprop, {"lr": 0.02, "alpha": 0.8, "momentum": 0.5}, step_size=1e-4),
     Learnt(RMSprop, {"lr": 0.02, "alpha": 0.8}, {"centered": True}, step_size=1e-4),
     Learnt(Adagrad, {"lr": 0.1, "lr_decay": 0.2}, step_size=1e-4),

@@ -1,0 +1,174 @@
+"""RAdam, as `torch.optim.RAdam` defines it: Adam with a rectified step size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.constraints import Constraint
+from hypertorch.dynamics.adam_family import BELOW_ONE
+from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.elementwise import (
+    decayed,
+    descend,
+    descend_quotient,
+    running_mean,
+    running_square,
+    safe_sqrt,
+)
+from hypertorch.dynamics.hyper import Setting, check_range, is_active, resolve
+from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, natural_constraints
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RAdam(GradientDynamics):
+    """Adam that moves by its momentum alone until the mean square can be trusted; every setting can be learnt.
+
+    With `g` the gradient of the inner loss, moments `m` and `v` that are zero at first, and `t = index + 1`:
+
+        d = g + weight_decay * w
+        m = beta1 * m + (1 - beta1) * d
+        v = beta2 * v + (1 - beta2) * d^2
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2^t / (1 - beta2^t)
+        r = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        w = w - lr / (1 - beta1^t) * m * (r * sqrt(1 - beta2^t) / (sqrt(v) + eps)  if rho > 5  else  1)
+
+    With `decoupled_weight_decay` the weights decay by themselves, `w = w - lr * weight_decay * w`, and `d = g`. Note
+    that `eps` is added to the root of `v` as it is, not of the corrected one as in `Adam`.
+
+    `rho > 5` first holds at a step that depends on `beta2` alone: the sixth for 0.9 and above, never for 2/3 and below.
+    At values of `beta2` where that step changes the run jumps, and there is no derivative; it is exact between them.
+
+    The hypergradient is finite where a gradient is exactly zero, and right where it is zero whatever the outer
+    variables are. Where a gradient passes through zero the map bends within about `eps`, as in `Adam`.
+
+    Cost: one gradient per step; state of twice the size of the parameters.
+
+    Args:
+        lr: step size, at least 0.
+        beta1: what the running mean of the gradient keeps at each step, in [0, 1).
+        beta2: what the running mean of its square keeps at each step, in [0, 1).
+        eps: added to the root in the denominator, at least 0; above 0 where a coordinate may have no gradient.
+        weight_decay: factor of the parameter added to its gradient, at least 0.
+        decoupled_weight_decay: let the weights decay by themselves, as in `AdamW`.
+        maximize: ascend instead of descending.
+
+    Raises:
+        ValueError: if a number is out of its range.
+        TypeError: if a setting is of no known kind.
+
+    References:
+        Liu et al. (2020), On the variance of the adaptive learning rate and beyond, algorithm 2 (which switches at 4).
+    """
+
+    separate_params: ClassVar[bool] = True
+
+    lr: Setting = 1e-3
+    beta1: Setting = 0.9
+    beta2: Setting = 0.999
+    eps: Setting = 1e-8
+    weight_decay: Setting = 0.0
+    decoupled_weight_decay: bool = False
+    maximize: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("RAdam", "lr", self.lr, 0.0, math.inf, "A step size is positive; to ascend, pass maximize=True.")
+        check_range("RAdam", "beta1", self.beta1, 0.0, BELOW_ONE, "At 1 the mean never learns of a gradient.")
+        check_range("RAdam", "beta2", self.beta2, 0.0, BELOW_ONE, "At 1 the mean square never learns of a gradient.")
+        check_range("RAdam", "eps", self.eps, 0.0, math.inf, "It keeps the denominator away from 0.")
+        check_range(
+            "RAdam", "weight_decay", self.weight_decay, 0.0, math.inf, "A negative one makes the weights explode."
+        )
+
+    def settings(self) -> Mapping[str, Setting]:
+        """Returns the settings that may be outer variables, by name."""
+        return {
+            "lr": self.lr,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+
+    def constraints(self) -> dict[str, Constraint]:
+        """Returns lr > 0, eps and weight_decay >= 0, and betas in [0, 1), where they are learnt directly."""
+        return natural_constraints(
+            self.settings(),
+            {"lr": POSITIVE, "beta1": DECAY, "beta2": DECAY, "eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE},
+        )
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        """Returns the moments `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`, zero."""
+        return {
+            **tree.with_prefix("exp_avg", tree.zeros_like(params)),
+            **tree.with_prefix("exp_avg_sq", tree.zeros_like(params)),
+        }
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        """Returns params and moments after one step along `grads`."""
+        new_params: TensorDict = {}
+        new_state: TensorDict = {}
+        for name, param in params.items():
+            direction = -grads[name] if self.maximize else grads[name]
+            lr = resolve(self.lr, hparams, name, index)
+            beta1, beta2 = resolve(self.beta1, hparams, name, index), resolve(self.beta2, hparams, name, index)
+            if self._has_weight_decay:
+                weight_decay = resolve(self.weight_decay, hparams, name, index)
+                if self.decoupled_weight_decay:
+                    param = (1.0 - lr * weight_decay) * param
+                else:
+                    direction = decayed(direction, param, weight_decay)
+            mean = running_mean(state[f"exp_avg.{name}"], direction, beta1)
+            square = running_square(state[f"exp_avg_sq.{name}"], direction, beta2)
+            new_state[f"exp_avg.{name}"], new_state[f"exp_avg_sq.{name}"] = mean, square
+            step_size = lr / (1.0 - beta1 ** (index + 1))
+            denominator = safe_sqrt(square) + resolve(self.eps, hparams, name, index)
+            if isinstance(beta2, Tensor):
+                trusted, factor = _rectified(beta2, index + 1)
+                # Both are 1 where the root is not trusted: dividing by a zero that is not taken would make a NaN.
+                denominator = torch.where(trusted, denominator, 1.0)
+                new_params[name] = descend_quotient(param, factor.to(param.dtype) * mean, denominator, step_size)
+            elif (factor := _rectification(beta2, index + 1)) is None:
+                new_params[name] = descend(param, mean, step_size)
+            else:
+                new_params[name] = descend_quotient(param, mean, denominator, factor * step_size)
+        return new_params, new_state
+
+    @cached_property
+    def _has_weight_decay(self) -> bool:
+        return is_active(self.weight_decay)
+
+
+def _rectification(beta2: float, step: int) -> float | None:
+    """Returns `r * sqrt(1 - beta2^t)` at a step that is counted from 1; None while `rho` is 5 or less."""
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    rho = rho_inf - 2.0 * step * beta2**step / (1.0 - beta2**step)
+    if rho <= 5.0:
+        return None
+    square = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+    return (square * (1.0 - beta2**step)) ** 0.5
+
+
+def _rectified(beta2: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Returns whether `rho` is above 5, and `r * sqrt(1 - beta2^t)` where it is, 1 elsewhere; in double precision.
+
+    In single precision the difference of two large numbers that `rho` is would put the switch at a wrong step.
+    """
+    beta2 = beta2.double()
+    rho_inf = 2.0 / (1.0 - beta2) - 1.0
+    rho = rho_inf - 2.0 * step * beta2**step / (1.0 - beta2**step)
+    trusted = rho > 5.0
+    above = torch.where(trusted, (rho - 4.0) * (rho - 2.0) * rho_inf * (1.0 - beta2**step), 1.0)
+    below = torch.where(trusted, (rho_inf - 4.0) * (rho_inf - 2.0) * rho, 1.0)
+    return trusted, (above / below).sqrt()
