@@ -49,7 +49,8 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if not depth:
         return type(value)
     if isinstance(value, partial):
-        return "partial", _mark(value.func, depth)
+        bound = (*value.args, *value.keywords.values())
+        return "partial", _mark(value.func, depth), tuple(_mark(inside, depth - 1) for inside in bound)
     if isinstance(value, MethodType):
         return _mark(value.__func__, depth - 1), type(value.__self__)
     if isinstance(value, FunctionType):
