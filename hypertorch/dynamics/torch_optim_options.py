@@ -88,8 +88,7 @@ def check_class(optimizer: Any) -> None:
 def unsupported(optimizer: type[torch.optim.Optimizer]) -> ValueError:
     """Returns the error for a class that `higher` does not know."""
     known = ", ".join(sorted(kind.__name__ for kind in DIFFERENTIABILITY))
-    # By name: a release of PyTorch need not have all of them.
-    has_own = optimizer.__module__.startswith("torch.optim.") and optimizer.__name__ in _OWN_ONLY
+    has_own = optimizer in [getattr(torch.optim, name, None) for name in _OWN_ONLY]  # an older PyTorch lacks some
     own = f"`ht.dynamics.{optimizer.__name__}`" if has_own else f"one of {known}, or a dynamics of `ht.dynamics`"
     return ValueError(
         f"`optimizer` is {optimizer.__name__}, of which the library `higher` has no differentiable form. Use {own}."
