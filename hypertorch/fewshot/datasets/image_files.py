@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,29 @@ from rich.progress import track
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cache import cached_array
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+# Formats that Pillow recognises without reading pixels itself: data, films, and drawings that need another program.
+_NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# What lies beside images, and is none: notes, tables, annotations, what file managers write.
+_COMPANIONS = frozenset((".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"))
 # Part of the cache's key: to be raised whenever the same files would be decoded to other pixels.
 _DECODING = "upright, on white, fit, Lanczos, 3"
 
 
+@cache
+def _suffixes() -> frozenset[str]:
+    """Returns the suffixes of the formats that Pillow reads as it is installed."""
+    Image.init()  # loads every format, which takes a tenth of a second
+    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _NOT_READ)
+
+
 def is_image(path: Path) -> bool:
     """Returns whether a file's name is that of an image (and not one of the hidden files that systems add)."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in _suffixes() and not path.name.startswith(".")
+
+
+def is_companion(path: Path) -> bool:
+    """Returns whether a file's name is that of a note or a table beside images, or hidden: nobody misses it there."""
+    return path.suffix.lower() in _COMPANIONS or path.name.startswith(".")
 
 
 def read_images(
@@ -36,8 +52,8 @@ def read_images(
     """Returns images cropped to a centred square and scaled by Lanczos' filter, from the cache after the first time.
 
     The square is as large as the shorter side: proportions stay, and what lies outside on the longer side is lost.
-    Images of 16 bits are scaled to 8. What is transparent shows white, as on paper,
-    and photographs are turned as their camera was held.
+    Images of 16 bits are scaled to 8. What is transparent shows white, as on paper, and photographs are turned as
+    their camera was held. Of several pages or frames, the first is taken.
 
     Cost: about 1 ms per photograph at first, milliseconds in all from the cache. The cache's key holds the path, size
     and time of every file.
@@ -55,7 +71,7 @@ def read_images(
 
     Raises:
         ValueError: if `channels` is neither 1 nor 3.
-        DatasetError: if a file is no readable image, or a link to nothing.
+        DatasetError: if a file is no readable image, empty, or a link to nothing.
     """
     if channels not in (1, 3):
         raise ValueError(f"`channels` is {channels}: images are grey or coloured. Use 1 or 3.")
@@ -66,6 +82,8 @@ def read_images(
                 f"{str(file)!r} is a link to a file that is gone. Restore that file, or remove the link."
             )
         status = file.stat()
+        if not status.st_size:
+            raise DatasetError(f"{str(file)!r} is an empty file: its copying was cut off. Copy it again, or remove it.")
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
     key = f"{image_size} {channels} {_DECODING} Pillow {PIL.__version__} {digest.hexdigest()}"
 
@@ -87,16 +105,23 @@ def open_image(file: Path, mode: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
-            return _on_white(_eight_bits(upright)).convert(mode)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises all three
+            return _on_white(_eight_bits(upright, image.format)).convert(mode)
+    # Pillow's PNG reader raises the first three; a conversion of colours that it lacks, the last.
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise DatasetError(
             f"{str(file)!r} is no readable image ({error}): it is damaged, or not what its name says. Copy it again, "
             "or remove it."
         ) from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Returns a grey image of 16 bits scaled to 8, and any other as it is."""
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    """Returns a grey image of 16 bits scaled to 8, and any other of 8 as it is.
+
+    Raises:
+        ValueError: if the brightness of white is not known.
+    """
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+        raise ValueError("32 bits per pixel, of which none says how bright white is: save it with 8 or 16")
     # Pillow itself reads 16-bit colour as 8 bits, but would clip 16-bit grey, making nearly all of it white.
     if not image.mode.startswith("I"):
         return image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
-from hypertorch.fewshot.datasets.image_files import SUFFIXES, is_image, read_images
+from hypertorch.fewshot.datasets.image_files import is_companion, is_image, read_images
 
 SPLIT_FOLDERS = {
     "meta_train": ("meta_train", "train"),
@@ -37,8 +38,10 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
     order.
 
     Images that are not square are cropped to the centred square of their shorter side, not squeezed, and then scaled.
-    What is transparent shows white; photographs are turned as their camera was held. Files are images by their suffix
-    (.png, .jpg, .jpeg, .bmp, .webp); others are passed over.
+    What is transparent shows white; photographs are turned as their camera was held. Files are images by their suffix:
+    all formats that Pillow reads (PNG, JPEG, TIFF, GIF, BMP, WebP, PGM and more; of several frames, the first). Notes,
+    tables and annotations beside them (.txt, .csv, .json, .xml, ...) and hidden files are passed over; a warning names
+    whatever else is left out of a class folder.
 
     Cost: about 1 ms per photograph at first, then from the cache; `num_images * channels * image_size**2` bytes.
 
@@ -63,6 +66,7 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
     for part in _parts(folder, split):
         found |= _classes_in(part)
     chosen = found if classes is None else _chosen(found, classes, folder)
+    _name_what_is_left_out(folder, [members[0].parent for members in chosen.values()])
     return read_classes(
         f"{folder.name}-{split or 'all'}",
         chosen,
@@ -211,17 +215,44 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
     for path in _class_folders(folder):
         files = sorted(file for file in path.iterdir() if is_image(file))
         if not files:
-            raise DatasetError(
-                f"`root` has the class folder {str(path)!r} without an image ({', '.join(SUFFIXES)}): a class without "
-                "images cannot be drawn. Remove the folder, or point `root` at the folder that holds the classes."
-            )
+            raise DatasetError(_without_image(path))
         found[path.name] = files
     if not found:
+        images = sum(is_image(file) for file in folder.iterdir())
         raise DatasetError(
-            f"`root` has {str(folder)!r} without a subfolder: each class is a folder of images. Sort the images into "
-            "one folder per class."
+            f"`root` has {str(folder)!r} without a subfolder{f', with {images} images in it' if images else ''}: each "
+            "class is a folder of images. Sort the images into one folder per class."
         )
     return found
+
+
+def _without_image(folder: Path) -> str:
+    inside = sorted(path.name for path in _class_folders(folder))
+    if inside:
+        return (
+            f"`root` has the class folder {str(folder)!r} with the folders {inside[:3]} in it ({len(inside)} in all) "
+            "and no image beside them: the classes lie one level deeper. Pass one such folder, "
+            f"`root={str(folder)!r}`, or move the class folders of all of them into one."
+        )
+    files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return (
+        f"`root` has the class folder {str(folder)!r} without an image ({f'it holds {files[:3]}' if files else 'empty'}"
+        "; PNG, JPEG, TIFF, GIF and what else Pillow reads are images): a class without images cannot be drawn. Remove "
+        "the folder, or point `root` at the folder that holds the classes."
+    )
+
+
+def _name_what_is_left_out(root: Path, folders: Iterable[Path]) -> None:
+    """Warns of what lies in class folders and is neither an image nor known to be none."""
+    entries = [path for folder in folders for path in folder.iterdir()]
+    left_out = sorted(str(path.relative_to(root)) for path in entries if not (is_image(path) or is_companion(path)))
+    if left_out:
+        warnings.warn(
+            f"`root` is {str(root)!r}, in whose class folders {len(left_out)} entries are left out, which are folders "
+            f"or no images by their suffix: {', '.join(left_out[:5])}{', ...' if left_out[5:] else ''}. Convert those "
+            "that are images to PNG, move those of folders up, and remove the rest.",
+            stacklevel=3,
+        )
 
 
 def _chosen(found: Mapping[str, list[Path]], classes: Sequence[str], root: Path) -> dict[str, list[Path]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +101,96 @@ def test_a_link_to_nothing_and_classes_that_are_no_list_are_explained(tmp_path: 
     (tmp_path / "data" / "a" / "two.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(DatasetError, match="two.png' is a link to a file that is gone"):
         ImageFolder(tmp_path / "data", image_size=2, cache_dir=tmp_path / "cache")
+
+
+def pixels(size: int = 4, mode: str = "L") -> Image.Image:
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(image).convert(mode)
+
+
+@pytest.mark.parametrize("suffix", ["png", "PNG", "tif", "TIFF", "gif", "pgm", "ppm", "bmp", "webp", "jp2", "tga"])
+def test_what_pillow_reads_is_an_image(tmp_path: Path, suffix: str) -> None:
+    """Formats without loss give the pixels that were written, beside PNG in the same folder."""
+    lossless = {"webp": {"lossless": True}}
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    pixels().save(tmp_path / "data" / "a" / "0.png")
+    mode = "RGB" if suffix == "ppm" else "L"
+    pixels(mode="L").convert(mode).save(tmp_path / "data" / "a" / f"1.{suffix}", **lossless.get(suffix, {}))
+    classes = ImageFolder(tmp_path / "data", image_size=4, channels=1, cache_dir=tmp_path / "cache")
+    assert classes.counts == (2,)
+    assert np.array_equal(classes.images[1, 0], np.asarray(pixels()))
+    assert np.array_equal(classes.images[0], classes.images[1])
+
+
+def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    frames = [Image.new("L", (4, 4), grey) for grey in (40, 200)]
+    for name in ("film.gif", "pages.tif"):
+        frames[0].save(tmp_path / "data" / "a" / name, save_all=True, append_images=frames[1:])
+    classes = ImageFolder(tmp_path / "data", image_size=4, channels=1, cache_dir=tmp_path / "cache")
+    assert classes.images.unique().tolist() == [40]
+
+
+def test_tiffs_of_16_bits_are_scaled_too(tmp_path: Path) -> None:
+    levels = np.array([[0, 257], [128 * 257, 65535]], dtype=np.uint16)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    for name in ("deep.tif", "deep.pgm"):
+        Image.fromarray(levels).save(tmp_path / "data" / "a" / name)
+    classes = ImageFolder(tmp_path / "data", image_size=2, channels=1, cache_dir=tmp_path / "cache")
+    assert classes.images.tolist() == [[[[0, 1], [128, 255]]]] * 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_unknown_brightness_are_refused(tmp_path: Path, dtype: type) -> None:
+    """Values in [0, 1] would be cut to black, and those of 8 bits taken for nearly black ones of 16."""
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(np.ones((2, 2), dtype=dtype)).save(tmp_path / "data" / "a" / "wide.tif")
+    with pytest.raises(DatasetError, match=r"wide.tif' is no readable image \(32 bits per pixel, of which none says"):
+        ImageFolder(tmp_path / "data", image_size=2, cache_dir=tmp_path / "cache")
+
+
+def test_what_is_left_out_is_named_once(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data")
+    for companion in ("notes.txt", "Thumbs.db", ".DS_Store", "boxes.xml", "desktop.ini"):
+        (tmp_path / "data" / "a" / companion).write_text("beside")
+    options: dict[str, Any] = {"image_size": 4, "cache_dir": tmp_path / "cache"}
+    assert ImageFolder(tmp_path / "data", **options).counts == (3, 3)
+    for missed in ("7.heic", "8.npy", "9"):
+        (tmp_path / "data" / "b" / missed).write_bytes(b"?")
+    class_folders(tmp_path / "data" / "a", "xyz", count=1)
+    message = (
+        r"class folders 6 entries are left out, which are .* suffix: a/x, a/y, a/z, b/7.heic, b/8.npy, \.\.\.\. "
+        r"Convert those"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        classes = ImageFolder(tmp_path / "data", **options)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert classes.counts == (3, 3)
+    with pytest.warns(UserWarning, match=r"3 entries are left out.*: b/7.heic, b/8.npy, b/9\. Convert"):
+        ImageFolder(tmp_path / "data", classes=["b"], **options)
+
+
+def test_folders_of_another_depth_are_explained(tmp_path: Path) -> None:
+    class_folders(tmp_path / "deep" / "family", "ab")
+    with pytest.raises(DatasetError, match=(
+        r"class folder .*family' with the folders \['a', 'b'\] in it \(2 in all\) and no image .*one level deeper.*"
+        r"`root='.*family'`"
+    )):  # fmt: skip
+        ImageFolder(tmp_path / "deep")
+    save(tmp_path / "flat" / "one.png", 0)
+    with pytest.raises(DatasetError, match=r"flat' without a subfolder, with 1 images in it.*one folder per class"):
+        ImageFolder(tmp_path / "flat")
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    (tmp_path / "other" / "a" / "film.mpg").write_bytes(b"?")
+    with pytest.raises(DatasetError, match=r"class folder .*a' without an image \(it holds \['film.mpg'\]; PNG, JPEG"):
+        ImageFolder(tmp_path / "other")
+
+
+def test_an_empty_file_is_named_as_empty(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data")
+    (tmp_path / "data" / "b" / "7.png").touch()
+    with pytest.raises(DatasetError, match="7.png' is an empty file: its copying was cut off. Copy it again, or"):
+        ImageFolder(tmp_path / "data", cache_dir=tmp_path / "cache")
 
 
 def test_splits_are_folders(tmp_path: Path) -> None:
