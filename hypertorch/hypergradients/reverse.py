@@ -222,18 +222,17 @@ def _without_missing_paths(
 ) -> BackendResult:
     """Returns the result with None for zero where there is no path, of which forward mode knows nothing.
 
-    Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory, the
-    first time that the question comes up for this kind of problem.
+    Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory and not
+    counted, the first time that the question comes up for this kind of problem.
     """
     if all(value is None or bool(value.any()) for value in result.grads.values()):
         return result
     key = (kind_of(loop.program().problem), loop.num_steps, *variables)
     if key not in _followed:
-        losses = len(loop.inner_losses)
-        steps = EagerSteps(loop, variables, mixed=False)
+        own = loop.uncounted()
+        steps = EagerSteps(own, variables, mixed=False)
         every = 1 if every is None else every
-        known = _go_back(loop, variables, _pieces(loop, steps, every, snapshots, with_graphs=True))
-        del loop.inner_losses[losses:]
+        known = _go_back(own, variables, _pieces(own, steps, every, snapshots, with_graphs=True))
         _followed[key] = frozenset(name for name, value in known.grads.items() if value is not None)
     grads = {
         name: value if name in _followed[key] or (value is not None and bool(value.any())) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -164,6 +164,22 @@ def test_a_hyperparameter_that_shifts_the_loss_alone_is_refused() -> None:
     problem = ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=3)
     with pytest.raises(DetachedHyperparameterError, match="`hparams\\['c'\\]` does not reach"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(derivative="mixed"))
+
+
+def test_a_path_of_a_longer_horizon_is_none_of_a_shorter() -> None:
+    """Dampening works from the second step on, and `c` has a zero derivative at which the paths are asked for."""
+    inner = LambdaInner(lambda h: {"w": torch.ones(2, dtype=F64)}, lambda p, h, b: (p["w"] - 0.3).pow(4).sum())
+    hparams = {"dampening": torch.tensor(0.2, dtype=F64), "c": torch.tensor(0.0, dtype=F64)}
+    outer = LambdaOuter(hparams, lambda p, h, b: p["w"].square().sum() + h["c"].square())
+    rule = ht.dynamics.SGD(lr=0.1, momentum=0.5, dampening=ht.Hyper("dampening"))
+    two = ht.BilevelProblem(inner, outer, dynamics=rule, num_steps=2)
+    backend = Reverse(derivative="mixed")
+    result = assert_same(two, backend)
+    assert result.grads["dampening"] != 0.0
+    assert result.grads["c"] == 0.0
+    assert result.stats == ht.hypergradient(two, hparams, backend=backend).stats
+    with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['dampening'\]` does not reach"):
+        ht.hypergradient(replace(two, num_steps=1), hparams, backend=backend)
 
 
 def no_forward_problem() -> ht.BilevelProblem:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ class Noise(RandomDirections):
 class Values(BlackBox):
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         return answer(loop, variables, **dict.fromkeys(variables, 0.7))
+
+
+@dataclass(frozen=True)
+class Ones(BlackBox):
+    """Takes no derivative, so that the losses may have none."""
+
+    def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
+        ones = {name: torch.ones_like(value) for name, value in variables.items()}
+        return BackendResult(grads=dict(ones), outer_loss=torch.zeros(()), state=loop.initial(variables).detached())
 
 
 def problem(*, target: str = "idle", **options: object) -> ht.BilevelProblem:
@@ -108,14 +118,7 @@ def test_values_alone_decide_for_a_black_box() -> None:
     with pytest.raises(DetachedHyperparameterError):
         ht.hypergradient(hard, hparams, backend=Reverse())
 
-    @dataclass(frozen=True)
-    class Constant(BlackBox):
-        def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
-            state = loop.initial(variables)
-            ones = {name: torch.ones_like(value) for name, value in variables.items()}
-            return BackendResult(grads=dict(ones), outer_loss=torch.zeros(()), state=state.detached())
-
-    assert ht.hypergradient(hard, hparams, backend=Constant()).grads["c"] == 1.0
+    assert ht.hypergradient(hard, hparams, backend=Ones()).grads["c"] == 1.0
 
 
 def test_the_probe_is_asked_once_for_each_problem() -> None:
@@ -156,3 +159,42 @@ def test_a_loss_that_is_constant_in_pieces_is_moved_far_enough() -> None:
     )
     evolution = ht.hypergradients.EvolutionStrategies(num_pairs=20, sigma=0.3)
     assert ht.hypergradient(hard, hard.init_hparams(), backend=evolution).grads["threshold"] != 0.0
+
+
+def test_a_path_of_a_longer_horizon_is_none_of_a_shorter() -> None:
+    """Dampening works from the second step on: what was found out about two steps says nothing of one."""
+    hparams = {name: torch.tensor(0.5, dtype=F64) for name in ("dampening", "c")}
+    two = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.ones((), dtype=F64)}, lambda p, h, b: (p["w"] - h["c"]).square()),
+        LambdaOuter(hparams, lambda p, h, b: p["w"].square()),
+        dynamics=ht.dynamics.SGD(lr=0.1, momentum=0.5, dampening=ht.Hyper("dampening")),
+        num_steps=2,
+    )
+    for backend in (Zeros(), Values()):
+        compute(two, backend)
+        with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['dampening'\]` does not reach"):
+            compute(replace(two, num_steps=1), backend)
+        compute(two, backend)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0])
+def test_every_move_of_a_black_box_is_made(sign: float, size: float) -> None:
+    """A value that differs near one point only, which one size of move in one direction meets."""
+    start = 0.6
+    met = start + sign * size * (start + 1.0)
+
+    def outer(p: TensorDict, h: TensorDict, b: object) -> torch.Tensor:
+        return ((h["threshold"] - met).abs() < 0.5 * size).double()
+
+    def with_outer(loss: Callable[..., torch.Tensor]) -> ht.BilevelProblem:
+        return ht.BilevelProblem(
+            LambdaInner(lambda h: {"w": torch.ones((), dtype=F64)}, lambda p, h, b: (p["w"] - 1.0).square()),
+            LambdaOuter({"threshold": torch.tensor(start, dtype=F64)}, loss),
+            dynamics=ht.dynamics.SGD(lr=0.1),
+            num_steps=2,
+        )
+
+    assert compute(with_outer(outer), Ones()).grads["threshold"] == 1.0
+    with pytest.raises(DetachedHyperparameterError):
+        compute(with_outer(lambda p, h, b: p["w"]), Ones())
