@@ -141,7 +141,7 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
     reasons = PlanReasons(budget=budget, num_steps=num_steps, step=memory)
     whole = MemoryPlan(
         method="whole graph",
-        peak_bytes=memory.initial_graph + memory.whole(num_steps),
+        peak_bytes=max(memory.initial_graph + memory.whole(num_steps), _result(memory, num_steps)),
         recomputed_steps=0,
         reasons=reasons,
     )
@@ -177,25 +177,29 @@ def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
     """Returns the plan with a state kept every so many steps, counted from the end."""
     kept = ceil(num_steps / every)
     states = memory.initial + (kept - 1) * memory.state
-    peak = states + max(memory.graph_of(every) + memory.last_term, memory.segment(every))
+    before = num_steps - every  # steps that are run without a graph, to the last kept state
+    peak = states + max(memory.graph_of(every) + memory.last_term, memory.segment(every)) + before * memory.loss
     if kept > 1:
         # The piece before has a kept state less, but its end to compare with, and the last state. The first piece of
         # the run may be shorter.
-        length = every if kept > 2 else num_steps - every
-        peak = max(peak, states + memory.state + _piece(memory, length))
+        length = every if kept > 2 else before
+        losses = (before + num_steps - length) * memory.loss
+        peak = max(peak, states + memory.state + _piece(memory, length) + losses)
     return MemoryPlan(
         method="checkpoints",
         checkpoint_every=every,
-        peak_bytes=peak + _losses(memory, num_steps),
-        recomputed_steps=num_steps - every,
+        peak_bytes=max(peak, _result(memory, before + num_steps)),
+        recomputed_steps=before,
     )
 
 
 def _revolve_peak(memory: StepMemory, num_steps: int, snapshots: int) -> int:
     """Returns the most bytes by the binomial schedule."""
+    before = num_steps - 1
     states = memory.initial + (states_alive(num_steps, snapshots) - 1) * memory.state
-    at_end = memory.initial + min(snapshots, num_steps - 1) * memory.state + memory.graph + memory.last_term
-    return _losses(memory, num_steps) + max(at_end, states + _piece(memory, 1))
+    at_end = memory.initial + min(snapshots, before) * memory.state + memory.graph + memory.last_term
+    going_back = states + _piece(memory, 1) + before * memory.loss
+    return max(at_end + before * memory.loss, going_back + before * memory.loss, _result(memory, before + num_steps))
 
 
 def _piece(memory: StepMemory, num_steps: int) -> int:
@@ -204,6 +208,11 @@ def _piece(memory: StepMemory, num_steps: int) -> int:
     return max(memory.grads + memory.segment(num_steps), held + 2 * memory.grads, held + memory.initial_vjp)
 
 
-def _losses(memory: StepMemory, num_steps: int) -> int:
-    """Returns the bytes of the inner losses that are kept, of every step and its replay."""
-    return 2 * num_steps * memory.loss
+def _result(memory: StepMemory, num_losses: int) -> int:
+    """Returns the bytes at the end of a run: the inner losses, one by one and in one tensor, the state, the grads.
+
+    Args:
+        memory: what was measured.
+        num_losses: of the steps that were run for the first time, and of those that were run with a graph.
+    """
+    return 2 * num_losses * memory.loss + memory.state + memory.grads

@@ -117,7 +117,8 @@ def go_back_step_by_step(
             states.append(steps.advance(states[-1], step, first_run=last is None))
         if last is None:
             last = arrival = states.pop()
-            loop.cost.stored_states = max(loop.cost.stored_states, stop - start + 1)
+            # Where the pieces come from, the state before this one and the last one are counted.
+            loop.cost.stored_states += stop - start - 1
             grads, cotangents, outer_loss = last_term(loop, variables, last)
         for step in reversed(range(start, stop)):
             part, cotangents, term = steps.pull_back(states[-1], cotangents, step, arrival)

@@ -186,6 +186,46 @@ def test_it_says_in_words_what_unrolling_does(lr: float) -> None:
     assert f"growth along the trajectory {result.growth:.6g} per step" in text
 
 
+def test_the_numbers_of_the_text() -> None:
+    # The same map in every step: the least curvature's, 0.97.
+    lines = str(measured(quadratic(SGD(lr=0.3), num_steps=20), step=9)).splitlines()
+    power = f"{0.97**20:.3g}"
+    assert lines[0].startswith("the inner map at step 9 is marginal: over this horizon ")
+    assert lines[1].startswith(f"  largest |eigenvalue| 0.97: {power} over 20 steps (eigenvalue 0.97+0j, residual ")
+    assert lines[2] == f"  growth along the trajectory 0.97 per step: {0.97**10:.3g} over 10 steps"
+
+
+def test_the_text_is_about_the_task_of_the_largest_modulus() -> None:
+    # The largest eigenvalues: one positive and small, one negative, one of a complex pair, as momentum makes them.
+    eigenvalues = torch.tensor([0.5 + 0.0j, -0.9 + 0.0j, 0.1 + 0.7j], dtype=torch.complex128)
+    result = ht.SpectralRadius(
+        step=1,
+        num_steps=4,
+        eigenvalues=eigenvalues,
+        residuals=torch.tensor([1e-9, 3e-3, 1e-9], dtype=F64),
+        ritz_values=eigenvalues[:, None],
+        step_growths=torch.tensor([[0.5, 0.5], [0.9, 0.4], [0.2, 0.7]], dtype=F64),
+    )
+    assert result.radius == pytest.approx(0.9)
+    assert result.growth == pytest.approx(0.6)
+    lines = str(result).splitlines()
+    assert lines[1] == (
+        f"  largest |eigenvalue| (of task 1, the largest of 3) 0.9: {0.9**4:.3g} over 4 steps "
+        "(eigenvalue -0.9+0j, residual 0.003)"
+    )
+    assert lines[2] == f"  growth along the trajectory 0.6 per step: {0.6**2:.3g} over 2 steps"
+    complex_one = ht.SpectralRadius(
+        step=1,
+        num_steps=4,
+        eigenvalues=torch.tensor([0.5 + 0.0j, 0.1 + 0.7j], dtype=torch.complex128),
+        residuals=result.residuals[::2],
+        ritz_values=eigenvalues[::2, None],
+        step_growths=result.step_growths[::2],
+    )
+    assert "(of task 1, the largest of 2) 0.707107: " in str(complex_one)
+    assert "(eigenvalue 0.1+0.7j, " in str(complex_one)
+
+
 def test_it_says_that_the_eigenvalue_is_not_settled() -> None:
     problem = net_problem(SGD(lr=0.2, momentum=0.9), {}, num_steps=12)
     assert "not settled: a larger `dimension` helps" in str(measured(problem, dimension=4, max_restarts=0))

@@ -99,6 +99,24 @@ def test_predictions_are_what_is_counted(name: str) -> None:
         assert counted_peak(problem, backend) == pytest.approx(plan.peak_bytes, rel=0.08), str(plan)
 
 
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_the_losses_of_many_steps_of_a_tiny_state_are_part_of_the_plan(size: int) -> None:
+    problem = ht.BilevelProblem(
+        LambdaInner(
+            lambda h: {"w": torch.ones(size, dtype=torch.float64)},
+            lambda p, h, b: (h["decay"] * p["w"].square()).sum(),
+        ),
+        LambdaOuter({"decay": torch.tensor(0.1, dtype=torch.float64)}, lambda p, h, b: p["w"].square().sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=40,
+    )
+    found = [plan for _, plan in plans(problem)]
+    assert ("revolve" in {plan.method for plan in found}) == (size > 1)
+    for plan in [*found[:: len(found) // 4], found[-1]]:
+        backend = Reverse(checkpoint_every=plan.checkpoint_every, snapshots=plan.snapshots)
+        assert counted_peak(problem, backend) == pytest.approx(plan.peak_bytes, rel=0.08), str(plan)
+
+
 @pytest.mark.parametrize("name", ["mlp", "conv", "momentum"])
 def test_the_budget_is_kept(name: str) -> None:
     problem = PROBLEMS[name]()
