@@ -103,6 +103,7 @@ class _Run:
                 batches = self._covering.batches(mutant)
                 if not batches:
                     done[mutant.key] = self._note(mutant, "survived", why="no test reaches the file")
+                    _say(f"{len(done)}/{len(self._drawn)} survived {mutant.place}: no test reaches the file")
                     continue
                 copy = self._free.pop()
                 context = changed(copy / mutant.path, mutant.code((ROOT / mutant.path).read_text()))

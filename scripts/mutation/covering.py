@@ -77,10 +77,16 @@ class Covering:
     def batches(self, mutant: Mutant) -> list[list[str]]:
         """Returns the tests that reach a mutant, the nearest and the fastest first, in batches.
 
-        What runs when the module is imported is under no test: there all tests that reach any line of the module count.
+        What runs when the module is imported is under no test: there all tests that reach any line of the module count,
+        and where there are none, those of its folder.
         """
-        reached = self._reaching(mutant) or set().union(*self._of(mutant.path).values())
         near = _near(mutant.path)
+        folder = f"{Path(near).parent}/"
+        reached = (
+            self._reaching(mutant)
+            or set().union(*self._of(mutant.path).values())
+            or {name for name in self.seconds if name.startswith(folder)}
+        )
         ordered = sorted(
             reached, key=lambda name: (not name.startswith(near) or self.seconds[name] > 2, self.seconds[name])
         )
