@@ -1,4 +1,4 @@
-"""The change of units that makes a map's entries alike: it finds units that were mixed, and leaves alone what is alike."""
+"""The change of units that makes a map's entries alike: mixed units are found, and what is alike is left alone."""
 
 from __future__ import annotations
 

@@ -173,3 +173,13 @@ def test_backends_without_names_are_refused() -> None:
     problem = ridge.problem(2)
     with pytest.raises(TypeError, match="`backends` is a list: the rows of the table need names"):
         ht.compare_backends(problem, problem.init_hparams(), [ht.hypergradients.Reverse()])  # type: ignore[arg-type]
+
+
+def test_a_comparison_cannot_be_changed() -> None:
+    refusals = {"Forward()": "too many"}
+    found = ht.BackendComparison(figures={}, refusals=refusals, exact=Reverse())
+    refusals["Forward()"] = "another"
+    assert found.refusals["Forward()"] == "too many"
+    for mapping in (found.figures, found.refusals):
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            mapping["Reverse()"] = None  # type: ignore[index]
