@@ -14,7 +14,7 @@ from hypertorch.types import Batch, TensorDict
 
 def normal(*shape: int, seed: int) -> Tensor:
     """Returns standard normal numbers in float64."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def scalars(**values: float) -> TensorDict:
