@@ -12,12 +12,15 @@ from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.cost import Cost
 from hypertorch.derivatives import vjp
 from hypertorch.errors import NonFiniteError
-from hypertorch.hypergradients.base import BlackBox, Hypergradient, HypergradientResult
+from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergradient, HypergradientResult
+from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.statistics import dropped_statistics, refuse_dropped_statistics
+from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
+from hypertorch.inner_loop import InnerLoop
 from hypertorch.problem import BilevelProblem, TaskRoute
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict
@@ -169,6 +172,21 @@ class _Run:
                 reached |= {name for name, value in grads.items() if value is not None}
         return frozenset(reached)
 
+    def _refuse_faults(
+        self, loop: InnerLoop, task_slice: TaskSlice | None, variables: TensorDict, backend: Hypergradient
+    ) -> None:
+        """Raises if PyTorch is known, or seen, to differentiate the inner problem wrongly."""
+        if not isinstance(backend, FirstDerivatives):
+            refuse_faulty_operations(loop, variables)
+        if loop.has_tasks_axis and task_slice is not None:
+            context = variables.keys() - self._hparams.keys()
+            per_task = context - set(self._bound.problem.shared_context)
+            own = {name: value[0] if name in per_task else value for name, value in variables.items()}
+            first = TaskSlice(start=task_slice.start, stop=task_slice.start + 1, squeeze=True)
+            names = {name: variables[name] for name in context}
+            together, alone = (self._bound.loop(item, names) for item in (task_slice, first))
+            refuse_wrong_vectorisation(together, alone, variables, own)
+
     def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
@@ -178,6 +196,8 @@ class _Run:
         moving = {name for name, value in context.items() if value.requires_grad}
         cut = tree.leaves_requiring_grad({name: value for name, value in context.items() if name in moving})
         variables = {**leaves, **{name: cut[name] if name in moving else value for name, value in context.items()}}
+        if loop.first_task == 0:  # whatever the tasks are, their losses run the same operations
+            self._refuse_faults(loop, task_slice, variables, backend)
         result = backend.compute(loop, variables)
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
         chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)

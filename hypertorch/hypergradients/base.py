@@ -53,6 +53,10 @@ class Hypergradient(ABC):
         """
 
 
+class FirstDerivatives(Hypergradient):
+    """A marker: the backend takes no second derivative of the inner loss, so that faults of those do not concern it."""
+
+
 class PathBlind(Hypergradient):
     """A marker: the backend answers zeros, not None, where a variable does not reach the outer loss (forward mode).
 
@@ -67,7 +71,7 @@ class RandomDirections(PathBlind):
     """
 
 
-class BlackBox(PathBlind):
+class BlackBox(PathBlind, FirstDerivatives):
     """A marker: the backend sees values only, and answers noise where a variable does not change them.
 
     The front door moves every variable, once for each problem, to see which ones do.

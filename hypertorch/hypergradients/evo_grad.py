@@ -11,7 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.base import BackendResult, Hypergradient
+from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
 from hypertorch.hypergradients.pull_back import accumulate
 from hypertorch.hypergradients.window import window_from
 from hypertorch.inner_loop import InnerLoop
@@ -19,7 +19,7 @@ from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvoGrad(Hypergradient):
+class EvoGrad(FirstDerivatives):
     """An estimate of the hypergradient through one imagined step of evolution in place of a gradient step.
 
     After `num_steps` steps (none if 0) the trained params `theta` are copied `K = num_copies` times and perturbed, and

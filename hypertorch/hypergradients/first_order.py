@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hypertorch.hypergradients.base import BackendResult, Hypergradient
+from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
 from hypertorch.hypergradients.window import differentiate_window, whole_window
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstOrder(Hypergradient):
+class FirstOrder(FirstDerivatives):
     """The hypergradient with every gradient of the inner loss held constant, as first-order MAML has it.
 
     A step `Phi_t(s, hparams) = U(g, s, hparams)`, `g = dL/dw`, is differentiated as the update rule `U` with `g` a

@@ -1,0 +1,111 @@
+"""Vectorised tasks compared with one task alone: some batching rules of PyTorch have a wrong derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hypertorch import tree
+from hypertorch.derivatives import vjp
+from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
+from hypertorch.missing_derivatives import NotVectorisableError
+from hypertorch.types import TensorDict
+
+_known: dict[Hashable, str | None] = {}
+
+
+def refuse_wrong_vectorisation(together: InnerLoop, alone: InnerLoop, variables: TensorDict, own: TensorDict) -> None:
+    """Raises if the first step of a task differs between vectorised tasks and the task alone, or its derivative does.
+
+    It is compared once for every kind of problem. A model that draws noise is not compared: its noise differs.
+
+    Cost: the first time a step and a vjp of all tasks, and of one; then what `kind_of` takes.
+
+    Args:
+        together: a loop of vectorised tasks, for this purpose alone.
+        alone: a loop of the first of them, without a tasks axis.
+        variables: hyperparameters and context of the tasks.
+        own: hyperparameters and context of the task alone.
+
+    Raises:
+        NotVectorisableError: naming what differs.
+    """
+    kind = kind_of(together.program().problem)
+    if kind not in _known:
+        _known[kind] = _difference(together, alone, variables, own)
+    if _known[kind] is not None:
+        raise NotVectorisableError(
+            f"{_known[kind]} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "
+            "derivative of an operation where tasks are vectorised, without a word. Run the tasks one by one with "
+            "`task_route='loop'`, or write the operation out of simpler ones."
+        )
+
+
+def _difference(together: InnerLoop, alone: InnerLoop, variables: TensorDict, own: TensorDict) -> str | None:
+    """Returns what differs, in words; None for nothing, or if it cannot be told."""
+    if together.num_steps == 0:
+        return None
+    with torch.no_grad():
+        before, single = together.initial(tree.detach(variables)), alone.initial(tree.detach(own))
+        if not alone.carry:  # initial params may be drawn at random, and then differ
+            params = {name: value[0] for name, value in before.params.items()}
+            single = InnerState(params, alone.dynamics.init(alone.trained(params), tree.detach(own)))
+    noise = _NoiseWatch()
+    with noise:
+        found, expected = _first_step(together, before, variables), _first_step(alone, single, own)
+    if noise.seen:
+        return None
+    for name, value in expected.items():
+        row = found[name][0] if found[name].dim() > value.dim() else found[name]
+        error = float((row - value).norm()) / max(float(value.norm()), 1e-30)
+        # Generous: in single precision a unit beside its kink may take the other side.
+        if error > min(100.0 * max(together.inner_eps, torch.finfo(value.dtype).eps) ** 0.5, 0.1):
+            return f"the {name}, by {error:.1e} relative,"
+    return None
+
+
+def _first_step(loop: InnerLoop, before: InnerState, variables: TensorDict) -> TensorDict:
+    """Returns the first task's state after a step, and the derivative of it in what the step starts from."""
+    leaves, departure = tree.leaves_requiring_grad(variables), loop.leaves(before)
+    with torch.enable_grad():
+        after = loop.step(departure, leaves, 0)
+    moving = {
+        name: value for name, value in zip(after.names(), after.tensors(), strict=True) if tree.is_differentiable(value)
+    }
+    seeds = [_of_first_task(value, has_tasks_axis=loop.has_tasks_axis) for value in moving.values()]
+    starts = {**leaves, **{f"params {name}": value for name, value in departure.params.items()}}
+    reached = vjp(list(moving.values()), seeds, starts)
+    states = {f"state `{name}` after a step": value.detach() for name, value in moving.items()}
+    slopes = {f"derivative of a step in `{name}`": value for name, value in reached.items() if value is not None}
+    return {**states, **slopes}
+
+
+def _of_first_task(value: Tensor, *, has_tasks_axis: bool) -> Tensor:
+    """Returns a cotangent in which no sum is zero by symmetry, zero for all tasks but the first."""
+    example = value[0] if has_tasks_axis else value
+    seed = torch.arange(1, example.numel() + 1, device=value.device).cos().to(value.dtype).reshape(example.shape)
+    if not has_tasks_axis:
+        return seed
+    seeds = torch.zeros_like(value)
+    seeds[0] = seed
+    return seeds
+
+
+class _NoiseWatch(TorchDispatchMode):
+    """Looks out for operations that draw noise, from whatever generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,133 @@
+"""Vectorised tasks are compared with a task alone: what PyTorch gets wrong under `vmap` is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hypertorch as ht
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaOuter, normal, scalars
+
+backends = ht.hypergradients
+START = normal(3, 3, seed=3)
+FACTORS = torch.tensor([0.7, 1.3], dtype=torch.float64)
+
+
+def selected(w: Tensor) -> Tensor:
+    return torch.select_scatter(w, w[:, 0].sin(), 1, 0).exp().sum()
+
+
+def where(w: Tensor) -> Tensor:
+    """The same, by an operation that is right under `vmap`."""
+    return torch.where(torch.arange(3) == 0, w[:, :1].sin(), w).exp().sum()
+
+
+class Scaled(ht.InnerProblem):
+    """A loss of one matrix, with a factor for each task."""
+
+    def __init__(self, loss: Callable[[Tensor], Tensor]) -> None:
+        self.of = loss
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": START}
+
+    def batch(self, step: int) -> Tensor:
+        return FACTORS
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Tensor) -> Tensor:
+        return batch * (hparams["c"].exp() + hparams.get("own", 0.0)) * self.of(params["w"])
+
+
+class Judge(LambdaOuter):
+    """Judges the params."""
+
+    def __init__(self) -> None:
+        super().__init__(scalars(c=-1.5), lambda p, h, b: p["w"].square().sum())
+
+    def batch(self, outer_step: int) -> Batch:
+        return FACTORS
+
+
+def problem_of(loss: Callable[[Tensor], Tensor], route: str, **options: object) -> ht.BilevelProblem:
+    return ht.BilevelProblem(
+        Scaled(loss),
+        Judge(),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+        num_tasks=2,
+        task_route=route,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None) -> Tensor:
+    return ht.hypergradient(problem, problem.init_hparams(), backend=backend or backends.Reverse()).grads["c"]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        backends.Reverse(),
+        backends.Forward(),
+        backends.FirstOrder(),
+        backends.EvolutionStrategies(num_pairs=1, sigma=0.1),
+    ],
+    ids=lambda backend: type(backend).__name__,
+)
+def test_a_wrong_batching_rule_is_refused(backend: ht.Hypergradient) -> None:
+    with pytest.raises(IncompatibleBackendError, match=r"differs between vectorised.*task_route='loop'"):
+        compute(problem_of(selected, "vmap"), backend)
+
+
+def test_what_is_recommended_is_right() -> None:
+    problem = problem_of(selected, "loop")
+    assert ht.check_hypergradient(problem, problem.init_hparams(), backends.Reverse())
+    for other in (problem_of(selected, "auto"), problem_of(where, "vmap"), problem_of(where, "loop")):
+        torch.testing.assert_close(compute(other), compute(problem))
+
+
+def test_pytorch_is_still_wrong() -> None:
+    """Once this fails, `select_scatter` serves to show nothing any more."""
+    values, columns = normal(2, 3, 3, seed=3), normal(2, 3, seed=5).requires_grad_()
+    weights = normal(2, 3, 3, seed=6)
+    placed = torch.func.vmap(lambda value, column: torch.select_scatter(value, column, 1, 0))(values, columns)
+    (found,) = torch.autograd.grad((weights * placed).sum(), columns)
+    assert not torch.allclose(found, weights[:, :, 0])
+
+
+def test_a_context_has_a_row_for_each_task() -> None:
+    options: dict = {
+        "context": lambda hparams, batch: {"own": hparams["c"].square() * batch, "both": hparams["c"].sin()},
+        "shared_context": ("both",),
+    }
+    torch.testing.assert_close(
+        compute(problem_of(where, "vmap", **options)), compute(problem_of(where, "loop", **options))
+    )
+    with pytest.raises(IncompatibleBackendError, match="differs between vectorised"):
+        compute(problem_of(selected, "vmap", **options))
+
+
+@pytest.mark.parametrize("draw", [lambda w: F.dropout(w, 0.5), lambda w: w * normal(3, 3, seed=7)])
+def test_noise_is_not_taken_for_a_fault(draw: Callable[[Tensor], Tensor]) -> None:
+    assert compute(problem_of(lambda w: where(draw(w)), "vmap")).isfinite()
+
+
+def test_it_is_asked_once() -> None:
+    calls: list[int] = []
+
+    def counted(w: Tensor) -> Tensor:
+        calls.append(1)
+        return where(w)
+
+    numbers = []
+    for _ in range(3):
+        calls.clear()
+        compute(problem_of(counted, "vmap"))
+        numbers.append(len(calls))
+    assert numbers[0] > numbers[1] == numbers[2] == 2
