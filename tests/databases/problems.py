@@ -21,8 +21,14 @@ FACTORS = (1.0, 0.7)
 """What the tasks differ in: the factor of the operation."""
 
 
+REACH = 0.3
+"""How far an operation's inputs can move."""
+
+
 class SampleInner(ht.InnerProblem):
-    """Minimise `weight * (phi(p + shift d) + b'p / 10) + shift c'p / 10 + |p - start|^2 / 20` from `p = start`.
+    """Minimise `weight * (phi(z + shift d) + b'p / 10) + shift c'p / 10 + |p - start|^2 / 20` from `p = start`.
+
+    `z = start + r tanh((p - start) / r)` keeps the operation near the sample, wherever a pole nearby sends the params.
 
     `phi` sums the sines of the outputs with fixed weights, and is scaled so that its largest slope at the start is 1:
     no entry moves by more than a few hundredths in a step. `shift` is 0, so that the first gradient is that at the
@@ -46,7 +52,11 @@ class SampleInner(ht.InnerProblem):
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor | tuple[Tensor, TensorDict]:
         shift, weight = hparams.get("shift"), hparams["weight"]
         moved = {name: params[name] for name in self.sample.start}
-        at = moved if shift is None else {name: value + shift * self.direction[name] for name, value in moved.items()}
+        at = {
+            name: start + REACH * torch.tanh((moved[name] - start) / REACH) for name, start in self.sample.start.items()
+        }
+        if shift is not None:
+            at = {name: value + shift * self.direction[name] for name, value in at.items()}
         phi, buffers = self.phi({**at, **{name: params[name] for name in self.buffers}})
         factor = 1.0 if batch is None else batch["factor"]
         value = factor * weight * (phi + 0.1 * _dot(self.in_weight, moved))

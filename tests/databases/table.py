@@ -73,7 +73,8 @@ def _run(path: Path, results: Results) -> None:
         for place, name in enumerate(missing, start=1):
             results[name] = {sample.name: judge(sample) for sample in samples_of(name)}
             entry = {"name": name, "versions": _versions(), "ways": list(WAYS), "samples": results[name]}
-            file.write(json.dumps(entry) + "\n")
+            # A line of its own even after one that a kill has cut.
+            file.write("\n" + json.dumps(entry))
             file.flush()
             seconds = time.perf_counter() - start
             words = sorted({verdict.word for verdicts in results[name].values() for verdict in verdicts.values()})
