@@ -36,21 +36,21 @@ def refuse_wrong_vectorisation(together: InnerLoop, alone: InnerLoop, variables:
     Raises:
         NotVectorisableError: naming what differs.
     """
+    if together.num_steps == 0:  # not remembered: the same problem with another horizon has steps
+        return
     kind = kind_of(together.program().problem)
     if kind not in _known:
         _known[kind] = _difference(together, alone, variables, own)
     if _known[kind] is not None:
         raise NotVectorisableError(
             f"{_known[kind]} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "
-            "derivative of an operation where tasks are vectorised, without a word. Run the tasks one by one with "
-            "`task_route='loop'`, or write the operation out of simpler ones."
+            "derivative of an operation where tasks are vectorised, without a word",
+            "Run the tasks one by one with `task_route='loop'`, or write the operation out of simpler ones.",
         )
 
 
 def _difference(together: InnerLoop, alone: InnerLoop, variables: TensorDict, own: TensorDict) -> str | None:
     """Returns what differs, in words; None for nothing, or if it cannot be told."""
-    if together.num_steps == 0:
-        return None
     with torch.no_grad():
         before, single = together.initial(tree.detach(variables)), alone.initial(tree.detach(own))
         if not alone.carry:  # initial params may be drawn at random, and then differ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,16 +119,23 @@ def test_noise_is_not_taken_for_a_fault(draw: Callable[[Tensor], Tensor]) -> Non
     assert compute(problem_of(lambda w: where(draw(w)), "vmap")).isfinite()
 
 
+def test_a_problem_without_steps_says_nothing_of_one_with_steps() -> None:
+    problem = problem_of(lambda w: selected(w), "vmap", allow_unused=("c",))
+    assert float(compute(replace(problem, num_steps=0))) == 0.0
+    with pytest.raises(IncompatibleBackendError, match="differs between vectorised"):
+        compute(problem)
+
+
 def test_it_is_asked_once() -> None:
-    calls: list[int] = []
+    calls = [0]
 
     def counted(w: Tensor) -> Tensor:
-        calls.append(1)
+        calls[0] += 1
         return where(w)
 
     numbers = []
     for _ in range(3):
-        calls.clear()
+        calls[0] = 0
         compute(problem_of(counted, "vmap"))
-        numbers.append(len(calls))
+        numbers.append(calls[0])
     assert numbers[0] > numbers[1] == numbers[2] == 2
