@@ -36,6 +36,34 @@ def test_crops_and_mirrors_are_views_into_the_padded_image() -> None:
     assert len(shifts) > 15 and mirrors == {False, True}
 
 
+@pytest.mark.parametrize("pad", [1, 2])
+def test_every_crop_occurs_equally_often(pad: int) -> None:
+    """By the place of a single bright pixel in the middle: all `(2 pad + 1)^2` places, and no other."""
+    size, count = 7, 5000
+    images = torch.zeros(count, 1, size, size, dtype=torch.float64)
+    images[:, :, 3, 3] = 1.0
+    moved = Augmentation(crop_padding=pad)(images, generator())
+    places = moved.flatten(1).argmax(1)
+    assert bool((moved.flatten(1).sum(1) == 1.0).all())
+    wanted = {row * size + column for row in range(3 - pad, 4 + pad) for column in range(3 - pad, 4 + pad)}
+    drawn = torch.bincount(places, minlength=size * size)
+    assert set(drawn.nonzero().flatten().tolist()) == wanted
+    share = count / len(wanted)
+    assert float((drawn[sorted(wanted)] - share).abs().max()) < 6 * share**0.5
+
+
+def test_rows_and_columns_are_moved_independently_and_mirrors_too() -> None:
+    images = torch.zeros(4000, 1, 5, 5, dtype=torch.float64)
+    images[:, :, 2, 1] = 1.0
+    moved = Augmentation(crop_padding=1, flip=True)(images, generator())
+    drawn = torch.bincount(moved.flatten(1).argmax(1), minlength=25).reshape(5, 5)
+    # Columns 0 to 2 as they are, 2 to 4 mirrored; each with rows 1 to 3.
+    expected = 4000 / 18 * torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0])
+    assert not drawn[0].any() and not drawn[4].any()
+    assert float((drawn[1:4] - expected).abs().max()) < 6 * float(expected.max()) ** 0.5
+    assert abs(int(drawn[:, :2].sum() - drawn[:, 3:].sum())) < 6 * (4000 * 2 / 3) ** 0.5
+
+
 def test_colours_change_by_one_factor_per_image() -> None:
     images = 0.4 + 0.1 * pictures()
     brighter = Augmentation(brightness=0.3)(images, generator())
@@ -76,6 +104,27 @@ def test_episodes_are_changed_by_seed_and_step_alone() -> None:
     assert torch.equal(plain.query.targets, first.query.targets)
     assert not torch.equal(plain.query.inputs, first.query.inputs)
     assert float(plain.support.inputs.min()) >= -2.0 and float(plain.support.inputs.max()) <= 2.0
+
+
+def test_the_same_images_are_changed_anew_by_every_seed_and_step() -> None:
+    """Of classes that hold one image many times, episodes differ by their augmentation alone."""
+    image = (255 * pictures(1)).to(torch.uint8)
+    dataset = ImageClasses(images=image.expand(20, -1, -1, -1), counts=(10, 10), class_names=("a", "b"))
+
+    def inputs(step: int, seed: int = 0) -> torch.Tensor:
+        sampler = EpisodeSampler(
+            dataset, way=2, shot=3, num_queries=4, num_tasks=2, seed=seed,
+            augmentation=Augmentation(crop_padding=2, flip=True, brightness=0.2),
+        )  # fmt: skip
+        episode = sampler.at(step)
+        return torch.cat([episode.support.inputs, episode.query.inputs], dim=1).flatten(2)
+
+    batches = [inputs(0), inputs(1), inputs(7), inputs(0, seed=1), inputs(1, seed=1)]
+    for number, batch in enumerate(batches):
+        assert all(not torch.equal(batch, other) for other in batches[:number])
+        rows = batch.flatten(0, 1)
+        assert len(rows.unique(dim=0)) > 0.8 * len(rows)  # each image on its own
+    assert torch.equal(inputs(7), batches[2])
 
 
 @pytest.mark.parametrize(

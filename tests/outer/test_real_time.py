@@ -316,6 +316,36 @@ def test_a_momentum_that_waits_and_an_initialisation_that_is_forgotten_are_no_fa
     assert trained.hparams["start"] == 0.5
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_dampening_that_does_nothing_in_the_first_step_is_learnt(every: int) -> None:
+    """The first step fills the buffer with the whole gradient: the check before the run looks at two."""
+    hparams = scalars(start=0.5, dampening=0.3, log_l2=-4.0)
+    problem = regression(SGD(lr=0.1, momentum=0.5, dampening=ht.Hyper("dampening")), outer=HeldOut(hparams))
+    trained = ht.RealTime(problem, optimizer=partial(torch.optim.SGD, lr=0.01), every=every).run(6)
+    assert trained.hparams["dampening"] != 0.3
+
+
+def test_the_check_before_the_run_is_as_long_as_the_way_to_an_update() -> None:
+    """A penalty that sets in at inner step 3 reaches the first update of every four, and none of every two."""
+
+    class Late(Regression):
+        def batch(self, step: int) -> Batch:
+            return *super().batch(step), torch.tensor(float(step >= 3), dtype=F64)
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            *data, on = batch
+            inputs, targets = data
+            fit = (inputs @ params["w"] - targets).square().mean()
+            return fit + (hparams["late"] * params["w"].square().sum() if on else 0.0)
+
+    hparams = scalars(start=0.5, late=0.1, log_l2=-4.0)
+    problem = regression(SGD(lr=0.05), inner=Late(), outer=HeldOut(hparams))
+    moving = partial(torch.optim.SGD, lr=0.1)
+    assert ht.RealTime(problem, optimizer=moving, every=4).run(8).hparams["late"] != 0.1
+    with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['late'\]` does not reach"):
+        ht.RealTime(problem, optimizer=moving, every=2).run(8)
+
+
 def test_first_values_that_are_drawn_are_those_of_an_outer_loop() -> None:
     class Drawn(HeldOut):
         def init_hparams(self) -> TensorDict:

@@ -176,6 +176,43 @@ def test_imaml_by_implicit_differentiation_solves_its_equation() -> None:
         torch.testing.assert_close(implicit[name], value, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("proximity", [1.5, 3.0])
+def test_imaml_is_the_papers_equation_by_dense_algebra(proximity: float) -> None:
+    """Equations 3 and 6: `grad L(w) + proximity (w - theta) = 0`, and `(I + H / proximity) g = dE/dw` there.
+
+    Solved here by Newton's method and by a matrix written out, without an inner loop.
+    """
+    learner = IMAML(network(), dynamics=SGD(lr=0.2), num_steps=200, proximity=proximity)
+    solver = ht.linear_solvers.ConjugateGradient(max_iterations=200, tolerance=1e-14)
+    result = compute(learner, backends.Implicit(solver=solver))
+    module, theta = network(), learner.init_hparams()
+    shapes = {name: value.shape for name, value in theta.items()}
+    start = torch.cat([value.flatten() for value in theta.values()])
+
+    def loss(flat: Tensor, part: Examples, task: int) -> Tensor:
+        values = flat.split([shape.numel() for shape in shapes.values()])
+        weights = {name: value.view(shape) for (name, shape), value in zip(shapes.items(), values, strict=True)}
+        logits = torch.func.functional_call(module, weights, (part.inputs[task],))
+        return F.cross_entropy(logits, part.targets[task])
+
+    episode, identity = Blobs().at(0), torch.eye(len(start), dtype=F64)
+    expected, minima = torch.zeros_like(start), []
+    for task in range(3):
+        at = torch.cat([result.params[name][task].flatten() for name in theta])
+        for _ in range(3):
+            slope = torch.func.grad(loss)(at, episode.support, task) + proximity * (at - start)
+            curvature = torch.func.jacrev(torch.func.grad(loss))(at, episode.support, task)
+            at = at - torch.linalg.solve(curvature + proximity * identity, slope)
+        minima.append(at)
+        curvature = torch.func.jacrev(torch.func.grad(loss))(at, episode.support, task)
+        outer_slope = torch.func.grad(loss)(at, episode.query, task)
+        expected += torch.linalg.solve(identity + curvature / proximity, outer_slope) / 3
+    fitted = torch.stack([torch.cat([result.params[name][task].flatten() for name in theta]) for task in range(3)])
+    torch.testing.assert_close(fitted, torch.stack(minima), rtol=1e-7, atol=1e-9)
+    found = torch.cat([result.grads[name].flatten() for name in theta])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_first_order_maml_is_the_outer_gradient_at_the_fitted_weights() -> None:
     learner = LEARNERS["MAML"]()
     result = compute(learner, backends.FirstOrder(), "loop")
