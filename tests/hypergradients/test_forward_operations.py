@@ -14,7 +14,7 @@ import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.agreement import assert_equal, assert_equals_reverse
-from tests.helpers.problems import normal, scalar_problem, scalars, task_problem
+from tests.helpers.problems import LambdaInner, normal, scalar_problem, scalars, task_problem
 
 Forward, Reverse = ht.hypergradients.Forward, ht.hypergradients.Reverse
 SGD = ht.dynamics.SGD
@@ -103,6 +103,57 @@ def test_other_limits(chunk_size: int | None) -> None:
     with pytest.raises(IncompatibleBackendError, match=r"uses `autograd.Function`, which has no forward derivative"):
         compute(operation_problem(lambda z: Doubled.apply(z).square().mean()), Forward(chunk_size=chunk_size))
     assert_equals_reverse(operation_problem(nested), Forward(chunk_size=chunk_size))
+
+
+def huber_by_hand(z: Tensor) -> Tensor:
+    gap = (z - Y).abs()
+    return torch.where(gap < 1.0, 0.5 * gap.square(), gap - 0.5).mean()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(
+    ("refused", "advised", "advice"),
+    [
+        (NO_FORWARD["huber_loss"][0], huber_by_hand, "Write it out of simpler operations, or use reverse mode"),
+        (
+            lambda z: torch.ops.aten.mse_loss(z, Y),
+            lambda z: (z - Y).square().mean(),
+            r"past a constant argument.*`\(outputs - targets\).square\(\).mean\(\)` for a mean. Or use reverse mode",
+        ),
+    ],
+)
+def test_advice_to_write_an_operation_out_works(
+    chunk_size: int | None, refused: Callable[[Tensor], Tensor], advised: Callable[[Tensor], Tensor], advice: str
+) -> None:
+    with pytest.raises(IncompatibleBackendError, match=advice):
+        compute(operation_problem(refused), Forward(chunk_size=chunk_size))
+    found = compute(operation_problem(advised), Forward(chunk_size=chunk_size)).grads
+    expected = compute(operation_problem(refused), Reverse()).grads
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("loss", "backend", "message", "advised"),
+    [
+        (through_numpy, Forward(), r"cannot be vectorised.*`Forward\(chunk_size=1\)`", Forward(chunk_size=1)),
+        (nested, Forward(chunk_size=1), r"derivatives of its own.*a `chunk_size` above 1", Forward(chunk_size=2)),
+    ],
+)
+def test_what_comes_up_after_the_comparison_is_explained(
+    loss: Callable[[Tensor], Tensor], backend: Forward, message: str, advised: Forward
+) -> None:
+    """Two steps are looked at before a run; an operation of the third is met on the way."""
+
+    class Later(LambdaInner):
+        def batch(self, step: int) -> Batch:
+            return step > 1
+
+    plain = operation_problem(loss)
+    inner = Later(plain.inner.init_params, lambda p, h, b: h["c"] * (loss if b else torch.sum)(X @ p["w"]))
+    problem = dataclasses.replace(plain, inner=inner)
+    with pytest.raises(IncompatibleBackendError, match=message):
+        compute(problem, backend)
+    assert_equals_reverse(problem, advised)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
