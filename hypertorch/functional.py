@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.parameter_slots import ParameterSlots, is_plain
+from hypertorch.recomputation import hold_while_recomputing
 from hypertorch.types import TensorDict, TensorMapping
+
+hold_while_recomputing()
 
 
 class FunctionalModule:
@@ -24,7 +27,8 @@ class FunctionalModule:
 
     Raises:
         TypeError: if it is no module.
-        IncompatibleBackendError: if it uses weight normalisation, whose second derivative PyTorch gets wrong.
+        IncompatibleBackendError: if a part of it has no right second derivative in PyTorch: weight normalisation, an
+            embedding with sparse gradients, or what is compiled already.
 
     Attributes:
         buffers: names of the module's buffers (running statistics), for `InnerProblem.buffers`.
@@ -36,7 +40,7 @@ class FunctionalModule:
                 f"`module` is a {type(module).__name__}, not a `torch.nn.Module`: it has no parameters to take out. "
                 "Write a plain function of `params` instead."
             )
-        _refuse_weight_norm(module)
+        _refuse_parts(module)
         self.module = module
         self.buffers: tuple[str, ...] = tuple(name for name, _ in module.named_buffers())
         self._slots: ParameterSlots | None = None
@@ -73,22 +77,25 @@ class FunctionalModule:
             options: passed on by name.
         """
         values = dict(params)
-        buffers: dict[str, Tensor] = {}
-        if self.buffers:
-            for name, own in self.module.named_buffers():
-                # Modules update buffers in place; the clone takes the update and leaves the caller's tensor alone.
-                buffers[name] = values[name] = values.get(name, own).clone()
-        return self._call(values, inputs, options), buffers
+        if not self.buffers:
+            return self._call(values, inputs, options), {}
+        buffers = dict(self.module.named_buffers())
+        for name, own in buffers.items():
+            # Modules update buffers in place; the clone takes the update and leaves the caller's tensor alone.
+            values[name] = values.get(name, own).clone()
+        outputs = self._call(values, inputs, options)
+        return outputs, {name: values[name] for name in buffers}
 
     def _call(self, values: TensorDict, inputs: tuple, options: dict[str, Any]) -> Any:
         # The compiler knows PyTorch's own way, and the time to find the places is no part of a program.
-        if torch.compiler.is_compiling() or not is_plain(self.module):
+        if torch.compiler.is_compiling():
             return functional_call(self.module, values, inputs, options)
         slots = self._slots
         if slots is None or slots.module is not self.module or not slots.is_current():
             slots = self._slots = ParameterSlots(self.module)
-        if not slots.has(values):
-            return functional_call(self.module, values, inputs, options)
+        if not is_plain(self.module) or not slots.has(values):
+            with slots.under_way():
+                return functional_call(self.module, values, inputs, options)
         with slots.holding(values):
             return self.module(*inputs, **options)
 
@@ -112,18 +119,39 @@ def refuse_untracked_statistics(module: nn.Module) -> None:
             )
 
 
-def _refuse_weight_norm(module: nn.Module) -> None:
-    """Raises if a weight is computed by PyTorch's fused weight normalisation.
+def _refuse_parts(module: nn.Module) -> None:
+    """Raises if a part of a module has no right second derivative in PyTorch, whatever it is called with.
 
-    Its first derivative is right and its second silently wrong (`torch.autograd.gradgradcheck` of
-    `torch._weight_norm` fails on PyTorch 2.13), so an unrolled hypergradient would be wrong by tens of per cent.
+    Fused weight normalisation: its first derivative is right and its second silently wrong
+    (`torch.autograd.gradgradcheck` of `torch._weight_norm` fails on PyTorch 2.13), so an unrolled hypergradient would
+    be wrong by tens of per cent.
     """
     for name, part in module.named_modules():
+        where = f"at `{name}`" if name else "itself"
         if type(part).__name__ == "_WeightNorm" or any(
             type(hook).__name__ == "WeightNorm" for hook in part._forward_pre_hooks.values()
         ):
             raise IncompatibleBackendError(
-                f"`module` normalises a weight at `{name}` with PyTorch's weight_norm, whose second derivative is "
+                f"`module` normalises a weight {where} with PyTorch's weight_norm, whose second derivative is "
                 "silently wrong: hypergradients through an inner loop would be too. Remove it, or write the weight as "
                 "`g * v / v.norm(...)` in a parametrisation of your own, which is exact."
             )
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise IncompatibleBackendError(
+                f"`module` has a {type(part).__name__} {where} with `sparse=True`, of whose sparse gradient PyTorch "
+                "takes no second derivative: no hypergradient goes through it. Build it with `sparse=False`."
+            )
+        if _is_compiled(part):
+            raise IncompatibleBackendError(
+                f"`module` is compiled already ({where}, by `torch.compile`, `.compile()` or TorchScript), and PyTorch "
+                "takes no second derivative of compiled code. Hand over the plain module, and let "
+                "`Reverse(compile=True)` compile the step with its derivative."
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        or module._compiled_call_impl is not None
+        or type(module).__name__ == "OptimizedModule"  # whose class is in a part of PyTorch that takes seconds to load
+    )

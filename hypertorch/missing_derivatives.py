@@ -2,34 +2,112 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from torch._C import _functions
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hypertorch.errors import ForwardModeError, IncompatibleBackendError
 
 
+class _Thread(threading.local):
+    """How many runs of an inner loop are under way in a thread."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+
+_thread = _Thread()
+
+
+def in_run() -> bool:
+    """Returns whether this thread is inside `second_order`."""
+    return _thread.runs > 0
+
+
 @contextmanager
 def second_order() -> Iterator[None]:
-    """Makes attention use its math kernel, the only one with a second derivative, and explains missing derivatives.
+    """Surrounds a run: attention has its only kernel with a second derivative, and missing ones are explained.
 
     Raises:
         IncompatibleBackendError: if an operation in the inner loss has no second derivative in PyTorch.
     """
+    _thread.runs += 1
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
-        operation = re.search(r"derivative for '?([\w:]+)'? is not implemented|([\w:]+) is not implemented", str(error))
-        if operation is None:
+        advice = _second_order_advice(str(error))
+        if advice is None:
             raise
-        name = operation.group(1) or operation.group(2)
-        raise IncompatibleBackendError(
-            f"the inner loss uses `{name}`, which PyTorch cannot differentiate twice ({error}): the hypergradient of "
-            "an unrolled gradient step needs that second derivative. Write the operation out of simpler ones."
-        ) from error
+        raise IncompatibleBackendError(advice) from error
+    finally:
+        _thread.runs -= 1
+
+
+_NO_SECOND_DERIVATIVE = re.compile(r"derivative for '?([\w:]+)'? is not implemented|([\w:]+) is not implemented")
+
+
+def _second_order_advice(text: str) -> str | None:
+    """Returns what PyTorch's error means for second derivatives and what to do; None if it is of another kind."""
+    if "sparse" in text.lower():
+        return (
+            f"the inner loss has a sparse gradient, of which PyTorch takes no second derivative ({text}). Make it "
+            "dense: `sparse=False` in `nn.Embedding`, `nn.EmbeddingBag` or `F.embedding`."
+        )
+    if "does not currently support double backward" in text or "donated buffers" in text:
+        return (
+            "the inner loss calls a function or module that is compiled already, and PyTorch takes no second "
+            f"derivative of compiled code ({_first_line(text)}). Hand over the plain one, and let `Reverse("
+            "compile=True)` compile the step with its derivative."
+        )
+    if "region computed under selective activation checkpoint" in text:
+        return (
+            "the inner loss uses selective activation checkpointing (`context_fn` of `torch.utils.checkpoint`), which "
+            "PyTorch goes through once only: a hypergradient does twice. Call `checkpoint` without `context_fn`."
+        )
+    operation = _NO_SECOND_DERIVATIVE.search(text)
+    if operation is None:
+        return None
+    name = operation.group(1) or operation.group(2)
+    return (
+        f"the inner loss uses `{name}`, which PyTorch cannot differentiate twice ({text}): the hypergradient of "
+        "an unrolled gradient step needs that second derivative. Write the operation out of simpler ones."
+    )
+
+
+def _refuse_once_differentiable() -> None:
+    """Makes the backward pass of a `once_differentiable` function raise where a second derivative is to be taken.
+
+    PyTorch raises only if it comes by the place where that derivative is missing. `torch.autograd.grad` does not, since
+    none of its inputs lies behind, and would silently leave out what passes through.
+    """
+    delayed_error = _functions.DelayedError
+
+    @functools.wraps(delayed_error)
+    def raise_at_once(message: bytes, count: int) -> Any:
+        if in_run():
+            raise IncompatibleBackendError(
+                "the inner loss uses a `torch.autograd.Function` whose backward pass is marked `once_differentiable`: "
+                "it has no second derivative, which the hypergradient of an unrolled gradient step needs. Compute the "
+                "backward pass from `ctx.saved_tensors` by differentiable operations and drop the mark, or use "
+                "`FirstOrder()`, which drops second derivatives."
+            )
+        return delayed_error(message, count)
+
+    _functions.DelayedError = raise_at_once
+
+
+_refuse_once_differentiable()
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0].rstrip(".")
 
 
 class NotVectorisableError(ForwardModeError, RuntimeError):
@@ -43,7 +121,7 @@ _NO_FORWARD_DERIVATIVE = re.compile(
     r"forward AD with ([\w:]+) that does not support it|must implement the jvp function for custom (autograd.Function)"
 )
 _NOT_VECTORISED = re.compile(
-    r"vmap|batching rule|functorch|torch\.func|saved tensor hooks|mutate a captured Tensor|access data pointer",
+    r"vmap|batching rule|functorch|torch\.func|mutate a captured Tensor|access data pointer",
     flags=re.IGNORECASE,
 )
 
@@ -75,6 +153,11 @@ def forward_mode(one_by_one: str | None) -> Iterator[None]:
 
 def _limit(text: str) -> tuple[str, str] | None:
     """Returns what PyTorch's error means for forward mode, and what to do; None if it is of another kind."""
+    if "sparse" in text:
+        return (
+            "the inner problem has a sparse gradient, which has no forward derivative in PyTorch",
+            "Make it dense: `sparse=False` in `nn.Embedding`, `nn.EmbeddingBag` or `F.embedding`.",
+        )
     operation = _NO_FORWARD_DERIVATIVE.search(text)
     if operation is not None:
         # PyTorch has another implementation, with a forward derivative, of what oneDNN does (an LSTM).
@@ -83,6 +166,13 @@ def _limit(text: str) -> tuple[str, str] | None:
             f"the inner problem uses `{operation.group(1) or operation.group(2)}`, which has no forward derivative in "
             "PyTorch: no tangent can be pushed through it",
             f"Write it out of simpler operations{switch}, or use reverse mode, for example `Reverse()`.",
+        )
+    if "saved tensor hooks" in text:
+        return (
+            "the inner problem recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other "
+            "hooks on saved tensors), which PyTorch cannot do in forward mode",
+            "Switch its checkpointing off, which forward mode has no use for, or use reverse mode, for example "
+            "`Reverse()`.",
         )
     if "ZeroTensors are immutable" in text:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,11 +12,26 @@ from torch import Tensor, nn
 
 
 class _Place(NamedTuple):
-    """An entry of a dictionary inside a module, and what it held when it was found."""
+    """An entry of a dictionary inside a module, and what it holds at some time."""
 
     holder: dict[str, Any]
     key: str
     value: Any
+
+
+class _Thread(threading.local):
+    """What is under way in a thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[ParameterSlots] = []
+
+
+_thread = _Thread()
+
+
+def calls_under_way() -> list[ParameterSlots]:
+    """Returns the places of the modules that this thread is calling with other values, the outermost first."""
+    return _thread.calls
 
 
 class ParameterSlots:
@@ -33,6 +49,7 @@ class ParameterSlots:
         self.module = module
         self._slots: dict[str, list[_Place]] = {}
         self._modules: list[_Place] = []
+        self._buffers: dict[str, list[_Place]] = {}
         names: dict[int, str] = {}
         for prefix, part in module.named_modules():
             children: dict[str, Any] = part._modules
@@ -41,7 +58,10 @@ class ParameterSlots:
                 for key, value in holder.items():
                     if value is not None:
                         name = names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
-                        self._slots.setdefault(name, []).append(_Place(holder, key, value))
+                        places = self._slots.setdefault(name, [])
+                        places.append(_Place(holder, key, value))
+                        if holder is part._buffers:
+                            self._buffers[name] = places
         self._places = [place for places in self._slots.values() for place in places]
 
     def is_current(self) -> bool:
@@ -55,21 +75,91 @@ class ParameterSlots:
         return names.keys() <= self._slots.keys()
 
     @contextmanager
-    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Surrounds calls of the module with other values in its places.
+    def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Surrounds a call of the module with other values in its places.
 
         Args:
-            values: by the names of the places.
+            values: by the names of the places. A buffer that the module replaces by a new tensor is replaced here too.
         """
         places = [(place, value) for name, value in values.items() for place in self._slots[name]]
         kept = [place.holder[place.key] for place, _ in places]
+        calls = _thread.calls
+        calls.append(self)
         try:
             for (holder, key, _), value in places:
                 holder[key] = value
             yield
+            for name, buffers in self._buffers.items():
+                if name in values:
+                    values[name] = buffers[0].holder[buffers[0].key]
         finally:
+            calls.pop()
             for (place, _), value in zip(places, kept, strict=True):
                 place.holder[place.key] = value
+
+    @contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Surrounds a call of the module for which somebody else writes the values to its places."""
+        calls = _thread.calls
+        calls.append(self)
+        try:
+            yield
+        finally:
+            calls.pop()
+
+    def contents(self) -> Contents:
+        """Returns what the module holds now, during a call."""
+        names = self._buffers.keys()
+        return Contents(
+            _now([place for name, places in self._slots.items() if name not in names for place in places]),
+            _now([place for places in self._buffers.values() for place in places]),
+            [(part, part.training) for part in self.module.modules()],
+        )
+
+
+class Contents:
+    """What a module held at some time during a call, to be held again when a part of the call is run again.
+
+    Args:
+        parameters: their places, with what they held.
+        buffers: the same of the buffers.
+        modes: the parts of the module, with whether they were in training mode.
+    """
+
+    def __init__(self, parameters: list[_Place], buffers: list[_Place], modes: list[tuple[nn.Module, bool]]) -> None:
+        self._parameters = parameters
+        # The call goes on to change buffers in place. With its graph, a buffer would keep that graph alive for ever.
+        self._buffers = _copied(buffers)
+        self._modes = modes
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Surrounds a part of the call that is run again."""
+        places = [*self._parameters, *_copied(self._buffers)]
+        before = _now(places)
+        modes = [(part, part.training) for part, _ in self._modes]
+        try:
+            _write(places, self._modes)
+            yield
+        finally:
+            _write(before, modes)
+
+
+def _now(places: list[_Place]) -> list[_Place]:
+    """Returns the places with what they hold now."""
+    return [_Place(holder, key, holder.get(key)) for holder, key, _ in places]
+
+
+def _copied(places: list[_Place]) -> list[_Place]:
+    """Returns the places with copies of their values, without a graph."""
+    return [place if place.value is None else place._replace(value=place.value.detach().clone()) for place in places]
+
+
+def _write(places: list[_Place], modes: list[tuple[nn.Module, bool]]) -> None:
+    for holder, key, value in places:
+        holder[key] = value
+    for part, mode in modes:
+        part.training = mode
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergradient, HypergradientResult
 from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
+from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
@@ -117,7 +118,8 @@ class _Run:
 
     def task_route(self) -> TaskRoute:
         """Returns the route that the problem names, or the measured one."""
-        return resolve_task_route(self._bound.problem, repr(self._backend), self._hparams, self.over)
+        problem = self._bound.problem
+        return resolve_task_route(problem, (repr(self._backend), kind_of(problem)), self._hparams, self.over)
 
     def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, list[_Part]]:
         """Returns the mean of the hypergradients over the tasks of these slices, and what else each slice gives.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
@@ -11,6 +11,7 @@ from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorT
 import torch
 from torch import nn
 
+from hypertorch.functional import FunctionalModule
 from hypertorch.problem import BilevelProblem
 
 _FEW = 32  # entries of a container that is looked into; a longer one holds data
@@ -19,18 +20,18 @@ _FEW = 32  # entries of a container that is looked into; a longer one holds data
 def kind_of(problem: BilevelProblem) -> Hashable:
     """Returns what is the same for problems that run the same operations, as far as their attributes tell.
 
-    Namely words, switches, functions with what they are closed over, modules with their words and switches, short
-    containers and callable objects with what they hold, and the classes of everything else; of the inner optimiser
-    numbers, too. No tensor is held.
+    Namely words, switches, functions with what they are closed over, parts of modules with their modes and switches,
+    short containers and callable objects with what they hold, and the classes of everything else; of the inner
+    optimiser numbers, too. No tensor is held.
 
-    Cost: some microseconds for each attribute and module.
+    Cost: some microseconds for each attribute, and about three for every part of a module.
     """
     numbers = tuple((name, value) for name, value in _attributes(problem.dynamics) if type(value) in (int, float))
-    return _kind(problem.inner), _kind(problem.outer), _kind(problem.dynamics), numbers
+    return _kind(problem.inner), _kind(problem.outer), _mark(problem.context), _kind(problem.dynamics), numbers
 
 
-def _kind(thing: object) -> Hashable:
-    return type(thing), tuple((name, _mark(value)) for name, value in _attributes(thing))
+def _kind(thing: object, depth: int = 4) -> Hashable:
+    return type(thing), tuple((name, _mark(value, depth)) for name, value in _attributes(thing))
 
 
 def _attributes(thing: object) -> list[tuple[str, object]]:
@@ -44,15 +45,17 @@ def _mark(value: object, depth: int = 4) -> Hashable:
         return value
     if isinstance(value, BuiltinFunctionType):  # of a method of an object, not the object
         return value.__qualname__, type(value.__self__)
-    if isinstance(value, nn.Module):
-        return tuple((type(module), _switches(vars(module).values())) for module in value.modules())
     if not depth:
         return type(value)
+    if isinstance(value, FunctionalModule):
+        return FunctionalModule, _mark(value.module, depth)
+    if isinstance(value, nn.Module):
+        return tuple((type(part), _switches(part, depth - 1)) for part in value.modules())
     if isinstance(value, partial):
         bound = (*value.args, *value.keywords.values())
         return "partial", _mark(value.func, depth), tuple(_mark(inside, depth - 1) for inside in bound)
     if isinstance(value, MethodType):
-        return _mark(value.__func__, depth - 1), type(value.__self__)
+        return _mark(value.__func__, depth - 1), _kind(value.__self__, depth - 1)
     if isinstance(value, FunctionType):
         # A factory of losses gives them the same code.
         return value.__code__, tuple(_mark(inside, depth - 1) for inside in _closed_over(value))
@@ -65,8 +68,9 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     return type(value)
 
 
-def _switches(values: Iterable[object]) -> tuple[Hashable, ...]:
-    return tuple(value for value in values if isinstance(value, (str, bool)))
+def _switches(part: nn.Module, depth: int) -> Hashable:
+    """Returns what the attributes of a part of a module tell, its parameters, buffers and own parts apart."""
+    return tuple((name, _mark(value, depth)) for name, value in vars(part).items() if not name.startswith("_"))
 
 
 def _closed_over(function: FunctionType) -> list[object]:

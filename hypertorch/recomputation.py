@@ -1,0 +1,96 @@
+"""What a module recomputes at backward time: done with the weights that the module was called with.
+
+A module holds other weights in its places only for as long as its call lasts. Activation checkpointing, and any other
+pair of hooks on saved tensors, runs parts of the module again when a derivative is taken, after the call. The places
+then hold the module's own weights, and the derivative would silently be that of another function.
+
+So hooks that are entered during a call remember what the places held, and put it back while they unpack a tensor.
+PyTorch tells nobody of hooks: the method that enters them is wrapped here, for the whole process. Outside of calls of
+a module by `FunctionalModule` the wrapper does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointFunction
+
+from hypertorch.errors import ForwardModeError, IncompatibleBackendError
+from hypertorch.grad_mode import in_forward_mode
+from hypertorch.missing_derivatives import NotVectorisableError, in_run
+from hypertorch.parameter_slots import calls_under_way
+
+
+def hold_while_recomputing() -> None:
+    """Wraps PyTorch's hooks on saved tensors and its reentrant checkpoint, once for the process."""
+    _wrap_hooks()
+    _wrap_reentrant_checkpoint()
+
+
+def _wrap_hooks() -> None:
+    """Makes hooks on saved tensors unpack with the weights that were held when they were entered."""
+    enter = saved_tensors_hooks.__enter__
+
+    @functools.wraps(enter)
+    def enter_holding(hooks: saved_tensors_hooks) -> None:
+        calls = [(slots, slots.contents()) for slots in calls_under_way()]
+        if not calls:
+            return enter(hooks)
+        unpack = hooks.unpack_hook
+
+        def unpack_holding(packed: Any) -> torch.Tensor:
+            with ExitStack() as stack:
+                for slots, contents in calls:
+                    stack.enter_context(contents.held())
+                    # A part that is run again may have parts that are.
+                    stack.enter_context(slots.under_way())
+                return unpack(packed)
+
+        hooks.unpack_hook = unpack_holding
+        try:
+            enter(hooks)
+        finally:
+            hooks.unpack_hook = unpack  # they may be entered again, elsewhere
+        if torch._C._are_functorch_transforms_active() or in_forward_mode():
+            hooks.__exit__()
+            raise _refusal()
+        return None
+
+    saved_tensors_hooks.__enter__ = enter_holding  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _refusal() -> IncompatibleBackendError:
+    """Returns the error for a module that is recomputed where PyTorch cannot do it rightly."""
+    what = (
+        "a module recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other hooks on saved "
+        "tensors)"
+    )
+    if in_forward_mode():
+        return ForwardModeError(
+            f"{what}, where forward mode loses its tangents",
+            "Switch its checkpointing off, which forward mode has no use for, or use reverse mode, for example "
+            "`Reverse()`.",
+        )
+    return NotVectorisableError(
+        f"{what}, when the function that is vectorised by vmap is over",
+        "Run the tasks one by one, with `task_route='loop'`, or switch its checkpointing off.",
+    )
+
+
+def _wrap_reentrant_checkpoint() -> None:
+    """Makes the reentrant kind of checkpointing raise where its derivative would be asked for."""
+    apply = CheckpointFunction.apply
+
+    def apply_or_refuse(*arguments: Any) -> Any:
+        if (in_run() or calls_under_way()) and torch.is_grad_enabled():
+            raise IncompatibleBackendError(
+                "`torch.utils.checkpoint` is called with `use_reentrant=True`, which gives no derivative in the "
+                "weights to `torch.autograd.grad`: they would silently not be trained. Pass `use_reentrant=False`."
+            )
+        return apply(*arguments)
+
+    CheckpointFunction.apply = apply_or_refuse  # pyright: ignore[reportAttributeAccessIssue]
