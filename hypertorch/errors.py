@@ -32,7 +32,7 @@ class NonFiniteError(HypertorchError):
 
 
 class ReplayError(HypertorchError):
-    """A replayed inner step gave another state than the first time, so its derivative would be of another run."""
+    """Something evaluated again on the same arguments was another, so its derivative would be of another run."""
 
 
 class CheckpointError(HypertorchError):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.parameter_slots import ParameterSlots, is_plain
+from hypertorch.parameter_slots import ParameterSlots, is_plain, thread
 from hypertorch.recomputation import hold_while_recomputing
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -66,7 +66,7 @@ class FunctionalModule:
             inputs: passed on.
             options: passed on by name.
         """
-        return self.with_buffers(params, *inputs, **options)[0]
+        return self._run(params, inputs, options, is_returned=False)[0]
 
     def with_buffers(self, params: TensorMapping, *inputs: Any, **options: Any) -> tuple[Any, TensorDict]:
         """Returns the module's outputs and the new values of its buffers.
@@ -76,15 +76,25 @@ class FunctionalModule:
             inputs: passed on.
             options: passed on by name.
         """
+        return self._run(params, inputs, options, is_returned=True)
+
+    def _run(
+        self, params: TensorMapping, inputs: tuple, options: dict[str, Any], *, is_returned: bool
+    ) -> tuple[Any, TensorDict]:
         values = dict(params)
         if not self.buffers:
             return self._call(values, inputs, options), {}
-        buffers = dict(self.module.named_buffers())
-        for name, own in buffers.items():
-            # Modules update buffers in place; the clone takes the update and leaves the caller's tensor alone.
-            values[name] = values.get(name, own).clone()
+        watch = None if torch.compiler.is_compiling() else thread.watch
+        starts = {name: values.get(name, own) for name, own in self.module.named_buffers()}
+        if watch is not None:
+            starts = {name: watch.start(name, value) for name, value in starts.items()}
+        # Modules update buffers in place; the clone takes the update and leaves the caller's tensor alone.
+        values.update({name: value.clone() for name, value in starts.items()})
         outputs = self._call(values, inputs, options)
-        return outputs, {name: values[name] for name in buffers}
+        ends = {name: values[name] for name in starts}
+        if watch is not None:
+            watch.note(self.module, starts, ends, is_returned=is_returned)
+        return outputs, ends
 
     def _call(self, values: TensorDict, inputs: tuple, options: dict[str, Any]) -> Any:
         # The compiler knows PyTorch's own way, and the time to find the places is no part of a program.
@@ -98,25 +108,6 @@ class FunctionalModule:
                 return functional_call(self.module, values, inputs, options)
         with slots.holding(values):
             return self.module(*inputs, **options)
-
-
-def refuse_untracked_statistics(module: nn.Module) -> None:
-    """Raises if a norm layer stores statistics without a derivative, for a module that predicts with stored ones.
-
-    PyTorch's norm layers update their running statistics outside the graph. Where an inner loop fits in training mode
-    and the outer loss is computed in evaluation mode, the path through the statistics would be dropped silently.
-
-    Raises:
-        IncompatibleBackendError: naming the layer.
-    """
-    for name, part in module.named_modules():
-        if getattr(part, "track_running_stats", False):
-            raise IncompatibleBackendError(
-                f"`{name or 'module'}` is a {type(part).__name__} with running statistics, which PyTorch updates "
-                "without a derivative: the hypergradient through them would silently be missing. Use "
-                "`hypertorch.fewshot.BatchNorm(features, statistics='running')`, which keeps it, or pass "
-                "`track_running_stats=False` for the statistics of each call."
-            )
 
 
 def _refuse_parts(module: nn.Module) -> None:

@@ -121,7 +121,7 @@ _NO_FORWARD_DERIVATIVE = re.compile(
     r"forward AD with ([\w:]+) that does not support it|must implement the jvp function for custom (autograd.Function)"
 )
 _NOT_VECTORISED = re.compile(
-    r"vmap|batching rule|functorch|torch\.func|mutate a captured Tensor|access data pointer",
+    r"vmap|batching rule|functorch|torch\.func|saved tensor hooks|mutate a captured Tensor|access data pointer",
     flags=re.IGNORECASE,
 )
 
@@ -166,13 +166,6 @@ def _limit(text: str) -> tuple[str, str] | None:
             f"the inner problem uses `{operation.group(1) or operation.group(2)}`, which has no forward derivative in "
             "PyTorch: no tangent can be pushed through it",
             f"Write it out of simpler operations{switch}, or use reverse mode, for example `Reverse()`.",
-        )
-    if "saved tensor hooks" in text:
-        return (
-            "the inner problem recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other "
-            "hooks on saved tensors), which PyTorch cannot do in forward mode",
-            "Switch its checkpointing off, which forward mode has no use for, or use reverse mode, for example "
-            "`Reverse()`.",
         )
     if "ZeroTensors are immutable" in text:
         return (

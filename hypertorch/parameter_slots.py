@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,19 +19,83 @@ class _Place(NamedTuple):
     value: Any
 
 
+class Moved(NamedTuple):
+    """A buffer that a call of a module has moved.
+
+    Attributes:
+        layer: the part of the module that has it.
+        value: its new value.
+        is_returned: whether the new value was handed to the caller.
+    """
+
+    layer: nn.Module
+    value: Tensor
+    is_returned: bool
+
+
+class Watch:
+    """What calls of modules do, seen from inside `watching`.
+
+    Attributes:
+        calls: the places of each module that was called, with the names of those that held other values.
+        moved: the buffers that a call has moved, by name.
+
+    Args:
+        shifted: a buffer that every call starts from another value of.
+    """
+
+    def __init__(self, shifted: str | None = None) -> None:
+        self.calls: list[tuple[ParameterSlots, list[str]]] = []
+        self.moved: dict[str, Moved] = {}
+        self._shifted = shifted
+
+    def start(self, name: str, value: Tensor) -> Tensor:
+        """Returns what a call takes for the first value of a buffer."""
+        return moved_away(value) if name == self._shifted else value
+
+    def note(
+        self, module: nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, is_returned: bool
+    ) -> None:
+        """Takes down what a call has made of its buffers."""
+        for name, value in after.items():
+            if not torch.equal(before[name], value):
+                self.moved[name] = Moved(module.get_submodule(name.rpartition(".")[0]), value, is_returned)
+
+
+def moved_away(value: Tensor) -> Tensor:
+    """Returns another value, far enough to show where it is read."""
+    return value + 0.1 * (value.abs() + 1.0) if value.is_floating_point() or value.is_complex() else value + 1
+
+
 class _Thread(threading.local):
-    """What is under way in a thread."""
+    """What is under way in a thread.
+
+    Attributes:
+        calls: the places of the modules that are being called with other values, the outermost first.
+        watch: who watches the calls.
+    """
 
     def __init__(self) -> None:
         self.calls: list[ParameterSlots] = []
+        self.watch: Watch | None = None
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
-def calls_under_way() -> list[ParameterSlots]:
-    """Returns the places of the modules that this thread is calling with other values, the outermost first."""
-    return _thread.calls
+@contextmanager
+def watching(shifted: str | None = None) -> Iterator[Watch]:
+    """Surrounds calls of modules that are to be watched.
+
+    Args:
+        shifted: a buffer that every call starts from another value of, to see whether it is read.
+    """
+    watch, outside = Watch(shifted), thread.watch
+    thread.watch = watch
+    try:
+        yield watch
+    finally:
+        thread.watch = outside
 
 
 class ParameterSlots:
@@ -83,8 +147,10 @@ class ParameterSlots:
         """
         places = [(place, value) for name, value in values.items() for place in self._slots[name]]
         kept = [place.holder[place.key] for place, _ in places]
-        calls = _thread.calls
+        calls = thread.calls
         calls.append(self)
+        if thread.watch is not None:
+            thread.watch.calls.append((self, list(values)))
         try:
             for (holder, key, _), value in places:
                 holder[key] = value
@@ -100,12 +166,18 @@ class ParameterSlots:
     @contextmanager
     def under_way(self) -> Iterator[None]:
         """Surrounds a call of the module for which somebody else writes the values to its places."""
-        calls = _thread.calls
+        calls = thread.calls
         calls.append(self)
         try:
             yield
         finally:
             calls.pop()
+
+    @contextmanager
+    def holding_others(self, names: Iterable[str]) -> Iterator[None]:
+        """Surrounds code that must not read what the module holds in these places outside of its calls."""
+        with self.holding({name: moved_away(self._slots[name][0].value.detach()) for name in names}):
+            yield
 
     def contents(self) -> Contents:
         """Returns what the module holds now, during a call."""

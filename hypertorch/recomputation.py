@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from hypertorch.errors import ForwardModeError, IncompatibleBackendError
 from hypertorch.grad_mode import in_forward_mode
 from hypertorch.missing_derivatives import NotVectorisableError, in_run
-from hypertorch.parameter_slots import calls_under_way
+from hypertorch.parameter_slots import thread
 
 
 def hold_while_recomputing() -> None:
@@ -37,7 +37,13 @@ def _wrap_hooks() -> None:
 
     @functools.wraps(enter)
     def enter_holding(hooks: saved_tensors_hooks) -> None:
-        calls = [(slots, slots.contents()) for slots in calls_under_way()]
+        if in_run() and in_forward_mode() and _are_nested():
+            raise ForwardModeError(
+                "the inner problem recomputes a part of what it recomputes at backward time (by checkpoints inside of "
+                "`torch.utils.checkpoint`), where forward mode loses its tangents",
+                "Switch the inner ones off, or use reverse mode, for example `Reverse()`.",
+            )
+        calls = [(slots, slots.contents()) for slots in thread.calls]
         if not calls:
             return enter(hooks)
         unpack = hooks.unpack_hook
@@ -55,30 +61,23 @@ def _wrap_hooks() -> None:
             enter(hooks)
         finally:
             hooks.unpack_hook = unpack  # they may be entered again, elsewhere
-        if torch._C._are_functorch_transforms_active() or in_forward_mode():
+        if torch._C._are_functorch_transforms_active():
             hooks.__exit__()
-            raise _refusal()
+            raise NotVectorisableError(
+                "a module recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other hooks on "
+                "saved tensors), when the function that is vectorised by vmap is over",
+                "Run the tasks one by one, with `task_route='loop'`, or switch its checkpointing off.",
+            )
         return None
 
     saved_tensors_hooks.__enter__ = enter_holding  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _refusal() -> IncompatibleBackendError:
-    """Returns the error for a module that is recomputed where PyTorch cannot do it rightly."""
-    what = (
-        "a module recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other hooks on saved "
-        "tensors)"
-    )
-    if in_forward_mode():
-        return ForwardModeError(
-            f"{what}, where forward mode loses its tangents",
-            "Switch its checkpointing off, which forward mode has no use for, or use reverse mode, for example "
-            "`Reverse()`.",
-        )
-    return NotVectorisableError(
-        f"{what}, when the function that is vectorised by vmap is over",
-        "Run the tasks one by one, with `task_route='loop'`, or switch its checkpointing off.",
-    )
+def _are_nested() -> bool:
+    """Returns whether hooks are active already, or nobody can tell."""
+    autograd: Any = getattr(torch._C, "_autograd", None)
+    top: Any = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def _wrap_reentrant_checkpoint() -> None:
@@ -86,7 +85,7 @@ def _wrap_reentrant_checkpoint() -> None:
     apply = CheckpointFunction.apply
 
     def apply_or_refuse(*arguments: Any) -> Any:
-        if (in_run() or calls_under_way()) and torch.is_grad_enabled():
+        if (in_run() or thread.calls) and torch.is_grad_enabled():
             raise IncompatibleBackendError(
                 "`torch.utils.checkpoint` is called with `use_reentrant=True`, which gives no derivative in the "
                 "weights to `torch.autograd.grad`: they would silently not be trained. Pass `use_reentrant=False`."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
-from hypertorch.hypergradients.statistics import dropped_statistics, refuse_dropped_statistics
+from hypertorch.hypergradients.side_effects import refuse_side_effects
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.problem import BilevelProblem, TaskRoute
@@ -40,7 +40,14 @@ def hypergradient(
     A pure function: it writes no `.grad`, keeps no graph, leaves torch's generators as they were, and the same
     arguments give the same result. Entries of `hparams` need not require grad.
 
-    Cost: that of the backend, for each slice of tasks in turn, plus one evaluation and one vjp of the context.
+    The derivative is made of those of the operations, PyTorch's and your own. A `torch.autograd.Function` with a wrong
+    backward pass, or one that keeps an intermediate result on `ctx` without `save_for_backward` (whose second
+    derivative is then incomplete), looks like any other: `check_hypergradient` tells.
+
+    Cost: that of the backend, for each slice of tasks in turn, plus one evaluation and one vjp of the context. The
+    first problem of a kind (the same classes, functions, and modules in the same modes) is looked at for side effects
+    before: its first step and its outer loss are evaluated twice, and must agree, and some derivatives are taken. That
+    costs about ten evaluations of the losses on one task, and is not counted in `stats`.
 
     Args:
         problem: the problem.
@@ -55,12 +62,13 @@ def hypergradient(
         DetachedHyperparameterError: if a hyperparameter has no path to the outer loss and is not in `allow_unused`.
         IncompatibleBackendError: if the backend cannot serve the problem, or drops every path from a hyperparameter.
         NonFiniteError: if NaN or infinity appears; names the inner step and the entry.
+        ReplayError: if a function of the problem returns something else when it is evaluated again.
     """
     run = _Run(problem, hparams, backend, outer_step, carry)
     slices = list(task_slices(problem, run.task_route()))
+    run.refuse_side_effects(slices[0])
     found, parts = run.over(slices)
     check_reachability(backend, found, problem.allow_unused, run.probe(slices))
-    refuse_dropped_statistics(run.dropped_statistics(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / _total_weight(slices)
     figures = join_tasks([part.figures for part in parts], slices)
@@ -115,6 +123,8 @@ class _Run:
         _check_allow_unused(problem, hparams)
         self._hparams = hparams
         self._backend = backend
+        self._outer_step = outer_step
+        self._carry = carry
 
     def task_route(self) -> TaskRoute:
         """Returns the route that the problem names, or the measured one."""
@@ -148,21 +158,27 @@ class _Run:
             )
         return cached_probe(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
 
-    def dropped_statistics(self, slices: list[TaskSlice | None]) -> frozenset[str]:
-        """Returns the buffers whose path the backend misses; asked once for each problem that has buffers."""
+    def refuse_side_effects(self, item: TaskSlice | None) -> None:
+        """Raises if the problem's functions are not functions of their arguments, or do what a derivative misses.
+
+        Args:
+            item: the first slice of the tasks, of which the first task is looked at.
+        """
         problem = self._bound.problem
-        # What works by values alone misses nothing.
-        if not problem.inner.buffers or isinstance(self._backend, BlackBox):
-            return frozenset()
+        task = None if item is None else replace(item, stop=item.start + 1, squeeze=True, whole=False)
 
-        def probe() -> frozenset[str]:
-            with self._bound.execution():
-                leaves = tree.leaves_requiring_grad(self._hparams)
-                context = self._bound.context(leaves, slices[0])
-                loop = self._bound.loop(slices[0], context)
-                return dropped_statistics(loop, {**leaves, **tree.leaves_requiring_grad(context)})
+        def bind() -> tuple[InnerLoop, TensorDict]:
+            bound = BoundProblem(problem, self._hparams, self._outer_step, self._carry)
+            leaves = tree.leaves_requiring_grad(self._hparams)
+            context = bound.context(leaves, item)
+            if item is not None and not item.squeeze:
+                own = context.keys() - set(problem.shared_context)
+                context = {name: value[0] if name in own else value for name, value in context.items()}
+            return bound.loop(task, context), {**leaves, **tree.leaves_requiring_grad(context)}
 
-        return cached_probe(problem, "statistics", self._hparams, probe)()
+        kind = (kind_of(problem), problem.num_steps > 0, tuple(self._hparams))
+        with self._bound.execution():
+            refuse_side_effects(kind, bind, by_values=isinstance(self._backend, BlackBox))
 
     def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
         reached: set[str] = set()

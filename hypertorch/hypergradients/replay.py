@@ -15,7 +15,7 @@ _TOLERANCE = 100.0  # in units of the dtype's machine epsilon, relative to the l
 
 _ADVICE = (
     "the derivative would belong to another run. Let `InnerProblem.batch` and `loss` depend on their arguments only "
-    "(no iterator, no counter, no generator of your own), or use `Reverse()`, which runs every step once."
+    "(no iterator, no counter, no generator of your own)."
 )
 
 

@@ -236,7 +236,7 @@ def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
             return {"w": torch.ones(2, dtype=F64)}
 
         def batch(self, step: int) -> Batch:
-            self.calls += 1
+            self.calls += step > 0  # the first step, which is looked at beforehand, is the same every time
             return torch.tensor(float(self.calls), dtype=F64)
 
         def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:

@@ -1,10 +1,62 @@
-"""What a representation must be for a head learner."""
+"""What a network must be for a learner, and the two copies of it that a learner works with."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.fewshot.learners.module_copy import copy_module
+from hypertorch.functional import FunctionalModule
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def fit_and_predict(network: nn.Module) -> tuple[FunctionalModule, FunctionalModule]:
+    """Returns a copy of a network that fits, in training mode, and one that predicts, in evaluation mode.
+
+    A norm layer with running statistics, or a spectral norm, that is handed over in evaluation mode stays in it in both
+    copies. What it has stored are constants, like a parameter that is frozen.
+
+    Raises:
+        IncompatibleBackendError: if such a layer is in training mode: PyTorch updates what it stores outside of the
+            graph, so that the path through it would be dropped silently.
+    """
+    frozen = [name for name, part in network.named_modules() if _stores_without_derivative(part)]
+    for name in frozen:
+        part = network.get_submodule(name)
+        if part.training:
+            raise IncompatibleBackendError(
+                f"`{name or 'module'}` is a {type(part).__name__} in training mode, whose statistics PyTorch updates "
+                "without a derivative: the hypergradient through them would silently be missing. To keep what it has "
+                "stored (of a pretrained network, say), call `.eval()` on it, or on the whole network, before you hand "
+                "it over. For statistics of the episode use `hypertorch.fewshot.BatchNorm(features, "
+                "statistics='running')`, which keeps the derivative, or `track_running_stats=False`."
+            )
+    fit, predict = copy_module(network).train(), copy_module(network).eval()
+    for own in (fit, predict):
+        for name in frozen:
+            _freeze(own.get_submodule(name))
+    return FunctionalModule(fit), FunctionalModule(predict)
+
+
+def _stores_without_derivative(part: nn.Module) -> bool:
+    """Returns whether a layer in training mode updates its buffers outside of the graph."""
+    return (
+        isinstance(part, _SpectralNorm)
+        or bool(getattr(part, "track_running_stats", False))
+        or any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values())
+    )
+
+
+def _freeze(part: nn.Module) -> None:
+    """Keeps a layer in evaluation mode, and makes constants of its buffers."""
+    part.training = False
+    for name, value in list(part._buffers.items()):
+        if value is not None:
+            del part._buffers[name]
+            part.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def first_parameter(backbone: nn.Module) -> nn.Parameter:

@@ -15,7 +15,7 @@ from hypertorch.dynamics import Dynamics
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.backbones.feature_norm import mean_and_spread
 from hypertorch.fewshot.episodes import Episode, Examples
-from hypertorch.fewshot.learners.backbone_checks import first_parameter, refuse_dropout
+from hypertorch.fewshot.learners.backbone_checks import first_parameter, fit_and_predict, refuse_dropout
 from hypertorch.fewshot.learners.base import Embedding, Learner
 from hypertorch.fewshot.learners.episode_checks import (
     check_dtype,
@@ -23,9 +23,7 @@ from hypertorch.fewshot.learners.episode_checks import (
     check_hparams_of,
     integers_explained,
 )
-from hypertorch.fewshot.learners.module_copy import copy_module
 from hypertorch.fewshot.learners.objectives import Classification, Objective
-from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -42,7 +40,8 @@ class HeadLearner(Learner):
 
     A representation without buffers sees support and query in one call, so that batch norm by episode statistics
     normalises them together. One with buffers (running statistics) sees the support set in training mode, and the
-    query set in evaluation mode with the statistics of the support.
+    query set in evaluation mode with the statistics of the support. One of PyTorch's norm layers with running
+    statistics, or a spectral norm, must be handed over in evaluation mode, and keeps what it has stored as constants.
 
     Cost: per episode, one pass and one vjp of the representation; `num_steps` steps of the head.
 
@@ -76,11 +75,9 @@ class HeadLearner(Learner):
     ) -> None:
         if way < 1:
             raise ValueError(f"`way` is {way}: the head needs at least one output. Pass the number of classes.")
-        refuse_untracked_statistics(backbone)
         refuse_dropout(backbone)
         some = first_parameter(backbone)
-        self._fit = FunctionalModule(copy_module(backbone).train())
-        self._predict = FunctionalModule(copy_module(backbone).eval())
+        self._fit, self._predict = fit_and_predict(backbone)
         self.way = way
         self._objective = objective or Classification()
         self._dynamics = dynamics

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
+from hypertorch.fewshot.learners.backbone_checks import fit_and_predict
 from hypertorch.fewshot.learners.base import Embedding, Learner
 from hypertorch.fewshot.learners.episode_checks import (
     check_dtype,
@@ -18,10 +19,9 @@ from hypertorch.fewshot.learners.episode_checks import (
     check_hparams_of,
     integers_explained,
 )
-from hypertorch.fewshot.learners.module_copy import copy_module
 from hypertorch.fewshot.learners.objectives import Classification, Objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
-from hypertorch.functional import FunctionalModule, refuse_untracked_statistics
+from hypertorch.functional import FunctionalModule
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -33,7 +33,8 @@ class NetworkLearner(Learner):
     Outer variables: the network's weights `theta`, and step sizes where `learn_lr` says so. Inner variables: a copy
     of the weights per episode, `w_0 = theta`, trained on the support set for `num_steps` steps. A subclass says what
     the inner and the outer loss are, given those of the objective. The network fits in training mode and predicts in
-    evaluation mode; its buffers are carried through the inner loop.
+    evaluation mode; its buffers are carried through the inner loop. A norm layer with running statistics, or a
+    spectral norm, must be handed over in evaluation mode, and keeps what it has stored as constants.
 
     Args:
         network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
@@ -50,9 +51,7 @@ class NetworkLearner(Learner):
     def __init__(
         self, network: nn.Module, *, dynamics: Dynamics, num_steps: int, learn_lr: LearnLR, objective: Objective | None
     ) -> None:
-        refuse_untracked_statistics(network)
-        self._fit = FunctionalModule(copy_module(network).train())
-        self._predict = FunctionalModule(copy_module(network).eval())
+        self._fit, self._predict = fit_and_predict(network)
         self._objective = objective or Classification()
         self._num_steps = num_steps
         initial = self._fit.init_params()

@@ -248,7 +248,7 @@ def test_episodes_that_do_not_fit_are_refused(kind: str) -> None:
 def test_norms_that_drop_a_derivative_are_refused(kind: str) -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
     leaf = MAML if kind == "maml" else HyperRepresentation
-    with pytest.raises(IncompatibleBackendError, match="`1` is a BatchNorm2d with running statistics.*Use"):
+    with pytest.raises(IncompatibleBackendError, match="`1` is a BatchNorm2d in training mode.*call `.eval"):
         leaf(network, dynamics=SGD(lr=0.1), num_steps=1)
 
 

@@ -271,7 +271,10 @@ class Watched(ht.GradientDynamics):
 def test_no_state_on_the_way_is_kept(kind: str) -> None:
     watched = Watched()
     problem = softmax(watched, 40)
-    ht.hypergradient(problem, problem.init_hparams(), backend=SILENT[kind])
+    for _ in range(2):  # the first of its kind is looked at for side effects
+        watched.made.clear()
+        watched.most = 0
+        ht.hypergradient(problem, problem.init_hparams(), backend=SILENT[kind])
     assert len(watched.made) == (41 if kind == "step" else 40)
     assert watched.most <= 3
 

@@ -1,0 +1,145 @@
+"""What a problem's functions do beside what they return: noticed once for each kind of problem, under every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.errors import IncompatibleBackendError, ReplayError
+from hypertorch.hypergradients.statistics import refuse_dropped_buffers
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.parameter_slots import watching
+from hypertorch.types import TensorDict
+
+Bind = Callable[[], tuple[InnerLoop, TensorDict]]
+"""Draws the outer data and computes the context anew; returns the loop of the first task, and its variables."""
+
+_MOST_KINDS = 1024
+_TOLERANCE = 100.0  # in units of machine epsilon, relative to the largest entry: some kernels differ in the last bits
+
+_clean: dict[Hashable, None] = {}
+
+
+def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
+    """Raises if functions of a problem are not functions of their arguments, or do what a derivative misses.
+
+    Cost: nothing for a kind of problem that was found to have none. Else, on the first task: two steps and outer
+    losses, which must agree; and unless the backend works by values alone two inner gradients, and eight evaluations
+    of losses with four derivatives of them.
+
+    Args:
+        kind: what is the same for problems that run the same code.
+        bind: makes the loop.
+        by_values: whether the backend takes no derivative, which then can miss nothing.
+
+    Raises:
+        ReplayError: if something differs when it is evaluated again.
+        IncompatibleBackendError: if a derivative would miss a path.
+    """
+    key = (kind, by_values)
+    if key in _clean:
+        return
+    first = _results(*bind())
+    loop, variables = bind()
+    _refuse_difference(_results(loop, variables), first, loop.inner_eps)
+    if not by_values:
+        _refuse_late_reads(loop, variables)
+        refuse_dropped_buffers(loop, variables)
+    if len(_clean) == _MOST_KINDS:
+        _clean.clear()
+    _clean[key] = None
+
+
+def _results(loop: InnerLoop, variables: TensorDict) -> dict[str, list[Tensor]]:
+    """Returns what the functions of a problem return in a first step, by their names."""
+    with torch.no_grad():
+        constants = tree.detach(variables)
+        state = loop.initial(constants)
+        results = {"context": list(constants.values()), "InnerProblem.init_params": state.tensors()}
+        if loop.num_steps:
+            loss = loop.bound_loss(state, 0)
+            state = loop.apply(loss, state, constants, 0)
+            results["InnerProblem.loss"] = [] if loss.value is None else [loss.value]
+            results["InnerProblem.loss` or its gradient, or `dynamics.step"] = state.tensors()
+            if loop.has_step_loss:
+                results["OuterProblem.step_loss"] = [loop.step_loss(state.params, constants, 0)]
+        return {**results, "OuterProblem.loss": [loop.outer_loss(state.params, constants)]}
+
+
+def _refuse_difference(again: dict[str, list[Tensor]], first: dict[str, list[Tensor]], inner_eps: float) -> None:
+    for name, values in again.items():
+        gap = _gap(values, first[name], inner_eps=inner_eps)
+        if gap > 0.0:
+            raise ReplayError(
+                f"`{name}` differs by {gap:.3g} when it is evaluated again on the same arguments, with torch's "
+                "generators seeded alike: a hypergradient would belong to neither. Let `batch`, `loss`, `init_params` "
+                "and `context` depend on their arguments only (no iterator, no counter, no generator of your own, none "
+                "of numpy's or Python's). What a module keeps from one pass to the next must be a buffer: register it, "
+                "return its new value from the inner loss, and name it in `InnerProblem.buffers`."
+            )
+
+
+def _gap(again: list[Tensor], first: list[Tensor], *, inner_eps: float) -> float:
+    """Returns how far results differ by more than rounding; 0 if they do not."""
+    # What is infinite or NaN to begin with is not judged: a run says more of it.
+    if len(again) != len(first) or any(
+        left.shape != right.shape or left.dtype != right.dtype for left, right in zip(again, first, strict=True)
+    ):
+        return float("inf")
+    numbers = [right for right in first if tree.is_differentiable(right) and right.numel()]
+    if not all(bool(torch.isfinite(value).all()) for value in numbers):
+        return 0.0
+    size = max((float(value.abs().max()) for value in numbers), default=0.0)
+    worst = 0.0
+    for left, right in zip(again, first, strict=True):
+        if not torch.equal(left, right):
+            gap = float((left - right).abs().max()) if tree.is_differentiable(right) else 1.0
+            eps = torch.finfo(right.dtype).eps if tree.is_differentiable(right) else 0.0
+            worst = max(worst, gap if not gap <= _TOLERANCE * max(eps, inner_eps) * size else 0.0)
+    return worst
+
+
+def _refuse_late_reads(loop: InnerLoop, variables: TensorDict) -> None:
+    """Raises if a module reads its weights at backward time, by other ways than hooks on saved tensors.
+
+    Its call is over then, and it would find its own weights in place of those that it was called with. So these are
+    exchanged for others between a loss and its derivative, which must not notice.
+    """
+    constants = tree.detach(variables)
+    with torch.no_grad():
+        state = loop.initial(constants).detached()
+    losses: dict[str, Callable[[TensorDict], Tensor]] = {"outer": lambda params: loop.outer_loss(params, constants)}
+    if loop.num_steps:
+        losses["inner"] = lambda params: loop.bound_loss(state, 0)(loop.trained(params), constants)
+    for which, loss in losses.items():
+        # PyTorch's norm layers refuse to take statistics that ask for a derivative.
+        leaves = tree.leaves_requiring_grad(loop.trained(state.params))
+        asked = [value for value in leaves.values() if value.requires_grad]
+        with torch.enable_grad(), watching() as watch:
+            value = loss({**state.params, **leaves})
+        if not watch.calls or not value.requires_grad:
+            continue
+        expected = torch.autograd.grad(value, asked, retain_graph=True, allow_unused=True)
+        with ExitStack() as stack:
+            for slots, names in {id(slots): (slots, names) for slots, names in watch.calls}.values():
+                stack.enter_context(slots.holding_others(names))
+            found = torch.autograd.grad(value, asked, allow_unused=True)
+        if any(not _same(left, right) for left, right in zip(found, expected, strict=True)):
+            kinds = sorted({type(slots.module).__name__ for slots, _ in watch.calls})
+            raise IncompatibleBackendError(
+                f"a module of the {which} loss ({', '.join(kinds)}) reads its weights at backward time, in a "
+                "`torch.autograd.Function` or in a hook: it would find its own there, not those that it was called "
+                "with. Hand the weights to the function as arguments and keep them by `ctx.save_for_backward`; in a "
+                "hook, use tensors of the forward pass."
+            )
+
+
+def _same(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    close = torch.finfo(expected.dtype).eps ** 0.5
+    return torch.allclose(found, expected, rtol=close, atol=close * float(expected.abs().max()), equal_nan=True)

@@ -1,0 +1,486 @@
+"""Functions of a problem that do more than return a value: noticed under every backend, once for each kind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import spectral_norm
+
+import hypertorch as ht
+from hypertorch.errors import IncompatibleBackendError, ReplayError
+from hypertorch.fewshot import BatchNorm
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter, normal, scalar_problem, scalars, task_problem
+
+F64 = torch.float64
+backends = ht.hypergradients
+EVERY: dict[str, ht.Hypergradient] = {
+    "whole graph": backends.Reverse(),
+    "segments": backends.Reverse(checkpoint_every=1),
+    "mixed": backends.Reverse(derivative="mixed"),
+    "forward": backends.Forward(),
+    "forward by duals": backends.Forward(chunk_size=1),
+    "truncated": backends.Truncated(window=1),
+    "first order": backends.FirstOrder(),
+    "one step": backends.OneStep(),
+    "implicit": backends.Implicit(stationarity_tolerance=None, residual_tolerance=None),
+    "reversible": backends.Reversible(),
+    "forward gradient": backends.ForwardGradient(num_samples=2),
+    "EvoGrad": backends.EvoGrad(num_copies=2),
+    "evolution strategies": backends.EvolutionStrategies(num_pairs=1, sigma=0.1),
+}
+
+
+class Impure(ht.InnerProblem):
+    """Minimises `(w - c - shift)^2`, where what is done on the side may change the shift."""
+
+    def __init__(self, place: str, shift: Callable[[], float]) -> None:
+        self.place, self.shift = place, shift
+
+    def at(self, place: str) -> float:
+        return self.shift() if place == self.place else 0.0
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": hparams["c"] * (0.5 + self.at("init"))}
+
+    def batch(self, step: int) -> Batch:
+        return torch.tensor(self.at("batch"), dtype=F64)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return (params["w"] - hparams["c"] - batch - self.at("loss")).square()
+
+
+class Judged(ht.OuterProblem):
+    def __init__(self, inner: Impure) -> None:
+        self.inner = inner
+
+    def init_hparams(self) -> TensorDict:
+        return scalars(c=1.0)
+
+    def batch(self, outer_step: int) -> Batch:
+        return torch.tensor(self.inner.at("outer batch"), dtype=F64)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return (params["w"] + batch + self.inner.at("outer loss")).square() + 0.01 * hparams["c"]
+
+
+def impure(place: str, shift: Callable[[], float], backend: ht.Hypergradient) -> ht.BilevelProblem:
+    reversible = isinstance(backend, backends.Reversible)
+    rule = ht.dynamics.ReversibleMomentum(lr=0.1, momentum=0.5) if reversible else ht.dynamics.SGD(lr=0.1)
+    inner = Impure(place, shift)
+    return ht.BilevelProblem(inner, Judged(inner), dynamics=rule, num_steps=2)
+
+
+def counter() -> Callable[[], float]:
+    calls: Iterator[float] = iter(range(1, 10_000))
+    return lambda: float(next(calls))
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("place", ["loss", "batch", "outer loss", "outer batch", "init"])
+def test_a_counter_is_noticed(backend: str, place: str) -> None:
+    made = impure(place, counter(), EVERY[backend])
+    with pytest.raises((ReplayError, IncompatibleBackendError), match="no iterator, no counter"):
+        ht.hypergradient(made, made.init_hparams(), backend=EVERY[backend])
+
+
+@pytest.mark.parametrize("source", [random.random, lambda: float(np.random.rand())], ids=["Python", "numpy"])  # noqa: NPY002
+def test_noise_of_others_is_noticed_and_torchs_own_is_not(source: Callable[[], float]) -> None:
+    made = impure("loss", source, backends.Reverse())
+    with pytest.raises(ReplayError, match=r"`InnerProblem.loss` differs .*none of numpy's or Python's"):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+    own = impure("loss", lambda: float(torch.rand(())), backends.Reverse())
+    ht.hypergradient(own, own.init_hparams(), backend=backends.Reverse())
+
+
+@pytest.mark.parametrize("place", ["context", "step_loss"])
+def test_the_context_and_terms_at_steps_are_looked_at(place: str) -> None:
+    shift = counter()
+
+    class Terms(LambdaOuter):
+        def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+            return params["w"] * (shift() if place == "step_loss" else 1.0)
+
+    made = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["c"]}, lambda p, h, b: (p["w"] - h["seen"]).square()),
+        Terms(scalars(c=1.0), lambda p, h, b: p["w"]),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+        context=lambda h, b: {"seen": h["c"] * (shift() if place == "context" else 1.0)},
+    )
+    with pytest.raises(ReplayError, match=f"`[A-Za-z.]*{place}` differs"):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+
+
+def test_rounding_is_no_difference() -> None:
+    steps = counter()
+    made = impure("loss", lambda: 1e-16 * steps(), backends.Reverse())
+    ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+
+
+def counted() -> tuple[ht.BilevelProblem, list[int]]:
+    calls: list[int] = []
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        calls.append(1)
+        return (params["w"] - hparams["c"]).square()
+
+    return scalar_problem(inner=loss, num_steps=4), calls
+
+
+def test_a_kind_is_looked_at_once_and_nothing_of_it_is_counted() -> None:
+    made, calls = counted()
+    first = ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+    looked = len(calls) - 4
+    assert 0 < looked <= 8
+    for backend in (backends.Reverse(), backends.Reverse(checkpoint_every=4)):
+        again, more = counted()
+        result = ht.hypergradient(again, again.init_hparams(), backend=backend)
+        assert len(more) == 4
+        assert result.stats.steps == first.stats.steps == 4
+
+
+def test_generators_are_left_as_they_were() -> None:
+    made, _ = counted()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+    assert torch.equal(torch.rand(2), expected)
+
+
+class Cached(nn.Module):
+    """Keeps a running mean as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.mean = torch.zeros(3, dtype=F64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0)
+        return self.layer(inputs - self.mean)
+
+
+class Replacing(nn.Module):
+    """Keeps a running mean as a buffer, which it replaces by a new tensor at each pass."""
+
+    def __init__(self, every: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("mean", torch.zeros(3, dtype=F64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0) * self.layer.weight.sum()
+        return self.layer(inputs - self.mean)
+
+
+class Loss(ht.InnerProblem):
+    """Fits a module to weighted targets; declares its buffers or not."""
+
+    def __init__(self, module: nn.Module, *, declared: bool) -> None:
+        self.net, self.declared = ht.FunctionalModule(module), declared
+        self.buffers = self.net.buffers if declared else ()
+        self.inputs, self.targets = normal(6, 3, seed=1), normal(6, seed=2)
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        start = self.net.init_params()
+        return start if self.declared else {name: start[name] for name in self.net.trained_names()}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Any:
+        outputs, buffers = self.net.with_buffers(params, self.inputs)
+        loss = (hparams["weights"] * (outputs[:, 0] - self.targets).square()).mean()
+        return (loss, buffers) if self.declared else loss
+
+
+class Other(ht.OuterProblem):
+    def __init__(self, module: nn.Module) -> None:
+        self.net = ht.FunctionalModule(module)
+
+    def init_hparams(self) -> TensorDict:
+        return {"weights": torch.ones(6, dtype=F64)}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return self.net(params, normal(5, 3, seed=3)).square().mean()
+
+
+def fitted(
+    make: Callable[[], nn.Module], *, declared: bool = False, inner_mode: bool = True, outer_mode: bool = False
+) -> ht.BilevelProblem:
+    torch.manual_seed(0)
+    module = make().double()
+    judge = make().double()
+    judge.load_state_dict(module.state_dict())
+    return ht.BilevelProblem(
+        Loss(module.train(inner_mode), declared=declared),
+        Other(judge.train(outer_mode)),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=3,
+    )
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1))
+
+
+def old_spectral() -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1))
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def run(made: ht.BilevelProblem, backend: ht.Hypergradient | None = None) -> TensorDict:
+    return ht.hypergradient(made, made.init_hparams(), backend=backend or backends.Reverse()).grads
+
+
+def check(made: ht.BilevelProblem) -> ht.HypergradientCheck:
+    return ht.check_hypergradient(made, made.init_hparams(), backends.Reverse())
+
+
+def test_what_a_module_keeps_outside_of_its_buffers_is_noticed() -> None:
+    with pytest.raises(ReplayError, match="must be a buffer: register it"):
+        run(fitted(Cached))
+
+
+def test_a_buffer_that_nobody_carries_along_is_noticed_and_the_advice_works() -> None:
+    with pytest.raises(
+        IncompatibleBackendError, match=r"moves the buffer `mean` of a Replacing .*`buffers = net.buffers`"
+    ):
+        run(fitted(Replacing))
+    declared = fitted(Replacing, declared=True)
+    verdict = check(declared)
+    assert verdict.passed, str(verdict)
+    assert ht.unroll(declared, declared.init_hparams()).params["mean"].any()
+
+
+@pytest.mark.parametrize("make", [spectral, old_spectral])
+@pytest.mark.parametrize("backend", ["whole graph", "segments", "forward", "one step", "implicit"])
+def test_a_spectral_norm_in_training_mode_is_refused(make: Callable[[], nn.Module], backend: str) -> None:
+    advice = r"buffer `.*_[uv]`.*Call `.eval\(\)`.*`torch.linalg.matrix_norm\(weight, ord=2\)`"
+    for declared in (False, True):
+        with pytest.raises(IncompatibleBackendError, match=advice):
+            run(fitted(make, declared=declared), EVERY[backend])
+
+
+@pytest.mark.parametrize("make", [spectral, old_spectral, batch_norm])
+@pytest.mark.parametrize("declared", [False, True])
+def test_in_evaluation_mode_the_stored_values_are_constants(make: Callable[[], nn.Module], declared: bool) -> None:
+    verdict = check(fitted(make, declared=declared, inner_mode=False))
+    assert verdict.passed, str(verdict)
+
+
+class Divided(nn.Module):
+    """The parametrisation that the advice speaks of."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / torch.linalg.matrix_norm(weight, ord=2)
+
+
+def test_a_parametrisation_of_ones_own_in_place_of_spectral_norm_is_exact() -> None:
+    def make() -> nn.Module:
+        layer = nn.Linear(3, 4)
+        nn.utils.parametrize.register_parametrization(layer, "weight", Divided())
+        return nn.Sequential(layer, nn.Tanh(), nn.Linear(4, 1))
+
+    verdict = check(fitted(make, outer_mode=True))
+    assert verdict.passed, str(verdict)
+
+
+def test_a_spectral_norm_that_only_the_outer_loss_moves_is_refused() -> None:
+    with pytest.raises(IncompatibleBackendError, match="the outer loss moves the buffer"):
+        run(fitted(spectral, inner_mode=False, outer_mode=True))
+
+
+def test_statistics_that_nothing_reads_need_no_declaration() -> None:
+    verdict = check(fitted(batch_norm, outer_mode=True))
+    assert verdict.passed, str(verdict)
+
+
+def test_statistics_that_are_judged_by_must_be_carried_along() -> None:
+    with pytest.raises(
+        IncompatibleBackendError, match=r"the inner loss moves the buffer `1\..*Call `.eval\(\)` on the `BatchNorm1d`"
+    ):
+        run(fitted(batch_norm))
+
+    def own() -> nn.Module:
+        norm = BatchNorm(3, statistics="running", momentum=0.5)
+        return nn.Sequential(nn.Linear(3, 3), nn.Unflatten(1, (3, 1, 1)), norm, nn.Flatten(), nn.Linear(3, 1))
+
+    with pytest.raises(IncompatibleBackendError, match="buffer `2.running_mean` of a BatchNorm .* not carried along"):
+        run(fitted(own))
+    verdict = check(fitted(own, declared=True))
+    assert verdict.passed, str(verdict)
+
+
+def test_a_mode_makes_another_kind() -> None:
+    run(fitted(spectral, inner_mode=False))
+    with pytest.raises(IncompatibleBackendError, match="without a derivative"):
+        run(fitted(spectral))
+
+
+def test_values_alone_miss_no_derivative() -> None:
+    assert run(fitted(spectral), EVERY["evolution strategies"])["weights"].any()
+
+
+def test_tasks_with_buffers_are_looked_at_by_the_first_of_them() -> None:
+    made = task_problem(spectral_classifier(), item=(3,), task_route="vmap")
+    with pytest.raises(IncompatibleBackendError, match="_[uv]` is updated"):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+
+
+def spectral_classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+# Weights that are read at backward time
+
+
+class Recomputing(torch.autograd.Function):
+    """Runs a module again in its backward pass, with the weights that it finds there."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, inputs: Tensor, *weights: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(inputs)
+        return module(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            inputs = ctx.saved_tensors[0].detach().requires_grad_()
+            weights = [value.detach().requires_grad_() for value in ctx.module.parameters()]
+            names = [name for name, _ in ctx.module.named_parameters()]
+            again = torch.func.functional_call(ctx.module, dict(zip(names, weights, strict=True)), inputs)
+            return None, *torch.autograd.grad(again, [inputs, *weights], grad)
+
+
+class Late(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.body = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.how == "function":
+            hidden: Any = Recomputing.apply(self.body, inputs, *self.body.parameters())
+        else:
+            hidden = self.body(inputs)
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: grad * self.body[0].weight.sum())
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("how", ["function", "hook"])
+@pytest.mark.parametrize("backend", ["whole graph", "segments", "first order"])
+def test_weights_read_at_backward_time_are_noticed(how: str, backend: str) -> None:
+    with pytest.raises(IncompatibleBackendError, match="Late.* reads its weights at backward time.*save_for_backward"):
+        run(fitted(lambda: Late(how)), EVERY[backend])
+
+
+# Functions without a second derivative
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return value**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad * ctx.saved_tensors[0] ** 2
+
+
+class Twice(torch.autograd.Function):
+    """The same as the advice has it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        return value**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad * ctx.saved_tensors[0] ** 2
+
+
+class Leaky(torch.autograd.Function):
+    """Keeps a value without its history, which PyTorch cannot tell from a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.kept = value * value
+        return value**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * grad * ctx.kept
+
+
+def cubed(function: Any) -> ht.BilevelProblem:
+    inputs, targets = normal(8, 3, seed=1), normal(8, seed=2)
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        fit = hparams["weights"] * (function.apply(inputs @ params["w"]) - targets).square()
+        return fit.mean() + (hparams["weights"] * params["w"].sum()).sum() * 0.01  # another path, which has them all
+
+    return ht.BilevelProblem(
+        LambdaInner(lambda _: {"w": torch.ones(3, dtype=F64)}, loss),
+        LambdaOuter(
+            {"weights": torch.full((8,), 0.02, dtype=F64)},
+            lambda p, h, b: (normal(8, 3, seed=3) @ p["w"]).square().mean(),
+        ),
+        dynamics=ht.dynamics.SGD(lr=0.05),
+        num_steps=3,
+    )
+
+
+@pytest.mark.parametrize("backend", ["whole graph", "segments", "truncated", "implicit", "one step"])
+def test_a_function_without_a_second_derivative_is_named(backend: str) -> None:
+    made = cubed(Once)
+    with pytest.raises(
+        IncompatibleBackendError, match=r"marked `once_differentiable`.*drop the mark, or use `FirstOrder\(\)`"
+    ):
+        run(made, EVERY[backend])
+
+
+def test_the_advice_for_it_works() -> None:
+    verdict = check(cubed(Twice))
+    assert verdict.passed, str(verdict)
+    once, twice = (
+        run(
+            scalar_problem(
+                init=lambda h: {"w": h["c"]},
+                inner=lambda p, h, b, function=function: function.apply(p["w"]) + p["w"].square(),
+            ),
+            EVERY["first order"],
+        )["c"]
+        for function in (Once, Twice)
+    )
+    torch.testing.assert_close(once, twice)
+    assert ht.unroll(cubed(Once), cubed(Once).init_hparams()).params["w"].isfinite().all()
+
+
+def test_outside_of_a_run_it_is_pytorchs_to_judge() -> None:
+    value = torch.ones(2, dtype=F64, requires_grad=True)
+    output: Any = Once.apply(value)
+    (gradient,) = torch.autograd.grad((value * output).sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_value_without_its_history_is_what_the_check_is_for() -> None:
+    """No graph tells it from a constant; central differences do."""
+    assert not check(cubed(Leaky)).passed
