@@ -58,7 +58,7 @@ def _second_order_advice(text: str) -> str | None:
     if "sparse" in text.lower():
         return (
             f"the inner loss has a sparse gradient, of which PyTorch takes no second derivative ({text}). Make it "
-            "dense: `sparse=False` in `nn.Embedding`, `nn.EmbeddingBag` or `F.embedding`."
+            "dense: `sparse=False` in `nn.Embedding` or `F.embedding`."
         )
     if "does not currently support double backward" in text or "donated buffers" in text:
         return (
@@ -156,7 +156,7 @@ def _limit(text: str) -> tuple[str, str] | None:
     if "sparse" in text:
         return (
             "the inner problem has a sparse gradient, which has no forward derivative in PyTorch",
-            "Make it dense: `sparse=False` in `nn.Embedding`, `nn.EmbeddingBag` or `F.embedding`.",
+            "Make it dense: `sparse=False` in `nn.Embedding` or `F.embedding`.",
         )
     operation = _NO_FORWARD_DERIVATIVE.search(text)
     if operation is not None:

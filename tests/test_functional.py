@@ -158,3 +158,136 @@ def test_an_unknown_name_is_pytorchs_to_judge() -> None:
     torch.testing.assert_close(net({"1.weight": 2.0 * torch.eye(2)}, torch.ones(1, 2)), 4.0 * torch.ones(1, 2))
     with pytest.raises(AttributeError):
         net({"2.weight": torch.eye(2)}, torch.ones(1, 2))
+
+
+def test_a_buffer_that_is_replaced_is_returned_like_one_that_is_written_to() -> None:
+    class Replacing(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.in_place = in_place
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            new = 0.5 * self.mean + 0.5 * inputs.mean(0)
+            if self.in_place:
+                self.mean.copy_(new)
+            else:
+                self.mean = new
+            return inputs - self.mean
+
+    values = normal(4, 3, seed=0).float()
+    for start in ({}, {"mean": torch.ones(3)}):
+        module = Replacing(in_place=False)
+        own = module.mean
+        outputs, buffers = ht.FunctionalModule(module).with_buffers(start, values)
+        expected_outputs, expected = ht.FunctionalModule(Replacing(in_place=True)).with_buffers(start, values)
+        torch.testing.assert_close((outputs, buffers), (expected_outputs, expected))
+        assert module.mean is own
+        assert not own.any()
+
+
+class Bag(nn.Module):
+    """The embedding bag that the advice speaks of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.table(tokens).mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("refused", "advised", "advice"),
+    [
+        (
+            nn.Embedding(5, 2, sparse=True),
+            nn.Embedding(5, 2),
+            "at `0` with `sparse=True`.*Build it with `sparse=False`",
+        ),
+        (
+            nn.EmbeddingBag(5, 2, sparse=True),
+            Bag(),
+            r"`EmbeddingBag` at `0`.*`nn.Embedding\(\.\.\.\)\(tokens\).mean\(dim=1\)`",
+        ),
+    ],
+    ids=["embedding", "bag"],
+)
+def test_embeddings_without_a_second_derivative_are_refused(
+    refused: nn.Module, advised: nn.Module, advice: str
+) -> None:
+    with pytest.raises(IncompatibleBackendError, match=advice):
+        ht.FunctionalModule(nn.Sequential(refused))
+    ht.FunctionalModule(refused.requires_grad_(False))  # a constant has no gradient
+    verdict = check(advised, torch.tensor([[0, 1], [4, 1]]))
+    assert verdict.passed, str(verdict)
+
+
+def test_an_embedding_bag_is_named_where_its_second_derivative_is_missing() -> None:
+    with pytest.raises(IncompatibleBackendError, match="`_embedding_bag_backward`, which PyTorch cannot differentiate"):
+        check(nn.EmbeddingBag(5, 2), torch.tensor([[0, 1], [4, 1]]))
+
+
+def sparse_function(sparse: bool) -> ht.BilevelProblem:
+    tokens = torch.tensor([0, 1, 4, 1])
+    start = {"table": normal(5, 2, seed=0)}
+    return ht.BilevelProblem(
+        LambdaInner(
+            lambda h: dict(start),
+            lambda p, h, b: (h["c"] * nn.functional.embedding(tokens, p["table"], sparse=sparse).tanh()).square().sum(),
+        ),
+        LambdaOuter({"c": normal(4, 2, seed=1)}, lambda p, h, b: p["table"].sin().sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1, momentum=0.5),
+        num_steps=2,
+    )
+
+
+@pytest.mark.parametrize(
+    "backend", [ht.hypergradients.Reverse(checkpoint_every=1), ht.hypergradients.Forward()], ids=["segments", "forward"]
+)
+def test_sparse_gradients_of_a_function_are_named(backend: ht.Hypergradient) -> None:
+    with pytest.raises(IncompatibleBackendError, match="sparse gradient.*`sparse=False`"):
+        ht.hypergradient(sparse_function(True), sparse_function(True).init_hparams(), backend=backend)
+    dense = sparse_function(False)
+    verdict = ht.check_hypergradient(dense, dense.init_hparams(), backend)
+    assert verdict.passed, str(verdict)
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile()
+    return module
+
+
+COMPILED = {
+    "torch.compile": torch.compile,
+    "compile": compiled_in_place,
+    "a part": lambda module: nn.Sequential(torch.compile(module)),
+    "a part, in place": lambda module: nn.Sequential(compiled_in_place(module)),
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, torch.ones(1, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_module_that_is_compiled_already_is_refused(how: str) -> None:
+    with pytest.raises(IncompatibleBackendError, match=r"compiled already.*plain module.*`Reverse\(compile=True\)`"):
+        ht.FunctionalModule(COMPILED[how](nn.Linear(2, 2)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_function_that_is_compiled_already_is_named() -> None:
+    """A module cannot be asked for it: what it calls may be compiled anywhere."""
+    layer = nn.Linear(2, 2).double()
+    called = torch.compile(lambda weight, inputs: (inputs @ weight).tanh(), backend="aot_eager")
+    problem = ht.BilevelProblem(
+        LambdaInner(
+            lambda h: {"w": layer.weight.detach()},
+            lambda p, h, b: (h["c"] * called(p["w"], h["c"][None])).square().sum(),
+        ),
+        LambdaOuter({"c": normal(2, seed=0)}, lambda p, h, b: p["w"].sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+    )
+    with pytest.raises(IncompatibleBackendError, match=r"compiled already.*plain one.*`Reverse\(compile=True\)`"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=ht.hypergradients.Reverse())

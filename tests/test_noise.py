@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hypertorch.noise import mix, preserved_generators, random_permutation, random_words, seed_generators
@@ -37,6 +38,21 @@ def test_generators_are_seeded_by_the_key_and_put_back() -> None:
         assert not torch.equal(torch.rand(2), first)
         seed_generators(CPU, 1, -1)
         assert torch.equal(torch.rand(2), first)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_generators_are_put_back_after_an_error() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+
+    def fail() -> None:
+        with preserved_generators(CPU):
+            seed_generators(CPU, 1)
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
     assert torch.equal(torch.rand(2), expected)
 
 
