@@ -41,14 +41,23 @@ class Sample:
     function: Function
     buffers: TensorDict = field(default_factory=dict)
 
-    @cached_property
+    @property
     def is_random(self) -> bool:
         """Whether it draws noise, be it seeded by itself."""
-        watch = _NoiseWatch()
+        return self._watch.saw_noise
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes in a lower precision than float64: it is constant in small pieces."""
+        return self._watch.saw_rounding
+
+    @cached_property
+    def _watch(self) -> _Watch:
+        watch = _Watch()
         values = {name: value.clone() for name, value in {**self.start, **self.buffers}.items()}
         with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
             self.function(values)
-        return watch.saw_noise
+        return watch
 
     @property
     def num_entries(self) -> int:
@@ -160,13 +169,20 @@ def _module_sample(name: str, module: nn.Module, args: tuple, kwargs: dict[str, 
     return Sample(name=name, start=start, function=function, buffers=buffers)
 
 
-class _NoiseWatch(TorchDispatchMode):
-    """Looks out for operations that draw noise."""
+class _Watch(TorchDispatchMode):
+    """Looks out for operations that draw noise, or round to a lower precision."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.saw_noise = False
+        self.saw_noise = self.saw_rounding = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
         self.saw_noise |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
+        self.saw_rounding |= any(_is_coarse(value) for value in pytree.tree_leaves(outputs))
+        return outputs
+
+
+def _is_coarse(value: Any) -> bool:
+    inexact = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return inexact and torch.finfo(value.dtype).eps > torch.finfo(F64).eps

@@ -165,6 +165,8 @@ class _Judge:
     @cached_property
     def reason_not_to_judge(self) -> str | None:
         """Why no derivative can be told here."""
+        if self.sample.rounds:
+            return "rounds to a lower precision"
         try:
             expected = self.expected()
         except Exception as error:  # noqa: BLE001 - an operation that cannot even be trained with
