@@ -60,9 +60,10 @@ def _mark(value: object, depth: int = 4) -> Hashable:
         # A factory of losses gives them the same code.
         return value.__code__, tuple(_mark(inside, depth - 1) for inside in _closed_over(value))
     if isinstance(value, (tuple, list, dict)) and len(value) <= _FEW:
-        # Which, not how many: a list that grows makes no other problem.
+        # Which, not how many, and no numbers: a list that something is noted down in makes no other problem.
         inside = value.values() if isinstance(value, dict) else value
-        return type(value), frozenset(_mark(entry, depth - 1) for entry in inside)
+        telling = (entry for entry in inside if not isinstance(entry, (int, float, torch.Tensor)))
+        return type(value), frozenset(_mark(entry, depth - 1) for entry in telling)
     if callable(value):
         return type(value), tuple((name, _mark(inside, min(depth - 1, 1))) for name, inside in _attributes(value))
     return type(value)
