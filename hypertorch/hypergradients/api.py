@@ -194,8 +194,6 @@ class _Run:
         self, loop: InnerLoop, task_slice: TaskSlice | None, variables: TensorDict, backend: Hypergradient
     ) -> None:
         """Raises if PyTorch is known, or seen, to differentiate the inner problem wrongly."""
-        if not isinstance(backend, FirstDerivatives):
-            refuse_faulty_operations(loop, variables)
         if loop.has_tasks_axis and task_slice is not None:
             context = variables.keys() - self._hparams.keys()
             per_task = context - set(self._bound.problem.shared_context)
@@ -204,6 +202,8 @@ class _Run:
             names = {name: variables[name] for name in context}
             together, alone = (self._bound.loop(item, names) for item in (task_slice, first))
             refuse_wrong_vectorisation(together, alone, variables, own)
+        if not isinstance(backend, FirstDerivatives):
+            refuse_faulty_operations(loop, variables)
 
     def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
         leaves = tree.leaves_requiring_grad(self._hparams)

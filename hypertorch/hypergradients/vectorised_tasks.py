@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import re
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,19 +36,34 @@ def refuse_wrong_vectorisation(together: InnerLoop, alone: InnerLoop, variables:
         own: hyperparameters and context of the task alone.
 
     Raises:
-        NotVectorisableError: naming what differs.
+        NotVectorisableError: naming what differs, or if PyTorch cannot vectorise the tasks.
     """
     if together.num_steps == 0:  # not remembered: the same problem with another horizon has steps
         return
     kind = kind_of(together.program().problem)
     if kind not in _known:
-        _known[kind] = _difference(together, alone, variables, own)
+        with _explained():
+            _known[kind] = _difference(together, alone, variables, own)
     if _known[kind] is not None:
         raise NotVectorisableError(
             f"{_known[kind]} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "
             "derivative of an operation where tasks are vectorised, without a word",
             "Run the tasks one by one with `task_route='loop'`, or write the operation out of simpler ones.",
         )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Says what to do where PyTorch cannot vectorise tasks at all."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("vmap|batching rule|batched tensor|functorch", str(error), flags=re.IGNORECASE):
+            raise
+        raise NotVectorisableError(
+            f"the inner problem cannot be vectorised (by vmap) over tasks. PyTorch says: {str(error).splitlines()[0]} "
+            "Run the tasks one by one with `task_route='loop'`."
+        ) from error
 
 
 def _difference(together: InnerLoop, alone: InnerLoop, variables: TensorDict, own: TensorDict) -> str | None:
@@ -61,16 +78,20 @@ def _difference(together: InnerLoop, alone: InnerLoop, variables: TensorDict, ow
         found, expected = _first_step(together, before, variables), _first_step(alone, single, own)
     if noise.seen:
         return None
-    for name, value in expected.items():
-        row = found[name][0] if found[name].dim() > value.dim() else found[name]
-        error = float((row - value).norm()) / max(float(value.norm()), 1e-30)
-        # Generous: in single precision a unit beside its kink may take the other side.
-        if error > min(100.0 * max(together.inner_eps, torch.finfo(value.dtype).eps) ** 0.5, 0.1):
-            return f"the {name}, by {error:.1e} relative,"
+    for part, singles in expected.items():
+        # What is small beside the others (the gradient of a bias before a norm) counts by their size.
+        least = max([1e-3 * float(value.norm()) for value in singles.values()] + [1e-30])
+        for name, value in singles.items():
+            rows = found[part].get(name, torch.zeros_like(value))
+            error = float(((rows[0] if rows.dim() > value.dim() else rows) - value).norm())
+            # Generous: in single precision a unit beside its kink may take the other side.
+            tolerance = min(100.0 * max(together.inner_eps, torch.finfo(value.dtype).eps) ** 0.5, 0.1)
+            if error > tolerance * max(float(value.norm()), least):
+                return f"the {part} in `{name}`"
     return None
 
 
-def _first_step(loop: InnerLoop, before: InnerState, variables: TensorDict) -> TensorDict:
+def _first_step(loop: InnerLoop, before: InnerState, variables: TensorDict) -> dict[str, TensorDict]:
     """Returns the first task's state after a step, and the derivative of it in what the step starts from."""
     leaves, departure = tree.leaves_requiring_grad(variables), loop.leaves(before)
     with torch.enable_grad():
@@ -79,11 +100,12 @@ def _first_step(loop: InnerLoop, before: InnerState, variables: TensorDict) -> T
         name: value for name, value in zip(after.names(), after.tensors(), strict=True) if tree.is_differentiable(value)
     }
     seeds = [_of_first_task(value, has_tasks_axis=loop.has_tasks_axis) for value in moving.values()]
-    starts = {**leaves, **{f"params {name}": value for name, value in departure.params.items()}}
+    starts = {**leaves, **tree.with_prefix("params", departure.params)}
     reached = vjp(list(moving.values()), seeds, starts)
-    states = {f"state `{name}` after a step": value.detach() for name, value in moving.items()}
-    slopes = {f"derivative of a step in `{name}`": value for name, value in reached.items() if value is not None}
-    return {**states, **slopes}
+    return {
+        "state after a step": tree.detach(moving),
+        "derivative of a step": {name: value for name, value in reached.items() if value is not None},
+    }
 
 
 def _of_first_task(value: Tensor, *, has_tasks_axis: bool) -> Tensor:

@@ -114,6 +114,21 @@ def test_a_context_has_a_row_for_each_task() -> None:
         compute(problem_of(selected, "vmap", **options))
 
 
+def test_tasks_that_cannot_be_vectorised_are_refused_with_the_same_advice() -> None:
+    def looked_at(w: Tensor) -> Tensor:
+        return where(w) if w.detach().sum() < 1e9 else w.sum()
+
+    with pytest.raises(IncompatibleBackendError, match=r"over tasks. PyTorch says: vmap.*task_route='loop'"):
+        compute(problem_of(looked_at, "vmap"))
+    torch.testing.assert_close(compute(problem_of(looked_at, "auto")), compute(problem_of(where, "loop")))
+
+
+def test_an_error_of_the_user_is_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="Expected size") as caught:
+        compute(problem_of(lambda w: (w @ w[:2]).sum(), "vmap"))
+    assert not isinstance(caught.value, IncompatibleBackendError)
+
+
 @pytest.mark.parametrize("draw", [lambda w: F.dropout(w, 0.5), lambda w: w * normal(3, 3, seed=7)])
 def test_noise_is_not_taken_for_a_fault(draw: Callable[[Tensor], Tensor]) -> None:
     assert compute(problem_of(lambda w: where(draw(w)), "vmap")).isfinite()
