@@ -181,10 +181,14 @@ def _cases() -> dict[str, tuple[ht.Dynamics, TensorDict]]:
 
 
 CASES = _cases()
-# Hundreds of tangents one by one take minutes; one dynamics of this kind stays in the default suite.
+# Hundreds of tangents one by one take minutes; one dynamics of this kind stays in the default suite, and of the rules
+# that are much like Adam or take many products, none.
+LONG_BY_DUALS = ("NAdam", "RAdam", "Lion, schedules", "Muon", "TorchOptim, Adadelta", "Clipped, value")
 SLOW = {
-    (case, "forward by duals") for case in CASES if case.endswith("per parameter") and not case.startswith("Adagrad")
-} | {(f"{leaf}, schedules", "forward by duals") for leaf in ("NAdam", "RAdam", "Lion", "Muon")}
+    (case, "forward by duals")
+    for case in CASES
+    if (case.endswith("per parameter") and not case.startswith("Adagrad")) or case.startswith(LONG_BY_DUALS)
+} | {(f"{leaf}, per parameter", "forward in chunks") for leaf in ("NAdam", "RAdam", "Muon")}
 PAIRS = [
     pytest.param(case, backend, marks=pytest.mark.slow if (case, backend) in SLOW else ())
     for case in CASES

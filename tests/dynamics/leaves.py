@@ -106,7 +106,7 @@ TORCH_OPTIM: dict[type[ht.Dynamics], tuple[type[torch.optim.Optimizer], list[dic
             {"lr": 0.1, "beta1": 0.7, "beta2": 0.8, "eps": 1e-2},
             {"lr": 0.05, "beta1": 0.0, "beta2": 0.6},
             {"lr": 0.1, "weight_decay": 0.05},
-            {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True},
+            {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True, "beta2": 0.8},
             {"lr": 0.01, "maximize": True, "weight_decay": 0.05, "beta2": 0.8},
         ],
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,12 @@ Reverse, Forward = backends.Reverse, backends.Forward
 START = {"first": normal(4, 5, seed=2), "second": normal(5, 2, seed=3), "unused": normal(3, seed=4)}
 
 
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
+
+
 def scalars(**values: float) -> TensorDict:
-    return {name: torch.tensor(value, dtype=F64) for name, value in values.items()}
+    return {name: scalar(value) for name, value in values.items()}
 
 
 def loss_of(params: TensorDict) -> Tensor:
@@ -43,15 +48,21 @@ def trained_by_torch(max_norm: float | None, max_value: float | None, num_steps:
     return {name: value.detach() for name, value in params.items()}, clipped
 
 
+@pytest.mark.parametrize("kind", [float, scalar], ids=["numbers", "tensors"])
 @pytest.mark.parametrize(("max_norm", "max_value"), [(0.5, None), (None, 0.1), (0.4, 0.15), (1e-7, None), (0.0, None)])
-def test_values_equal_torch_over_20_steps(max_norm: float | None, max_value: float | None) -> None:
+def test_values_equal_torch_over_20_steps(
+    max_norm: float | None, max_value: float | None, kind: Callable[[float], float | Tensor]
+) -> None:
     expected, clipped = trained_by_torch(max_norm, max_value)
     if max_norm in (0.5, 0.4):
         assert 0 < clipped < 20
+    bounds = {
+        name: kind(bound) for name, bound in {"max_norm": max_norm, "max_value": max_value}.items() if bound is not None
+    }
     problem = ht.BilevelProblem(
         LambdaInner(lambda h: START, lambda p, h, b: loss_of(p)),
         LambdaOuter(scalars(idle=0.0), lambda p, h, b: p["first"].sum()),
-        dynamics=Clipped(Adam(lr=0.05), max_norm=max_norm, max_value=max_value),
+        dynamics=Clipped(Adam(lr=0.05), **bounds),
         num_steps=20,
     )
     params = ht.unroll(problem, problem.init_hparams()).params

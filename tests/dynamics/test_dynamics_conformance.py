@@ -256,6 +256,19 @@ def test_single_precision_stays_single(learnt: Learnt) -> None:
     assert new_state.keys() == state.keys()
 
 
+@each_learnt
+@pytest.mark.parametrize("tasks", [(), (3,)], ids=["one task", "tasks"])
+def test_buffers_keep_their_shapes_and_their_tasks(learnt: Learnt, tasks: tuple[int, ...]) -> None:
+    dynamics, hparams = learnt.detailed_rule({"a": (2, 4), "b": (5,)}, 3)
+    params = {"a": normal(*tasks, 2, 4, seed=1), "b": normal(*tasks, 5, seed=2)}
+    state = dynamics.init(params, hparams)
+    shapes = {name: value.shape for name, value in state.items()}
+    assert all(shape[: len(tasks)] == tasks for shape in shapes.values())
+    for index in range(3):
+        params, state = dynamics.update(params, params, state, hparams, index)  # type: ignore[attr-defined]
+        assert {name: value.shape for name, value in state.items()} == shapes
+
+
 class Careless(ht.GradientDynamics):
     """Gradient descent that returns its buffers in another order than it was given them, or under another name."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,3 +109,13 @@ def test_second_derivatives_and_forward_mode_are_finite_and_right(learnt: Learnt
     torch.testing.assert_close(second, (ahead[0] - behind[0]) / (2 * move), rtol=1e-4, atol=1e-4)
     for name, value in second_settings.items():
         torch.testing.assert_close(value, (ahead[1][name] - behind[1][name]) / (2 * move), rtol=1e-4, atol=1e-4)
+
+
+def test_radam_divides_by_no_root_that_it_does_not_trust() -> None:
+    """Not even by a zero that a learnt `beta2` would keep in the graph."""
+    rule = RAdam(lr=0.05, beta2=ht.Hyper("beta2"), beta1=ht.Hyper("beta1"), eps=0.0)
+    extra = {"beta1": torch.tensor(0.8, dtype=F64), "beta2": torch.tensor(0.9, dtype=F64)}
+    problem = replace(partly_used(rule, extra), num_steps=5)
+    check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(), step_size=1e-5)
+    assert check.passed, str(check)
+    assert torch.isfinite(ht.unroll(problem, problem.init_hparams()).params["w"]).all()
