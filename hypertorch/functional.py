@@ -130,8 +130,8 @@ def _refuse_parts(module: nn.Module) -> None:
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse and part.weight.requires_grad:
             raise IncompatibleBackendError(
                 f"`module` has an `{type(part).__name__}` {where} with `sparse=True`, of whose sparse gradient PyTorch "
-                "takes no second derivative: no hypergradient goes through it. Build it with `sparse=False` (and an "
-                "`EmbeddingBag`, which has no second derivative then either, as `nn.Embedding(...)(tokens).mean(1)`)."
+                "takes no second derivative: no hypergradient goes through it. Build it with `sparse=False` (an "
+                "`EmbeddingBag` has none then either: write it as `nn.Embedding(...)(tokens).mean(dim=1)`)."
             )
         if _is_compiled(part):
             raise IncompatibleBackendError(

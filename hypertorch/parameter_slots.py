@@ -200,7 +200,7 @@ class Contents:
 
     def __init__(self, parameters: list[_Place], buffers: list[_Place], modes: list[tuple[nn.Module, bool]]) -> None:
         self._parameters = parameters
-        # The call goes on to change buffers in place. With its graph, a buffer would keep that graph alive for ever.
+        # The call goes on to change buffers in place, and so does every part that is run again.
         self._buffers = _copied(buffers)
         self._modes = modes
 

@@ -43,17 +43,15 @@ def _wrap_hooks() -> None:
                 "`torch.utils.checkpoint`), where forward mode loses its tangents",
                 "Switch the inner ones off, or use reverse mode, for example `Reverse()`.",
             )
-        calls = [(slots, slots.contents()) for slots in thread.calls]
+        calls = [slots.contents() for slots in thread.calls]
         if not calls:
             return enter(hooks)
         unpack = hooks.unpack_hook
 
         def unpack_holding(packed: Any) -> torch.Tensor:
             with ExitStack() as stack:
-                for slots, contents in calls:
+                for contents in calls:
                     stack.enter_context(contents.held())
-                    # A part that is run again may have parts that are.
-                    stack.enter_context(slots.under_way())
                 return unpack(packed)
 
         hooks.unpack_hook = unpack_holding

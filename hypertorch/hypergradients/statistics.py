@@ -96,11 +96,12 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
         return loop.outer_loss(params, constants)
 
     leaves = {**state.params, **tree.leaves_requiring_grad(loop.trained(state.params))}
+    elsewhere = {**state.params, **_moved(loop.trained(state.params))}
     declared = loop.program().problem.inner.buffers
     in_outer = {
         name: found
         for name, found in _moved_by(outer, leaves).items()
-        if _lacks_derivative(name, found, outer, state.params) and _is_read(name, [outer], state.params)
+        if _lacks_derivative(name, found, outer, elsewhere) and _is_read(name, [outer], state.params)
     }
     if in_outer:
         name, found = min(in_outer.items())
@@ -114,7 +115,7 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
         # Who asked for the new values, and declares buffers, may carry them along under other names.
         if name in declared or (found.is_returned and declared) or not _is_read(name, [inner, outer], state.params):
             continue
-        if _lacks_derivative(name, found, inner, state.params):
+        if _lacks_derivative(name, found, inner, elsewhere):
             raise IncompatibleBackendError(
                 f"the inner loss moves the buffer `{name}` without a derivative, and a loss reads it: the "
                 f"hypergradient would silently miss that path. {_REMEDIES.format(layer=_describe(found.layer))}"
@@ -134,12 +135,19 @@ def _moved_by(loss: Callable[[TensorDict], Tensor], params: TensorDict) -> dict[
     return watch.moved
 
 
-def _lacks_derivative(name: str, found: Moved, loss: Callable[[TensorDict], Tensor], params: TensorDict) -> bool:
-    """Returns whether the new value of a buffer depends on the params by no derivative."""
+def _lacks_derivative(name: str, found: Moved, loss: Callable[[TensorDict], Tensor], elsewhere: TensorDict) -> bool:
+    """Returns whether the new value of a buffer depends on the params by no derivative.
+
+    Args:
+        name: of the buffer.
+        found: what the loss made of it.
+        loss: the loss.
+        elsewhere: other params, with the same buffers.
+    """
     if found.value.requires_grad or not tree.is_differentiable(found.value):
         return False
     with torch.no_grad(), watching() as watch:
-        loss(_moved(params))
+        loss(elsewhere)
     return name not in watch.moved or not torch.equal(watch.moved[name].value, found.value)
 
 

@@ -331,6 +331,65 @@ def test_values_alone_miss_no_derivative() -> None:
     assert run(fitted(spectral), EVERY["evolution strategies"])["weights"].any()
 
 
+class OfItsOwn(nn.Sequential):
+    """A class that no other test uses."""
+
+
+def test_what_was_found_of_values_says_nothing_of_derivatives() -> None:
+    made = fitted(lambda: OfItsOwn(*spectral()))
+    run(made, EVERY["evolution strategies"])
+    with pytest.raises(IncompatibleBackendError, match="without a derivative"):
+        run(made)
+
+
+class Passes(nn.Module):
+    """Scales by the number of its passes so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("passes", torch.tensor(1.0, dtype=F64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.passes.add_(1.0)
+        return self.layer(inputs) * self.passes.clone()
+
+
+def test_a_count_of_passes_has_no_derivative_to_miss() -> None:
+    verdict = check(fitted(Passes, declared=True))
+    assert verdict.passed, str(verdict)
+    with pytest.raises(IncompatibleBackendError, match="buffer `passes` of a Passes .*not carried along"):
+        run(fitted(Passes))
+
+
+class Renamed(Loss):
+    """Declares the buffers of its module under names of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, declared=True)
+        self.buffers = tuple(f"net.{name}" for name in self.net.buffers)
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        start = self.net.init_params()
+        return {name if name in self.net.trained_names() else f"net.{name}": value for name, value in start.items()}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Any:
+        loss, buffers = super().loss({n.removeprefix("net."): v for n, v in params.items()}, hparams, batch)
+        return loss, {f"net.{name}": value for name, value in buffers.items()}
+
+
+def test_buffers_may_be_carried_along_under_other_names() -> None:
+    torch.manual_seed(0)
+    made = ht.BilevelProblem(
+        Renamed(Passes().double()),
+        LambdaOuter({"weights": torch.ones(6, dtype=F64)}, lambda p, h, b: p["layer.weight"].sum() * p["net.passes"]),
+        dynamics=ht.dynamics.SGD(lr=0.01),
+        num_steps=3,
+    )
+    verdict = check(made)
+    assert verdict.passed, str(verdict)
+
+
 def test_tasks_with_buffers_are_looked_at_by_the_first_of_them() -> None:
     made = task_problem(spectral_classifier(), item=(3,), task_route="vmap")
     with pytest.raises(IncompatibleBackendError, match="_[uv]` is updated"):
