@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from hypertorch import tree
 from hypertorch.derivatives import load_forward_mode, with_room
@@ -23,7 +24,7 @@ GradientRoute: TypeAlias = Literal["differentiable", "constant", "leaf", "functi
 "differentiable": by autograd, with a graph where grad mode is on. "constant": its value only, as first-order methods
 have it. "leaf": a leaf of the graph, so that what reaches the gradient can be read off it. "functional": by
 `torch.func`, for a step that is itself transformed (forward mode, vectorised). "dual": by autograd on dual numbers
-(forward mode, one tangent), with a graph that is freed after the step.
+(forward mode, one tangent), with a graph of the gradient that keeps no tensor and is never gone through.
 """
 
 
@@ -189,11 +190,12 @@ class InnerLoss:
                 variables = {name: _own_view(value, keep_path) for name, value in params.items()}
             value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
             total = value.sum() if value.dim() else value
-            gradients = torch.autograd.grad(
+            # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves among
+            # them), which dual numbers go through with a wrong tangent, with none, or not at all.
+            take = _gradient_saving_nothing if self._route == "dual" else torch.autograd.grad
+            gradients = take(
                 total if total.requires_grad else total.detach().requires_grad_(),
                 list(variables.values()),
-                # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves
-                # among them), which dual numbers go through with a wrong tangent, with none, or not at all.
                 create_graph=keep_path,
                 allow_unused=True,
             )
@@ -234,6 +236,16 @@ def _own_view(param: Tensor, keep_path: bool) -> Tensor:
     """
     view = param.view_as(param) if keep_path else param.detach()
     return view if view.requires_grad else view.requires_grad_()
+
+
+def _gradient_saving_nothing(output: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
+    """Returns what `torch.autograd.grad` does; a graph that it makes keeps no tensor, and cannot be gone through."""
+    with saved_tensors_hooks(_drop, _drop):
+        return torch.autograd.grad(output, inputs, **options)
+
+
+def _drop(_: object) -> None:
+    return None
 
 
 def _own(param: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from hypertorch.errors import (
 )
 from hypertorch.hypergradients import tangents
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.live_memory import PeakMemory
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.agreement import assert_equal, assert_equals_reverse
 from tests.helpers.problems import (
@@ -314,6 +315,28 @@ def test_memory_does_not_grow_with_the_horizon(chunk_size: int | None, monkeypat
     # Params, their momentum and the tangents of both; the directions in the initialisation; two states to compare.
     bound = 2 * params * (1 + tangents_at_once) + params * tangents_at_once + 2 * 2 * params
     assert most_alive(2) == most_alive(8) <= bound
+
+
+def test_one_tangent_keeps_no_graph_of_the_gradient() -> None:
+    """Of 24 layers a graph of the gradient would hold as much again as the gradient's own graph and its tangents."""
+    inputs, weights = normal(256, 8, seed=1), {f"w{layer}": 0.4 * normal(8, 8, seed=layer) for layer in range(24)}
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        hidden = inputs
+        for layer in range(24):
+            hidden = torch.tanh(hidden @ params[f"w{layer}"])
+        return hparams["c"] * hidden.square().sum(1).mean()
+
+    problem = scalar_problem(
+        init=lambda h: dict(weights), inner=loss, outer=lambda p, h, b: p["w0"].square().sum() + h["c"]
+    )
+    peaks = []
+    for backend in (Forward(), Reverse(checkpoint_every=1)):
+        compute(problem, backend)
+        with PeakMemory() as memory:
+            compute(problem, backend)
+        peaks.append(memory.peak)
+    assert peaks[0] < 2.0 * peaks[1], peaks
 
 
 def test_no_graph_is_left_and_no_grad_is_written() -> None:

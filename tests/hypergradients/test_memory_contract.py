@@ -154,6 +154,7 @@ def test_a_budget_holds_whatever_the_horizon() -> None:
 @pytest.mark.parametrize("name", FLAT)
 def test_memory_is_flat_in_the_horizon(name: str) -> None:
     case = FLAT[name]
+    peak(12, case)  # the first run in forward mode is compared with reverse mode
     short, long = peak(12, case), peak(48, case)
     assert 0 <= long - short <= 36 * case.bytes_per_step
     # The bound could not be kept by holding on to states.
