@@ -11,6 +11,11 @@ from torch import Tensor
 from hypertorch.types import TensorMapping
 
 
+def is_count(value: object) -> bool:
+    """Returns whether a value is a whole number of at least 1; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_hparams(hparams: TensorMapping) -> torch.device:
     """Returns the device of the outer variables.
 

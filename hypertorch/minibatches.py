@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
+from hypertorch.checks import is_count
 from hypertorch.noise import random_permutation
 from hypertorch.types import Batch
 
@@ -52,10 +53,10 @@ class Minibatches:
                 f"`dataset` is a {type(self.dataset).__name__} without a length: a batch that depends on the step "
                 "alone needs items by index. Use a map-style data set, not an iterable one."
             )
-        if not 1 <= self.batch_size <= len(self.dataset):
+        if not is_count(self.batch_size) or self.batch_size > len(self.dataset):
             raise ValueError(
-                f"`batch_size` is {self.batch_size}, but the data set has {len(self.dataset)} items: a batch holds "
-                "between 1 and all of them. Choose a size in that range."
+                f"`batch_size` is {self.batch_size!r}, but the data set has {len(self.dataset)} items: a batch holds "
+                "between 1 and all of them. Choose a whole number in that range."
             )
 
     @property

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from hypertorch.checks import is_count
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics import Dynamics
 from hypertorch.dynamics.hyper import Setting, is_schedule
@@ -159,7 +160,7 @@ class BilevelProblem(ProblemSource):
                 f"`num_steps` is {self.num_steps!r}: the inner loop takes a whole number of steps, at least 0. Pass 0 "
                 "only for a closed form in `init_params`."
             )
-        if self.num_tasks is not None and (not isinstance(self.num_tasks, int) or self.num_tasks < 1):
+        if self.num_tasks is not None and not is_count(self.num_tasks):
             raise ValueError(
                 f"`num_tasks` is {self.num_tasks!r}: a batch holds at least one task. Pass None for a single problem "
                 "whose tensors have no tasks axis."
@@ -168,9 +169,10 @@ class BilevelProblem(ProblemSource):
             raise ValueError(
                 f"`task_route` is {self.task_route!r}, which names no way to run tasks. Use 'auto', 'vmap' or 'loop'."
             )
-        if self.task_chunk is not None and self.task_chunk < 1:
+        if self.task_chunk is not None and not is_count(self.task_chunk):
             raise ValueError(
-                f"`task_chunk` is {self.task_chunk}: a chunk holds at least one task. Pass None for all tasks at once."
+                f"`task_chunk` is {self.task_chunk!r}: a chunk holds at least one task. Pass None for all tasks at "
+                "once."
             )
         if self.inner_dtype not in (None, torch.bfloat16):
             raise ValueError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from hypertorch import tree
+from hypertorch.checks import is_count
 from hypertorch.hypergradients import Hypergradient, hypergradient, hypergradient_task_route
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
@@ -93,16 +95,18 @@ def check_hypergradient(
         problem: the problem.
         hparams: the outer variables, in float64.
         backend: the backend to check.
-        num_directions: directions per hyperparameter.
-        step_size: `e`.
-        tolerance: largest relative error that passes.
+        num_directions: directions per hyperparameter, at least 1.
+        step_size: `e`, above 0.
+        tolerance: largest relative error that passes, at least 0.
         outer_step: chooses the outer data and the noise, the same for every evaluation.
         seed: of the directions.
 
     Raises:
         TypeError: if a hyperparameter is not float64.
+        ValueError: if a number is out of range.
     """
     _check_dtype(hparams)
+    _check_numbers(num_directions, step_size, tolerance)
     # One route for all evaluations: the noise that a model draws differs between routes.
     route = hypergradient_task_route(problem, hparams, backend=backend, outer_step=outer_step)
     problem = problem.with_task_route(route)
@@ -138,6 +142,23 @@ def _central_difference(
     near = outer_loss(step_size) - outer_loss(-step_size)
     far = outer_loss(2 * step_size) - outer_loss(-2 * step_size)
     return (8 * near - far) / (12 * step_size)
+
+
+def _check_numbers(num_directions: int, step_size: float, tolerance: float) -> None:
+    if not is_count(num_directions):
+        raise ValueError(
+            f"`num_directions` is {num_directions!r}: without a direction nothing is compared, and everything would "
+            "pass. Pass a whole number of at least 1."
+        )
+    if not 0.0 < step_size < math.inf:
+        raise ValueError(
+            f"`step_size` is {step_size!r}: a difference needs two places. Pass a number above 0; 1e-3 is usual."
+        )
+    if not 0.0 <= tolerance < math.inf:
+        raise ValueError(
+            f"`tolerance` is {tolerance!r}: it is compared with a relative error, which is never below 0. Pass a "
+            "number of at least 0; 1e-6 is usual."
+        )
 
 
 def _check_dtype(hparams: TensorDict) -> None:

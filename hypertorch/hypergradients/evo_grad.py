@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,10 +74,10 @@ class EvoGrad(FirstDerivatives):
                 "hyperparameter could change it. Pass a whole number of at least 2."
             )
         for name in ("sigma", "temperature"):
-            if not getattr(self, name) > 0.0:
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(
                     f"`{name}` of `EvoGrad` is {getattr(self, name)!r}: copies must differ, and be weighted by their "
-                    "losses. Pass a number above 0."
+                    "losses. Pass a finite number above 0."
                 )
         if self.noise not in ("gaussian", "sign"):
             raise ValueError(f"`noise` is {self.noise!r}, which names no distribution. Use 'gaussian' or 'sign'.")

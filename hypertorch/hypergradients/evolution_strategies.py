@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +75,10 @@ class EvolutionStrategies(BlackBox):
                 f"`num_pairs` is {self.num_pairs!r}: without a perturbed run there is no difference to learn from. "
                 "Pass a whole number of at least 1."
             )
-        if not self.sigma > 0.0:
+        if not 0.0 < self.sigma < math.inf:
             raise ValueError(
-                f"`sigma` of `EvolutionStrategies` is {self.sigma!r}: perturbed runs must differ. Pass a number above "
-                "0, of the size of a change of the hyperparameters that matters."
+                f"`sigma` of `EvolutionStrategies` is {self.sigma!r}: perturbed runs must differ. Pass a finite "
+                "number above 0, of the size of a change of the hyperparameters that matters."
             )
         if self.horizon is None:
             return

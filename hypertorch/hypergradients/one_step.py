@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +62,10 @@ class OneStep(Hypergradient):
     epsilon: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0.0:
+        if not 0.0 < self.epsilon < math.inf:
             raise ValueError(
-                f"`epsilon` is {self.epsilon!r}: a difference needs two places. Pass a number above 0; 0.01 is usual."
+                f"`epsilon` is {self.epsilon!r}: a difference needs two places. Pass a finite number above 0; "
+                "0.01 is usual."
             )
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from hypertorch.checks import check_metrics
+from hypertorch.checks import check_metrics, is_count
 from hypertorch.outer.progress import progress_display
 from hypertorch.outer.report import Estimate, Report
 from hypertorch.outer.scalars import to_floats
@@ -48,13 +48,15 @@ def evaluate(
         ValueError: if `num_episodes` is below 1 or `first_step` below 0, or a metric is not one figure per episode or
             is called `outer_loss`.
     """
-    if num_episodes < 1:
+    if not is_count(num_episodes):
         raise ValueError(
-            f"`num_episodes` is {num_episodes}: there is no mean over no episodes. Pass at least 1, and 600 or more "
-            "for a narrow interval."
+            f"`num_episodes` is {num_episodes!r}: there is no mean over no episodes. Pass a whole number of at least "
+            "1, and 600 or more for a narrow interval."
         )
-    if first_step < 0:
-        raise ValueError(f"`first_step` is {first_step}: steps of a source count from 0. Pass 0 or more.")
+    if isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0:
+        raise ValueError(
+            f"`first_step` is {first_step!r}: steps of a source count from 0. Pass a whole number of at least 0."
+        )
     start = time.perf_counter()
     figures: dict[str, list[Tensor]] = {}
     count = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 
 from scripts.mutation import report
 from scripts.mutation.child import Child, Outcome, run_all, warm_up
-from scripts.mutation.copies import changed, copy_checkout, tracked
+from scripts.mutation.copies import changed, copy_checkout
 from scripts.mutation.covering import Covering
 from scripts.mutation.mutants import Mutant, digest, draw, equivalents
 
@@ -29,26 +30,27 @@ def main() -> int:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["MUTATED_CHECKOUT"] = str(ROOT)
-    files = tracked(ROOT)
-    state = digest(ROOT, [name for name in files if name.startswith(("hypertorch/", "tests/"))])
-    results = _KEPT / "results" / f"seed-{arguments.seed}" / f"{state}.jsonl"
-    results.parent.mkdir(parents=True, exist_ok=True)
-    before = _newest(results) if arguments.again else None
-
-    drawn = draw(ROOT, arguments.folders, seed=arguments.seed, count=arguments.count)
-    if before is not None:
-        survivors = {tuple(line["key"]) for line in before if line["outcome"] == "survived"}
-        drawn = [mutant for mutant in drawn if mutant.key in survivors]
     started = monotonic()
     with tempfile.TemporaryDirectory(prefix="hypertorch-mutation-") as folder:
-        copies = [copy_checkout(ROOT, Path(folder) / str(number)) for number in range(arguments.processes)]
-        covering = Covering(_KEPT / "covering", ROOT, files, most=arguments.most_seconds)
+        # The checkout as it is now, for all of the run: meanwhile it may be worked on.
+        source = copy_checkout(ROOT, Path(folder) / "source")
+        copies = [shutil.copytree(source, Path(folder) / str(number)) for number in range(arguments.processes)]
+        files = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+        state = digest(source, [name for name in files if name.startswith(("hypertorch/", "tests/"))])
+        results = _KEPT / "results" / f"seed-{arguments.seed}" / f"{state}.jsonl"
+        results.parent.mkdir(parents=True, exist_ok=True)
+
+        drawn = draw(source, arguments.folders, seed=arguments.seed, count=arguments.count)
+        if arguments.again:
+            survivors = {tuple(line["key"]) for line in _newest(results) if line["outcome"] == "survived"}
+            drawn = [mutant for mutant in drawn if mutant.key in survivors]
+        covering = Covering(_KEPT / "covering", source, files, most=arguments.most_seconds)
         warm_up()
         log = _logs(_KEPT / "logs")
         if not arguments.as_measured:
             covering.measure(copies, log, _say)
         covering.load()
-        done = _Run(drawn, covering, copies, results, log).run()
+        done = _Run(source, drawn, covering, copies, results, log).run()
     minutes = (monotonic() - started) / 60
     _say(report.survivors(drawn, done))
     _say(report.table(drawn, done))
@@ -80,9 +82,12 @@ def _arguments() -> argparse.Namespace:
 class _Run:
     """One run over some mutants; what was done before is not done again."""
 
-    def __init__(self, drawn: list[Mutant], covering: Covering, copies: list[Path], results: Path, log: Any) -> None:
-        self._drawn, self._covering, self._copies, self._results, self._log = drawn, covering, copies, results, log
-        self._equivalents = equivalents(ROOT / "scripts/mutation/equivalents.yaml")
+    def __init__(
+        self, source: Path, drawn: list[Mutant], covering: Covering, copies: list[Path], results: Path, log: Any
+    ) -> None:
+        self._source, self._drawn, self._covering = source, drawn, covering
+        self._copies, self._results, self._log = copies, results, log
+        self._equivalents = equivalents(source / "scripts/mutation/equivalents.yaml")
         self._free = list(copies)
         self._sound: dict[str, bool] = {}
 
@@ -106,7 +111,7 @@ class _Run:
                     _say(f"{len(done)}/{len(self._drawn)} survived {mutant.place}: no test reaches the file")
                     continue
                 copy = self._free.pop()
-                context = changed(copy / mutant.path, mutant.code((ROOT / mutant.path).read_text()))
+                context = changed(copy / mutant.path, mutant.code((self._source / mutant.path).read_text()))
                 context.__enter__()
                 open_ends[copy] = context
                 child = Child(copy, batches, expected=self._covering.seconds, log=self._log(str(copy.name)))

@@ -20,9 +20,9 @@ def tracked(root: Path) -> list[str]:
     return sorted(name for name in set(names) if (root / name).is_file())
 
 
-def copy_checkout(root: Path, target: Path, *, within: str = "") -> Path:
-    """Copies the files of a checkout whose names begin with `within` to a new folder, and returns the folder."""
-    for name in (name for name in tracked(root) if name.startswith(within)):
+def copy_checkout(root: Path, target: Path) -> Path:
+    """Copies the files of a checkout to a new folder, and returns the folder."""
+    for name in tracked(root):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, target / name)
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from difflib import SequenceMatcher
@@ -11,7 +12,6 @@ from pathlib import Path
 import coverage
 
 from scripts.mutation.child import Child, run_all
-from scripts.mutation.copies import copy_checkout
 from scripts.mutation.mutants import PACKAGE, Mutant, digest
 
 _FIRST = 10.0  # seconds of tests in the first batch: what notices nearly every error must not wait for all imports
@@ -45,12 +45,12 @@ class Covering:
         """Runs every test file that was not measured, each in its own process."""
         missing = [name for name in self._stems if not self._is_measured(name)]
         # Those of everything at once last: they take the longest.
-        missing.sort(key=lambda name: name.startswith(("tests/conformance/", "tests/experiments/")))
+        missing.sort(key=lambda name: name.startswith(("tests/conformance/", "tests/databases/", "tests/experiments/")))
         if not missing:
             return
         self._measured.mkdir(parents=True, exist_ok=True)
         if not (self._sources / self._state).exists():
-            copy_checkout(self._root, self._sources / self._state, within=f"{PACKAGE}/")
+            shutil.copytree(self._root / PACKAGE, self._sources / self._state / PACKAGE)
         free = list(copies)
 
         def children() -> Iterator[tuple[tuple[str, Path], Child]]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hypertorch.fewshot.augmentation import Augmentation
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.sampler import EpisodeSampler
 
@@ -106,6 +107,21 @@ def test_the_indices_of_a_seed_never_change():
     # Literals on purpose: a run has to see the same episodes on every platform and after every upgrade.
     rows = sampler(numbered_classes(3, 4, 5, 6), way=2, shot=1, num_queries=2, num_tasks=2, seed=2024).rows(11)
     assert rows.tolist() == GOLDEN
+
+
+def test_the_changes_of_a_seed_never_change():
+    # The seeds of the generator that augmentation draws from, by step: literals for the same reason.
+    found = []
+
+    class Noting(Augmentation):
+        def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+            found.append(generator.initial_seed())
+            return images
+
+    source = sampler(seed=2024, augmentation=Noting())
+    source.at(0)
+    source.at(11)
+    assert found == [963246794032160555, 2859953030061303951]
 
 
 GOLDEN = [[[6, 5, 4], [2, 0, 1]], [[17, 14, 13], [7, 10, 9]]]

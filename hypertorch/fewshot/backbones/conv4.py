@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from hypertorch.checks import is_count
 from hypertorch.fewshot.backbones.batch_norm import BatchNorm, Statistics
 from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
 
@@ -61,9 +62,10 @@ class Conv4(nn.Module):
             raise ValueError(
                 f"`downsample` is {downsample!r}, which names no way to halve an image. Use 'max_pool' or 'stride'."
             )
-        for name, value in {"hidden": hidden, "in_channels": in_channels, "way": 1 if way is None else way}.items():
-            if value < 1:
-                raise ValueError(f"`{name}` is {value}: a network has at least one. Use a positive number.")
+        sizes = {"hidden": hidden, "in_channels": in_channels, "image_size": image_size}
+        for name, value in {**sizes, "way": 1 if way is None else way}.items():
+            if not is_count(value):
+                raise ValueError(f"`{name}` is {value!r}: a network has at least one. Use a positive whole number.")
         self.item_shape = (in_channels, image_size, image_size)
         size = image_size
         for _ in range(4):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from hypertorch.checks import is_count
 from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
 
 
@@ -39,10 +40,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_features, *hidden]
-        if min([*widths, 1 if out_features is None else out_features]) < 1:
+        if not all(map(is_count, [*widths, 1 if out_features is None else out_features])):
             raise ValueError(
                 f"`in_features`, `hidden` and `out_features` are {in_features}, {tuple(hidden)} and {out_features}: a "
-                "layer has at least one unit. Use positive widths."
+                "layer has at least one unit. Use positive whole numbers."
             )
         self.num_features = widths[-1]
         layers: list[nn.Module] = [nn.Flatten()]

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from hypertorch.checks import is_count
 from hypertorch.fewshot.backbones.batch_norm import BatchNorm, Statistics
 from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
 
@@ -50,7 +51,7 @@ class ResNet12(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *channels]
-        if len(channels) != 4 or min([*widths, 1 if way is None else way]) < 1:
+        if len(channels) != 4 or not all(map(is_count, [*widths, 1 if way is None else way])):
             raise ValueError(
                 f"`channels`, `in_channels` and `way` are {tuple(channels)}, {in_channels} and {way}: a ResNet-12 has "
                 "four blocks of at least one channel. Use for instance (64, 128, 256, 512)."

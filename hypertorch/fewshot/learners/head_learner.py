@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hypertorch import tree
+from hypertorch.checks import is_count
 from hypertorch.dynamics import Dynamics
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.backbones.feature_norm import mean_and_spread
@@ -73,8 +74,8 @@ class HeadLearner(Learner):
         normalise: bool,
         own_hparams: TensorDict,
     ) -> None:
-        if way < 1:
-            raise ValueError(f"`way` is {way}: the head needs at least one output. Pass the number of classes.")
+        if not is_count(way):
+            raise ValueError(f"`way` is {way!r}: the head needs at least one output. Pass the number of classes.")
         refuse_dropout(backbone)
         some = first_parameter(backbone)
         self._fit, self._predict = fit_and_predict(backbone)

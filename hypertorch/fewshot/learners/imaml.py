@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
@@ -43,7 +45,7 @@ class IMAML(NetworkLearner):
         proximity: float = 2.0,
         objective: Objective | None = None,
     ) -> None:
-        if not proximity > 0.0:
+        if not 0.0 < proximity < math.inf:
             raise ValueError(
                 f"`proximity` is {proximity}: without a proximal term the solution forgets the shared weights. Pass a "
                 "number above 0; 2 is the paper's."

@@ -35,9 +35,19 @@ class Classification(Objective):
 
     Args:
         label_smoothing: share of the target spread evenly over the classes, in [0, 1).
+
+    Raises:
+        ValueError: if `label_smoothing` is out of range.
     """
 
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing!r}, outside [0, 1): it is the share of the target that "
+                "does not go to the label. Use 0 for none; 0.1 is usual."
+            )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Returns the mean cross-entropy (unit: nats).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,8 +45,8 @@ class R2D2(HeadLearner):
 
     def __init__(self, backbone: nn.Module, *, way: int = 5, ridge: float = 50.0, scale: float = 1.0) -> None:
         for name, value in {"ridge": ridge, "scale": scale}.items():
-            if not value > 0.0:
-                raise ValueError(f"`{name}` is {value}: its logarithm is learnt. Pass a number above 0.")
+            if not 0.0 < value < math.inf:
+                raise ValueError(f"`{name}` is {value}: its logarithm is learnt. Pass a finite number above 0.")
         some = first_parameter(backbone)
         super().__init__(
             backbone,

@@ -79,12 +79,15 @@ def test_a_manipulated_pickle_runs_nothing(tmp_path: Path, pickles: dict[str, by
     assert not victim.exists()
 
 
-def test_a_mosaic_per_class(tmp_path: Path) -> None:
+def test_a_mosaic_per_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "classes").mkdir()
     for position, name in enumerate(NAMES):
         tiles = images_of(position, 600).transpose(0, 2, 3, 1).reshape(24, 25, 32, 32, 3)
         Image.fromarray(tiles.swapaxes(1, 2).reshape(768, 800, 3)).save(tmp_path / "classes" / f"{name}.png")
     images = read_cifar100(tmp_path, NAMES, cache_dir=tmp_path / "cache")
+    assert capsys.readouterr() == ("", "")
+    read_cifar100(tmp_path, NAMES[:1], cache_dir=tmp_path / "cache", progress=True)
+    assert "Decoding CIFAR-100" in capsys.readouterr().out
     for position in range(3):
         assert np.array_equal(images[position], images_of(position, 600))
     assert np.array_equal(read_cifar100(tmp_path, NAMES, cache_dir=tmp_path / "cache"), images)

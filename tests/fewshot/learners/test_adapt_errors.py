@@ -52,6 +52,13 @@ def test_what_is_no_support_set_is_refused(make: object) -> None:
     hparams = learner.init_hparams()
     with pytest.raises(TypeError, match=r"labels of torch.int32.*`labels.long\(\)`"):
         learner.adapt(hparams, Examples(IMAGES, torch.arange(3, dtype=torch.int32)))
+    for inputs, targets in (
+        (IMAGES[:, 0, 0, 0], torch.arange(3)),
+        (IMAGES, torch.tensor(0)),
+        (IMAGES, torch.arange(4)),
+    ):
+        with pytest.raises(ValueError, match=r"a task needs one row of inputs per example, and one target for each"):
+            learner.adapt(hparams, Examples(inputs, targets))
     with pytest.raises(ValueError, match="`support` is empty"):
         learner.adapt(hparams, Examples(IMAGES[:0], torch.arange(0)))
     with pytest.raises(TypeError, match="`support` has inputs of type ndarray"):
