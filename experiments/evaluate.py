@@ -21,9 +21,10 @@ from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
 from experiments.reporting import duration, peak_memory_mib, print_reports, report_as_dict, versions, write_results
 from experiments.run_folder import RunFolder, command, open_folder, read_config
-from experiments.settings import SPLITS, chosen_device, one_of, whole_number
+from experiments.settings import SPLITS, chosen_device, one_of, trusted_packages, whole_number
 
 failures = Failures("evaluate")
+_NEEDED = ("dataset", "episodes", "backbone", "learner", "task", "training", "evaluation", "seed", "dtype")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
@@ -68,7 +69,13 @@ def main(config: DictConfig) -> float:
 
 def as_trained(config: DictConfig, run: RunFolder) -> DictConfig:
     """Returns the run's configuration with the device, the number of queries and the data's place of this command."""
-    trained_as = read_config(run.path)
+    trained_as = read_config(run.path, trusted=trusted_packages(config))
+    missing = [name for name in _NEEDED if name not in trained_as]
+    if missing:
+        raise ExpectedFailure(
+            f"`run` is {str(run.path)!r}, whose configuration has no `{missing[0]}`: it is not the folder of a "
+            "training run. Name a folder that experiments/train.py wrote."
+        )
     trained_as.device = config.device
     if config.num_queries is not None:
         trained_as.evaluation.num_queries = config.num_queries

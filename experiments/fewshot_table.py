@@ -9,7 +9,6 @@ Killed at any moment, the same command goes on where it was: a finished cell is 
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 import subprocess
 import sys
@@ -25,8 +24,8 @@ from rich.console import Console
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
-from experiments.run_folder import RunFolder, command
-from experiments.settings import listed_names, whole_number
+from experiments.run_folder import RunFolder, command, read_config, read_results
+from experiments.settings import listed_names, trusted_packages, whole_number
 
 failures = Failures("fewshot_table")
 _TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -72,6 +71,18 @@ class Cell:
     def is_finished(self) -> bool:
         """Returns whether the cell has its figures."""
         return self.folder.results.is_file()
+
+    def check_folder(self, trusted: Sequence[str]) -> None:
+        """Refuses a folder whose configuration names classes that a run's folder may not name.
+
+        Args:
+            trusted: packages whose classes it may name too.
+
+        Raises:
+            ExpectedFailure: naming them.
+        """
+        if self.folder.config.exists():
+            read_config(self.folder.path, setting="cells", trusted=trusted)
 
     def check_command(self) -> None:
         """Refuses figures of other settings than those that the cell is to have.
@@ -124,12 +135,20 @@ class Cell:
         }
         if not self.is_finished():
             return {**dict.fromkeys(_COLUMNS, ""), **known, "accuracy (%)": NOT_RUN}
+        try:
+            return {**known, **self._figures(known["command"], data)}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ExpectedFailure(
+                f"`{self.folder.results}` is not as a run writes it ({type(error).__name__}: {error}): its figures "
+                "cannot be shown. Restore the file, or delete it to run the cell again."
+            ) from error
+
+    def _figures(self, command_of_cell: str, data: str | None) -> dict[str, str]:
         results = self._results()
         figures = {split: metrics.get("accuracy") for split, metrics in results["metrics"].items()}
         train, val, test = (figures.get(split) for split in ("meta_train", "meta_val", "meta_test"))
         return {
-            **known,
-            "command": self._command_that_ran(results, data) or known["command"],
+            "command": self._command_that_ran(results, data) or command_of_cell,
             "accuracy (%)": _accuracy(test),
             "meta-train": _accuracy(train),
             "meta-val": _accuracy(val),
@@ -140,7 +159,7 @@ class Cell:
         }
 
     def _results(self) -> dict[str, Any]:
-        return json.loads(self.folder.results.read_text(encoding="utf-8"))
+        return read_results(self.folder.results)
 
     def _command_that_ran(self, results: Mapping[str, Any], data: str | None) -> str | None:
         """Returns the command of the run itself, without where it lay; None if the run does not say."""
@@ -162,6 +181,9 @@ def main(config: DictConfig) -> None:
     cells = list(planned_cells(config))
     console = Console()
     folder = Path(str(config.cells)).parent
+    trusted = trusted_packages(config)
+    for cell in cells:
+        cell.check_folder(trusted)
     for cell in cells if config.run else ():
         if cell.is_finished():
             cell.check_command()

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.failures import ExpectedFailure
+from experiments.trust import check_plain, check_trusted
 from hypertorch.outer.hparams_file import HPARAMS_FILE
 
 _CONFIG = "config.yaml"
 _OVERRIDES = "overrides.yaml"
+_LARGEST = 2**20  # bytes of a text file; what a run writes is a hundredth of it
+_DEEPEST = 32  # blocks within blocks of a configuration; a run's are within five
+_RESTORE = "Restore the file, or use another run."
 # Settings that may differ between the run that was interrupted and the one that goes on with it: they say where, how
 # long and how it is shown, not what is computed.
 _FREE = (
     "paths",
     "resume",
+    "trust",
     "device",
     "threads",
     "evaluation.splits",
@@ -137,28 +145,73 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
     return RunFolder(folder.path, resumed=True)
 
 
-def read_config(path: Path) -> DictConfig:
-    """Returns the configuration that a run was started with.
+def read_config(path: Path, *, setting: str = "run", trusted: Sequence[str] | None = ()) -> DictConfig:
+    """Returns the configuration that a run was started with: plain values, which name no code but what is trusted.
 
     Args:
         path: the run's folder.
+        setting: where the folder is named, for messages.
+        trusted: names of packages whose classes it may name beside public ones; None for any: nothing will be built.
 
     Raises:
-        ExpectedFailure: if the folder holds no run.
+        ExpectedFailure: if the folder holds no run, the file is none that a run writes, or it names other classes.
     """
     file = path / _CONFIG
-    if not file.is_file():
+    if not file.exists():
         raise ExpectedFailure(
-            f"`run` is {str(path)!r}, where there is no {_CONFIG}: it is not the folder of a run. Name a folder that "
-            "experiments/train.py wrote, such as outputs/train/runs/<date>."
+            f"`{setting}` is {str(path)!r}, where there is no {_CONFIG}: it is not the folder of a run. Name a folder "
+            "that experiments/train.py wrote, such as outputs/train/runs/<date>."
         )
-    config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig):
+    values = _read_yaml(file)
+    if not isinstance(values, dict):
         raise ExpectedFailure(
-            f"`run` is {str(path)!r}, whose {_CONFIG} holds no settings: the run cannot be built again. "
+            f"`{setting}` is {str(path)!r}, whose {_CONFIG} holds no settings: the run cannot be built again. "
             "Restore the file."
         )
-    return config
+    check_plain(values, place=str(file))
+    if trusted is not None:
+        check_trusted(values, place=str(file), trusted=trusted)
+    return OmegaConf.create(values)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Returns what a run's results.json holds.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ExpectedFailure: if it is none that a run writes.
+    """
+    try:
+        results = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ExpectedFailure(f"`{path}` is no JSON ({error}): the figures of the run are lost. {_RESTORE}") from error
+    if not isinstance(results, dict):
+        raise ExpectedFailure(f"`{path}` holds a {type(results).__name__}, not the figures of a run. {_RESTORE}")
+    return results
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file in a run's folder.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ExpectedFailure: if it is no file, larger than any that a run writes, or not in UTF-8.
+    """
+    if not path.is_file():
+        raise ExpectedFailure(f"`{path}` is no file, so it holds nothing of a run. {_RESTORE}")
+    size = path.stat().st_size
+    if size > _LARGEST:
+        raise ExpectedFailure(
+            f"`{path}` has {size / 2**20:.0f} MiB, where a run writes some KiB: it is not read. {_RESTORE}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ExpectedFailure(f"`{path}` is no text in UTF-8 ({error}), which a run writes. {_RESTORE}") from error
 
 
 def command(program: str, overrides: Sequence[str]) -> str:
@@ -178,7 +231,32 @@ def _newest_first(runs: Path) -> list[Path]:
 
 def _read_overrides(folder: Path) -> list[str]:
     file = folder / _OVERRIDES
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not file.exists():
+        return []
+    overrides = _read_yaml(file)
+    if not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
+        raise ExpectedFailure(f"`{file}` is no list of settings, which a run writes. {_RESTORE}")
+    return overrides
+
+
+def _read_yaml(path: Path) -> Any:
+    """Returns the content of a YAML file as dicts, lists and plain values, without anything that YAML has beside."""
+    text = read_text(path)
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # A name for a part of the file lets some lines mean gigabytes, brackets in brackets are read for hours, and
+            # a tag asks for a class.
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None) is not None or depth > _DEEPEST:
+                raise ExpectedFailure(
+                    f"`{path}` has a reference, a tag or too many brackets in line {event.start_mark.line + 1}, which "
+                    f"no run writes: it was altered. {_RESTORE}"
+                )
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExpectedFailure(f"`{path}` is no YAML ({reason}): nothing can be read from it. {_RESTORE}") from error
 
 
 def _refuse_unnamed_sweep(config: DictConfig) -> None:
@@ -201,7 +279,8 @@ def _refuse_missing(config: DictConfig, folder: RunFolder) -> None:
 
 
 def _refuse_changes(config: DictConfig, folder: RunFolder, overrides: Sequence[str]) -> None:
-    old = read_config(folder.path)
+    # Nothing of the folder's configuration is built: the run goes on with the one that was given.
+    old = read_config(folder.path, setting="paths.run_dir", trusted=None)
     before, now = (dict(_flat(OmegaConf.to_container(item, resolve=True))) for item in (old, config))
     # A switch that an earlier version did not have, left as it is by default: what that version did.
     named = {item.lstrip("+~").split("=")[0] for item in overrides}

@@ -99,7 +99,7 @@ def positive_number(config: DictConfig, key: str, *, purpose: str, example: floa
 
 
 def listed_names(config: DictConfig, key: str, *, example: str) -> list[str] | None:
-    """Returns the names that a setting lists, where one alone needs no brackets; None if it is null, which is for all.
+    """Returns the names that a setting lists, where one alone needs no brackets; None if it is null.
 
     Args:
         config: the configuration.
@@ -116,9 +116,25 @@ def listed_names(config: DictConfig, key: str, *, example: str) -> list[str] | N
     if not given or not all(isinstance(name, str) and name for name in given):
         raise ExpectedFailure(
             f"`{key}` is {value!r}, but it lists names: at least one is needed. Write for example '{key}=[{example}]', "
-            "or leave it out for all."
+            "or leave it out."
         )
     return given
+
+
+def trusted_packages(config: DictConfig) -> list[str]:
+    """Returns the packages that `trust` names, whose classes the configuration of a run's folder may name.
+
+    Raises:
+        ExpectedFailure: if it names none, or what cannot be a package.
+    """
+    names = listed_names(config, "trust", example="my_package") or []
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ExpectedFailure(
+                f"`trust` lists {name!r}, which cannot be the name of a package. Write it as in an import: "
+                "trust=[my_package]."
+            )
+    return names
 
 
 def chosen_splits(config: DictConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 import hydra
 import torch
@@ -38,8 +39,15 @@ from experiments.reporting import (
     versions,
     write_results,
 )
-from experiments.run_folder import RunFolder, command, open_folder
-from experiments.settings import check_training_settings, chosen_device, chosen_dtype, chosen_splits, set_threads
+from experiments.run_folder import RunFolder, command, open_folder, read_config
+from experiments.settings import (
+    check_training_settings,
+    chosen_device,
+    chosen_dtype,
+    chosen_splits,
+    set_threads,
+    trusted_packages,
+)
 from hypertorch.errors import CheckpointError
 from hypertorch.fewshot import Learner
 from hypertorch.types import TensorDict
@@ -75,10 +83,19 @@ def main(config: DictConfig) -> float:
 
 def start(config: DictConfig) -> TensorDict | None:
     """Returns the outer variables to start from; None for fresh ones."""
-    # Runs of earlier versions do not have this setting.
-    path = config.get("start_from")
+    path = config.start_from
+    trusted = trusted_packages(config)
     if path is None:
+        if trusted:
+            raise ExpectedFailure(
+                f"`trust` is {trusted}, but this run takes nothing from another run's folder (`start_from` is null): "
+                "nothing would come of it. Your own classes need no trust on the command line. Leave it out."
+            )
         return None
+    run = RunFolder(Path(str(path)))
+    if run.config.exists():
+        # Only numbers are taken from there, but whose folder asks for foreign code is not trusted with these either.
+        read_config(run.path, setting="start_from", trusted=trusted)
     try:
         hparams = ht.load_hparams(str(path), device=chosen_device(config))
     except CheckpointError as error:

@@ -5,47 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import hypertorch as ht
 from experiments import evaluate, train
 from experiments.assembly import EpisodeStreams
 from hypertorch.fewshot import HyperRepresentation, Learner
+from tests.experiments.commands import SINUSOID, TINY, Command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TINY = ("debug=default", "outer_loop.progress=false", "backbone.hidden=4")
-SINUSOID = ("experiment=sinusoid", "debug=default", "outer_loop.progress=false")
-
-Command = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture(autouse=True)
-def _clean_hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    yield
-    GlobalHydra.instance().clear()
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command in this process, in an empty folder; returns its exit code and what it wrote to stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def run(*arguments: str, module=train) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *arguments])
-        capsys.readouterr()
-        code = module.failures.exit_code(module.main)
-        return code, capsys.readouterr().err
-
-    return run
 
 
 def only_run(tmp_path: Path) -> Path:
