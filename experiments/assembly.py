@@ -9,19 +9,54 @@ from functools import partial
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import hypertorch as ht
+from experiments.config_errors import one_line
 from experiments.failures import ExpectedFailure
+from experiments.reads import Reads, check_arguments
 from experiments.run_folder import RunFolder
 from experiments.settings import SPLITS, chosen_device, chosen_dtype, chosen_inner_dtype
 from hypertorch.fewshot import EpisodeSource, Learner
 from hypertorch.fewshot.learners.step_sizes import LOG_LR
 
+# Settings of the outer loop that are no arguments of its class.
+_LOOP_OWN = ("outer_loop.num_outer_steps", "outer_loop.scheduler", "outer_loop.checkpoints")
 # Streams of episodes: no two of one run are the same, and neither are those of runs with different seeds.
 _STREAMS = ("train", "validate", *(f"evaluate {split}" for split in SPLITS))
+
+
+def _takes_dynamics(config: DictConfig) -> bool:
+    return (
+        OmegaConf.select(config, "learner._target_") is None
+        or "dynamics" in inspect.signature(make(config, "learner").func).parameters
+    )
+
+
+TRAINING = Reads(
+    command="train",
+    blocks=(
+        "dataset",
+        "episodes",
+        "training.augmentation",
+        "backbone",
+        "dynamics",
+        "learner",
+        "hypergradient",
+        "outer_optimizer",
+        "outer_loop",
+        "outer_loop.scheduler",
+        "outer_loop.checkpoints",
+    ),
+    optional={"dynamics": _takes_dynamics},
+    own=_LOOP_OWN,
+    entries=("task.metric", "task.mode"),
+    tables=("task", "learner_needs", "run_lengths"),
+)
+"""What a training run reads."""
 
 
 def make(config: DictConfig, key: str) -> partial[Any]:
@@ -35,7 +70,8 @@ def make(config: DictConfig, key: str) -> partial[Any]:
         key: dotted name of the block.
 
     Raises:
-        ExpectedFailure: if the block names nothing, or has an argument that its target does not take.
+        ExpectedFailure: if the block names nothing, or it or a block in it has an argument that its target does not
+            take.
     """
     block = OmegaConf.select(config, key)
     if not isinstance(block, DictConfig) or "_target_" not in block:
@@ -43,34 +79,45 @@ def make(config: DictConfig, key: str) -> partial[Any]:
             f"`{key}` is {block!r}, which names nothing to build: a block with `_target_` is needed. Choose one of the "
             f"files in configs/ ({key}=name), or leave the setting out."
         )
-    bound = instantiate(block, _partial_=True, _convert_="all")
-    taken = inspect.signature(bound.func).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
-        names = [parameter.name for parameter in taken]
-        for name in bound.keywords:
-            if name not in names:
-                raise ExpectedFailure(
-                    f"`{key}.{name}` is no argument of {bound.func.__name__}, so nothing would come of it. It takes: "
-                    f"{', '.join(name for name in names if name not in ('self', '_'))}."
-                )
-    return bound
+    check_arguments(block, key)
+    try:
+        return instantiate(block, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, (TypeError, ValueError)) and "`" in str(cause):
+            raise ExpectedFailure(str(cause)) from error
+        raise ExpectedFailure(
+            f"`{key}` names {block._target_!r}, which cannot be built as it is set ({one_line(cause or error)}). "
+            f"Correct `{key}._target_`, or the setting that is of the wrong kind."
+        ) from error
 
 
-def build(config: DictConfig, key: str, *arguments: Any, **options: Any) -> Any:
+def build(
+    config: DictConfig, key: str, *arguments: Any, instead: Mapping[str, Any] | None = None, **options: Any
+) -> Any:
     """Returns the object that a block of the configuration describes.
 
     Args:
         config: the configuration.
         key: dotted name of the block.
         arguments: what the program itself passes.
-        options: the same, by name; they win over the block's.
+        instead: values of other settings, which win over those of the block here.
+        options: what the program itself passes, by name.
 
     Raises:
-        ExpectedFailure: if a setting has a value that its class cannot work with.
+        ExpectedFailure: if a setting has a value that its class cannot work with, or the block has an argument that
+            the program passes.
     """
     bound = make(config, key)
+    passed = [*list(inspect.signature(bound.func).parameters)[: len(arguments)], *options]
+    for name in passed:
+        if name in bound.keywords:
+            raise ExpectedFailure(
+                f"`{key}.{name}` is {bound.keywords[name]!r}, but the command passes `{name}` to "
+                f"{bound.func.__name__} itself, made from other settings: this one would have no effect. Leave it out."
+            )
     try:
-        return bound(*arguments, **options)
+        return bound(*arguments, **{**(instead or {}), **options})
     except (TypeError, ValueError) as error:
         if "`" in str(error):
             raise
@@ -102,7 +149,7 @@ def build_scheduler(
     config: DictConfig,
 ) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None:
     """Returns what makes the learning-rate scheduler; None if there is none."""
-    return None if config.outer_loop.scheduler is None else make(config, "outer_loop.scheduler")
+    return None if OmegaConf.select(config, "outer_loop.scheduler") is None else make(config, "outer_loop.scheduler")
 
 
 def build_learner(config: DictConfig, **changes: Any) -> Learner:
@@ -149,20 +196,21 @@ def _build_learner(config: DictConfig, changes: Mapping[str, Any], lr: float | N
     network: nn.Module = build(config, "backbone")
     network = network.to(device=chosen_device(config), dtype=chosen_dtype(config))
     takes = inspect.signature(make(config, "learner").func).parameters
+    passed: dict[str, Any] = {}
     if "num_steps" in changes and "num_steps" not in takes:
         raise ExpectedFailure(
             f"`evaluation.num_steps` is {changes['num_steps']}, but {make(config, 'learner').func.__name__} takes no "
             "inner steps: it would have no effect. Leave it out."
         )
-    options = {name: value for name, value in changes.items() if name in takes}
     if "dynamics" in takes:
-        options["dynamics"] = build(config, "dynamics", **({} if lr is None else {"lr": lr}))
+        passed["dynamics"] = build(config, "dynamics", instead={} if lr is None else {"lr": lr})
     elif lr is not None:
         raise ExpectedFailure(
             f"`evaluation.lr` is {lr}, but {make(config, 'learner').func.__name__} takes no inner steps: it would have "
             "no effect. Leave it out."
         )
-    learner: Learner = build(config, "learner", network, **options)
+    instead = {name: value for name, value in changes.items() if name in takes}
+    learner: Learner = build(config, "learner", network, instead=instead, **passed)
     if lr is not None and any(name.split(".")[0] == LOG_LR for name in learner.init_hparams()):
         raise ExpectedFailure(
             f"`evaluation.lr` is {lr}, but {type(learner).__name__} learns its step sizes: it would have no effect. "
@@ -204,24 +252,24 @@ class EpisodeStreams:
     def _stream(self, purpose: str, split: str, seed: int | None = None) -> EpisodeSource:
         config = self.config
         number = len(_STREAMS) * (config.seed if seed is None else seed) + _STREAMS.index(purpose)
-        common: dict[str, Any] = {"seed": number, "dtype": chosen_dtype(config)}
+        passed: dict[str, Any] = {"seed": number, "dtype": chosen_dtype(config)}
         own: dict[str, int] = {}
         if purpose == "train":
             own = {name: config.training[name] for name in ("way", "shot") if config.training[name] is not None}
-            common |= own
             if config.training.augmentation is not None:
-                common["augmentation"] = build(config, "training.augmentation")
+                passed["augmentation"] = build(config, "training.augmentation")
         else:
-            common["num_queries"] = config.evaluation.num_queries
+            own = {"num_queries": config.evaluation.num_queries}
         if config.dataset is None:
-            return build(config, "episodes", device=chosen_device(config), **common)
+            return build(config, "episodes", instead=own, device=chosen_device(config), **passed)
         images = build(config, "dataset", split=split).to(chosen_device(config))
         try:
-            return build(config, "episodes", images, **common)
+            return build(config, "episodes", images, instead=own, **passed)
         except ValueError as error:
             # The class knows its arguments only, not that some come from settings of another name here.
+            where, group = ("training", "training") if purpose == "train" else ("the evaluation", "evaluation")
             hint = "".join(
-                f" In training `{name}` is the setting training.{name}={value}." for name, value in own.items()
+                f" In {where} `{name}` is the setting {group}.{name}={value}." for name, value in own.items()
             )
             task = purpose.split(maxsplit=1)[0]
             raise ExpectedFailure(f"the episodes of {split}, to {task} on: {error}{hint}") from error
@@ -238,9 +286,8 @@ def build_outer_loop(
         validation: where the problems come from by which the best outer variables are chosen.
         folder: the run's folder.
     """
-    own = ("num_outer_steps", "scheduler", "checkpoints")
     settings = OmegaConf.create(
-        {"outer_loop": {key: value for key, value in config.outer_loop.items() if key not in own}}
+        {"outer_loop": {key: value for key, value in config.outer_loop.items() if f"outer_loop.{key}" not in _LOOP_OWN}}
     )
     return build(
         settings,

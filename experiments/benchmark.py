@@ -31,6 +31,7 @@ from experiments.benchmarks.work import Work
 from experiments.config_errors import CONFIGS
 from experiments.diagnosis import ascending_lengths, prepare
 from experiments.failures import ExpectedFailure, Failures
+from experiments.reads import Reads
 from experiments.run_folder import command, open_folder
 from experiments.settings import (
     check_switch,
@@ -44,6 +45,14 @@ from experiments.settings import (
 from hypertorch.live_memory import parse_bytes
 
 failures = Failures("benchmark")
+_READS = Reads(
+    command="benchmark",
+    blocks=(
+        "works.*",
+        "sweeps.*.work",
+    ),
+    entries=("sweeps.*.axis", "sweeps.*.size", "sweeps.*.values"),
+)
 _SHARE_OF_FREE_MEMORY = 0.8
 _UNKNOWN_MEMORY = 2**33
 _QUICK_SIZES = 2
@@ -54,7 +63,7 @@ _QUICK_ROUNDS = Rounds(repetitions=2, shortest=0.0, longest=5.0)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config, resumes=True)
+    prepare(config, _READS, resumes=True)
     settings = build_settings(config)
     # All of them before the first is run: a mistake in the last must not be found after hours.
     works = {str(name): _sized(build_work(config, f"works.{name}"), config) for name in config.works}
@@ -176,6 +185,11 @@ def build_sweep(config: DictConfig, name: str) -> Sweep:
         raise ExpectedFailure(
             f"`sweeps.{name}.size` is {size!r}, which is no size of {type(work).__name__}, so nothing would grow. Use "
             f"one of: {', '.join(sizes(work))}."
+        )
+    if size in config.sweeps[name].work:
+        raise ExpectedFailure(
+            f"`sweeps.{name}.work.{size}` is given, but a sweep takes its {size} from `sweeps.{name}.values`: it would "
+            "have no effect. Leave it out."
         )
     values = ascending_lengths(config, f"sweeps.{name}.values")
     if config.quick:

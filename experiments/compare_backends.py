@@ -28,18 +28,26 @@ from experiments.diagnosis import (
 )
 from experiments.diagnosis_plots import plot_comparison
 from experiments.failures import Failures
+from experiments.reads import Reads
 from experiments.reporting import write_results
 from experiments.run_folder import open_folder
 from experiments.settings import whole_number
 
 failures = Failures("compare_backends")
+_READS = Reads(
+    command="compare_backends",
+    blocks=(
+        "problem",
+        "backends.*",
+    ),
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="compare_backends")
 @failures.reported
 def main(config: DictConfig) -> None:
     """Compares, prints and writes."""
-    prepare(config)
+    prepare(config, _READS)
     horizons = ascending_lengths(config, "num_steps")
     repeats = whole_number(config, "repeats", minimum=1, purpose="the fastest of several timed runs is drawn")
     problem, backends = build_problem(config, horizons[-1]), build_backends(config)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -45,12 +46,12 @@ def explain_config_error(error: HydraException | OmegaConfBaseException, config_
         return _broken_reference(error)
     if isinstance(error, OmegaConfBaseException):
         return (
-            f"`{error.full_key or 'the configuration'}` cannot be resolved: {_one_line(error)}. Correct the value it "
+            f"`{error.full_key or 'the configuration'}` cannot be resolved: {one_line(error)}. Correct the value it "
             f"is made from. {_SHOW}"
         )
     if isinstance(error, ConfigCompositionException):
         return _composition_error(error, config_name)
-    return f"`the configuration` cannot be used: {_one_line(error)}. Correct the setting it names. {_SHOW}"
+    return f"`the configuration` cannot be used: {one_line(error)}. Correct the setting it names. {_SHOW}"
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
@@ -58,11 +59,14 @@ def _unknown_choice(error: MissingConfigException) -> str:
     options = list(error.options or [])
     if not options:
         return (
-            f"`{error.missing_cfg_file or 'the configuration'}` is not there: {_one_line(error)}. Choose one of the "
+            f"`{error.missing_cfg_file or 'the configuration'}` is not there: {one_line(error)}. Choose one of the "
             "files in configs/."
         )
+    lacking = (
+        "which is not installed" if group.startswith("hydra/") else f"of which there is no file in configs/{group}"
+    )
     return (
-        f"`{group}` is {choice!r}, of which there is no file in configs/{group}. Choose one of: {', '.join(options)}."
+        f"`{group}` is {choice!r}, {lacking}: it cannot be used. Choose one of: {', '.join(options)}."
         f"{_did_you_mean(choice, options)}"
     )
 
@@ -70,7 +74,12 @@ def _unknown_choice(error: MissingConfigException) -> str:
 def _composition_error(error: ConfigCompositionException, config_name: str) -> str:
     text = str(error)
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        return _unknown_setting(unknown[1], config_name)
+        return unread_setting(unknown[1], _known_settings(config_name))
+    if missing := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
+        return (
+            f"`~{missing[1]}` deletes what is not there, or is null already: nothing would change. Leave it out, or "
+            f"give the setting a value. {_SHOW}"
+        )
     if re.match(r"(Ambiguous value|Sweep parameters)", text):
         setting = re.findall(r"'([^']*)'", text)[0]
         return (
@@ -83,26 +92,36 @@ def _composition_error(error: ConfigCompositionException, config_name: str) -> s
             f"`+{group}=...` adds a second choice of `{group}`, which has one already: a run uses one. Write "
             f"{group}=... without the plus sign."
         )
-    cause = f" ({_one_line(error.__cause__)})" if error.__cause__ is not None else ""
+    cause = f" ({one_line(error.__cause__)})" if error.__cause__ is not None else ""
     return (
-        f"`{_first_quoted(text) or 'the command line'}` cannot be applied: {_one_line(error)}{cause}. The "
+        f"`{_first_quoted(text) or 'the command line'}` cannot be applied: {one_line(error)}{cause}. The "
         f"configuration would not be complete. Correct that setting. {_SHOW}"
     )
 
 
-def _unknown_setting(key: str, config_name: str) -> str:
-    """Returns the message for a setting that does not exist, with the names that come close."""
-    known = _known_settings(config_name)
-    parent, _, _ = key.rpartition(".")
+def unread_setting(key: str, known: list[str], *, reason: str | None = None) -> str:
+    """Returns the message for a setting that nothing reads, with the ones there are and those that come close.
+
+    Args:
+        key: its dotted name.
+        known: dotted names of the settings that are read.
+        reason: what is wrong with it, up to the list of those beside it; None for what holds in general.
+    """
+    if key.split(".", maxsplit=1)[0] == "hydra":
+        return f"`{key}` is no setting of Hydra: its value would have no effect. `--cfg hydra` shows every one of its."
+    parent = key.rpartition(".")[0]
     while parent and not any(name.startswith(f"{parent}.") for name in known):
         parent = parent.rpartition(".")[0]
     start = f"{parent}." if parent else ""
-    siblings = sorted({start + name[len(start) :].split(".")[0] for name in known if name.startswith(start)})
+    siblings = dict.fromkeys(name[len(start) :].split(".")[0] for name in known if name.startswith(start))
     where = f"The settings of `{parent}` are" if parent else "The settings and groups are"
-    return (
-        f"`{key}` is no setting of this command: its value would have no effect. {where}: "
-        f"{', '.join(name[len(start) :] for name in siblings)}.{_did_you_mean(key, known)} {_SHOW}"
-    )
+    why = reason or f"is no setting of this command: its value would have no effect. {where}"
+    return f"`{key}` {why}: {', '.join(sorted(siblings))}.{_did_you_mean(key, known)} {_SHOW}"
+
+
+def setting_names(config: DictConfig) -> list[str]:
+    """Returns the dotted names of all settings and blocks of a configuration."""
+    return list(_names(config, ""))
 
 
 def _broken_reference(error: InterpolationKeyError) -> str:
@@ -116,9 +135,23 @@ def _broken_reference(error: InterpolationKeyError) -> str:
 
 
 def _known_settings(config_name: str) -> list[str]:
-    """Returns the names of all settings of a command as it is configured by default."""
+    """Returns the names of all settings of a command with the groups that are chosen on its command line."""
+    chosen = _chosen_groups(sys.argv[1:])
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return list(_names(compose(config_name), ""))
+        try:
+            return setting_names(compose(config_name, chosen))
+        except HydraException:  # a choice is wrong too; one mistake is told at a time
+            return setting_names(compose(config_name))
+
+
+def _chosen_groups(words: Sequence[str]) -> list[str]:
+    """Returns the words of a command line that choose a group's file, the first one where several are to be tried."""
+    chosen = []
+    for word in words:
+        name, is_setting, value = word.partition("=")
+        if is_setting and (CONFIGS / name.lstrip("+").split("@")[0]).is_dir():
+            chosen.append(f"{name}={value.split(',')[0]}")
+    return chosen
 
 
 def _names(config: DictConfig, prefix: str) -> Iterator[str]:
@@ -135,7 +168,8 @@ def _did_you_mean(word: str, known: list[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns what a library says of an error, without what it says of its own insides."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See http")))[
         :300

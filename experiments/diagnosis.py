@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import hypertorch as ht
 from experiments.assembly import build
 from experiments.failures import ExpectedFailure
+from experiments.reads import Reads, check_settings_are_read
 from experiments.reporting import versions
 from experiments.run_folder import command
 from experiments.settings import check_switch, chosen_device, chosen_dtype, listed_names, whole_number
@@ -22,16 +23,18 @@ from experiments.settings import check_switch, chosen_device, chosen_dtype, list
 Row = Mapping[str, Any]
 
 
-def prepare(config: DictConfig, *, resumes: bool = False) -> None:
+def prepare(config: DictConfig, reads: Reads, *, resumes: bool = False) -> None:
     """Checks the settings that every command here reads and no class checks, and applies the number of threads.
 
     Args:
         config: the configuration.
+        reads: what the command reads of it.
         resumes: whether the command can go on with an earlier run.
 
     Raises:
         ExpectedFailure: naming the setting, its value and what to write instead.
     """
+    check_settings_are_read(config, reads)
     whole_number(config, "seed", minimum=0, purpose="it chooses the data and the first weights")
     if resumes:
         check_switch(config, "resume")

@@ -19,6 +19,7 @@ import hypertorch as ht
 from experiments.assembly import EpisodeStreams, build_learner, on_episodes
 from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
+from experiments.reads import Reads, check_settings_are_read
 from experiments.reporting import duration, peak_memory_mib, print_reports, report_as_dict, versions, write_results
 from experiments.run_folder import RunFolder, command, open_folder, read_config
 from experiments.settings import SPLITS, chosen_device, one_of, trusted_packages, whole_number
@@ -31,6 +32,7 @@ _NEEDED = ("dataset", "episodes", "backbone", "learner", "task", "training", "ev
 @failures.reported
 def main(config: DictConfig) -> float:
     """Returns the main figure."""
+    check_settings_are_read(config, Reads(command="evaluate"))
     split = one_of(config, "split", SPLITS)
     num_episodes = whole_number(config, "num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
     if config.seed is not None:

@@ -24,10 +24,12 @@ from rich.console import Console
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
+from experiments.reads import Reads, check_settings_are_read
 from experiments.run_folder import RunFolder, command, read_config, read_results
 from experiments.settings import listed_names, trusted_packages, whole_number
 
 failures = Failures("fewshot_table")
+_READS = Reads(command="fewshot_table", entries=("known_settings.*", "cell_settings.*.*", "published.*.*"))
 _TRAIN = Path(__file__).resolve().parent / "train.py"
 _COLUMNS: tuple[str, ...] = (
     "learner",
@@ -176,6 +178,7 @@ class Cell:
 @failures.reported
 def main(config: DictConfig) -> None:
     """Runs what is missing and writes the table after every cell."""
+    check_settings_are_read(config, _READS)
     if config.data is None and not config.run:
         config.data = "..."  # as the commands of the table have it
     cells = list(planned_cells(config))

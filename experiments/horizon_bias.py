@@ -10,7 +10,7 @@ import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
@@ -20,21 +20,29 @@ from experiments.config_errors import CONFIGS
 from experiments.diagnosis import ascending_lengths, build_problem, json_ready, prepare, run_description, write_csv
 from experiments.diagnosis_plots import plot_horizon_bias
 from experiments.failures import Failures
+from experiments.reads import Reads
 from experiments.reporting import write_results
 from experiments.run_folder import open_folder
 from experiments.settings import whole_number
 
 failures = Failures("horizon_bias")
+_READS = Reads(
+    command="horizon_bias",
+    blocks=(
+        "problem",
+        "implicit",
+    ),
+)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="horizon_bias")
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config)
+    prepare(config, _READS)
     windows, num_steps = ascending_lengths(config, "windows"), ascending_lengths(config, "num_steps")
     horizon = whole_number(config, "horizon", minimum=1, purpose="windows are taken of a run of this length")
-    implicit = None if config.implicit is None else build(config, "implicit")
+    implicit = None if OmegaConf.select(config, "implicit") is None else build(config, "implicit")
     problem = build_problem(config, horizon)
     hparams = problem.init_hparams()
     folder = open_folder(config, HydraConfig.get().overrides.task)

@@ -117,6 +117,11 @@ def choose_folder(config: DictConfig) -> Path:
     )
 
 
+def current_folder() -> RunFolder:
+    """Returns the folder of the current Hydra job, whatever is in it."""
+    return RunFolder(Path(HydraConfig.get().runtime.output_dir))
+
+
 def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
     """Returns the folder of the current Hydra job, with the configuration written or, on resuming, compared.
 
@@ -128,7 +133,7 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
         ExpectedFailure: if a run is there already and is not to be resumed, or it had other settings.
     """
     _refuse_unnamed_sweep(config)
-    folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    folder = current_folder()
     if not folder.config.exists():
         _refuse_missing(config, folder)
         folder.path.joinpath(_OVERRIDES).write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")

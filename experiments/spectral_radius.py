@@ -19,18 +19,20 @@ from experiments.config_errors import CONFIGS
 from experiments.diagnosis import ascending_lengths, build_problem, json_ready, prepare, run_description, write_csv
 from experiments.diagnosis_plots import plot_spectral_radius
 from experiments.failures import Failures
+from experiments.reads import Reads
 from experiments.reporting import write_results
 from experiments.run_folder import open_folder
 from experiments.settings import whole_number
 
 failures = Failures("spectral_radius")
+_READS = Reads(command="spectral_radius", blocks=("problem",))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="spectral_radius")
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config)
+    prepare(config, _READS)
     horizon = whole_number(config, "horizon", minimum=1, purpose="it is the length of the run")
     steps = sorted({*ascending_lengths(config, "steps", minimum=0), horizon - 1})
     problem = build_problem(config, horizon)

@@ -19,6 +19,7 @@ import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the 
 import hypertorch as ht
 from experiments.adaptation_pictures import draw_adaptation
 from experiments.assembly import (
+    TRAINING,
     EpisodeStreams,
     build_learner,
     build_outer_loop,
@@ -30,6 +31,7 @@ from experiments.config_errors import CONFIGS
 from experiments.episode_pictures import draw_episodes
 from experiments.failures import ExpectedFailure, Failures
 from experiments.plots import plot_learning_curve, plot_step_sizes
+from experiments.reads import check_settings_are_read
 from experiments.reporting import (
     duration,
     hardware,
@@ -39,7 +41,7 @@ from experiments.reporting import (
     versions,
     write_results,
 )
-from experiments.run_folder import RunFolder, command, open_folder, read_config
+from experiments.run_folder import RunFolder, command, current_folder, open_folder, read_config
 from experiments.settings import (
     check_training_settings,
     chosen_device,
@@ -59,18 +61,20 @@ failures = Failures("train")
 @failures.reported
 def main(config: DictConfig) -> float:
     """Returns the figure that a sweep optimises: the best validation."""
+    check_settings_are_read(config, TRAINING)
     check_training_settings(config)
     set_threads(config)
     initial = start(config)
-    folder = open_folder(config, HydraConfig.get().overrides.task)
-    console = Console(stderr=True)
-    console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
+    # All of it before the folder becomes a run: a mistake must not leave one behind.
     streams = EpisodeStreams(config=config)
     training, validation = streams.training(), streams.validation()
     learner, trainee = build_learner(config), build_training_learner(config)
     check_same_hparams(trainee, learner)
     source = on_episodes(config, trainee, training)
-    loop = build_outer_loop(config, source, on_episodes(config, learner, validation), folder)
+    loop = build_outer_loop(config, source, on_episodes(config, learner, validation), current_folder())
+    folder = open_folder(config, HydraConfig.get().overrides.task)
+    console = Console(stderr=True)
+    console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     trained = loop.run(config.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
     reports = evaluate_splits(config, learner, streams, trained)
     write_results(folder.results, results(config, trained, reports))

@@ -1,0 +1,255 @@
+"""What nothing reads is refused, in every command, and what is refused is read by nothing."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import experiments.diagnosis
+import experiments.resolvers
+from experiments import benchmark, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train
+from experiments.assembly import TRAINING
+from experiments.config_errors import CONFIGS
+from experiments.failures import ExpectedFailure
+from experiments.fewshot_table import planned_cells
+from experiments.reads import Reads, check_settings_are_read
+from tests.experiments.commands import SINUSOID, TINY, Command
+
+COMMANDS = [benchmark, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train]
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _no_job() -> Iterator[None]:
+    yield
+    HydraConfig.instance().cfg = None
+
+
+@contextmanager
+def configs() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def check_training(*overrides: str) -> None:
+    """As the command begins, without running it."""
+    with configs():
+        config = compose("train", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        OmegaConf.set_struct(config, False)
+        del config["hydra"]
+        OmegaConf.set_struct(config, True)
+        check_settings_are_read(config, TRAINING)
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("word", ["+nonsense.foo=1", "++task_nam=1", "+hydra.foo=1", "+hypergradient@nonsense=reverse"])
+def test_every_command_refuses_what_it_does_not_read(module: ModuleType, word: str, command: Command) -> None:
+    needed = {"evaluate": ["run=nowhere"], "fewshot_table": ["run=false"]}
+    code, error = command(*needed.get(module.__name__.rpartition(".")[2], []), word, module=module)
+    assert code == 1
+    assert error.count("\n") == 1 and error.startswith("error: `"), error
+    assert f"`{re.sub(r'^[+]+|=.*', '', word).rpartition('@')[2]}" in error
+    assert "its value would have no effect" in error
+    assert ("Did you mean task_name?" in error) == ("task_nam" in word)
+
+
+UNREAD = {
+    "a new name": (("+nonsense.foo=1",), ["`nonsense.foo` is no setting", "backbone, dataset, "]),
+    "an empty block": (("+nonsense={}",), ["`nonsense` is no setting"]),
+    "below a plain setting": (("+evaluation.foo=1",), ["`evaluation.foo`", "lr, num_episodes, num_queries"]),
+    "a null that becomes a block": (("+trust.a=1",), ["`trust.a` is no setting"]),
+    "in a table": (("+task.foo=1",), ["`task.foo` is no setting", "of `task` are: image_size"]),
+    "in a table, for another data set": (("run_lengths.full=10",), ["`run_lengths.full` is referred to by nothing"]),
+    "in a table, for another network": (("task.in_features=3",), ["`task.in_features` is referred to by nothing"]),
+    "another command's group": (("+problem=noisy_digits",), ["`problem.", "is no setting"]),
+    "no argument": (("+dataset.num_clases=3",), ["of StrokeCharacters", "Did you mean dataset.num_classes?"]),
+    "no argument of the chosen": (("dataset=omniglot", "+dataset.drawings=3"), ["of Omniglot", "partition, "]),
+    "no argument further down": (
+        ("hypergradient=implicit", "+hypergradient.solver.foo=1"),
+        ["`hypergradient.solver.foo` is no argument of ConjugateGradient", "damping, max_iterations, tolerance"],
+    ),
+    "no argument in a list": (
+        ("+backbone.hooks=[{_target_: hypertorch.dynamics.SGD, foo: 1}]",), ["`backbone.hooks` is no argument"],
+    ),
+    "no argument in a table of objects": (
+        ("+outer_loop.constraints={lr: {_target_: hypertorch.Box, foo: 1}}",), ["`outer_loop.constraints.lr.foo`"],
+    ),
+    "a block that is not built": (("experiment=protonet", "dynamics.lr=0.5"), ["`dynamics.lr`", "builds no"]),
+    "a choice that is not built": (("experiment=protonet", "dynamics=adam"), ["`dynamics`", "builds no `dynamics`"]),
+    "a deletion that does nothing": (("experiment=r2d2", "~dynamics"), ["`dynamics`", "builds no `dynamics`"]),
+    "a deletion of a plain setting": (("~seed",), ["`~seed` deletes a setting that the command reads"]),
+    "a deletion in a table": (("~task.in_features",), ["`~task.in_features` deletes"]),
+    "Hydra's own": (("+hydra.job.foo=1",), ["`hydra.job.foo` is no setting of Hydra"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_what_nothing_reads_is_refused(case: str) -> None:
+    overrides, expected = UNREAD[case]
+    with pytest.raises(ExpectedFailure) as raised:
+        check_training(*overrides)
+    for text in expected:
+        assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("dataset=omniglot", "run_lengths.full=10"),
+        ("run_lengths.short=10",),
+        ("+run_lengths.mine=7", "task.run_length=mine"),
+        ("+mine.lr=0.5", "dynamics.lr=${mine.lr}"),
+        ("+mine={way: 3}", "+mine.shot=2", "episodes.way=${mine.way}", "episodes.shot=${mine.shot}"),
+        ("experiment=sinusoid", "task.in_features=1"),
+        ("+dataset.num_classes=30",),
+        ("+outer_loop.checkpoints.keep=5", "+outer_loop.constraints=null"),
+        ("~outer_loop.scheduler", "~dynamics.momentum", "~debug"),
+        ("~experiment",),
+        ("~hypergradient.derivative", "hydra.job.name=mine", "+hydra.job.env_set.A=b"),
+        ("training.augmentation={_target_: hypertorch.fewshot.Augmentation, flip: true}",),
+        ("task.metric=outer_loss", "task.mode=min"),
+    ],
+)
+def test_what_is_read_is_taken(overrides: tuple[str, ...]) -> None:
+    check_training(*overrides)
+
+
+def readme_commands() -> list[list[str]]:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("scripts/train")]
+    return [rest for _, *rest in words if not any(word.startswith("--") for word in rest)]
+
+
+def test_every_setting_of_the_readme_is_read() -> None:
+    assert len(readme_commands()) > 3
+    for words in readme_commands():
+        check_training(*words)
+
+
+@pytest.mark.slow
+def test_every_setting_of_every_cell_is_read(tmp_path: Path) -> None:
+    with configs():
+        table = compose("fewshot_table")
+        known = ",".join(table.known_settings)
+        cells = list(planned_cells(compose("fewshot_table", [f"data={tmp_path}", f"settings=[{known}]"])))
+    assert len(cells) > 50
+    for cell in cells:
+        check_training(*cell.overrides)
+
+
+def test_what_the_command_passes_itself_is_no_setting(command: Command) -> None:
+    for word, named in (
+        ("+dataset.split=null", "`dataset.split` is None"),
+        ("+episodes.seed=3", "`episodes.seed` is 3"),
+        ("+episodes.dataset=3", "`episodes.dataset` is 3"),
+        ("+learner.backbone=3", "`learner.backbone` is 3"),
+        ("+outer_loop.loggers=[]", "`outer_loop.loggers` is []"),
+        ("+outer_loop.backend=null", "`outer_loop.backend` is None"),
+        ("+outer_loop.checkpoints.directory=x", "`outer_loop.checkpoints.directory` is 'x'"),
+    ):
+        code, error = command(*TINY, word, "paths.run_dir=here")
+        assert code == 1
+        assert error.count("\n") == 1 and named in error and "would have no effect" in error, error
+        assert not Path("here/config.yaml").exists()
+
+
+def test_a_null_is_an_argument(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("hypertorch.fewshot.StrokeCharacters", lambda **given: asked.append(given) or 1 / 0)
+    monkeypatch.setattr("experiments.reads._arguments_of", lambda target: None)
+    with pytest.raises(ZeroDivisionError):
+        command(*TINY, "+dataset.cache_dir=null")
+    assert asked == [{"split": "meta_train", "cache_dir": None}]
+
+
+def test_the_settings_that_are_listed_are_those_of_the_choice(command: Command) -> None:
+    code, error = command("dataset=omniglot", "dataset.foo=1")
+    assert code == 1
+    assert (
+        "The settings of `dataset` are: _target_, download, image_size, partition, progress, root, rotations" in error
+    )
+    code, error = command("--multirun", "dataset=omniglot,strokes", "hypergradient=implicit", "hypergradient.foo=1")
+    assert code == 1 and "_target_, map, residual_tolerance, solver, stationarity_tolerance" in error
+    code, error = command("dataset=omnigolt", "dataset.foo=1")
+    assert code == 1 and "`dataset` is 'omnigolt'" in error and "Did you mean omniglot?" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ("hydra/sweeper=optuna",),
+            "`hydra/sweeper` is 'optuna', which is not installed: it cannot be used. Choose one of",
+        ),
+        (("--multirun", "hydra/launcher=joblib", "seed=1,2"), "`hydra/launcher` is 'joblib', which is not installed"),
+        (("+experiment=maml",), "`+experiment=...` adds a second choice"),
+        (("+experiment=mmal",), "`experiment` is 'mmal'"),
+        (("hydra.foo=1",), "`hydra.foo` is no setting of Hydra"),
+        (("~evaluation.lr",), "`~evaluation.lr` deletes what is not there, or is null already"),
+        (("learner._target_=nonsense.Foo",), "`learner` names 'nonsense.Foo', which cannot be built"),
+        (("hypergradient=implicit", "hypergradient.solver.max_iterations=-1"), "error: `max_iterations` of `Conjugate"),
+    ],
+)
+def test_an_unknown_choice_is_one_line(words: tuple[str, ...], expected: str, command: Command) -> None:
+    code, error = command(*words, "debug=default")
+    assert code == 1
+    assert error.count("\n") == 1 and expected in error, error
+
+
+def test_every_job_of_a_multirun_says_what_it_does_not_read(command: Command) -> None:
+    code, error = command("--multirun", *SINUSOID, "+nonsense.foo=1,2", "paths.sweep_dir=sweep")
+    assert code == 1
+    assert error.count("error: job ") == error.count("`nonsense.foo` is no setting") == error.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "spectral_radius", "horizon_bias", "compare_backends"])
+def test_every_plain_setting_is_read(
+    name: str, command: Command, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded while the command runs, after the check, which looks at everything."""
+    module = {item.__name__.rpartition(".")[2]: item for item in COMMANDS}[name]
+    seen: set[str] = set()
+    original, select = DictConfig._get_impl, OmegaConf.select
+
+    def recording(self: DictConfig, key: object, *given: object, **named: object) -> object:
+        seen.add(self._get_full_key(str(key)))
+        return original(self, key, *given, **named)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def selecting(config: DictConfig, key: str, **named: object) -> object:
+        seen.add(key)
+        return select(config, key, **named)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def unrecorded(config: DictConfig, reads: object) -> None:
+        check_settings_are_read(config, reads)  # pyright: ignore[reportArgumentType]
+        seen.clear()
+
+    monkeypatch.setattr(DictConfig, "_get_impl", recording)
+    monkeypatch.setattr(OmegaConf, "select", selecting)
+    place = module if name in ("train", "evaluate") else experiments.diagnosis
+    monkeypatch.setattr(place, "check_settings_are_read", unrecorded)
+    small = ("problem.num_labellers=2", "problem.scans_each=4", "problem.num_validation=8", "problem.hidden=2")
+    words = {
+        "train": SINUSOID,
+        "evaluate": (f"run={finished}", "num_episodes=2", "dataset_root=null"),
+        "spectral_radius": (*small, "horizon=3", "steps=[0]", "dimension=8"),
+        "horizon_bias": (*small, "horizon=3", "windows=[1]", "num_steps=[2,3]", "implicit.residual_tolerance=null"),
+        "compare_backends": (*small, "num_steps=[2]", "repeats=1", "only=[reverse]"),
+    }
+    code, error = command(*words[name], "paths.run_dir=here", module=module)
+    assert code == 0, error
+    plain = {key for key in Reads(command=name).plain() if not key.startswith("paths.")}
+    blocks = ("problem.", "backends.", "implicit.")
+    unread = {key for key in plain if not key.startswith(blocks)} - seen
+    assert unread <= {"task_name"}, unread  # Hydra reads it, to choose the folder
