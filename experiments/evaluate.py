@@ -20,7 +20,15 @@ from experiments.assembly import EpisodeStreams, build_learner, on_episodes
 from experiments.config_errors import CONFIGS
 from experiments.failures import ExpectedFailure, Failures
 from experiments.reads import Reads, check_settings_are_read
-from experiments.reporting import duration, peak_memory_mib, print_reports, report_as_dict, versions, write_results
+from experiments.reporting import (
+    check_figures,
+    duration,
+    peak_memory_mib,
+    print_reports,
+    report_as_dict,
+    versions,
+    write_results,
+)
 from experiments.run_folder import RunFolder, command, open_folder, read_config
 from experiments.settings import SPLITS, chosen_device, one_of, trusted_packages, whole_number
 
@@ -51,6 +59,12 @@ def main(config: DictConfig) -> float:
         num_episodes=num_episodes,
         progress=True,
     )
+    check_figures({split: report}, f"the best outer variables of {str(run.path)!r}")
+    if trained_as.task.metric not in report.metrics:
+        raise ExpectedFailure(
+            f"`task.metric` of the run is {trained_as.task.metric!r}, which its episodes do not report; "
+            f"they report {', '.join(report.metrics)}. Restore the file, or use another run."
+        )
     write_results(
         folder.results,
         {

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hypertorch as ht
+from experiments.failures import ExpectedFailure
 
 try:
     import resource
@@ -57,6 +58,28 @@ def report_as_dict(report: ht.Report) -> dict[str, dict[str, float | int | None]
         }
         for name, estimate in report.metrics.items()
     }
+
+
+def check_figures(reports: Mapping[str, ht.Report], what: str) -> None:
+    """Checks that every figure is a number.
+
+    An accuracy always is one: where all outputs are NaN, every image is given the first class. Its loss tells.
+
+    Args:
+        reports: by split.
+        what: what was judged, for the message.
+
+    Raises:
+        ExpectedFailure: naming the first figure that is not.
+    """
+    for split, report in reports.items():
+        for name, estimate in report.metrics.items():
+            if not math.isfinite(estimate.mean):
+                raise ExpectedFailure(
+                    f"`{name}` of {what} is {estimate.mean} on {split}: the network's outputs left the finite numbers, "
+                    "so no figure of it says anything. Lower the learning rates (outer_optimizer.lr, dynamics.lr), or "
+                    "bound the hypergradient by outer_loop.clip_norm; the checkpoints stay."
+                )
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:

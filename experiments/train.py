@@ -33,6 +33,7 @@ from experiments.failures import ExpectedFailure, Failures
 from experiments.plots import plot_learning_curve, plot_step_sizes
 from experiments.reads import check_settings_are_read
 from experiments.reporting import (
+    check_figures,
     duration,
     hardware,
     peak_memory_mib,
@@ -77,9 +78,15 @@ def main(config: DictConfig) -> float:
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     trained = loop.run(config.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
     reports = evaluate_splits(config, learner, streams, trained)
+    check_figures(reports, f"the best outer variables of {trained.num_outer_steps} outer steps")
     write_results(folder.results, results(config, trained, reports))
     draw(config, learner, streams, trained, folder)
     show(config, trained, reports, folder)
+    return merit(config, trained, reports)
+
+
+def merit(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report]) -> float:
+    """Returns what a sweep optimises: the best validation, else the evaluation on meta_val, else the first there is."""
     if trained.best_value is not None:
         return trained.best_value
     return reports.get("meta_val", next(iter(reports.values()))).metrics[config.task.metric].mean

@@ -37,10 +37,13 @@ def test_nine_learners_are_planned_in_every_setting(tmp_path: Path) -> None:
 
 
 def finished(cell: Cell) -> None:
-    figures = {"accuracy": {"mean": 0.98765, "half_width_95": 0.0031, "num_episodes": 600}}
+    means = {"meta_train": (0.99887, 0.0012), "meta_val": (0.9, 0.0456), "meta_test": (0.98765, 0.0031)}
     cell.folder.path.mkdir(parents=True)
     results = {
-        "metrics": dict.fromkeys(("meta_train", "meta_val", "meta_test"), figures),
+        "metrics": {
+            split: {"accuracy": {"mean": mean, "half_width_95": width, "num_episodes": 600}}
+            for split, (mean, width) in means.items()
+        },
         "seed": 0, "training_minutes": 12.4, "device": "cpu", "torch_threads": 2,
     }  # fmt: skip
     cell.folder.results.write_text(json.dumps(results))
@@ -53,7 +56,8 @@ def test_what_was_not_run_is_said_to_be_not_run(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()))
     assert rows[0]["accuracy (%)"] == "98.77 ± 0.31" and rows[0]["minutes"] == "12"
     assert rows[0]["published (%)"] == "98.7 ± 0.4"
-    assert rows[0]["gap (train - test)"] == "0.00"
+    assert rows[0]["meta-train"] == "99.89 ± 0.12" and rows[0]["meta-val"] == "90.00 ± 4.56"
+    assert rows[0]["gap (train - test)"] == "1.12" and rows[0]["hardware"] == "cpu, 2 threads"
     assert all(row["accuracy (%)"] == NOT_RUN and not row["minutes"] for row in rows[1:])
     assert all(row["command"].startswith("scripts/train experiment=") for row in rows)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -70,7 +74,7 @@ def test_a_finished_cell_is_shown_with_its_own_command_and_only_what_was_judged(
     row = cell.row(str(tmp_path))
     assert row["command"] == "scripts/train experiment=maml learner.num_steps=9 dataset.root=.../omniglot"
     assert row["accuracy (%)"] == "not evaluated" and row["gap (train - test)"] == ""
-    assert row["meta-val"] == "98.77 ± 0.31" and row["hardware"] == "cpu, abacus, 2 threads"
+    assert row["meta-val"] == "90.00 ± 4.56" and row["hardware"] == "cpu, abacus, 2 threads"
 
 
 def test_a_finished_cell_of_other_settings_is_not_taken_for_the_one_asked_for(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from omegaconf import OmegaConf
 import hypertorch as ht
 from experiments import evaluate, train
 from experiments.assembly import EpisodeStreams
+from experiments.run_folder import RunFolder
 from hypertorch.fewshot import HyperRepresentation, Learner
+from hypertorch.outer.checkpoints import load_checkpoint
 from tests.experiments.commands import SINUSOID, TINY, Command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -228,6 +233,10 @@ FAILURES = {
         ("experiment=maml", "dynamics.lr=1e38", "learner.num_steps=3"),
         ["NaN or infinity", "inner step"],
     ),
+    "finite variables without finite outputs": (
+        ("experiment=maml", "outer_optimizer=sgd", "outer_optimizer.lr=1e38", "outer_loop.num_outer_steps=1"),
+        ["`outer_loss` of the best outer variables of 1 outer steps is nan on meta_train", "outer_optimizer.lr"],
+    ),
     "evaluation on no split": (("evaluation.splits=[]",), ["`evaluation.splits` is []", "example"]),
     "evaluation on an unknown split": (
         ("evaluation.splits=[test]",),
@@ -289,6 +298,46 @@ def test_a_mistake_gives_one_message(case: str, command: Command) -> None:
     assert error.count("error: ") == 1
     for text in expected:
         assert text in error, error
+
+
+def test_a_last_step_into_infinity_leaves_no_result(command: Command, tmp_path: Path) -> None:
+    words = (*SINUSOID, "outer_optimizer=sgd", "outer_optimizer.lr=1e38", "paths.run_dir=here")
+    code, error = command(*words, "outer_loop.num_outer_steps=1")
+    assert code == 1
+    assert "holds NaN or infinity after 1 outer steps" in error and "Lower the outer learning rate" in error, error
+    assert not list((tmp_path / "here").rglob("*.safetensors"))
+    assert not (tmp_path / "here/results.json").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_not_evaluated(value: float, finished: Path, command: Command, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "own")
+    file = tmp_path / "own/checkpoints/hparams.safetensors"
+    hparams = ht.load_hparams(file)
+    next(iter(hparams.values())).view(-1)[0] = value
+    ht.save_hparams(file, hparams)
+    for words, module in ((("run=own",), evaluate), ((*SINUSOID, "start_from=own"), train)):
+        code, error = command(*words, module=module)
+        assert code == 1
+        assert error.count("\n") == 1 and "holds NaN or infinity in" in error, error
+
+
+def test_an_unfinished_run_is_evaluated_by_its_newest_checkpoint(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "own")
+    folder = RunFolder(tmp_path / "own")
+    config = OmegaConf.create({"device": "cpu"})
+    best = ht.load_hparams(folder.hparams)
+    folder.hparams.unlink()
+    first, second = ht.Checkpoints(folder.checkpoints).paths()
+    for path, value in ((first, 1.0), (second, 2.0)):
+        changed = replace(load_checkpoint(path, remedy=""), best_hparams={n: v * 0 + value for n, v in best.items()})
+        ht.Checkpoints(folder.checkpoints).save(changed)
+    assert all(bool((value == 2.0).all()) for value in evaluate.load_best(folder, config).values())
+    assert f"evaluating {second.name}" in capsys.readouterr().err
+    ht.save_hparams(folder.hparams, best)
+    assert all(torch.equal(value, best[name]) for name, value in evaluate.load_best(folder, config).items())
 
 
 def test_evaluation_of_no_run_gives_one_message(command: Command) -> None:
