@@ -158,9 +158,16 @@ def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
             f"`{path}` is a checkpoint of version {texts.get('version')!r}; this release of hypertorch reads version "
             f"{_VERSION!r} only. Resume with the release that wrote it, or start again in another folder."
         )
-    state = json.loads(texts["state"])
-    entries = {name: {key: tensors[f"{name}/{key}"] for key in keys} for name, keys in state.pop("order").items()}
-    return Checkpoint(**entries, **{name: decode(value, tensors) for name, value in state.items()})
+    try:
+        state = json.loads(texts["state"])
+        entries = {name: {key: tensors[f"{name}/{key}"] for key in keys} for name, keys in state.pop("order").items()}
+        return Checkpoint(**entries, **{name: decode(value, tensors) for name, value in state.items()})
+    # Whoever can write a checksum can write any header. What a header of ours never has is one of these.
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"`{path}` has a header that no run writes ({type(error).__name__}: {error}): its content was altered. "
+            f"{remedy}"
+        ) from error
 
 
 def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> None:

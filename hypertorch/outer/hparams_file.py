@@ -9,6 +9,7 @@ import torch
 
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.checkpoints import load_checkpoint
+from hypertorch.outer.finiteness import check_finite
 from hypertorch.outer.tensor_files import read_tensor_file, write_tensor_file
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -43,6 +44,7 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
 
     Raises:
         CheckpointError: if there is no such file, or it is damaged or of another kind.
+        NonFiniteError: if they hold NaN or infinity.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,10 +55,18 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
             f"`path` is {str(path)!r}, where there is no file: a run writes `{HPARAMS_FILE}` into the folder of its "
             "checkpoints when it ends. Finish the run with `resume=True`, or pass one of its checkpoints."
         )
-    tensors, texts = read_tensor_file(path, remedy="Use another checkpoint of the run, or write the file again.")
+    remedy = "Use another checkpoint of the run, or write the file again."
+    tensors, texts = read_tensor_file(path, remedy=remedy)
     if texts.get("format") == _FORMAT:
-        hparams = {name: tensors[name] for name in json.loads(texts["order"])}
+        try:
+            hparams = {name: tensors[name] for name in json.loads(texts["order"])}
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"`{path}` has a header that `save_hparams` never writes ({type(error).__name__}: {error}): its "
+                f"content was altered. {remedy}"
+            ) from error
     else:
         checkpoint = load_checkpoint(path, remedy="Pass a file that `save_hparams` or `Checkpoints` wrote.")
         hparams = checkpoint.best_hparams or checkpoint.hparams
+    check_finite(hparams, where=f"in {str(path)!r}", remedy="Use another checkpoint of the run, or train again.")
     return {name: value.to(device) for name, value in hparams.items()}

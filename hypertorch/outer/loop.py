@@ -16,6 +16,7 @@ from hypertorch.hypergradients import Hypergradient, hypergradient_task_route
 from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
+from hypertorch.outer.finiteness import check_finite
 from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
 from hypertorch.outer.interrupts import uninterrupted
 from hypertorch.outer.loggers import Logger
@@ -162,7 +163,9 @@ class OuterLoop:
                 the validation's metric names nothing, a metric has a name that the loop logs another figure under, or
                 `start_from` are not the outer variables of the source.
             CheckpointError: if a checkpoint is damaged, of another problem or in the way, or cannot be written.
-            NonFiniteError: if NaN or infinity appears; names the outer step, the inner step and the entry.
+            NonFiniteError: if NaN or infinity appears in a hypergradient (names the outer step, the inner step and the
+                entry), or in the outer variables. Those are checked before every validation and checkpoint and at the
+                end, so neither a checkpoint nor the result ever holds it.
             HypertorchError: whatever else the hypergradient raises.
         """
         _check_count("num_outer_steps", num_outer_steps, "outer steps to take")
@@ -213,6 +216,7 @@ class OuterLoop:
 
     def _conclude(self, state: OuterState) -> Trained:
         hparams = state.copy_hparams()
+        _check_finite(state, self.checkpoints)
         best = state.best_hparams or hparams
         if self.checkpoints is not None:
             save_hparams(self.checkpoints.directory / HPARAMS_FILE, best)
@@ -349,6 +353,7 @@ class _Run:
         validation, state = self._loop.validation, self._state
         if validation is None:
             return
+        _check_finite(state, self._loop.checkpoints)
         report = self._evaluate(validation, num_episodes=validation.num_episodes)
         value = validation.figure(report)
         with uninterrupted():
@@ -385,12 +390,23 @@ class _Run:
         """Writes a checkpoint, unless there is nothing new since the last."""
         if self._loop.checkpoints is None or self._state.step == 0 or self._saved == self._position():
             return
+        _check_finite(self._state, self._loop.checkpoints)
         self._state.seconds = self._stopwatch.seconds
         self._loop.checkpoints.save(self._state.capture())
         self._saved = self._position()
 
     def _position(self) -> tuple[int, int]:
         return self._state.step, self._state.validated_step
+
+
+def _check_finite(state: OuterState, checkpoints: Checkpoints | None) -> None:
+    newest = None if checkpoints is None else checkpoints.newest()
+    kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
+    check_finite(
+        state.hparams,
+        where=f"after {state.step} outer steps",
+        remedy=(f"Lower the outer learning rate, or bound the hypergradient by `clip_norm`.{kept}"),
+    )
 
 
 def _validation_figures(report: Report) -> dict[str, float]:

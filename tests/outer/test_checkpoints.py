@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hypertorch.errors import CheckpointError
+from hypertorch.errors import CheckpointError, NonFiniteError
 from hypertorch.outer import tensor_files
 from hypertorch.outer.checkpoints import Checkpoint, Checkpoints
 from hypertorch.outer.encoding import decode, encode
@@ -276,3 +276,32 @@ def test_a_checkpoint_gives_its_best_hparams(tmp_path: Path) -> None:
 def test_an_unfinished_run_has_no_hparams_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no file: a run writes .*Finish the run with `resume=True`"):
         load_hparams(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outer_variables_that_are_no_numbers_are_not_loaded(value: float, tmp_path: Path) -> None:
+    path = tmp_path / "hparams.safetensors"
+    save_hparams(path, {"fine": torch.ones(2), "weights": torch.tensor([1.0, value])})
+    with pytest.raises(
+        NonFiniteError, match=r"`hparams\['weights'\]` holds NaN or infinity in '.*hparams.safetensors'"
+    ):
+        load_hparams(path)
+
+
+@pytest.mark.parametrize(
+    "state", ["nothing", "[]", "{}", '{"order": {"hparams": ["gone"]}}', '{"order": 3}', "[" * 9999]
+)
+def test_a_foreign_header_with_a_right_checksum_is_refused(state: str, tmp_path: Path) -> None:
+    path = tmp_path / "step_00000001.safetensors"
+    texts = {"format": "hypertorch.checkpoint", "version": "1", "state": state}
+    tensor_files.write_tensor_file(path, {"x": torch.ones(1)}, texts)
+    with pytest.raises(CheckpointError, match="has a header that no run writes.*was altered"):
+        load_hparams(path)
+
+
+@pytest.mark.parametrize("order", ["nothing", '["gone"]', "3", "[" * 9999])
+def test_foreign_names_with_a_right_checksum_are_refused(order: str, tmp_path: Path) -> None:
+    path = tmp_path / "hparams.safetensors"
+    tensor_files.write_tensor_file(path, {"x": torch.ones(1)}, {"format": "hypertorch.hparams", "order": order})
+    with pytest.raises(CheckpointError, match=r"has a header that `save_hparams` never writes.*was altered"):
+        load_hparams(path)

@@ -15,7 +15,7 @@ from torch import Tensor
 import hypertorch as ht
 from hypertorch import outer
 from hypertorch.bound_problem import BoundProblem
-from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
+from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, NonFiniteError
 from hypertorch.hypergradients import Forward
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import normal, scalars
@@ -403,3 +403,9 @@ def test_a_context_is_refused() -> None:
     problem = regression(context=lambda h, b: {"more": h["start"]})
     with pytest.raises(IncompatibleBackendError, match="a `context`, which is computed anew"):
         ht.RealTime(problem, optimizer=FROZEN, every=2).run(4)
+
+
+def test_infinity_after_the_last_update_is_refused() -> None:
+    # Finite in double precision as a gradient and as a factor, not as their product.
+    with pytest.raises(NonFiniteError, match=r"`hparams\['\w+'\]` holds NaN or infinity after 1 outer steps"):
+        ht.RealTime(regression(), optimizer=partial(torch.optim.SGD, lr=1e308 * 1.7), every=2).run(2)

@@ -1,0 +1,28 @@
+"""Whether outer variables are numbers that something can be computed from."""
+
+from __future__ import annotations
+
+from hypertorch import tree
+from hypertorch.errors import NonFiniteError
+from hypertorch.types import TensorMapping
+
+
+def check_finite(hparams: TensorMapping, *, where: str, remedy: str) -> None:
+    """Raises if an outer variable holds NaN or infinity.
+
+    Cost: one pass over the outer variables; it waits for the accelerator once.
+
+    Args:
+        hparams: the outer variables.
+        where: when or where they are so, a clause of the message.
+        remedy: what to do, the end of the message.
+
+    Raises:
+        NonFiniteError: naming the first such variable.
+    """
+    if tree.all_finite(hparams.values()):
+        return
+    name = next(name for name, value in hparams.items() if not tree.all_finite([value]))
+    raise NonFiniteError(
+        f"`hparams[{name!r}]` holds NaN or infinity {where}: nothing can be computed from it. {remedy}"
+    )
