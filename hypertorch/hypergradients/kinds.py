@@ -11,6 +11,7 @@ from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorT
 import torch
 from torch import nn
 
+from hypertorch.dynamics import Dynamics
 from hypertorch.functional import FunctionalModule
 from hypertorch.problem import BilevelProblem
 
@@ -26,8 +27,7 @@ def kind_of(problem: BilevelProblem) -> Hashable:
 
     Cost: some microseconds for each attribute, and about three for every part of a module.
     """
-    numbers = tuple((name, value) for name, value in _attributes(problem.dynamics) if type(value) in (int, float))
-    return _kind(problem.inner), _kind(problem.outer), _mark(problem.context), _kind(problem.dynamics), numbers
+    return _kind(problem.inner), _kind(problem.outer), _mark(problem.context), _mark(problem.dynamics)
 
 
 def _kind(thing: object, depth: int = 4) -> Hashable:
@@ -47,6 +47,9 @@ def _mark(value: object, depth: int = 4) -> Hashable:
         return value.__qualname__, type(value.__self__)
     if not depth:
         return type(value)
+    if isinstance(value, Dynamics):  # one that wraps others holds them as attributes
+        numbers = tuple((name, inside) for name, inside in _attributes(value) if type(inside) in (int, float))
+        return _kind(value, depth - 1), numbers
     if isinstance(value, FunctionalModule):
         return FunctionalModule, _mark(value.module, depth)
     if isinstance(value, nn.Module):

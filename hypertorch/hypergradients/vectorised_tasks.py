@@ -61,8 +61,9 @@ def _explained() -> Iterator[None]:
         if not re.search("vmap|batching rule|batched tensor|functorch", str(error), flags=re.IGNORECASE):
             raise
         raise NotVectorisableError(
-            f"the inner problem cannot be vectorised (by vmap) over tasks. PyTorch says: {str(error).splitlines()[0]} "
-            "Run the tasks one by one with `task_route='loop'`."
+            "the inner problem cannot be vectorised (by vmap) over tasks. PyTorch says: "
+            f"{str(error).splitlines()[0].removesuffix('.')}",
+            "Run the tasks one by one with `task_route='loop'`.",
         ) from error
 
 

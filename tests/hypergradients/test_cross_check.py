@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -151,6 +152,23 @@ def test_kinds() -> None:
         ht.BilevelProblem(Extra("nothing"), others[0].outer, dynamics=ht.dynamics.Adam(lr=0.02), num_steps=10)
     )
     assert len({kind_of(each) for each in [problem("nothing"), *others]}) == 4
+
+
+def test_kinds_look_into_dynamics_that_wrap_others() -> None:
+    rules = [
+        wrap(rule)
+        for wrap in (
+            lambda rule: ht.dynamics.Clipped(rule, max_norm=1.0),
+            lambda rule: ht.dynamics.LearnedBuffers(rule),
+            lambda rule: ht.dynamics.Groups({"*": rule}),
+        )
+        for rule in (
+            ht.dynamics.SGD(lr=0.1, momentum=0.9),
+            ht.dynamics.SGD(lr=0.2, momentum=0.9),
+            ht.dynamics.SGD(lr=0.1, momentum=0.9, nesterov=True),
+        )
+    ]
+    assert len({kind_of(replace(problem("nothing"), dynamics=rule)) for rule in rules}) == len(rules) == 9
 
 
 def made(extra: Callable[[Tensor], Tensor]) -> ht.BilevelProblem:
