@@ -27,8 +27,8 @@ class FunctionalModule:
 
     Raises:
         TypeError: if it is no module.
-        IncompatibleBackendError: if a part of it has no right second derivative in PyTorch: weight normalisation, an
-            embedding with sparse gradients, or what is compiled already.
+        IncompatibleBackendError: if a part of it has no right second derivative in PyTorch: weight normalisation, or an
+            embedding with sparse gradients.
 
     Attributes:
         buffers: names of the module's buffers (running statistics), for `InnerProblem.buffers`.
@@ -50,7 +50,12 @@ class FunctionalModule:
         return {**vars(self), "_slots": None}
 
     def init_params(self) -> TensorDict:
-        """Returns copies of the module's trainable parameters and of its buffers, by name."""
+        """Returns copies of the module's trainable parameters and of its buffers, by name.
+
+        Raises:
+            IncompatibleBackendError: if a part of the module is compiled already.
+        """
+        _refuse_compiled(self.module)
         params = {name: value.detach().clone() for name, value in self.module.named_parameters() if value.requires_grad}
         return {**params, **{name: value.detach().clone() for name, value in self.module.named_buffers()}}
 
@@ -133,11 +138,17 @@ def _refuse_parts(module: nn.Module) -> None:
                 "takes no second derivative: no hypergradient goes through it. Build it with `sparse=False` (an "
                 "`EmbeddingBag` has none then either: write it as `nn.Embedding(...)(tokens).mean(dim=1)`)."
             )
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    """Raises if a part of a module is compiled: not where it is handed over, since it may serve without training."""
+    for name, part in module.named_modules():
         if _is_compiled(part):
+            where = f"at `{name}`" if name else "itself"
             raise IncompatibleBackendError(
                 f"`module` is compiled already ({where}, by `torch.compile`, `.compile()` or TorchScript), and PyTorch "
-                "takes no second derivative of compiled code. Hand over the plain module, and let "
-                "`Reverse(compile=True)` compile the step with its derivative."
+                "takes no second derivative of compiled code: its params cannot be trained in an inner loop. Hand over "
+                "the plain module, and let `Reverse(compile=True)` compile the step with its derivative."
             )
 
 

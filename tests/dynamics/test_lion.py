@@ -143,7 +143,9 @@ def test_a_learnt_first_momentum_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["beta1", "beta2"])
-@pytest.mark.parametrize("setting", [Hyper("beta"), {"first": 0.9, "*": Hyper("beta", torch.sigmoid)}], ids=repr)
+@pytest.mark.parametrize(
+    "setting", [Hyper("beta"), {"first": 0.9, "*": Hyper("beta", torch.sigmoid)}], ids=["alone", "in a group"]
+)
 def test_learnt_betas_are_refused(name: str, setting: object) -> None:
     message = (
         rf"`{name}` of `Lion` is .*Hyper.*its hypergradient is exactly zero: it acts through the sign.*as a number"
