@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from hypertorch import tree
 from hypertorch.derivatives import load_forward_mode, with_room
 from hypertorch.noise import generator_states, preserved_generators, set_generators
+from hypertorch.recomputation import saving_nothing
 from hypertorch.types import Batch, TensorDict
 
 LossFunction = Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
@@ -240,12 +240,8 @@ def _own_view(param: Tensor, keep_path: bool) -> Tensor:
 
 def _gradient_saving_nothing(output: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
     """Returns what `torch.autograd.grad` does; a graph that it makes keeps no tensor, and cannot be gone through."""
-    with saved_tensors_hooks(_drop, _drop):
+    with saving_nothing():
         return torch.autograd.grad(output, inputs, **options)
-
-
-def _drop(_: object) -> Any:
-    return None
 
 
 def _own(param: Tensor) -> Tensor:

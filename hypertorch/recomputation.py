@@ -71,11 +71,23 @@ def _wrap_hooks() -> None:
     saved_tensors_hooks.__enter__ = enter_holding  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def saving_nothing() -> saved_tensors_hooks:
+    """Surrounds operations whose graph is never gone through: it keeps no tensor."""
+    return saved_tensors_hooks(_drop, _drop)
+
+
+def _drop(_: object) -> Any:
+    return None
+
+
 def _are_nested() -> bool:
-    """Returns whether hooks are active already, or nobody can tell."""
+    """Returns whether hooks of a checkpoint are active already, or nobody can tell."""
     autograd: Any = getattr(torch._C, "_autograd", None)
     top: Any = getattr(autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+    if top is None:
+        return True
+    active = top(True)
+    return active is not None and active[0] is not _drop
 
 
 def _wrap_reentrant_checkpoint() -> None:
