@@ -106,11 +106,13 @@ def check_settings_are_read(config: DictConfig, reads: Reads) -> None:
             unread.append(name)
     if unread:
         known = [name for name in setting_names(config) if not any(_is_in(key, name) for key in unread)]
+        # Of a table, it may be one that another choice refers to.
+        of_a_table = unread[0].split(".")[0] in reads.tables
         is_added = all(
             item.is_add() or item.is_force_add() for item in overrides if _is_in(unread[0], item.key_or_group)
         )
         reason = "is referred to by nothing that this run builds: its value would have no effect. It uses"
-        raise ExpectedFailure(unread_setting(unread[0], known, reason=None if is_added else reason))
+        raise ExpectedFailure(unread_setting(unread[0], known, reason=reason if of_a_table and not is_added else None))
     for key in dict.fromkeys(reads.block_of(name) for name, _ in _leaves(config)):
         block = None if key is None else OmegaConf.select(config, key)
         if key is not None and isinstance(block, DictConfig):

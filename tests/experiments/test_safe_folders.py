@@ -238,7 +238,7 @@ def test_a_class_of_a_package_of_ones_own_is_built_once_it_is_trusted(
 
 @pytest.mark.parametrize("word", ["trust=[]", "trust=[3]", 'trust=["a b"]', "trust={a: b}"])
 def test_what_is_no_package_is_not_trusted(word: str, finished: Path, command: Command) -> None:
-    refused(command(f"run={finished}", word, module=evaluate), "`trust`")
+    refused(command(f"run={finished}", word, module=evaluate), "`trust")
 
 
 def test_trust_that_does_nothing_is_refused(command: Command) -> None:
