@@ -226,6 +226,8 @@ def test_the_graph_of_gradient_descent_holds_nothing_and_of_a_learnt_step_size_a
         extra = scalars(lr=0.1) if isinstance(lr, Hyper) else {}
         return saved_tensors(without(net_problem(SGD(lr=lr), extra, num_steps=num_steps), "weights"), backend)
 
+    for lr in (0.1, Hyper("lr")):
+        peak(4, lr, FirstOrder())  # the first of its kind is looked at for side effects
     assert peak(40, 0.1, FirstOrder()) == peak(4, 0.1, FirstOrder())
     # The gradients of two params.
     assert peak(40, Hyper("lr"), FirstOrder()) - peak(20, Hyper("lr"), FirstOrder()) == 20 * 2
