@@ -178,20 +178,29 @@ def test_no_graph_is_left_and_no_grad_is_written() -> None:
 
 
 class ForgetfulInner(ht.InnerProblem):
-    """Breaks the replay rule: its data come from a counter of its own."""
+    """Breaks the replay rule, once `share` is 1: its data come from a counter of its own."""
 
     def __init__(self) -> None:
         self.calls = 0
+        self.share = torch.zeros((), dtype=F64)
 
     def init_params(self, hparams: TensorDict) -> TensorDict:
         return {"w": torch.zeros(2, dtype=F64)}
 
     def batch(self, step: int) -> Batch:
         self.calls += 1
-        return torch.tensor(float(self.calls), dtype=F64)
+        return 1.0 + self.share * (self.calls - 1)
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
         return (params["w"] - hparams["c"] * batch).square().sum()
+
+
+def forgetful(inner: ForgetfulInner, num_steps: int) -> ht.BilevelProblem:
+    """Returns a problem that forgets, of a kind that was looked at for side effects when it did not."""
+    problem = ht.BilevelProblem(inner, ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=num_steps)
+    ht.hypergradient(problem, problem.init_hparams(), backend=Reverse())
+    inner.share, inner.calls = torch.ones((), dtype=F64), 0
+    return problem
 
 
 class ForgetfulOuter(ht.OuterProblem):
@@ -211,7 +220,7 @@ class ForgetfulOuter(ht.OuterProblem):
     ],
 )  # fmt: skip
 def test_data_that_change_on_replay_are_noticed(backend: Reverse, step: int) -> None:
-    problem = ht.BilevelProblem(ForgetfulInner(), ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=6)
+    problem = forgetful(ForgetfulInner(), 6)
     with pytest.raises(ReplayError, match=rf"`w` after inner step {step} differs .*no iterator, no counter"):
         ht.hypergradient(problem, problem.init_hparams(), backend=backend)
 
@@ -224,12 +233,10 @@ def test_a_single_step_that_changes_on_replay_is_noticed_wherever_it_is() -> Non
 
         def batch(self, step: int) -> Batch:
             self.calls += step == self.forgotten
-            return torch.tensor(float(self.calls if step == self.forgotten else 1), dtype=F64)
+            return 1.0 + self.share * (self.calls - 1 if step == self.forgotten else 0)
 
     for forgotten in range(6):
-        problem = ht.BilevelProblem(
-            ForgetsOnce(forgotten), ForgetfulOuter(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=7
-        )
+        problem = forgetful(ForgetsOnce(forgotten), 7)
         for backend in (Reverse(snapshots=1), Reverse(snapshots=2), Reverse(snapshots=4), Reverse(checkpoint_every=1)):
             with pytest.raises(ReplayError, match="`w` after inner step"):
                 ht.hypergradient(problem, problem.init_hparams(), backend=backend)
