@@ -69,8 +69,10 @@ def worst(verdicts: Iterable[Verdict]) -> Word:
 
 
 def advice_of(message: str) -> str:
-    """Returns what a refusal says to do: its last sentence."""
-    return re.split(r"(?<=[.)`]) (?=[A-Z])", message.strip())[-1]
+    """Returns what a refusal says to do: from its last imperative on."""
+    # What it quotes of PyTorch before that may end without a full stop.
+    starts = [found.start() for found in re.finditer(r"(?<= )(Pass|Push|Run|Shorten|Use|Write) ", message)]
+    return message[starts[-1] :] if starts else re.split(r"(?<=[.)`]) (?=[A-Z])", message.strip())[-1]
 
 
 def _counts(own: Results) -> str:

@@ -33,6 +33,7 @@ class Sample:
         name: database, operation and number of the sample, such as `operators/det/0`.
         start: the tensors that the function is differentiated in, in float64.
         buffers: tensors that are carried along.
+        undefined: why it has no derivative; empty if it has one.
         function: returns outputs of any structure, and the new values of the buffers.
     """
 
@@ -40,6 +41,7 @@ class Sample:
     start: TensorDict
     function: Function
     buffers: TensorDict = field(default_factory=dict)
+    undefined: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -79,6 +81,12 @@ OPERATIONS: dict[str, OpInfo] = {
     info.full_name: info for info in op_db if info.supports_gradgrad and info.supports_dtype(F64, "cpu")
 }
 """Every operation that PyTorch says has a second derivative, by name."""
+
+UNDEFINED: dict[str, str] = dict.fromkeys(
+    ("nn.functional.max_unpool1d", "nn.functional.max_unpool2d", "nn.functional.max_unpool3d"),
+    "no function of its inputs where an index occurs twice; PyTorch's own tests differentiate the samples of `.grad`",
+)
+"""Operations whose samples in the database have no defined derivative, and why."""
 
 MODULES: dict[str, ModuleInfo] = {info.name: info for info in module_db if F64 in info.dtypes}
 """Every module of PyTorch's database, by name."""
@@ -120,7 +128,7 @@ def _operation_sample(name: str, info: OpInfo, sample: SampleInput) -> Sample:
         return sample.output_process_fn_grad(outputs), {}
 
     start = {f"input{place}": leaves[place].detach().clone() for place in places}
-    return Sample(name=name, start=start, function=function)
+    return Sample(name=name, start=start, function=function, undefined=UNDEFINED.get(info.full_name, ""))
 
 
 def module_samples(name: str, most: int) -> list[Sample]:

@@ -58,6 +58,11 @@ def test_the_page_shows_the_worst_and_gathers_advice() -> None:
     assert "- **Write it out, or use `Reverse()`.** (`Forward()`)\n  `x`" in text
 
 
+def test_advice_behind_a_quotation_is_found() -> None:
+    message = "it cannot be vectorised. PyTorch says: Feel free to file an issue! Push one at a time with `Forward()`."
+    assert advice_of(message) == "Push one at a time with `Forward()`."
+
+
 def test_words() -> None:
     assert worst([RIGHT, REFUSED, Verdict("wrong")]) == "wrong"
     assert advice_of(REFUSED.text) == "Write it out, or use `Reverse()`."

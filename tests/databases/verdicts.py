@@ -165,6 +165,8 @@ class _Judge:
     @cached_property
     def reason_not_to_judge(self) -> str | None:
         """Why no derivative can be told here."""
+        if self.sample.undefined:
+            return self.sample.undefined
         if self.sample.rounds:
             return "rounds to a lower precision"
         try:
