@@ -141,7 +141,7 @@ def check_arguments(block: DictConfig, key: str, *, skipped: tuple[str, ...] = (
                 unread_setting(
                     full,
                     [f"{key}.{one}" for one in taken],
-                    reason=f"is no argument of {target}, so nothing would come of it. It takes",
+                    reason=f"is no argument of {target}, so it would have no effect. It takes",
                 )
             )
         for inner, value in _inner_blocks(block, str(name), full):

@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class TorchOptim(GradientDynamics):
     apart.
 
     Args:
-        optimizer: the class.
+        optimizer: the class, or a `functools.partial` of it with arguments by name, as a configuration makes one.
         options: its arguments by name. Numbers may be any setting (a schedule, a `Hyper`), also inside `betas`.
 
     Raises:
@@ -96,6 +96,10 @@ class TorchOptim(GradientDynamics):
     options: Mapping[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        given: object = self.optimizer
+        if isinstance(given, partial) and not given.args:
+            object.__setattr__(self, "optimizer", given.func)
+            object.__setattr__(self, "options", {**given.keywords, **self.options})
         check_class(self.optimizer)
         _ = self._template  # which checks the options
 

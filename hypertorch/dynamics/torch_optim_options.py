@@ -72,8 +72,8 @@ def check_class(optimizer: Any) -> None:
         )
     if isinstance(optimizer, functools.partial):
         raise TypeError(
-            f"`optimizer` is a partial of {optimizer.func!r}: its arguments could not be read as settings. Pass the "
-            f"class and its options, as in {example}."
+            f"`optimizer` is a partial of {optimizer.func!r} with arguments by place: they could not be read as "
+            f"settings. Pass the class and its options by name, as in {example}."
         )
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         raise TypeError(f"`optimizer` is {optimizer!r}, not a class of `torch.optim`. Pass one, as in {example}.")

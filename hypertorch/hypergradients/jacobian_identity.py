@@ -100,14 +100,14 @@ class Products:
     def fault(self, found: float, names: Sequence[str]) -> str | None:
         """Returns how a number differs from `<J'u, v>`, in words; None if it does not.
 
-        What is infinite or NaN to begin with is not judged: a run says more of it.
+        What is infinite or NaN by either way is not judged: a run refuses it, and says more of it.
 
         Args:
             found: the number, by the way that is judged.
             names: of the entries of `v`: all of the variables, of the params or of the optimiser's buffers, or one.
         """
         expected = self.of_inputs(self._vjps, names)
-        if not math.isfinite(expected):
+        if not (math.isfinite(expected) and math.isfinite(found)):
             return None
         gap, size = abs(found - expected), math.sqrt(len(names))
         terms = math.hypot(*(_norm(self._vjps[name]) / self._sizes[name] for name in names))

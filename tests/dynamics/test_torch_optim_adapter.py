@@ -380,6 +380,12 @@ def test_an_infinite_derivative_is_an_error(optimizer: Any, options: dict, backe
         ht.hypergradient(problem, problem.init_hparams(), backend=backend)
 
 
+def test_a_partial_of_a_class_is_the_class_with_options() -> None:
+    rule = TorchOptim(partial(optim.Adamax, lr=0.3, eps=1e-3), options={"lr": Hyper("lr")})
+    assert rule.optimizer is optim.Adamax
+    assert rule.options == {"lr": Hyper("lr"), "eps": 1e-3}
+
+
 # Refusals
 
 
@@ -438,7 +444,7 @@ class Doubled(optim.SGD):
     ("optimizer", "options", "error", "message"),
     [
         (optim.Adam([torch.zeros(1)]), {}, TypeError, "an instance of Adam: the tensors it holds.*Pass the class"),
-        (partial(optim.Adam, lr=0.1), {}, TypeError, "`optimizer` is a partial of .*Pass the class and its options"),
+        (partial(optim.Adam, ()), {}, TypeError, "`optimizer` is a partial of .*by place.*and its options by name"),
         ("Adam", {}, TypeError, "`optimizer` is 'Adam', not a class of `torch.optim`"),
         (torch.nn.Linear, {}, TypeError, "`optimizer` is .*Linear.*, not a class of `torch.optim`"),
         (optim.Rprop, {}, ValueError, r"`optimizer` is Rprop.*sign of the gradient.*`ht.dynamics.RMSprop`"),

@@ -208,7 +208,7 @@ FAILURES = {
     "unknown argument": (("+dynamics.speed=1",), ["`dynamics.speed` is no argument of SGD", "momentum"]),
     "block replaced by a number": (("episodes=5",), ["episodes.way", "`episodes` is not a container"]),
     "block replaced by null": (("~dynamics",), ["`dynamics` is {", "which names nothing to build"]),
-    "word for a width": (("backbone.hidden=wide",), ["`backbone` is Conv4(", "hidden='wide'"]),
+    "word for a width": (("backbone.hidden=wide",), ["`hidden` is 'wide'", "positive whole number"]),
     "negative length": (("outer_loop.num_outer_steps=-1",), ["`outer_loop.num_outer_steps` is -1"]),
     "word for a number": (("validation.every=often",), ["`validation.every` is 'often'"]),
     "word for a switch": (("resume=maybe",), ["`resume` is 'maybe'"]),

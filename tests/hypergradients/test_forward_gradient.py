@@ -236,7 +236,7 @@ def test_data_that_change_are_noticed() -> None:
 
     # Allowed to be unused, so that only this backend runs and not the search for a path.
     problem = dataclasses.replace(ridge, inner=Forgetful(Ridge()), allow_unused=("lam", "eta"))
-    with pytest.raises(ReplayError, match="`w` after inner step 1 differs"):
+    with pytest.raises(ReplayError, match="`w` after inner step 2 differs"):
         ht.hypergradient(problem, problem.init_hparams(), backend=ForwardGradient(num_samples=2, chunk_size=1))
 
 

@@ -124,7 +124,7 @@ def test_tasks_that_cannot_be_vectorised_are_refused_with_the_same_advice() -> N
 
 
 def test_an_error_of_the_user_is_left_alone() -> None:
-    with pytest.raises(RuntimeError, match="Expected size") as caught:
+    with pytest.raises(RuntimeError, match="cannot be multiplied|Expected size") as caught:
         compute(problem_of(lambda w: (w @ w[:2]).sum(), "vmap"))
     assert not isinstance(caught.value, IncompatibleBackendError)
 
