@@ -88,13 +88,19 @@ class _Run:
         self._source, self._drawn, self._covering = source, drawn, covering
         self._copies, self._results, self._log = copies, results, log
         self._equivalents = equivalents(source / "scripts/mutation/equivalents.yaml")
+        self._evidence = _Evidence(source)
         self._free = list(copies)
         self._sound: dict[str, bool] = {}
 
     def run(self) -> dict[tuple[str, ...], dict[str, Any]]:
         """Returns what came of each mutant, by key."""
-        done = {tuple(line["key"]): line for line in _read(self._results)}
-        done = {mutant.key: done[mutant.key] for mutant in self._drawn if mutant.key in done}
+        done = {line["key"]: line for line in self._known()}
+        # A mutant may have been listed as equivalent since.
+        done = {
+            mutant.key: done[mutant.key]
+            for mutant in self._drawn
+            if mutant.key in done and (done[mutant.key]["outcome"] != "survived" or mutant.key not in self._equivalents)
+        }
         open_ends: dict[Path, Any] = {}
 
         def children() -> Iterator[tuple[tuple[Mutant, Path], Child]]:
@@ -133,6 +139,15 @@ class _Run:
                 context.__exit__(None, None, None)
         return done
 
+    def _known(self) -> Iterator[dict[str, Any]]:
+        """Yields what was noticed before by tests that are as they were, and all that was done in this state."""
+        for file in sorted(self._results.parent.glob("*.jsonl")):
+            for line in _read(file):
+                noticed_by = self._evidence.of(line["test"])
+                if line["outcome"] == "noticed" and noticed_by and line.get("evidence") == noticed_by:
+                    yield line
+        yield from _read(self._results)
+
     def _passes_alone(self, test: str, copy: Path) -> bool:
         """Returns whether a test that noticed an error passes by itself without one."""
         if test not in self._covering.seconds:
@@ -151,6 +166,7 @@ class _Run:
             "outcome": came_to,
             "why": why,
             "test": None if outcome is None else outcome.failed,
+            "evidence": None if outcome is None else self._evidence.of(outcome.failed),
             "tests": 0 if outcome is None else len(outcome.seconds),
             "reached_by": self._covering.reaches(mutant),
             "seconds": 0.0 if outcome is None else outcome.wall,
@@ -158,6 +174,29 @@ class _Run:
         with self._results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return line
+
+
+class _Evidence:
+    """What the word of a test rests on: its file, the library, and what tests share."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        paths = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        self._shared = [
+            path
+            for path in paths
+            if path.startswith("hypertorch/") or (path.startswith("tests/") and not Path(path).name.startswith("test_"))
+        ]
+        self._digests: dict[str, str] = {}
+
+    def of(self, test: str | None) -> str | None:
+        """Returns a digest; None for what is no test."""
+        file = (test or "").partition("::")[0]
+        if not file or not (self._source / file).is_file():
+            return None
+        if file not in self._digests:
+            self._digests[file] = digest(self._source, [*self._shared, file])
+        return self._digests[file]
 
 
 def _logs(folder: Path) -> Any:

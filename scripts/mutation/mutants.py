@@ -22,6 +22,9 @@ from scripts.mutation.operators import Span, operators
 PACKAGE = "hypertorch"
 # Names whose statements only a type checker reads.
 _FOR_READERS = ("__all__", "__slots__", "TypeAlias", "TypeVar", "ParamSpec")
+_ALIASES = ("Callable[", "Mapping[", "Literal[", "dict[", "tuple[", "Union[")
+# `zip(..., strict=True)` is an assertion about the code around it; another `device` shows only where there is a second.
+_UNSEEN_ARGUMENTS = ("strict", "device")
 _WITHOUT_EFFECT = ("@override", "@final", "@overload")
 _SPEAKING = ("warnings.warn(", "_logger.", "logger.")
 
@@ -175,7 +178,7 @@ def _ignored(nodes: list[NodeOrLeaf]) -> Iterator[Span]:
             yield node.children[1].start_pos, node.children[1].end_pos
         elif kind in ("param", "funcdef") and node.annotation is not None:
             yield node.annotation.start_pos, node.annotation.end_pos
-        elif _is_for_readers(node):
+        elif _is_for_readers(node) or (kind == "argument" and _code(node.children[0]) in _UNSEEN_ARGUMENTS):
             yield node.start_pos, node.end_pos
         elif kind == "raise_stmt" or (kind in ("atom_expr", "power") and _code(node).startswith(_SPEAKING)):
             texts = [leaf for leaf in ast_nodes(node) if leaf.type in ("fstring", "strings")]
@@ -185,7 +188,7 @@ def _ignored(nodes: list[NodeOrLeaf]) -> Iterator[Span]:
 def _is_for_readers(node: NodeOrLeaf) -> bool:
     """Returns whether only a type checker reads a statement."""
     if node.type == "expr_stmt":
-        return any(word in _code(node) for word in _FOR_READERS)
+        return any(word in _code(node) for word in _FOR_READERS) or _code(node.children[-1]).startswith(_ALIASES)
     if node.type == "if_stmt":
         return _code(node.children[1]) == "TYPE_CHECKING"
     return node.type == "decorator" and _code(node).strip() in _WITHOUT_EFFECT
