@@ -37,6 +37,55 @@ BY_PLACE = {
     "_Query": ("learner", "network", "objective", "query", "initial"),
     "_Support": ("learner", "network", "objective", "support", "initial", "rows"),
 }
+# Those without tensors, which compare by their fields.
+COMPARED = [
+    "Accuracy",
+    "Augmentation",
+    "BackendComparison",
+    "BackendFigures",
+    "BoundedSum",
+    "Box",
+    "Checkpoints",
+    "Classification",
+    "ConjugateGradient",
+    "Cost",
+    "Dense",
+    "Differentiability",
+    "DirectionalCheck",
+    "Estimate",
+    "EvoGrad",
+    "EvolutionStrategies",
+    "FirstOrder",
+    "FixedPoint",
+    "Forward",
+    "ForwardGradient",
+    "GeometricFit",
+    "HorizonBias",
+    "HorizonPoint",
+    "Hyper",
+    "HypergradientCheck",
+    "Implicit",
+    "LearnerOnEpisodes",
+    "MemoryPlan",
+    "Minibatches",
+    "Neumann",
+    "Normalisation",
+    "Nystrom",
+    "OmniglotPart",
+    "OneStep",
+    "PlanReasons",
+    "Positive",
+    "Regression",
+    "Report",
+    "Reverse",
+    "Reversible",
+    "Simplex",
+    "Sinusoid",
+    "StepMemory",
+    "TangentRoute",
+    "TaskSlice",
+    "Truncated",
+]
 
 
 def test_the_interface_is_what_is_recorded() -> None:
@@ -63,4 +112,6 @@ def test_dataclasses_are_frozen_and_their_settings_go_by_name(kind: type) -> Non
     parameters = inspect.signature(kind).parameters.values()
     by_place = tuple(parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY)
     assert by_place == BY_PLACE.get(kind.__qualname__, ())
-    assert vars(kind)["__dataclass_params__"].frozen is (kind.__qualname__ not in MUTABLE)
+    flags = vars(kind)["__dataclass_params__"]
+    assert flags.frozen is (kind.__qualname__ not in MUTABLE)
+    assert flags.eq is (kind.__qualname__ in COMPARED)

@@ -64,6 +64,14 @@ def test_images_of_16_bits_are_scaled_to_8(tmp_path: Path, channels: int) -> Non
     assert classes.images[0].tolist() == [[[0, 1], [128, 255]]] * channels
 
 
+def test_every_level_of_16_bits_goes_to_the_nearest_of_8(tmp_path: Path) -> None:
+    levels = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    Image.fromarray(levels).save(tmp_path / "data" / "a" / "deep.png")
+    classes = ImageFolder(tmp_path / "data", image_size=256, channels=1, cache_dir=tmp_path / "cache")
+    assert np.array_equal(classes.images[0, 0].numpy(), np.rint(levels / 257))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_shows_white(tmp_path: Path, mode: str, channels: int) -> None:
