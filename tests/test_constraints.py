@@ -186,6 +186,7 @@ def test_a_positive_half_is_never_rounded_to_zero() -> None:
 
 def test_an_empty_tensor() -> None:
     assert BoundedSum(total=1.0).project(torch.empty(0)).shape == (0,)
+    assert BoundedSum(total=1.0).feasible(torch.empty(0))
     with pytest.raises(ValueError, match=r"`Simplex` got an empty tensor"):
         Simplex().project(torch.empty(0))
 

@@ -357,6 +357,10 @@ def test_kinds_tell_functions_of_pytorch_and_modules_apart() -> None:
         partial(torch.mul, torch.cos),
         [torch.sin],
         {"layer": torch.cos},
+        [Power(torch.sin)],
+        [Power(torch.cos)],
+        [partial(Power(torch.sin))],
+        [partial(Power(torch.cos))],
     ]
     kinds = [kind(operation) for operation in operations]
     assert len(set(kinds)) == len(operations)
