@@ -30,6 +30,9 @@ def main() -> int:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ["MUTATED_CHECKOUT"] = str(ROOT)
+    # Compiled once for each copy, not in every child.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     started = monotonic()
     with tempfile.TemporaryDirectory(prefix="hypertorch-mutation-") as folder:
         # The checkout as it is now, for all of the run: meanwhile it may be worked on.
