@@ -16,6 +16,7 @@ from scripts.mutation.mutants import PACKAGE, Mutant, digest
 
 _FIRST = 10.0  # seconds of tests in the first batch: what notices nearly every error must not wait for all imports
 _SECOND = 60.0
+_INTERFACE = "tests/test_interface.py"  # looks at what an import makes: parameters, defaults, classes
 
 
 class Covering:
@@ -78,20 +79,21 @@ class Covering:
         """Returns the tests that reach a mutant, the nearest and the fastest first, in batches.
 
         What runs when the module is imported is under no test: there all tests that reach any line of the module count,
-        and where there are none, those of its folder.
+        and those of the interface; where there are none, those of its folder.
         """
         near = _near(mutant.path)
         folder = f"{Path(near).parent}/"
-        reached = (
-            self._reaching(mutant)
-            or set().union(*self._of(mutant.path).values())
-            or {name for name in self.seconds if name.startswith(folder)}
-        )
+        reached = self._reaching(mutant)
+        if not reached:
+            some = set().union(*self._of(mutant.path).values())
+            reached = {name for name in self.seconds if name.startswith((_INTERFACE, *([] if some else [folder])))}
+            reached |= some
         ordered = sorted(
             reached, key=lambda name: (not name.startswith(near) or self.seconds[name] > 2, self.seconds[name])
         )
         # Of a test file that was not measured, all tests may reach it.
-        found: list[list[str]] = [[near] if near in self._stems and not self._is_measured(near) else [], [], []]
+        whole = [near] if self.reaches(mutant) else [_INTERFACE, near]
+        found: list[list[str]] = [[n for n in whole if n in self._stems and not self._is_measured(n)], [], []]
         total = 0.0
         for name in ordered:
             total += self.seconds[name] + 0.02
