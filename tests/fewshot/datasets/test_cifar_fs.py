@@ -79,6 +79,42 @@ def test_a_manipulated_pickle_runs_nothing(tmp_path: Path, pickles: dict[str, by
     assert not victim.exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file"),
+        (b"", "Ran out of input"),
+        (b"\x80\x02}", "Ran out of input"),
+        (b"\x80\xff", "unsupported pickle protocol"),
+    ],
+)
+def test_a_damaged_pickle_is_said(tmp_path: Path, pickles: dict[str, bytes], content: bytes | None, why: str) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, whole in pickles.items():
+        (folder / name).write_bytes(whole)
+    (folder / "test").unlink()
+    if content is not None:
+        (folder / "test").write_bytes(content)
+    with pytest.raises(DatasetError, match=f"cannot be read as CIFAR-100 .*{why}"):
+        read_cifar100(tmp_path, NAMES)
+
+
+@pytest.mark.parametrize("members", [None, (), ("train",)])
+def test_a_damaged_archive_is_said(tmp_path: Path, pickles: dict[str, bytes], members: tuple[str, ...] | None) -> None:
+    path = tmp_path / "cifar-100-python.tar.gz"
+    if members is None:
+        path.write_bytes(b"no archive")
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            for name in members:
+                member = tarfile.TarInfo(f"cifar-100-python/{name}")
+                member.size = len(pickles[name])
+                archive.addfile(member, io.BytesIO(pickles[name]))
+    with pytest.raises(DatasetError, match="cannot be read as CIFAR-100 "):
+        read_cifar100(tmp_path, NAMES)
+
+
 def test_a_mosaic_per_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "classes").mkdir()
     for position, name in enumerate(NAMES):

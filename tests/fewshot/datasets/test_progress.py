@@ -1,4 +1,4 @@
-"""A bar is shown while a data set is made, if it is asked for, and nothing else ever is."""
+"""A bar is shown while a data set is made if it is asked for, and the cache lies where it is asked for."""
 
 from __future__ import annotations
 
@@ -27,5 +27,6 @@ def strokes(root: Path, *, progress: bool, cache: str) -> None:
 def test_a_bar_is_shown_only_when_asked(make, title: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path, progress=False, cache="first")
     assert capsys.readouterr() == ("", "")
+    assert len(list((tmp_path / "first").iterdir())) == 1
     make(tmp_path, progress=True, cache="second")
     assert title in capsys.readouterr().out
