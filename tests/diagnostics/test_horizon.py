@@ -116,6 +116,7 @@ def test_implicit_and_unrolled_runs_close_in_on_the_solution() -> None:
         fit = bias.fits[name]
         assert fit is not None
         fitted = [point for point in bias.series[name] if name == "implicit" or point.length <= 145]
+        assert f"{name}: {fit}\n" in str(bias)
         assert fit == fit_geometric([point.length for point in fitted], [point.accuracy.error for point in fitted])
         # The unrolled one has a factor of T.
         assert fit.rate == pytest.approx(RATE, rel=1e-3 if name == "implicit to longest" else 0.03)

@@ -42,15 +42,16 @@ def _quiet_pooch():
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize("progress", [None, True, False])
 def test_downloaded_archives_are_whole_and_readable(web, tmp_path, progress, capsys):
     folder, url, files = web
-    paths = download_omniglot(tmp_path / "new", url=url, files=files, progress=progress)
+    options = {} if progress is None else {"progress": progress}
+    paths = download_omniglot(tmp_path / "new", url=url, files=files, **options)
     assert [path.name for path in paths] == list(files)
     assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in paths)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(files)
     shown = capsys.readouterr().out
-    assert ("images_background.zip" in shown) == progress
+    assert ("images_background.zip" in shown) == (progress is not False)
     assert read_part(tmp_path / "new", SMALL_BACKGROUND, image_size=15, cache_dir=tmp_path / "c").shape == (
         5,
         4,
