@@ -11,7 +11,7 @@ import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot import BatchNorm
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import normal
+from tests.helpers.problems import LambdaOuter, normal, scalars
 
 backends = ht.hypergradients
 BACKENDS = [
@@ -107,3 +107,23 @@ def test_values_alone_miss_nothing() -> None:
     made = problem(nn.BatchNorm2d(4), training_mode=False)
     evolution = backends.EvolutionStrategies(num_pairs=2, sigma=0.1)
     assert ht.hypergradient(made, made.init_hparams(), backend=evolution).grads["weights"].any()
+
+
+class Far(ht.InnerProblem):
+    """One param, far from 0, whose value is kept in a buffer without a derivative."""
+
+    buffers = ("seen",)
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        far = torch.tensor(1e20, dtype=torch.float64)
+        return {"w": far, "seen": far}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> tuple[Tensor, TensorDict]:
+        return hparams["c"] * (params["w"] / 1e20).square(), {"seen": params["w"].detach()}
+
+
+def test_dependence_is_seen_whatever_the_size_of_numbers() -> None:
+    outer = LambdaOuter(scalars(c=1.0), lambda p, h, b: (p["seen"] + p["w"]) / 1e20)
+    made = ht.BilevelProblem(Far(), outer, dynamics=ht.dynamics.SGD(lr=1e38), num_steps=3)
+    with pytest.raises(IncompatibleBackendError, match=r"`seen` is updated by the inner loss without a derivative"):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
