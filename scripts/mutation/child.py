@@ -197,7 +197,10 @@ def _run(
         options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *(["-x"] if first_only else [])]
         # Plugins that the parent or the batch before has imported are none the worse for it.
         options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        status = pytest.main([*options, *batch], plugins=[plugin])
+        plugin.wanted = {name: place for place, name in enumerate(batch)}
+        # By file: a name of a test may hold characters that a command line reads as something else.
+        files = dict.fromkeys(name.partition("::")[0] for name in batch)
+        status = pytest.main([*options, *files], plugins=[plugin])
         if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             plugin.say("failed", plugin.failed or "(importing)")
             if first_only:
@@ -217,11 +220,19 @@ class _Plugin:
     def __init__(self, connection: Connection, expected: dict[str, float], measured: coverage.Coverage | None) -> None:
         self._connection, self._expected, self._measured = connection, expected, measured
         self._has_failed = False
+        self.wanted: dict[str, int] = {}
         self.failed = ""
 
     def say(self, kind: str, name: str, seconds: float = 0.0) -> None:
         """Sends one message."""
         self._connection.send((kind, name, seconds))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leaves the tests that are wanted, by name or as part of a file, in the order in which they are."""
+        places = {item.nodeid: self.wanted.get(item.nodeid, self.wanted.get(_file_of(item))) for item in items}
+        items[:] = [item for item in items if places[item.nodeid] is not None]
+        items.sort(key=lambda item: places[item.nodeid] or 0)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -245,3 +256,7 @@ class _Plugin:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Notes a failure."""
         self._has_failed = self._has_failed or report.failed
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
