@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hypertorch.noise import mix, preserved_generators, random_permutation, random_words, seed_generators
+from hypertorch.noise import (
+    _cuda_index,
+    mix,
+    preserved_generators,
+    random_permutation,
+    random_words,
+    seed_generators,
+)
 
 CPU = torch.device("cpu")
 
@@ -58,3 +65,9 @@ def test_generators_are_put_back_after_an_error() -> None:
 
 WORDS = [15744299189795819943, 11424349517701572599]
 MIXED = 7702586659592502839
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert _cuda_index(torch.device("cuda")) == 3
+    assert _cuda_index(torch.device("cuda", 1)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendEr
 from hypertorch.hypergradients import derivative_choice
 from hypertorch.hypergradients.step_by_step import EagerSteps
 from hypertorch.inner_loss import InnerLoss
+from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import PeakMemory
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
@@ -218,6 +220,33 @@ def test_auto_takes_the_faster_and_measures_once(faster: str, monkeypatch: pytes
     assert len(asked) == 2
     assert result.stats.graph_steps == (1 if faster == "mixed" else 7)
     assert result.stats.steps == (14 if faster == "mixed" else 7)
+
+
+def test_what_is_measured_is_the_vjp_of_the_whole_state_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steps:
+        """Remembers what it is asked for; each vjp is faster than the one before."""
+
+        def __init__(self) -> None:
+            self.asked: list[tuple[object, ...]] = []
+            self.now = 0.0
+
+        def initial(self) -> str:
+            return "start"
+
+        def advance(self, state: str, step: int) -> InnerState:
+            return InnerState({"w": torch.full((2,), 3.0), "count": torch.tensor(4)}, {})
+
+        def pull_back(self, departure: str, cotangents: list, step: int, arrival: InnerState) -> None:
+            self.asked.append((departure, cotangents[0].tolist(), cotangents[1], step, arrival.params["w"].tolist()))
+            self.now += 10.0 - len(self.asked)
+
+    steps = Steps()
+    monkeypatch.setattr(derivative_choice.time, "perf_counter", lambda: steps.now)
+    loop = SimpleNamespace(device=torch.device("cpu"))
+    seconds = derivative_choice._seconds(loop, steps)  # type: ignore[arg-type]
+    runs = derivative_choice._REPEATS + 2
+    assert steps.asked == [("start", [1.0, 1.0], None, 0, [3.0, 3.0])] * runs
+    assert seconds == 10.0 - runs
 
 
 def test_the_measurement_itself_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

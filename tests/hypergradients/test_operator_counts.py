@@ -131,7 +131,7 @@ def test_a_step_takes_few_calls_of_python() -> None:
 
 @pytest.mark.parametrize("num_steps", [3, 10])
 def test_the_inner_loop_is_run_once(num_steps: int) -> None:
-    by_library(Reverse(), num_steps)
+    by_library(Reverse(), num_steps)  # what is looked at once for a kind of problem
     with Count() as count:
         by_library(Reverse(), num_steps)
     assert count.calls["aten._log_softmax.default"] == num_steps + 1
