@@ -125,11 +125,11 @@ class _Run:
         self._backend = backend
         self._outer_step = outer_step
         self._carry = carry
+        self._kind = kind_of(problem)
 
     def task_route(self) -> TaskRoute:
         """Returns the route that the problem names, or the measured one."""
-        problem = self._bound.problem
-        return resolve_task_route(problem, (repr(self._backend), kind_of(problem)), self._hparams, self.over)
+        return resolve_task_route(self._bound.problem, (repr(self._backend), self._kind), self._hparams, self.over)
 
     def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, list[_Part]]:
         """Returns the mean of the hypergradients over the tasks of these slices, and what else each slice gives.
@@ -176,7 +176,7 @@ class _Run:
                 context = {name: value[0] if name in own else value for name, value in context.items()}
             return bound.loop(task, context), {**leaves, **tree.leaves_requiring_grad(context)}
 
-        kind = (kind_of(problem), problem.num_steps > 0, tuple(self._hparams))
+        kind = (self._kind, problem.num_steps > 0, tuple(self._hparams))
         with self._bound.execution():
             refuse_side_effects(kind, bind, by_values=isinstance(self._backend, BlackBox))
 
@@ -194,16 +194,23 @@ class _Run:
         self, loop: InnerLoop, task_slice: TaskSlice | None, variables: TensorDict, backend: Hypergradient
     ) -> None:
         """Raises if PyTorch is known, or seen, to differentiate the inner problem wrongly."""
+        # Nothing is remembered of a problem without steps: the same with another horizon has some.
+        if loop.num_steps == 0:
+            return
         if loop.has_tasks_axis and task_slice is not None:
-            context = variables.keys() - self._hparams.keys()
-            per_task = context - set(self._bound.problem.shared_context)
-            own = {name: value[0] if name in per_task else value for name, value in variables.items()}
-            first = TaskSlice(start=task_slice.start, stop=task_slice.start + 1, squeeze=True)
-            names = {name: variables[name] for name in context}
-            together, alone = (self._bound.loop(item, names) for item in (task_slice, first))
-            refuse_wrong_vectorisation(together, alone, variables, own)
+            refuse_wrong_vectorisation(self._kind, lambda: self._together_and_alone(task_slice, variables))
         if not isinstance(backend, FirstDerivatives):
-            refuse_faulty_operations(loop, variables)
+            refuse_faulty_operations(self._kind, loop, variables)
+
+    def _together_and_alone(
+        self, task_slice: TaskSlice, variables: TensorDict
+    ) -> tuple[tuple[InnerLoop, TensorDict], tuple[InnerLoop, TensorDict]]:
+        """Returns a loop of a slice's tasks and one of the first of them alone, each with its variables."""
+        context = {name: value for name, value in variables.items() if name not in self._hparams}
+        per_task = context.keys() - set(self._bound.problem.shared_context)
+        own = {name: value[0] if name in per_task else value for name, value in variables.items()}
+        first = TaskSlice(start=task_slice.start, stop=task_slice.start + 1, squeeze=True)
+        return (self._bound.loop(task_slice, context), variables), (self._bound.loop(first, context), own)
 
     def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
         leaves = tree.leaves_requiring_grad(self._hparams)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -46,24 +45,22 @@ FAULTS = (
 _known: dict[Hashable, Fault | None] = {}
 
 
-def refuse_faulty_operations(loop: InnerLoop, variables: TensorDict) -> None:
+def refuse_faulty_operations(kind: Hashable, loop: InnerLoop, variables: TensorDict) -> None:
     """Raises if the inner loss uses an operation whose second derivative is wrong in PyTorch.
 
     The graph of the loss is looked through once for every kind of problem. (Differences of gradients would find faults
     that nobody knows of, but in float32 they cannot tell a fault from a kink, such as that of a ReLU.)
 
-    Cost: the first time one inner loss; then what `kind_of` takes.
+    Cost: one inner loss, the first time.
 
     Args:
-        loop: the loop, which is left as it is.
+        kind: what is the same for problems that run the same code.
+        loop: a loop of at least one step, which is left as it is.
         variables: hyperparameters and context.
 
     Raises:
         IncompatibleBackendError: naming the operation.
     """
-    if loop.num_steps == 0:
-        return
-    kind = kind_of(loop.program().problem)
     if kind not in _known:
         _known[kind] = _first_fault(loop, tree.detach(variables))
     fault = _known[kind]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,37 +13,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypertorch import tree
 from hypertorch.derivatives import vjp
-from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.missing_derivatives import NotVectorisableError
 from hypertorch.types import TensorDict
 
+Bound: TypeAlias = tuple[InnerLoop, TensorDict]
+"""A loop, and its hyperparameters and context."""
+
 _known: dict[Hashable, str | None] = {}
 
 
-def refuse_wrong_vectorisation(together: InnerLoop, alone: InnerLoop, variables: TensorDict, own: TensorDict) -> None:
+def refuse_wrong_vectorisation(kind: Hashable, bind: Callable[[], tuple[Bound, Bound]]) -> None:
     """Raises if the first step of a task differs between vectorised tasks and the task alone, or its derivative does.
 
     It is compared once for every kind of problem. A model that draws noise is not compared: its noise differs.
 
-    Cost: the first time a step and a vjp of all tasks, and of one; then what `kind_of` takes.
+    Cost: a step and a vjp of all tasks, and of one, the first time.
 
     Args:
-        together: a loop of vectorised tasks, for this purpose alone.
-        alone: a loop of the first of them, without a tasks axis.
-        variables: hyperparameters and context of the tasks.
-        own: hyperparameters and context of the task alone.
+        kind: what is the same for problems that run the same code.
+        bind: makes a loop of vectorised tasks, of at least one step, and one of the first of them without a tasks axis.
 
     Raises:
         NotVectorisableError: naming what differs, or if PyTorch cannot vectorise the tasks.
     """
-    if together.num_steps == 0:  # not remembered: the same problem with another horizon has steps
-        return
-    kind = kind_of(together.program().problem)
     if kind not in _known:
         with _explained():
-            _known[kind] = _difference(together, alone, variables, own)
+            _known[kind] = _difference(*bind())
     if _known[kind] is not None:
         raise NotVectorisableError(
             f"{_known[kind]} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "
@@ -67,8 +64,9 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-def _difference(together: InnerLoop, alone: InnerLoop, variables: TensorDict, own: TensorDict) -> str | None:
+def _difference(of_tasks: Bound, of_one: Bound) -> str | None:
     """Returns what differs, in words; None for nothing, or if it cannot be told."""
+    (together, variables), (alone, own) = of_tasks, of_one
     with torch.no_grad():
         before, single = together.initial(tree.detach(variables)), alone.initial(tree.detach(own))
         if not alone.carry:  # initial params may be drawn at random, and then differ
