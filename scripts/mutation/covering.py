@@ -84,7 +84,8 @@ class Covering:
         """
         near = _near(mutant.path)
         folder = f"{Path(near).parent}/"
-        reached = self._reaching(mutant)
+        # One test may import a module for the first time, and then reaches its lines as no other does.
+        reached = set() if mutant.at_import else self._reaching(mutant)
         if not reached:
             some = set().union(*self._of(mutant.path).values())
             reached = {name for name in self.seconds if name.startswith((_INTERFACE, *([] if some else [folder])))}
@@ -93,7 +94,7 @@ class Covering:
             reached, key=lambda name: (not name.startswith(near) or self.seconds[name] > 2, self.seconds[name])
         )
         # Of a test file that was not measured, all tests may reach it.
-        whole = [near] if self.reaches(mutant) else [_INTERFACE, near]
+        whole = [_INTERFACE, near] if mutant.at_import else [near]
         found: list[list[str]] = [[n for n in whole if n in self._stems and not self._is_measured(n)], [], []]
         total = 0.0
         for name in ordered:

@@ -43,6 +43,7 @@ class Mutant:
         occurrence: the number of the operator's places in the file before it.
         first_line: of the statement that is changed, counted from 1.
         last_line: of it.
+        at_import: whether it runs when the module is imported: outside of the body of any function.
         old: the changed lines as they are.
         new: the changed lines as they become.
     """
@@ -53,6 +54,7 @@ class Mutant:
     occurrence: int
     first_line: int
     last_line: int
+    at_import: bool
     old: str
     new: str
 
@@ -146,6 +148,7 @@ def make(root: Path, path: str, span: Span, operator: str, occurrence: int) -> t
         occurrence=occurrence,
         first_line=first,
         last_line=last,
+        at_import=_is_at_import(tree, span),
         old=old,
         new=new,
     )
@@ -214,6 +217,15 @@ def _function(tree: NodeOrLeaf, span: Span) -> str:
             names.append(node.name.value)
         node = node.parent
     return ".".join(reversed(names))
+
+
+def _is_at_import(tree: NodeOrLeaf, span: Span) -> bool:
+    node: NodeOrLeaf = tree.get_leaf_for_position(span[0], include_prefixes=True)
+    while node.parent is not None:
+        if node.parent.type == "funcdef" and node is node.parent.children[-1]:
+            return False
+        node = node.parent
+    return True
 
 
 def _statement(tree: NodeOrLeaf, span: Span) -> tuple[int, int]:

@@ -115,3 +115,11 @@ def test_equivalents_are_still_in_the_code() -> None:
         where = f"{path}, {function}: {old}"
         assert all(line in source for line in old.splitlines()), where
         assert new != old and why.strip(), where
+
+
+def test_what_runs_at_import_is_told_from_what_runs_in_a_function(tmp_path: Path) -> None:
+    at_import = {mutant.old: mutant.at_import for mutant in mutants(tmp_path, SOURCE)}
+    assert {line for line, value in at_import.items() if value} == {
+        'def f(value: int | None, other: dict[str, int] = {"a": 1}) -> int | None:'
+    }
+    assert not at_import["if value is None:"] and not at_import["key = (value, other)"]
