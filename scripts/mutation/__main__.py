@@ -59,7 +59,12 @@ def main() -> int:
     _say(report.table(drawn, done))
     _say(f"{minutes:.1f} minutes; results: {results.relative_to(ROOT)}")
     if arguments.page is not None:
-        report.write(arguments.page, drawn, done, seed=arguments.seed, file=ROOT / "scripts/mutation/equivalents.yaml")
+        limit = f"At most {arguments.most_seconds:.0f} s of tests for each, the slowest left out."
+        unmeasured = covering.unmeasured()
+        if unmeasured:
+            limit += f" Not measured, and so not run: {', '.join(unmeasured)}."
+        listed = ROOT / "scripts/mutation/equivalents.yaml"
+        report.write(arguments.page, drawn, done, seed=arguments.seed, file=listed, limit=limit)
     return int(any(line["outcome"] == "survived" for line in done.values()))
 
 

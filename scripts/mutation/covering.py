@@ -71,6 +71,10 @@ class Covering:
             failed = f", {outcome.why}: {outcome.failed}" if outcome.failed else ""
             said(f"{number + 1}/{len(missing)} {name}: {len(outcome.seconds)} tests, {outcome.wall:.0f} s{failed}")
 
+    def unmeasured(self) -> list[str]:
+        """Returns the test files of which it is not known what they reach."""
+        return [f"`{name}`" for name in self._stems if not self._is_measured(name)]
+
     def load(self) -> None:
         """Reads how long each test takes."""
         for name in filter(self._is_measured, self._stems):

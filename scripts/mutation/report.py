@@ -11,6 +11,7 @@ from scripts.mutation.mutants import Mutant
 
 Done = dict[tuple[str, ...], dict[str, Any]]
 _COLUMNS = ("noticed", "survived", "equivalent", "unsound")
+_HEADING, _EQUIVALENTS = "### ", "Equivalent, by hand"
 _START, _END = "<!-- figures: written by scripts/mutate --page -->", "<!-- end of figures -->"
 
 
@@ -43,13 +44,33 @@ def table(drawn: list[Mutant], done: Done) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(page: Path, drawn: list[Mutant], done: Done, *, seed: int, file: Path) -> None:
-    """Writes the figures of a run and the list of equivalents between the marks of a page."""
-    entries: Any = OmegaConf.to_container(OmegaConf.load(file))
+def write(page: Path, drawn: list[Mutant], done: Done, *, seed: int, file: Path, limit: str) -> None:
+    """Writes the figures of a run and the list of equivalents between the marks of a page, beside those of other seeds.
+
+    Args:
+        page: the page.
+        drawn: the mutants.
+        done: what came of each.
+        seed: of the draw.
+        file: the list of equivalents.
+        limit: what the run was limited to, as a sentence.
+    """
     text = page.read_text()
     start, end = text.index(_START) + len(_START), text.index(_END)
-    lines = [f"Seed {seed}, {len(drawn)} mutants:", "", table(drawn, done), "", "Equivalent, by hand:", ""]
+    _, *sections = text[start:end].split(_HEADING)
+    seeds = {section.partition("\n")[0]: section.partition("\n")[2] for section in sections}
+    seeds.pop(_EQUIVALENTS, None)
+    lines = [f"{len(drawn)} mutants. {limit}", "", table(drawn, done)]
+    left = [line for line in survivors(drawn, done).splitlines() if line]
+    if left:
+        lines += ["", "```diff", *left, "```"]
+    seeds[f"Seed {seed}"] = "\n" + "\n".join(lines) + "\n\n"
+    entries: Any = OmegaConf.to_container(OmegaConf.load(file))
+    listed = []
     for entry in entries:
         where = f"{entry['file']}, {entry['function'] or 'module'}"
-        lines.append(f"- `{where}`: `{entry['old'].strip()}` becomes `{entry['new'].strip()}`: {entry['why']}")
-    page.write_text(text[:start] + "\n\n" + "\n".join(lines) + "\n\n" + text[end:])
+        listed.append(f"- `{where}`: `{entry['old'].strip()}` becomes `{entry['new'].strip()}`: {entry['why']}")
+    seeds = {name: seeds[name] for name in sorted(seeds)}
+    seeds[_EQUIVALENTS] = "\n" + "\n".join(listed) + "\n\n"
+    written = "".join(f"{_HEADING}{name}\n{section}" for name, section in seeds.items())
+    page.write_text(text[:start] + "\n\n" + written + text[end:])
