@@ -60,7 +60,7 @@ def write(page: Path, drawn: list[Mutant], done: Done, *, seed: int, file: Path,
     _, *sections = text[start:end].split(_HEADING)
     seeds = {section.partition("\n")[0]: section.partition("\n")[2] for section in sections}
     seeds.pop(_EQUIVALENTS, None)
-    lines = [f"{len(drawn)} mutants. {limit}", "", table(drawn, done)]
+    lines = [f"{len(done)} of {len(drawn)} mutants drawn were run. {limit}", "", table(drawn, done)]
     left = [line for line in survivors(drawn, done).splitlines() if line]
     if left:
         lines += ["", "```diff", *left, "```"]
