@@ -167,9 +167,9 @@ class _Judge:
         """Why no derivative can be told here."""
         if self.sample.undefined:
             return self.sample.undefined
-        if self.sample.rounds:
-            return "rounds to a lower precision"
         try:
+            if self.sample.rounds:
+                return "rounds to a lower precision"
             expected = self.expected()
         except Exception as error:  # noqa: BLE001 - an operation that cannot even be trained with
             return f"does not run: {type(error).__name__}: {str(error).splitlines()[0]}"
