@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias, get_args
 
 from tests.databases.verdicts import TOLERANCE, WAYS, Verdict, Word
@@ -47,14 +47,17 @@ A row shows the worst of the operation's samples.
 """
 
 
-def page(results: Results, versions: dict[str, str]) -> str:
+def page(results: Results, versions: dict[str, str], missing: Sequence[str] = ()) -> str:
     """Returns the page.
 
     Args:
         results: what came out.
         versions: what it holds for.
+        missing: what was not run.
     """
     parts = [_INTRODUCTION, ", ".join(f"{name} {version}" for name, version in versions.items()) + ", CPU.\n"]
+    if missing:
+        parts.append(f"**Not run: {', '.join(f'`{name}`' for name in missing)}.**\n")
     for database, title in _TITLES.items():
         own = {name.partition("/")[2]: value for name, value in results.items() if name.startswith(f"{database}/")}
         parts += [f"## {title}\n", _counts(own), _rows(own)]

@@ -40,7 +40,12 @@ def main() -> None:
     if not options.page_only:
         _run(options.results, results)
     options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page(results, _versions()), encoding="utf-8")
+    missing = [name for name in _subjects() if name not in results]
+    options.page.write_text(page(results, _versions(), missing), encoding="utf-8")
+
+
+def _subjects() -> list[str]:
+    return [*(f"operators/{name}" for name in OPERATIONS), *(f"modules/{name}" for name in MODULES)]
 
 
 def _versions() -> dict[str, str]:
@@ -65,7 +70,7 @@ def _known(path: Path) -> Results:
 
 
 def _run(path: Path, results: Results) -> None:
-    subjects = [*(f"operators/{name}" for name in OPERATIONS), *(f"modules/{name}" for name in MODULES)]
+    subjects = _subjects()
     missing = [name for name in subjects if name not in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

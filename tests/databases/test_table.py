@@ -48,7 +48,8 @@ def test_results_of_other_versions_do_not_count(monkeypatch: pytest.MonkeyPatch,
     lines = [json.loads(line) for line in results.read_text().split("\n") if line]
     lines[0]["versions"]["PyTorch"] = "1.0"
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "1 names" in page(table._known(results), {"PyTorch": "2.0"})
+    text = page(table._known(results), {"PyTorch": "2.0"}, ["operators/y"])
+    assert "1 names" in text and "**Not run: `operators/y`.**" in text
 
 
 def test_the_page_shows_the_worst_and_gathers_advice() -> None:
