@@ -84,7 +84,7 @@ class Covering:
         """Returns the tests that reach a mutant, the nearest and the fastest first, in batches.
 
         What runs when the module is imported is under no test: there all tests that reach any line of the module count,
-        and those of the interface; where there are none, those of its folder.
+        with those of its folder and of the interface.
         """
         near = _near(mutant.path)
         folder = f"{Path(near).parent}/"
@@ -92,8 +92,7 @@ class Covering:
         reached = set() if mutant.at_import else self._reaching(mutant)
         if not reached:
             some = set().union(*self._of(mutant.path).values())
-            reached = {name for name in self.seconds if name.startswith((_INTERFACE, *([] if some else [folder])))}
-            reached |= some
+            reached = some | {name for name in self.seconds if name.startswith((_INTERFACE, folder))}
         ordered = sorted(
             reached, key=lambda name: (not name.startswith(near) or self.seconds[name] > 2, self.seconds[name])
         )

@@ -181,7 +181,11 @@ def _ignored(nodes: list[NodeOrLeaf]) -> Iterator[Span]:
             yield node.children[1].start_pos, node.children[1].end_pos
         elif kind in ("param", "funcdef") and node.annotation is not None:
             yield node.annotation.start_pos, node.annotation.end_pos
-        elif _is_for_readers(node) or (kind == "argument" and _code(node.children[0]) in _UNSEEN_ARGUMENTS):
+        elif (
+            _is_for_readers(node)
+            or _is_star(node)
+            or (kind == "argument" and _code(node.children[0]) in _UNSEEN_ARGUMENTS)
+        ):
             yield node.start_pos, node.end_pos
         elif kind == "raise_stmt" or (kind in ("atom_expr", "power") and _code(node).startswith(_SPEAKING)):
             texts = [leaf for leaf in ast_nodes(node) if leaf.type in ("fstring", "strings")]
@@ -195,6 +199,11 @@ def _is_for_readers(node: NodeOrLeaf) -> bool:
     if node.type == "if_stmt":
         return _code(node.children[1]) == "TYPE_CHECKING"
     return node.type == "decorator" and _code(node).strip() in _WITHOUT_EFFECT
+
+
+def _is_star(node: NodeOrLeaf) -> bool:
+    """Returns whether a node is the star before parameters that are given by name, which multiplies nothing."""
+    return node.type == "operator" and node.parent is not None and node.parent.type == "parameters"
 
 
 def _code(node: NodeOrLeaf) -> str:

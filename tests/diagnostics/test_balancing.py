@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,3 +76,11 @@ def test_it_takes_five_products() -> None:
     balancing(apply, torch.zeros(1, 4, dtype=F64))
     assert len(calls) == 5
     assert {float(value) for call in calls for value in call.flatten()} == {-1.0, 1.0}
+
+
+def test_units_too_far_apart_for_one_product_are_reached_in_five() -> None:
+    """Each product moves an entry by at most the square root of a thousand; five of them go 1e7.5 each way."""
+    far = torch.tensor([[0.0, 1e14], [1e-14, 0.0]], dtype=F64)
+    (scale,) = balancing(product(far), torch.zeros(1, 2, dtype=F64))
+    assert row_sizes(far, scale).tolist() == pytest.approx([1.0, 1.0], rel=300)
+    assert scale.log().div(math.log(256.0)).round().tolist() == [3.0, -3.0]

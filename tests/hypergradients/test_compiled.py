@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch import compilation
+from hypertorch.compilation import NotCompilableError
 from hypertorch.errors import DetachedHyperparameterError, ReplayError
 from hypertorch.hypergradients import refusals
 from hypertorch.types import Batch, TensorDict
@@ -274,3 +275,16 @@ def test_a_number_that_changes_with_every_step_is_explained() -> None:
         result = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
     expected = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse())
     torch.testing.assert_close(result.grads["lr"], expected.grads["lr"], rtol=1e-10, atol=1e-13)
+
+
+def test_problems_of_a_class_that_was_refused_three_times_are_not_tried_any_more() -> None:
+    family = "a class"
+    for number in range(3):
+        kind = f"problem {number}"
+        assert refusals.may_compile(family, lambda kind=kind: kind)
+        with pytest.warns(UserWarning, match=f"{kind} cannot be compiled") as caught:
+            refusals.refuse(family, kind, kind, NotCompilableError("it is too odd."))
+        assert not refusals.may_compile(family, lambda kind=kind: kind)
+        assert ("Others of its class are not tried any more" in str(caught[0].message)) == (number == 2)
+    assert not refusals.may_compile(family, lambda: "problem 3")
+    assert refusals.may_compile("another class", lambda: "problem 0")

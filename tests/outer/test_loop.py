@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,24 @@ def test_a_misspelt_metric_shows_before_the_first_step() -> None:
     with pytest.raises(ValueError, match=message):
         make_loop(validation=validation, loggers=[memory]).run(100)
     assert memory.records == []
+
+
+@dataclass(frozen=True)
+class Counting(Quadratics):
+    """Notes which problems were asked for."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def at(self, outer_step: int) -> ht.BilevelProblem:
+        self.asked.append(outer_step)
+        return super().at(outer_step)
+
+
+def test_one_episode_shows_before_the_first_step_that_validation_works() -> None:
+    source = Counting(num_tasks=None)
+    validation = outer.Validation(source=source, every=2, num_episodes=6, metric="distance")
+    make_loop(validation=validation).run(2)
+    assert source.asked == [0, *range(6)]
 
 
 # Optimizers, schedulers

@@ -23,7 +23,7 @@ import warnings
 __all__ = ["f", "g"]
 Pair: TypeAlias = tuple[int, int] | None
 
-def f(value: int | None, other: dict[str, int] = {"a": 1}) -> int | None:
+def f(value: int | None, *, other: dict[str, int] = {"a": 1}) -> int | None:
     """Adds 1 + 1."""
     if value is None:
         raise ValueError(f"`value` is {value + 1}: " "too small")
@@ -51,7 +51,7 @@ def test_operators_do_what_their_examples_say(operator, example) -> None:
 
 def test_only_what_has_an_effect_is_changed(tmp_path: Path) -> None:
     found = {(mutant.old, mutant.new.replace("  ", " ")) for mutant in mutants(tmp_path, SOURCE)}
-    head = 'def f(value: int | None, other: dict[str, int] = {"a": 1}) -> int | None:'
+    head = 'def f(value: int | None, *, other: dict[str, int] = {"a": 1}) -> int | None:'
     assert found == {
         (head, head.replace("1", "2")),
         (head, head.replace("1", "0")),
@@ -120,6 +120,6 @@ def test_equivalents_are_still_in_the_code() -> None:
 def test_what_runs_at_import_is_told_from_what_runs_in_a_function(tmp_path: Path) -> None:
     at_import = {mutant.old: mutant.at_import for mutant in mutants(tmp_path, SOURCE)}
     assert {line for line, value in at_import.items() if value} == {
-        'def f(value: int | None, other: dict[str, int] = {"a": 1}) -> int | None:'
+        'def f(value: int | None, *, other: dict[str, int] = {"a": 1}) -> int | None:'
     }
     assert not at_import["if value is None:"] and not at_import["key = (value, other)"]

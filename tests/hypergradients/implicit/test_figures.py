@@ -12,7 +12,15 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import LinearSolveWarning, NonFiniteError
-from hypertorch.linear_solvers import ConjugateGradient, Dense, FixedPoint, LinearSolver, Neumann, Nystrom
+from hypertorch.linear_solvers import (
+    ConjugateGradient,
+    Dense,
+    FixedPoint,
+    LinearSolution,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+)
 from hypertorch.live_memory import PeakMemory
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
@@ -98,6 +106,19 @@ def test_a_poor_solution_of_the_linear_system_is_reported() -> None:
         r"hypergradient means nothing.*Lower the step size.*`residual_tolerance=None` accepts it"
     )):  # fmt: skip
         ht.hypergradient(problem, hparams, backend=diverging)
+
+
+def test_a_solver_that_finds_nothing_leaves_all_of_the_system_unsolved() -> None:
+    """A residual of one is that of zero: more iterations may help, and nothing has diverged."""
+
+    class Idle(LinearSolver):
+        def solve(self, matvec, rhs, *, tasks_axis=False):
+            zero = {name: torch.zeros_like(value) for name, value in rhs.items()}
+            return LinearSolution(solution=zero, residual=torch.ones((), dtype=F64), iterations=0)
+
+    problem = softmax(SGD(lr=0.8), 100)
+    with pytest.warns(LinearSolveWarning, match="`linear_residual` is 1e\\+00.*left that part of the linear system"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Implicit(solver=Idle()))
 
 
 @pytest.mark.parametrize(
