@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +23,9 @@ from experiments.failures import ExpectedFailure
 from experiments.fewshot_table import planned_cells
 from experiments.reads import Reads, check_settings_are_read
 from tests.experiments.commands import SINUSOID, TINY, Command
+from tests.helpers import pages
 
 COMMANDS = [benchmark, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train]
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -126,15 +125,15 @@ def test_what_is_read_is_taken(overrides: tuple[str, ...]) -> None:
     check_training(*overrides)
 
 
-def readme_commands() -> list[list[str]]:
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines if line.startswith("scripts/train")]
-    return [rest for _, *rest in words if not any(word.startswith("--") for word in rest)]
+def shown_commands() -> list[list[str]]:
+    shown = [words for page in pages.PAGES for words in pages.commands(page)]
+    words = [rest for program, *rest in shown if program == "scripts/train"]
+    return [rest for rest in words if not any(word.startswith("--") for word in rest)]
 
 
-def test_every_setting_of_the_readme_is_read() -> None:
-    assert len(readme_commands()) > 3
-    for words in readme_commands():
+def test_every_setting_on_the_pages_is_read() -> None:
+    assert len(shown_commands()) > 3
+    for words in shown_commands():
         check_training(*words)
 
 
