@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from hypertorch import tree
+from hypertorch.missing_derivatives import NotVectorisableError
 from hypertorch.problem import BilevelProblem, TaskRoute
 from hypertorch.types import Batch, TensorDict
 
@@ -99,6 +101,9 @@ def lift(
         function: of one task.
         num_tasks: length of the tasks axis of params and batch; None leaves the function as it is.
         per_task: names in `hparams` (entries of the context) that have a tasks axis; all others are shared.
+
+    Raises:
+        NotVectorisableError: (from the lifted function) naming the operation, if PyTorch cannot vectorise it.
     """
     if num_tasks is None:
         return function
@@ -119,9 +124,79 @@ def lift(
                 rebuild(values[after_own : after_own + len(data)]),
             )
 
-        return vmap(one_task, randomness="different")(*params.values(), *(hparams[name] for name in own), *data, *index)
+        values = (*params.values(), *(hparams[name] for name in own), *data, *index)
+        together = vmap(one_task, randomness="different")
+        try:
+            return together(*values)
+        except _ERRORS as error:
+            explained = _explained(error, lambda: together(*values), lambda: one_task(*(value[0] for value in values)))
+            if explained is None:
+                raise
+            raise explained from error
 
     return over_tasks
+
+
+# What PyTorch raises of an operation. Running out of memory is no fault of the operation, although a `RuntimeError`.
+_ERRORS = (RuntimeError, IndexError, ValueError)
+
+
+def _explained(
+    error: Exception, together: Callable[[], object], alone: Callable[[], object]
+) -> NotVectorisableError | None:
+    """Returns what an error of vectorised tasks means; None if it is the problem's own.
+
+    Args:
+        error: what vectorised tasks raised.
+        together: runs them again.
+        alone: runs the first task, which fails too where the problem is at fault.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    try:
+        alone()
+    except _ERRORS:
+        return None
+    watch = _FailureWatch()
+    with watch, suppress(*_ERRORS):
+        together()
+    return not_vectorisable("an operation" if watch.failed is None else f"`{watch.failed}`", error)
+
+
+def not_vectorisable(what: str, error: Exception) -> NotVectorisableError:
+    """Returns the error for what works for a task alone, and not for tasks together.
+
+    Args:
+        what: the operation.
+        error: what PyTorch raised.
+    """
+    said = (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
+    return NotVectorisableError(
+        f"the inner problem cannot be vectorised (by vmap) over tasks. PyTorch says: {said} (in {what}, which works "
+        "for a task alone)",
+        "Run the tasks one by one with `task_route='loop'`.",
+    )
+
+
+class _FailureWatch(TorchFunctionMode):
+    """Remembers the name of the first call into PyTorch that raised.
+
+    Attributes:
+        failed: the name, such as `torch.Tensor.to`; None if none raised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except _ERRORS:
+            self.failed = self.failed or resolve_name(func) or getattr(func, "__name__", None)
+            raise
 
 
 _MEASURED_TASKS = 4
@@ -141,11 +216,11 @@ def resolve_task_route(
 
     "auto" runs a few tasks of the problem by either route, after a warm-up; where the vectorised route wins, but not
     clearly, all tasks. The loop, which holds the memory of one task, is taken unless the other wins by a fifth, and
-    where an operation cannot be vectorised. The answer is kept for problems of the same classes and sizes, and logged.
+    where an operation cannot be vectorised. The answer is kept for problems of the same kind and sizes, and logged.
 
     Args:
         problem: the problem.
-        kind: what is run (a backend, or a plain unroll): routes are measured for each.
+        kind: what is run (a backend, or a plain unroll) and the kind of problem: routes are measured for each.
         hparams: the outer variables.
         run: runs the given slices.
     """
@@ -153,7 +228,7 @@ def resolve_task_route(
         return "vmap" if problem.task_route == "auto" else problem.task_route
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
     sizes = (problem.num_tasks, problem.task_chunk, problem.num_steps)
-    key = (kind, type(problem.inner), type(problem.outer), sizes, shapes)
+    key = (kind, sizes, shapes)
     if key not in _measured_routes:
         _measured_routes[key] = _faster_route(problem, run)
     return _measured_routes[key]
@@ -168,8 +243,7 @@ def _faster_route(problem: BilevelProblem, run: Callable[[list[TaskSlice | None]
     try:
         run(some)
     except RuntimeError as error:
-        if not re.search("vmap|batching rule", str(error), flags=re.IGNORECASE):
-            raise
+        run(one_by_one[:few])  # raises too where the problem is at fault, and not the route
         _logger.info("tasks run one by one: an operation cannot be vectorised (%s)", error)
         return "loop"
     run(one_by_one[:few])

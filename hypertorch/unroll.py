@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.checks import check_metrics
+from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict
@@ -50,7 +52,7 @@ def unroll(
     """Returns the result of running the inner loop, without a hypergradient and without keeping a graph.
 
     Cost: `num_steps` steps, and one evaluation of the metrics for each of `metrics_after`; memory of one state and one
-    step's graph.
+    step's graph. Tasks that are vectorised are compared with one task alone first, once for every kind of problem.
 
     Args:
         problem: the problem.
@@ -63,6 +65,7 @@ def unroll(
     Raises:
         ValueError: if `metrics_after` is out of range or not ascending, or the problem's functions return what they
             must not (each message names the function).
+        IncompatibleBackendError: if tasks are vectorised, and an operation differs from a task alone or cannot be.
     """
     asked = tuple(metrics_after)
     if list(asked) != sorted({*asked} & {*range(problem.num_steps + 1)}):
@@ -72,20 +75,26 @@ def unroll(
         )
     bound = BoundProblem(problem, hparams, outer_step, carry)
     constants = tree.detach(hparams)
+    kind = kind_of(problem)
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
         with bound.execution(), torch.no_grad():
-            return _join([_unroll_slice(bound, constants, item, asked) for item in slices], slices)
+            return _join([_unroll_slice(bound, kind, constants, item, asked) for item in slices], slices)
 
-    return run(list(task_slices(problem, resolve_task_route(problem, "unroll", hparams, run))))
+    return run(list(task_slices(problem, resolve_task_route(problem, ("unroll", kind), hparams, run))))
 
 
 def _unroll_slice(
-    bound: BoundProblem, hparams: TensorDict, task_slice: TaskSlice | None, metrics_after: tuple[int, ...]
+    bound: BoundProblem,
+    kind: Hashable,
+    hparams: TensorDict,
+    task_slice: TaskSlice | None,
+    metrics_after: tuple[int, ...],
 ) -> UnrollResult:
     context = bound.context(hparams, task_slice)
     loop = bound.loop(task_slice, context)
     variables = {**hparams, **context}
+    refuse_wrong_vectorisation(kind, bound, task_slice, variables, context, use="values")
     state = loop.initial(variables)
     losses: list[Tensor] = []
     step_terms: list[Tensor] = []

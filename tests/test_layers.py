@@ -31,8 +31,9 @@ LAYERS = (
     ("derivatives", "inner_loss", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),
     ("problem",),
-    ("cost", "tasks", "inner_precision", "inner_state", "inner_loop", "bound_problem", "unroll"),
+    ("cost", "tasks", "inner_precision", "inner_state", "inner_loop", "bound_problem"),
     ("hypergradients",),
+    ("unroll",),
     ("diagnostics", "outer"),
 )
 BESIDE = {
@@ -44,7 +45,7 @@ BESIDE = {
     "fewshot.augmentation": LAYERS[0],
     "fewshot._checks": LAYERS[0],
     "fewshot._random": LAYERS[0],
-    "fewshot.learners": sum(LAYERS[:5], ()),
+    "fewshot.learners": (*sum(LAYERS[:5], ()), "unroll"),
 }
 # Within fewshot: learners are built on episodes, never the other way round.
 EPISODES = (

@@ -170,6 +170,22 @@ def test_routes_are_measured_for_each_backend_and_horizon(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("fresh_routes")
+def test_plain_runs_are_measured_for_each_kind_of_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems of the same classes may hold other networks, of which another route is the faster."""
+    given = measured_as(monkeypatch, vmap=1.0, loop=2.0)
+
+    def problem(activation: nn.Module) -> ht.BilevelProblem:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), activation).double()
+        return task_problem(module, item=(1, 4, 4), num_tasks=3)
+
+    for activation, measured in ((nn.Tanh(), 10), (nn.Tanh(), 10), (nn.Softmax(dim=1), 20)):
+        chosen = problem(activation)
+        ht.unroll(chosen, chosen.init_hparams())
+        assert len(given) == measured
+
+
+@pytest.mark.usefixtures("fresh_routes")
 def test_the_loop_of_what_cannot_be_vectorised_says_so(caplog: pytest.LogCaptureFixture) -> None:
     problem = task_problem(Recurrent().double(), item=(3, 4))
     with caplog.at_level("INFO", logger="hypertorch.tasks"):

@@ -17,6 +17,8 @@ from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Reverse, hypergradient_task_route
 from hypertorch.hypergradients.finiteness import first_non_finite
+from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem
@@ -146,11 +148,13 @@ def spectral_radius(
     route = hypergradient_task_route(problem, hparams, backend=Reverse(checkpoint_every=1), outer_step=outer_step)
     bound = BoundProblem(problem.with_task_route(route), hparams, outer_step, None)
     constants = tree.detach(hparams)
+    kind = kind_of(problem)
 
     def of_slice(item: TaskSlice | None) -> tuple[Spectrum, Tensor]:
         with torch.no_grad():
             context = bound.context(constants, item)
         variables = {**constants, **context}
+        refuse_wrong_vectorisation(kind, bound, item, variables, context, use="second")
         trajectory = _Trajectory(bound.loop(item, context), variables, step)
         if not trajectory.is_finite:
             with torch.no_grad():

@@ -191,26 +191,21 @@ class _Run:
         return frozenset(reached)
 
     def _refuse_faults(
-        self, loop: InnerLoop, task_slice: TaskSlice | None, variables: TensorDict, backend: Hypergradient
+        self,
+        loop: InnerLoop,
+        task_slice: TaskSlice | None,
+        variables: TensorDict,
+        context: TensorDict,
+        backend: Hypergradient,
     ) -> None:
-        """Raises if PyTorch is known, or seen, to differentiate the inner problem wrongly."""
+        """Raises if PyTorch is known, or seen, to differentiate the problem wrongly."""
+        takes_second = not isinstance(backend, FirstDerivatives)
+        if loop.has_tasks_axis:
+            use = "second" if takes_second else "values" if isinstance(backend, BlackBox) else "first"
+            refuse_wrong_vectorisation(self._kind, self._bound, task_slice, variables, context, use=use)
         # Nothing is remembered of a problem without steps: the same with another horizon has some.
-        if loop.num_steps == 0:
-            return
-        if loop.has_tasks_axis and task_slice is not None:
-            refuse_wrong_vectorisation(self._kind, lambda: self._together_and_alone(task_slice, variables))
-        if not isinstance(backend, FirstDerivatives):
+        elif takes_second and loop.num_steps > 0:
             refuse_faulty_operations(self._kind, loop, variables)
-
-    def _together_and_alone(
-        self, task_slice: TaskSlice, variables: TensorDict
-    ) -> tuple[tuple[InnerLoop, TensorDict], tuple[InnerLoop, TensorDict]]:
-        """Returns a loop of a slice's tasks and one of the first of them alone, each with its variables."""
-        context = {name: value for name, value in variables.items() if name not in self._hparams}
-        per_task = context.keys() - set(self._bound.problem.shared_context)
-        own = {name: value[0] if name in per_task else value for name, value in variables.items()}
-        first = TaskSlice(start=task_slice.start, stop=task_slice.start + 1, squeeze=True)
-        return (self._bound.loop(task_slice, context), variables), (self._bound.loop(first, context), own)
 
     def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
         leaves = tree.leaves_requiring_grad(self._hparams)
@@ -222,7 +217,7 @@ class _Run:
         cut = tree.leaves_requiring_grad({name: value for name, value in context.items() if name in moving})
         variables = {**leaves, **{name: cut[name] if name in moving else value for name, value in context.items()}}
         if loop.first_task == 0:  # whatever the tasks are, their losses run the same operations
-            self._refuse_faults(loop, task_slice, variables, backend)
+            self._refuse_faults(loop, task_slice, variables, context, backend)
         result = backend.compute(loop, variables)
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
         chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)

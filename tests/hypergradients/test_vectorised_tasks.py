@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -118,7 +118,9 @@ def test_tasks_that_cannot_be_vectorised_are_refused_with_the_same_advice() -> N
     def looked_at(w: Tensor) -> Tensor:
         return where(w) if w.detach().sum() < 1e9 else w.sum()
 
-    with pytest.raises(IncompatibleBackendError, match=r"over tasks. PyTorch says: vmap.*task_route='loop'"):
+    with pytest.raises(
+        IncompatibleBackendError, match=r"over tasks. PyTorch says: vmap.*works for a task alone.*task_route='loop'"
+    ):
         compute(problem_of(looked_at, "vmap"))
     torch.testing.assert_close(compute(problem_of(looked_at, "auto")), compute(problem_of(where, "loop")))
 
@@ -154,3 +156,156 @@ def test_it_is_asked_once() -> None:
         compute(problem_of(counted, "vmap"))
         numbers.append(calls[0])
     assert numbers[0] > numbers[1] == numbers[2] == 2
+
+
+SAME = scalars(c=-1.5)
+ENTRIES: dict[str, Callable[[ht.BilevelProblem], object]] = {
+    "unroll": lambda problem: ht.unroll(problem, SAME),
+    "evaluate": lambda problem: ht.evaluate(problem, SAME, num_episodes=2),
+    "spectral_radius": lambda problem: ht.spectral_radius(problem, SAME),
+    "check_hypergradient": lambda problem: ht.check_hypergradient(problem, SAME, backends.Reverse()),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_function_that_vectorises_tasks_refuses_it(entry: str) -> None:
+    with pytest.raises(IncompatibleBackendError, match=r"differs between vectorised.*task_route='loop'"):
+        ENTRIES[entry](problem_of(selected, "vmap"))
+
+
+def test_a_plain_run_by_auto_takes_the_loop() -> None:
+    expected = ht.unroll(problem_of(selected, "loop"), SAME)
+    torch.testing.assert_close(ht.unroll(problem_of(selected, "auto"), SAME).outer_loss, expected.outer_loss)
+    torch.testing.assert_close(ht.unroll(problem_of(where, "vmap"), SAME).outer_loss, expected.outer_loss)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A place in a problem other than the inner loss."""
+
+    inner: type[Scaled] = Scaled
+    outer: type[Judge] = Judge
+    num_steps: int = 2
+
+
+class SelectingJudge(Judge):
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return selected(params["w"]) * hparams["c"].exp()
+
+
+class DirectJudge(Judge):
+    """Has a direct term, which first-order methods follow."""
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return params["w"].square().sum() * hparams["c"].exp()
+
+
+class StepJudge(DirectJudge):
+    def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+        return selected(params["w"])
+
+
+class SelectingStart(Scaled):
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": torch.select_scatter(START * hparams["own"], (START[:, 0] * hparams["own"]).sin(), 1, 0)}
+
+
+PARTS = {
+    "outer loss": Part(outer=SelectingJudge),
+    "outer loss without steps": Part(inner=SelectingStart, outer=Judge, num_steps=0),
+    "term of the outer loss": Part(outer=StepJudge),
+    "first state": Part(inner=SelectingStart),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("backend", [backends.Reverse(), backends.FirstOrder()], ids=repr)
+def test_every_vectorised_function_of_a_problem_is_compared(name: str, backend: ht.Hypergradient) -> None:
+    part = PARTS[name]
+
+    def problem(route: str) -> ht.BilevelProblem:
+        return replace(
+            problem_of(where, route, context=lambda hparams, batch: {"own": hparams["c"] * batch}),
+            inner=part.inner(where),
+            outer=part.outer(),
+            num_steps=part.num_steps,
+        )
+
+    with pytest.raises(IncompatibleBackendError, match=r"the derivative of the .* differs between vectorised"):
+        compute(problem("vmap"), backend)
+    torch.testing.assert_close(compute(problem("auto"), backend), compute(problem("loop"), backend))
+    assert ht.unroll(problem("vmap"), SAME).outer_loss.isfinite().all()  # its values are right
+
+
+def in_channels_last(w: Tensor) -> Tensor:
+    images = w[None, :, :, None] * torch.ones(2, 3, 3, 2, dtype=torch.float64)
+    return images.to(memory_format=torch.channels_last).sin().sum()
+
+
+@pytest.mark.parametrize("entry", [compute, lambda problem: ht.unroll(problem, SAME).outer_loss])
+def test_an_operation_that_cannot_be_vectorised_is_named(entry: Callable[[ht.BilevelProblem], Tensor]) -> None:
+    with pytest.raises(
+        IncompatibleBackendError, match=r"`torch.Tensor.to`, which works for a task alone.*task_route='loop'"
+    ):
+        entry(problem_of(in_channels_last, "vmap"))
+    torch.testing.assert_close(entry(problem_of(in_channels_last, "auto")), entry(problem_of(in_channels_last, "loop")))
+
+
+class ChannelsJudge(Judge):
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+        return {"figure": in_channels_last(params["w"])}
+
+
+def test_a_metric_that_cannot_be_vectorised_is_named() -> None:
+    def problem(route: str) -> ht.BilevelProblem:
+        return replace(problem_of(where, route), outer=ChannelsJudge())
+
+    with pytest.raises(IncompatibleBackendError, match=r"`torch.Tensor.to`, which works for a task alone"):
+        ht.unroll(problem("vmap"), SAME)
+    expected = ht.unroll(problem("loop"), SAME).metrics["figure"]
+    torch.testing.assert_close(ht.unroll(problem("auto"), SAME).metrics["figure"], expected)
+
+
+def fails_backwards(w: Tensor) -> Tensor:
+    """Works for one matrix only, in its backward pass."""
+
+    class Doubled(torch.autograd.Function):
+        generate_vmap_rule = False
+
+        @staticmethod
+        def forward(value: Tensor) -> Tensor:
+            return 2 * value
+
+        @staticmethod
+        def setup_context(ctx: object, inputs: object, output: object) -> None:
+            pass
+
+        @staticmethod
+        def vmap(info: object, in_dims: tuple[int, ...], value: Tensor) -> tuple[Tensor, int]:
+            return Doubled.apply(value), in_dims[0]  # type: ignore[return-value]
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return 2 * torch.eye(3, dtype=grad.dtype) @ grad.reshape(3, 3)
+
+    return Doubled.apply(w).sin().sum()  # type: ignore[union-attr]
+
+
+def test_a_gradient_that_cannot_be_vectorised_is_explained() -> None:
+    with pytest.raises(IncompatibleBackendError, match=r"the gradient of a loss, which works for a task alone"):
+        compute(problem_of(fails_backwards, "vmap"))
+    torch.testing.assert_close(
+        compute(problem_of(fails_backwards, "auto")), compute(problem_of(fails_backwards, "loop"))
+    )
+
+
+def test_first_derivatives_need_no_second_to_be_compared() -> None:
+    def once(w: Tensor) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        targets = torch.tensor([0, 2, 1])
+        return F.linear_cross_entropy(START, w, targets, reduction="none", options=options).sum()
+
+    together, one_by_one = (replace(problem_of(once, route), outer=DirectJudge()) for route in ("vmap", "loop"))
+    torch.testing.assert_close(compute(together, backends.FirstOrder()), compute(one_by_one, backends.FirstOrder()))
+    with pytest.raises(IncompatibleBackendError, match="`linear_cross_entropy` in chunks"):
+        compute(problem_of(once, "vmap"))
