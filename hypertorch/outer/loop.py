@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from hypertorch.outer.progress import ProgressDisplay, progress_display
 from hypertorch.outer.report import Report
 from hypertorch.outer.scalars import to_floats
 from hypertorch.outer.state import OptimizerFactory, OuterState, SchedulerFactory
-from hypertorch.outer.step import STEPS_PER_SECOND, VALIDATION, propose, take
+from hypertorch.outer.step import STEPS_PER_SECOND, VALIDATION, propose, refuse_reserved_metrics, take
 from hypertorch.outer.stopwatch import Stopwatch
 from hypertorch.outer.validation import Validation
 from hypertorch.outer.zero_hypergradients import ZeroWatch
@@ -168,13 +168,7 @@ class OuterLoop:
                 end, so neither a checkpoint nor the result ever holds it.
             HypertorchError: whatever else the hypergradient raises.
         """
-        _check_count("num_outer_steps", num_outer_steps, "outer steps to take")
-        state = OuterState(self._start(start_from), optimizer=self.optimizer, scheduler=self.scheduler)
-        resumed = self._begin(state, resume=resume)
-        run = _Run(self, state, num_outer_steps, resumed=resumed)
-        if not run.is_over():
-            run.to_the_end()
-        return self._conclude(state)
+        return train(self, num_outer_steps, start_from=start_from, resume=resume)
 
     def _start(self, given: TensorMapping | None) -> TensorDict:
         """Returns the outer variables before the first step, in the order of the source."""
@@ -231,21 +225,59 @@ class OuterLoop:
         )
 
 
+def train(
+    loop: OuterLoop,
+    num_outer_steps: int,
+    *,
+    start_from: TensorMapping | None = None,
+    resume: bool = False,
+    zeros_allowed: Collection[str] | None = None,
+) -> Trained:
+    """Returns what `OuterLoop.run` does, which see.
+
+    Args:
+        loop: the outer loop.
+        num_outer_steps: outer steps in all.
+        start_from: outer variables to start from.
+        resume: go on from the newest checkpoint if there is one.
+        zeros_allowed: outer variables of a single inner run that may have a zero hypergradient; they are watched from
+            its start only. None for outer steps that each have a run of their own, and for what the problems allow.
+    """
+    _check_count("num_outer_steps", num_outer_steps, "outer steps to take")
+    state = OuterState(loop._start(start_from), optimizer=loop.optimizer, scheduler=loop.scheduler)
+    resumed = loop._begin(state, resume=resume)
+    run = _Run(loop, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
+    if not run.is_over():
+        run.to_the_end()
+    return loop._conclude(state)
+
+
 class _Run:
-    """One call of `OuterLoop.run`.
+    """One call of `train`.
 
     The loop's body is ordered so that a checkpoint at any moment is a moment between two of these: a step with its
     record, a validation with its record. Each of them changes the state in a section that no interrupt tears apart.
     """
 
-    def __init__(self, loop: OuterLoop, state: OuterState, num_outer_steps: int, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        loop: OuterLoop,
+        state: OuterState,
+        num_outer_steps: int,
+        *,
+        resumed: bool,
+        zeros_allowed: Collection[str] | None,
+    ) -> None:
         self._loop = loop
         self._state = state
         self._num_outer_steps = num_outer_steps
         self._saved = self._position() if resumed else None
         self._stopwatch = Stopwatch(seconds=state.seconds, step=state.step)
         self._constraints: dict[str, Constraint] = {}
-        self._zeros = ZeroWatch(state.leaves, first=state.step, last=num_outer_steps - 1)
+        self._zeros_allowed = zeros_allowed
+        # In a single inner run the effect of its start fades, in the end to zero, which is no mistake.
+        is_watched = zeros_allowed is None or state.step == 0
+        self._zeros = ZeroWatch(state.leaves if is_watched else (), first=state.step, last=num_outer_steps - 1)
         self._first = state.step
         self._losses: list[Tensor] = []  # at the first and at the last step of this call
 
@@ -295,6 +327,7 @@ class _Run:
             state.task_route = hypergradient_task_route(
                 problem, state.hparams, backend=loop.backend, outer_step=state.step
             )
+        refuse_reserved_metrics(self._problem_at(state.step), state)
         if loop.validation is not None:
             report = self._evaluate(loop.validation, num_episodes=1)
             loop.validation.figure(report)
@@ -319,7 +352,8 @@ class _Run:
         to_log = done % loop.log_every == 0 or done == self._num_outer_steps
         problem = self._problem_at(state.step)
         proposal = propose(problem, state, backend=loop.backend, clip_norm=loop.clip_norm, with_figures=to_log)
-        self._zeros.look(state.step, proposal.grads, problem.allow_unused)
+        allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
+        self._zeros.look(state.step, proposal.grads, allowed)
         self._losses = [*self._losses[:1], proposal.outer_loss]
         with uninterrupted():
             take(proposal, state, self._constraints)
@@ -339,7 +373,7 @@ class _Run:
                 f"{self._first}: the outer run diverged, and without a `validation` `best_hparams` are what it ended "
                 "with. Lower the learning rate of the outer optimizer, pass `clip_norm`, or pass a `validation`, which "
                 "keeps the best.",
-                stacklevel=4,  # the caller of `OuterLoop.run`
+                stacklevel=5,  # the caller of `run`
             )
 
     def _problem_at(self, step: int) -> BilevelProblem:

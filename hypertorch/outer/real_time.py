@@ -13,7 +13,7 @@ from hypertorch.noise import preserved_generators
 from hypertorch.outer.checkpoints import Checkpoints
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.loggers import Logger
-from hypertorch.outer.loop import OuterLoop, Trained
+from hypertorch.outer.loop import OuterLoop, Trained, train
 from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
 from hypertorch.outer.validation import Validation
 from hypertorch.problem import BilevelProblem
@@ -37,7 +37,9 @@ class RealTime:
 
     It is an `OuterLoop` over the warm-started problem with the backend `Forward(keep_tangents=True)`: what that says
     of logging, constraints, checkpoints and resuming holds here, with an update for an outer step. Whether every
-    hyperparameter reaches the outer loss is asked once, of a short fresh run.
+    hyperparameter reaches the outer loss is asked once, of a short fresh run. One whose hypergradient is exactly zero
+    at each of the first five updates is named in a `ZeroHypergradientWarning`, unless `allow_unused` has it; a resumed
+    run does not look again, because the effect of an initialisation fades.
 
     Cost: per inner step, as `Forward`: one jvp for every scalar entry of the outer variables. Memory: one tangent of
     the size of the inner state for each, whatever the length of the run. The comparison of a step with reverse over
@@ -120,7 +122,12 @@ class RealTime:
                 f"update would be lost. Pass {num_inner_steps - num_inner_steps % self.every + self.every}, say."
             )
         names = self._check_reach()
-        return self._loop(names).run(num_inner_steps // self.every, resume=resume)
+        return train(
+            self._loop(names),
+            num_inner_steps // self.every,
+            resume=resume,
+            zeros_allowed=self.problem.allow_unused,
+        )
 
     def _loop(self, names: tuple[str, ...] = ()) -> OuterLoop:
         problem = replace(self.problem, num_steps=self.every, warm_start=True, allow_unused=names)
@@ -130,8 +137,8 @@ class RealTime:
     def _check_reach(self) -> tuple[str, ...]:
         """Returns the names of the outer variables; raises if one has no influence in a short fresh run.
 
-        The run itself does not ask: there a path may open after the first update (a momentum's, with `every=1`), or
-        fade until it is zero (an initialisation's), and neither is a mistake.
+        The run itself must not raise: there a path may open after the first update (a momentum's, with `every=1`), or
+        fade until it is zero (an initialisation's).
         """
         problem = replace(self.problem, num_steps=max(self.every, _PROBE_STEPS), warm_start=False)
         with preserved_generators(torch.device("cpu")):  # the run makes its first values anew

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hypertorch.checks import check_hparams
-from hypertorch.errors import CheckpointError
+from hypertorch.errors import CheckpointError, NonFiniteError
 from hypertorch.outer.checkpoints import Checkpoint
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -78,16 +78,41 @@ class OuterState:
         return {f"{name}/{position}": rate for position, rate in enumerate(rates)}
 
     def descend(self, grads: TensorMapping, carry: TensorDict) -> None:
-        """Takes one step of the optimizer and of the scheduler along a hypergradient."""
+        """Takes one step of the optimizer and of the scheduler along a hypergradient.
+
+        Raises:
+            NonFiniteError: if a setting of the optimizer is out of the range of the outer variables' numbers.
+        """
         for name, leaf in self.leaves.items():
             leaf.grad = grads[name]
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            too_large = self._settings_out_of_range()
+            if not too_large:
+                raise
+            raise NonFiniteError(
+                f"the outer optimizer has {too_large} after {self.step} outer steps, which the numbers of the outer "
+                f"variables cannot hold ({error}): no step can be taken. Lower that setting, or what its schedule "
+                "makes of it."
+            ) from error
         for leaf in self.leaves.values():
             leaf.grad = None
         if self.scheduler is not None:
             self.scheduler.step()
         self.carry = carry
         self.step += 1
+
+    def _settings_out_of_range(self) -> str:
+        """Returns the settings of the optimizer that no outer variable can hold, as text; empty if there are none."""
+        largest = min(torch.finfo(leaf.dtype).max for leaf in self.leaves.values())
+        found = {
+            name: float(value)
+            for group in self.optimizer.param_groups
+            for name, value in group.items()
+            if isinstance(value, (int, float)) and not abs(value) <= largest
+        }
+        return ", ".join(f"`{name}` = {value:.4g}" for name, value in found.items())
 
     def own_carry(self, carry: TensorMapping) -> TensorDict:
         """Returns a carry that shares no memory with the outer variables, which are about to change in place."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -14,9 +14,9 @@ from hypertorch.outer.clipping import clip_to_norm, total_norm
 from hypertorch.outer.constraining import project_in_place
 from hypertorch.outer.evaluation import OUTER_LOSS
 from hypertorch.outer.state import OuterState
-from hypertorch.problem import BilevelProblem
-from hypertorch.types import TensorDict
-from hypertorch.unroll import outer_metrics
+from hypertorch.problem import BilevelProblem, OuterProblem
+from hypertorch.types import TensorDict, TensorMapping
+from hypertorch.unroll import outer_metrics, unroll
 
 HYPERGRADIENT_NORM = "hypergradient_norm"
 STEPS_PER_SECOND = "steps_per_second"
@@ -85,16 +85,38 @@ def take(proposal: Proposal, state: OuterState, constraints: Mapping[str, Constr
     project_in_place(state.hparams, constraints)
 
 
-def _figures(
-    problem: BilevelProblem, state: OuterState, result: HypergradientResult, norm: Tensor
-) -> dict[str, float | Tensor]:
-    metrics = outer_metrics(problem, result.params, state.hparams, outer_step=state.step)
+def refuse_reserved_metrics(problem: BilevelProblem, state: OuterState) -> None:
+    """Raises if a metric cannot be logged, before an outer step is taken.
+
+    Cost: nothing for a problem without metrics. Else the first params, the outer loss there, and its metrics twice.
+
+    Args:
+        problem: the problem of the first outer step.
+        state: where the run stands.
+
+    Raises:
+        ValueError: if a metric has a name that the loop logs another figure under, or is not one figure per task.
+    """
+    if type(problem.outer).metrics is OuterProblem.metrics:
+        return
+    at_start = unroll(replace(problem, num_steps=0), state.hparams, outer_step=state.step, carry=state.carry or None)
+    _check_names(outer_metrics(problem, at_start.params, state.hparams, outer_step=state.step))
+
+
+def _check_names(metrics: TensorMapping) -> None:
     clash = sorted(name for name in metrics if name in _OWN_NAMES or name.startswith(_OWN_BEGINNINGS))
     if clash:
         raise ValueError(
             f"`OuterProblem.metrics` returned {clash}, names that the outer loop logs other figures under: one of them "
             "would be lost. Rename the metric."
         )
+
+
+def _figures(
+    problem: BilevelProblem, state: OuterState, result: HypergradientResult, norm: Tensor
+) -> dict[str, float | Tensor]:
+    metrics = outer_metrics(problem, result.params, state.hparams, outer_step=state.step)
+    _check_names(metrics)
     return {
         OUTER_LOSS: result.outer_loss,
         **metrics,

@@ -48,7 +48,7 @@ class ZeroWatch:
         self._zero = [name for name, move in zip(looked_at, moves, strict=True) if not move]
         if self._zero and step == self._last:
             warnings.warn(
-                ZeroHypergradientWarning(self._message(), tuple(self._zero)), stacklevel=6
+                ZeroHypergradientWarning(self._message(), tuple(self._zero)), stacklevel=7
             )  # the caller of `run`
 
     def _message(self) -> str:

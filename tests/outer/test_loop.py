@@ -21,6 +21,7 @@ from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
 from hypertorch.outer import step as step_module
 from hypertorch.outer.state import OuterState
 from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter
 from tests.outer.problems import Outer, Quadratics, centres
 from tests.outer.runs import make_loop
 
@@ -133,7 +134,7 @@ def test_figures_are_computed_only_where_they_are_logged(monkeypatch: pytest.Mon
         step_module, "outer_metrics", lambda *args, **named: calls.append(1) or original(*args, **named)
     )
     make_loop(log_every=4).run(8)
-    assert len(calls) == 2
+    assert len(calls) == 1 + 2  # once before the first step, to see the names
 
 
 # Constraints
@@ -317,6 +318,33 @@ OWN_NAMES = ["outer_loss", "learning_rate", "learning_rate/1", "hypergradient_no
 def test_a_metric_must_not_hide_a_figure_of_the_loop(name: str) -> None:
     with pytest.raises(ValueError, match=rf"`OuterProblem\.metrics` returned \['{name}'\], names that the outer loop"):
         make_loop(Quadratics(metric=name)).run(1)
+
+
+def test_a_learning_rate_that_leaves_the_range_of_its_numbers_is_named() -> None:
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["start"]}, lambda p, h, b: p["w"].square().sum()),
+        LambdaOuter({"start": torch.ones(2)}, lambda p, h, b: 1e-9 * p["w"].square().sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=1,
+    )
+    growing = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=1e45)
+    with pytest.raises(NonFiniteError, match=r"`lr` = 1e\+44 after 2 outer steps.*Lower that setting"):
+        make_loop(problem, scheduler=growing).run(4)
+
+
+class Loud(ht.hypergradients.Reverse):
+    """Fails where an outer step is taken."""
+
+    def compute(self, *_: object) -> ht.BackendResult:
+        raise AssertionError("an outer step was taken")
+
+
+def test_a_metric_is_refused_before_the_first_step() -> None:
+    """A record comes after `log_every` steps only, which may be hours."""
+    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned \['outer_loss'\], names that the outer"):
+        make_loop(Quadratics(metric="outer_loss", num_tasks=None), backend=Loud(), log_every=1000).run(2000)
+    with pytest.raises(ValueError, match="`each` of shape"):
+        make_loop(Measured(num_tasks=None, figures=lambda w: {"each": w}), backend=Loud()).run(2)
 
 
 def test_every_name_that_the_loop_logs_is_refused_for_a_metric() -> None:

@@ -15,7 +15,12 @@ from torch import Tensor
 import hypertorch as ht
 from hypertorch import outer
 from hypertorch.bound_problem import BoundProblem
-from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, NonFiniteError
+from hypertorch.errors import (
+    DetachedHyperparameterError,
+    IncompatibleBackendError,
+    NonFiniteError,
+    ZeroHypergradientWarning,
+)
 from hypertorch.hypergradients import Forward
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import normal, scalars
@@ -311,7 +316,10 @@ def test_a_momentum_that_waits_and_an_initialisation_that_is_forgotten_are_no_fa
     problem = regression(
         SGD(lr=1.0, momentum=ht.Hyper("momentum")), inner=Parabola(), outer=HeldOut(hparams), num_steps=1
     )
-    trained = ht.RealTime(problem, optimizer=partial(torch.optim.SGD, lr=0.01), every=1).run(5)
+    # No error; but that no update moves the start is said.
+    with pytest.warns(ZeroHypergradientWarning) as caught:
+        trained = ht.RealTime(problem, optimizer=partial(torch.optim.SGD, lr=0.01), every=1).run(5)
+    assert [warning.message.names for warning in caught] == [("start",)]  # type: ignore[union-attr]
     assert trained.hparams["momentum"] != 0.0
     assert trained.hparams["start"] == 0.5
 
@@ -409,3 +417,30 @@ def test_infinity_after_the_last_update_is_refused() -> None:
     # Finite in double precision as a gradient and as a factor, not as their product.
     with pytest.raises(NonFiniteError, match=r"`hparams\['\w+'\]` holds NaN or infinity after 1 outer steps"):
         ht.RealTime(regression(), optimizer=partial(torch.optim.SGD, lr=1e308 * 1.7), every=2).run(2)
+
+
+# What is zero
+
+
+class Saturated(HeldOut):
+    """Has a hyperparameter at which a clamp has no slope."""
+
+    def __init__(self) -> None:
+        super().__init__({**HeldOut().values, "flat": torch.tensor(2.0, dtype=F64)})
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return super().loss(params, hparams, batch) + hparams["flat"].clamp(max=1.0)
+
+
+def test_a_hypergradient_that_stays_zero_is_named(tmp_path: Path) -> None:
+    def run(num_inner_steps: int, **options: Any) -> outer.Trained:
+        checkpoints = outer.Checkpoints(tmp_path / str(options), every=1)
+        loop = ht.RealTime(regression(outer=Saturated(), **options), optimizer=FROZEN, every=2, checkpoints=checkpoints)
+        return loop.run(num_inner_steps, resume=True)
+
+    with pytest.warns(ZeroHypergradientWarning, match="`hparams\\['flat'\\]` is exactly zero.* 0 to 4,") as caught:
+        run(12)
+    assert len(caught) == 1 and caught[0].message.names == ("flat",)  # type: ignore[union-attr]
+    assert caught[0].filename == __file__
+    run(30)  # resumed: what has faded since the start is not named
+    run(12, allow_unused=("flat",))
