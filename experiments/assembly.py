@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +144,53 @@ def build_outer_optimizer(config: DictConfig) -> Callable[[list[torch.Tensor]], 
             "Correct that setting."
         ) from error
     return factory
+
+
+def check_outer_updates(config: DictConfig) -> None:
+    """Checks that the outer optimizer and its scheduler can take steps: PyTorch refuses some settings there only.
+
+    Raises:
+        ExpectedFailure: naming the setting that PyTorch refuses, or that leaves the range of the run's numbers.
+    """
+    dtype = chosen_dtype(config)
+    blocks = {"outer_optimizer": build_outer_optimizer(config), "outer_loop.scheduler": build_scheduler(config)}
+    given = {
+        f"{block}.{name}": value
+        for block, factory in blocks.items()
+        if isinstance(factory, partial)
+        for name, value in factory.keywords.items()
+    }
+    try:
+        number = _moved(blocks["outer_optimizer"], blocks["outer_loop.scheduler"], dtype)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"which PyTorch refuses in the first steps ({one_line(error)})"
+    else:
+        if math.isfinite(number):
+            return
+        reason = f"with which the first steps lead from 0 to {number}"
+    too_large = [
+        key
+        for key, value in given.items()
+        if isinstance(value, (int, float)) and not abs(value) <= torch.finfo(dtype).max
+    ]
+    keys = too_large or list(given)
+    raise ExpectedFailure(
+        f"{', '.join(f'`{key}` is {given[key]!r}' for key in keys)}, {reason}: the run computes in "
+        f"{str(dtype).removeprefix('torch.')}, up to {torch.finfo(dtype).max:.2g}. Give {keys[0]}=... another value."
+    )
+
+
+def _moved(optimizer: Any, scheduler: Any, dtype: torch.dtype) -> float:
+    """Returns where a few steps along a gradient of 1 lead from 0."""
+    variable = torch.zeros(1, dtype=dtype, requires_grad=True)
+    made = optimizer([variable])
+    schedule = None if scheduler is None else scheduler(made)
+    for _ in range(3):  # a momentum acts from the second step on, a schedule too
+        variable.grad = torch.ones_like(variable)
+        made.step()
+        if schedule is not None:
+            schedule.step()
+    return float(variable.detach())
 
 
 def build_scheduler(
@@ -286,6 +334,7 @@ def build_outer_loop(
         validation: where the problems come from by which the best outer variables are chosen.
         folder: the run's folder.
     """
+    check_outer_updates(config)
     settings = OmegaConf.create(
         {"outer_loop": {key: value for key, value in config.outer_loop.items() if f"outer_loop.{key}" not in _LOOP_OWN}}
     )

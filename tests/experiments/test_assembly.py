@@ -11,8 +11,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import experiments.resolvers  # noqa: F401
-from experiments.assembly import EpisodeStreams
+from experiments.assembly import EpisodeStreams, check_outer_updates
 from experiments.config_errors import CONFIGS
+from experiments.failures import ExpectedFailure
 from experiments.settings import SPLITS
 from hypertorch.fewshot import EpisodeSource
 
@@ -55,3 +56,37 @@ def test_the_same_seed_is_the_same_stream_and_evaluation_takes_another(seed: int
     other = EpisodeStreams(config=config).evaluation("meta_test", seed + 1).at(0).query.inputs
     theirs = streams_of(configured("experiment=sinusoid", f"seed={seed + 1}"))["meta_test"].at(0).query.inputs
     assert torch.equal(other, theirs) and not torch.equal(other, first["meta_test"].at(0).query.inputs)
+
+
+STEP_LR = "+outer_loop.scheduler._target_=torch.optim.lr_scheduler.StepLR"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (
+            ["outer_optimizer.lr=1e39"],
+            r"`outer_optimizer.lr` is 1e\+39, which PyTorch refuses.*Give outer_optimizer.lr=",
+        ),
+        (["outer_optimizer.lr=inf"], r"`outer_optimizer.lr` is inf, with which the first steps lead from 0 to"),
+        (["outer_optimizer.weight_decay=inf"], r"`outer_optimizer.weight_decay` is inf, "),
+        (["outer_optimizer=sgd", "outer_optimizer.momentum=1e39"], r"`outer_optimizer.momentum` is 1e\+39, "),
+        (
+            ["outer_loop.scheduler.step_size=1", "outer_loop.scheduler.gamma=1e60"],
+            r"`outer_loop.scheduler.gamma` is 1e\+60, ",
+        ),
+        (
+            ["outer_loop.scheduler.step_size=0", "outer_loop.scheduler.gamma=0.5"],
+            r"`outer_loop.scheduler.step_size` is 0",
+        ),
+    ],
+)
+def test_what_leaves_the_range_of_the_numbers_is_told_by_its_key(overrides: list[str], key: str) -> None:
+    added = [word if "=" not in word or word.startswith("outer_optimizer=") else f"++{word}" for word in overrides]
+    scheduler = [STEP_LR, "+outer_loop.scheduler._partial_=true"] if "scheduler" in overrides[0] else []
+    with pytest.raises(ExpectedFailure, match=key):
+        check_outer_updates(configured("experiment=sinusoid", *scheduler, *added))
+
+
+def test_double_precision_holds_more() -> None:
+    check_outer_updates(configured("experiment=sinusoid", "outer_optimizer.lr=1e39", "dtype=float64"))
