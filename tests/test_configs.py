@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,3 +169,11 @@ def test_the_evaluation_has_an_inner_learning_rate_of_its_own() -> None:
 
     assert inner_loop(build_learner(config)) == (0.02, 14)
     assert inner_loop(build_training_learner(config)) == (0.1, 6)
+
+
+def test_files_that_configs_name_are_there() -> None:
+    root = CONFIGS.parent
+    texts = {path: path.read_text(encoding="utf-8") for path in CONFIGS.rglob("*.yaml")}
+    named = {name for text in texts.values() for name in re.findall(r"\b(?:experiments|scripts)/[\w/]+\.py\b", text)}
+    assert named
+    assert sorted(name for name in named if not (root / name).is_file()) == []
