@@ -1,4 +1,4 @@
-"""What to know about a hypergradient before trusting it: checks, comparisons of backends, and the inner map itself."""
+"""Diagnostics of hypergradients: checks, comparisons of backends, and the spectrum of the inner map."""
 
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.check import DirectionalCheck, HypergradientCheck, check_hypergradient

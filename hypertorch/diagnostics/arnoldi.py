@@ -1,4 +1,4 @@
-"""Arnoldi's method for the largest eigenvalue of maps that are known by their products with vectors only."""
+"""Arnoldi's method for the largest eigenvalue of linear maps that are given by their products with vectors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hypertorch.diagnostics.balancing import balancing
 
-# In units of the machine epsilon, relative to the product: what is left of one that lies in the space already, and the
-# smallest residual that rounding allows.
+# In units of the machine epsilon, relative to the product. The first: the rest of a product that lies in the space
+# already, which is rounding only. The second: the smallest residual that rounding allows.
 _BREAKDOWN = 10.0
 _SMALLEST_RESIDUAL = 50.0
-_SPANNED = 1e-10  # relative to the largest: singular values below it are those of a direction that is not there
+_SPANNED = 1e-10  # a singular value below it, relative to the largest, is rounding and spans no direction
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +42,8 @@ def leading_spectrum(
 
     An orthonormal basis `V` of the Krylov space `start, A start, A^2 start, ...` gives `A V = V H + v h'` with a small
     matrix `H`, whose eigenpairs `(z, x)` are Ritz pairs `(z, V x)` of `A` with the residual `|h'x|`. Until that is
-    small for the leading pair, the space is cut down to its leading half and grown again from `v`. All this is done in
-    a basis in which the map is balanced.
+    small for the leading pair, the space is cut down to its leading half and grown again from `v`. The basis is one in
+    which the map is balanced.
 
     Cost: five products, `dimension` for the first space and half as many for each restart; memory of `dimension + 1`
     vectors.
@@ -61,6 +61,7 @@ def leading_spectrum(
     """
     dimension = min(dimension, start.shape[1])
     enough = max(tolerance, _SMALLEST_RESIDUAL * torch.finfo(start.dtype).eps)
+    # Without it, the rounding of the largest entries hides eigenvalues (Adam's second moments beside params).
     scale = balancing(apply, start)
     space = _Space(lambda vectors: apply(vectors * scale) / scale, start / scale, dimension)
     space.grow(0)
@@ -71,11 +72,11 @@ def leading_spectrum(
         space.grow(space.cut(coordinates, dimension // 2 - 1))
         last, coordinates = space.spectrum()
         best = _better(last, best)
-    return replace(best, vectors=best.vectors * scale)
+    return replace(best, vectors=best.vectors * scale)  # back in the map's own units
 
 
 def _better(last: Spectrum, best: Spectrum) -> Spectrum:
-    """Returns the one of the smaller residual for each map: residuals do not fall at every restart."""
+    """Returns for each map the spectrum of the smaller residual: a restart may make it larger."""
     improved = last.residuals < best.residuals
     return Spectrum(
         eigenvalues=torch.where(improved, last.eigenvalues, best.eigenvalues),
@@ -104,7 +105,7 @@ class _Space:
         for column in range(first, self._dimension):
             product = rest = self._apply(self._basis[:, column])
             known = self._basis[:, : column + 1]
-            # Twice is enough: after one pass rounding leaves parts of the basis in a short rest.
+            # Gram-Schmidt twice: after one pass, rounding leaves parts of the basis in a short rest; two are enough.
             for _ in range(2):
                 parts = torch.einsum("tkn,tn->tk", known, rest)
                 rest = rest - torch.einsum("tk,tkn->tn", parts, known)
@@ -137,7 +138,8 @@ class _Space:
         not, the last of its `count + 1` basis vectors is zero.
         """
         leading = coordinates[:, :, :count]
-        # Real and imaginary parts span each pair twice: the singular values tell which directions are real.
+        # A complex pair appears twice, as a vector and its conjugate: real and imaginary parts then span each plane
+        # twice, and the singular values tell how many directions there are.
         turned, sizes, _ = torch.linalg.svd(torch.cat([leading.real, leading.imag], dim=-1), full_matrices=False)
         turned, sizes = turned[:, :, : count + 1], sizes[:, : count + 1]
         turned = torch.where((sizes > _SPANNED * sizes[:, :1])[:, None], turned, 0.0)

@@ -1,4 +1,4 @@
-"""Backends side by side on one problem: how exact, how fast, how large."""
+"""Comparison of backends on one problem: error, time and memory."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from hypertorch.types import TensorDict
 
 @dataclass(frozen=True, kw_only=True)
 class BackendFigures:
-    """What one backend did on the problem.
+    """Accuracy, time, memory and cost of one backend on the problem.
 
     Attributes:
         accuracy: against the exact hypergradient.
         seconds: wall time of each repeat (unit: seconds).
         peak_bytes: most bytes that tensors made by the backend held at once.
         cost: steps, vjps, jvps and stored states, counted.
-        own: what the backend says about its own accuracy, the mean over tasks.
-        warnings: what it warned of.
+        own: what the backend reports of its own accuracy, the mean over tasks.
+        warnings: texts of its warnings.
     """
 
     accuracy: Accuracy
@@ -122,13 +122,13 @@ def compare_backends(
 ) -> BackendComparison:
     """Returns error, time, memory and counted cost of several backends for one hypergradient.
 
-    Each backend runs once for its hypergradient, which warms it up, once more under a count of live tensor bytes, and
-    then `repeats` times against the clock: all backends in turn, so that other work on the machine delays them alike.
-    All run the tasks by the same route, since the noise that a model draws differs between routes. A backend that draws
-    its own noise is judged by the draw of this outer step: take the mean over several for its bias.
+    Each backend runs once for its hypergradient, which warms it up; once more while live tensor bytes are counted; and
+    then `repeats` times while time is taken. The backends take turns, so that other work on the machine delays all of
+    them. All run the tasks by the same route, because the noise that a model draws differs between routes. A backend
+    that draws noise of its own is compared at the draw of this outer step: its bias shows in the mean over several.
 
-    Memory is what the backend adds to what was there before: it does not count `hparams`, nor data that the problem
-    holds. `hypertorch.live_memory` says what else it leaves out.
+    Memory is counted from before the backend starts: it holds neither `hparams` nor data of the problem.
+    `hypertorch.live_memory` describes what else it leaves out.
 
     Cost: one hypergradient by `exact`, and `2 + repeats` by each backend.
 
@@ -165,7 +165,7 @@ def compare_backends(
         said[name] = tuple(dict.fromkeys(str(warning.message) for warning in caught))
     served = {name: backends[name] for name in results}
     with warnings.catch_warnings():
-        # They have been heard.
+        # The first run of each backend has recorded them.
         warnings.simplefilter("ignore")
         peaks = {name: _peak_bytes(run, backend) for name, backend in served.items()}
         seconds = _seconds(run, served, repeats)
@@ -227,7 +227,7 @@ def _texts(figures: BackendFigures) -> list[str]:
 
 
 def _first_sentence(message: str) -> str:
-    """Returns what is the matter, without the advice."""
+    """Returns the fault that a message names, without the advice."""
     return message.partition(". ")[0]
 
 

@@ -1,4 +1,4 @@
-"""The rate of an error that falls geometrically."""
+"""The rate at which an error falls geometrically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_FEWEST = 3
+_FEWEST = 3  # a line through two points has no spread to judge it by
 _ABOVE_FLOOR = 10.0
 
 
@@ -36,11 +36,11 @@ class GeometricFit:
 
 
 def fit_geometric(lengths: Sequence[int], errors: Sequence[float]) -> GeometricFit | None:
-    """Returns the least-squares line through the logarithms of the errors; None where no rate can be told.
+    """Returns the least-squares line through the logarithms of the errors; None where there is no rate.
 
-    Errors within a factor of ten of the smallest are left out: there may be a floor, of rounding or of a linear solve.
-    So is the earlier half of the others (but not the last three), in which terms that fall faster are still seen. Fewer
-    than three points, or a line that does not fall, give no rate.
+    Errors within a factor of ten of the smallest are left out, because rounding or a linear solve may have set a floor.
+    The earlier half of the others is left out too (but never the last three points), because terms that fall faster
+    still show there. Fewer than three points, or a line that does not fall, give no rate.
 
     Args:
         lengths: ascending (unit: steps).

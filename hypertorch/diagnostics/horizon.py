@@ -1,4 +1,4 @@
-"""What a shorter look back, or a shorter run, costs: the bias of truncation and of implicit differentiation."""
+"""The bias of truncated and of implicit hypergradients against the window and the number of steps."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
 Series: TypeAlias = Literal["truncated", "implicit", "implicit to longest", "unrolled to longest"]
-"""What is compared with what.
+"""Which hypergradients are compared.
 
-"truncated": a window of the run, with the whole run. "implicit": implicit differentiation after some steps, with the
-exact hypergradient of as many. "implicit to longest" and "unrolled to longest": implicit and exact hypergradients after
-some steps, with the exact one of the longest run, which stands for that of the inner solution.
+"truncated": that of a window with that of the whole run. "implicit": implicit differentiation after some steps with the
+exact hypergradient of as many steps. "implicit to longest" and "unrolled to longest": implicit and exact hypergradients
+after some steps with the exact one of the longest run, in place of that of the inner solution.
 """
 
 
@@ -39,11 +39,11 @@ class HorizonPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class HorizonBias:
-    """Errors against the length of the look back, or of the run; prints as a table for each series.
+    """Errors against the window, or against the number of steps; prints as a table for each series.
 
     Attributes:
         series: the points of each comparison, by ascending length.
-        fits: the geometric law that each follows; None where none can be told.
+        fits: the geometric law that each follows; None where none can be fitted.
     """
 
     series: Mapping[Series, tuple[HorizonPoint, ...]]
@@ -71,7 +71,7 @@ class HorizonBias:
         lines: list[str] = []
         for name, points in self.series.items():
             fit = self.fits[name]
-            lines.append(f"{name}: {'no geometric rate can be told' if fit is None else fit}")
+            lines.append(f"{name}: {'no geometric rate was found' if fit is None else fit}")
             texts = [
                 (str(point.length), f"{point.accuracy.error:.3e}", f"{point.accuracy.cosine:.6f}") for point in points
             ]
@@ -98,13 +98,13 @@ def horizon_bias(
     own longest run, are fitted up to half of it.
 
     Cost: one exact hypergradient of the problem's own `num_steps` and one of a truncated run for each window; for each
-    entry of `num_steps` one exact and one implicit hypergradient of so many steps.
+    entry of `num_steps` one exact and one implicit hypergradient of that many steps.
 
     Args:
         problem: the problem; its own `num_steps` is the horizon that windows are taken of.
-        hparams: the outer variables. What a backend drops must be in the problem's `allow_unused`, and then counts as
-            an error of its own.
-        windows: look-backs of `Truncated` (unit: steps, at least 1).
+        hparams: the outer variables. A variable that a backend drops must be in the problem's `allow_unused`; its
+            error is then the whole of its hypergradient.
+        windows: windows of `Truncated` (unit: steps, at least 1).
         num_steps: lengths of runs (unit: steps, at least 1). The dynamics must not have a schedule over the horizon.
         implicit: `Implicit(...)` with the linear solver to use; None to look at unrolled runs only.
         exact: gives the exact hypergradient.

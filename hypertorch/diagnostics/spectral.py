@@ -26,13 +26,13 @@ from hypertorch.tasks import TaskSlice, task_slices
 from hypertorch.types import TensorDict
 
 Verdict: TypeAlias = Literal["contracts", "is marginal", "explodes"]
-"""What a factor per step comes to over the horizon: below `1/e`, in between, above `e`."""
+"""The product of a factor per step over the horizon: below `1/e`, in between, above `e`."""
 
-_SETTLED = 1e-2  # residual below which the verdict does not hang on it
+_SETTLED = 1e-2  # a residual below it does not change the verdict
 
 _MEANING: dict[Verdict, str] = {
-    "contracts": "what happened early is forgotten, so truncation and implicit differentiation have a limit to reach",
-    "is marginal": "over this horizon what happened early neither fades nor grows much, so no step can be left out",
+    "contracts": "the effect of early steps fades, so truncated and implicit hypergradients approach the exact one",
+    "is marginal": "over this horizon the effect of early steps neither fades nor grows much: no step can be left out",
     "explodes": "changes of the state grow, and the unrolled hypergradient with them; the step size is too large or, "
     "where the eigenvalue is real and positive, the inner loss curves downwards",
 }
@@ -40,7 +40,7 @@ _MEANING: dict[Verdict, str] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SpectralRadius:
-    """The spectrum of the inner map at one inner step, and the growth of its product up to there; prints as words.
+    """The spectrum of the inner map at one inner step, and the growth of the product of maps up to it.
 
     Attributes:
         step: the inner step, counted from 0.
@@ -226,7 +226,7 @@ class _Trajectory:
         def apply(vectors: Tensor) -> Tensor:
             cotangents = self._cotangents(vectors, outputs)
             pulled = vjp(list(outputs.values()), [cotangents[name] for name in outputs], inputs, retain_graph=True)
-            # Autograd's None is a zero here.
+            # Autograd answers None where there is no path: as an entry of `J'v` that is a zero.
             return self._vectors(
                 {
                     name: torch.zeros_like(leaf) if (value := pulled[name]) is None else value
@@ -241,7 +241,7 @@ class _Trajectory:
         smallest = torch.finfo(vectors.dtype).tiny
         factors: list[Tensor] = []
         for step in reversed(range(len(self._states))):
-            # Only the direction is carried: the product itself leaves the range of floats.
+            # Normalised at every step: over a long run the product itself leaves the range of floats.
             vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=smallest)
             vectors = self.transposed(step)(vectors)
             factors.append(vectors.norm(dim=-1))

@@ -1,4 +1,4 @@
-"""What a solver of linear systems is: it sees the matrix only through products with vectors."""
+"""The interface of linear solvers, which know the matrix by its products with vectors only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LinearSolver(ABC):
 
     @abstractmethod
     def solve(self, matvec: Matvec, rhs: TensorDict, *, tasks_axis: bool = False) -> LinearSolution:
-        """Returns `x` with `A x = b`, approximately, and how well it solves the system; nothing has a graph.
+        """Returns an approximate solution `x` of `A x = b` with its residual; no tensor has a graph.
 
         Args:
             matvec: `v -> A v`.
@@ -53,7 +53,7 @@ class LinearSolver(ABC):
 
 
 class SymmetricSolver(LinearSolver):
-    """A marker: the solver is right for symmetric `A` only, and answers wrongly, without an error, for others."""
+    """A marker: the solver needs a symmetric `A`. For any other its answer is wrong, without an error."""
 
 
 def with_damping(matvec: Matvec, damping: float) -> Matvec:
@@ -65,6 +65,7 @@ def with_damping(matvec: Matvec, damping: float) -> Matvec:
 
 def relative_size(residual: TensorDict, rhs: TensorDict, *, tasks_axis: bool) -> Tensor:
     """Returns `|residual| / |rhs|`, shape `()` or `(tasks,)`; 0 where `rhs` is zero."""
+    # `where` is safe here: nothing is differentiated, so 0 / 0 in the branch not taken does no harm.
     size = tree.norm(rhs, tasks_axis=tasks_axis)
     return torch.where(size == 0, 0.0, tree.norm(residual, tasks_axis=tasks_axis) / size)
 
@@ -76,6 +77,7 @@ def judged(
 
     Cost: one product.
     """
+    # From the solution itself: the residual of a recurrence drifts away from the true one by rounding.
     residual = tree.add(rhs, matvec(solution), alpha=-1.0)
     return LinearSolution(
         solution=solution, residual=relative_size(residual, rhs, tasks_axis=tasks_axis), iterations=iterations

@@ -1,4 +1,4 @@
-"""Dictionaries of tensors as rows of one matrix, and columns of a linear map made from unit vectors."""
+"""Dictionaries of tensors as flat vectors, one per task, and the columns of a linear map."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Layout:
         zeros = torch.zeros_like(self.vectors(self.example))
         columns: list[Tensor] = []
         for position in positions:
+            # One unit vector for all tasks at once: the map is block-diagonal, so each task gets its own column.
             unit = zeros.clone()
             unit[:, position] = 1.0
             columns.append(self.vectors(matvec(self.values(unit))))

@@ -23,7 +23,8 @@ class ConjugateGradient(SymmetricSolver):
     In exact arithmetic it ends after as many iterations as `A` has different eigenvalues; before, the error in the
     norm of `A` falls by `(sqrt(c) - 1) / (sqrt(c) + 1)` or better per iteration, `c` the condition number. A task
     whose residual is small enough, or whose direction `A` maps to zero, is frozen while others go on. With negative
-    eigenvalues it may stray: `damping` above the most negative one makes the system definite, and solves that one.
+    eigenvalues it may diverge: a `damping` above the size of the most negative one makes the system definite, and the
+    damped system is solved.
 
     Cost: `iterations + 1` products. With `tolerance` above 0 every iteration waits for one number from the device.
 
@@ -54,14 +55,16 @@ class ConjugateGradient(SymmetricSolver):
         product = with_damping(matvec, self.damping)
         solution, residual, direction = tree.zeros_like(rhs), rhs, rhs
         squared = tree.dot(rhs, rhs, tasks_axis=tasks_axis)
-        enough = self.tolerance**2 * squared
+        enough = self.tolerance**2 * squared  # squares compared: no root per iteration
         # Negated, so that NaN is not taken for a solution.
         is_active = ~(squared <= enough)
         iterations = 0
         while iterations < self.max_iterations and (not self.tolerance or bool(is_active.any())):
             image = product(direction)
             curvature = tree.dot(direction, image, tasks_axis=tasks_axis)
+            # `A` is singular or indefinite, and along this direction no step is the best one.
             is_active = is_active & (curvature != 0)
+            # A frozen task takes steps of length 0: a mask costs no wait for the device, an index would.
             length = torch.where(is_active, squared / curvature, 0.0)
             solution = tree.add(solution, direction, alpha=length)
             residual = tree.add(residual, image, alpha=-length)

@@ -1,4 +1,4 @@
-"""The whole matrix, written out and factorised."""
+"""The solution by the whole matrix and its factorisation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypertorch.types import TensorDict
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(LinearSolver):
-    """The exact solution for any invertible `A`, whose matrix is made from unit vectors and factorised (LU).
+    """The exact solution for any invertible `A`: its matrix is computed from unit vectors and factorised (LU).
 
-    For small systems, and to judge other solvers by.
+    It serves small systems, and as the reference for other solvers.
 
     Cost: with `n` entries per task, `n + 1` products and a factorisation of order `n^3`; memory of `n^2` numbers for
     each task. The factorisation waits for the device.
@@ -49,6 +49,7 @@ class Dense(LinearSolver):
             )
         matrix = layout.columns(matvec, range(layout.num_entries))
         matrix.diagonal(dim1=1, dim2=2).add_(self.damping)
+        # `solve_ex` reports singular matrices in `info`, so that the message can name the argument.
         solution, info = torch.linalg.solve_ex(matrix, layout.vectors(rhs))
         if bool(info.any()):
             raise ValueError(

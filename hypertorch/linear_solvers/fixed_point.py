@@ -1,4 +1,4 @@
-"""Fixed-point iteration (Richardson's), for any system that the step size makes a contraction."""
+"""Fixed-point (Richardson) iteration, for systems that a step size makes a contraction."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hypertorch.types import TensorDict
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPoint(LinearSolver):
-    """The iteration `x = x + step_size (b - A x)` from `x = 0`, until what is left is small.
+    """The iteration `x = x + step_size (b - A x)` from `x = 0`, until the residual is small.
 
-    It converges where the spectral radius of `I - step_size A` is below 1, at the rate of that radius, for symmetric
-    and other `A`. For `A = I - J` and a step size of 1 it reads `x = b + J x`: the reverse pass through an inner run
-    that stands still. A task whose residual is small enough is frozen while others go on.
+    It converges at the rate of the spectral radius of `I - step_size A` if that is below 1, for symmetric and other
+    `A`. For `A = I - J` and a step size of 1 it is `x = b + J x`: the reverse pass through an inner run that stays at
+    its solution. A task whose residual is small enough is frozen while others go on.
 
     Cost: `iterations` products. With `tolerance` above 0 every iteration waits for one number from the device.
 
@@ -61,6 +61,7 @@ class FixedPoint(LinearSolver):
         iterations = 0
         while iterations < self.max_iterations and (not self.tolerance or bool(is_active.any())):
             solution = tree.add(solution, residual, alpha=self.step_size * is_active.to(left.dtype))
+            # Computed anew, for the same one product that an update of it would cost: no rounding builds up.
             residual = tree.add(rhs, matvec(solution), alpha=-1.0)
             left = tree.norm(residual, tasks_axis=tasks_axis)
             is_active = is_active & ~(left <= enough)

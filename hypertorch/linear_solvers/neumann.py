@@ -18,9 +18,9 @@ class Neumann(LinearSolver):
 
         x = step_size * sum_{k=0}^{num_terms-1} (I - step_size A)^k b
 
-    What is left is `b - A x = (I - step_size A)^num_terms b`: it falls geometrically where the spectral radius of
-    `I - step_size A` is below 1, and grows without bound where it is above. One term is `step_size * b`, the identity
-    in place of the inverse. It is `FixedPoint` with as many iterations, without its test.
+    The residual `b - A x = (I - step_size A)^num_terms b` falls geometrically if the spectral radius of
+    `I - step_size A` is below 1, and grows without bound if it is above. One term is `step_size * b`, the identity in
+    place of the inverse. The result equals that of `FixedPoint` with as many iterations, without its test.
 
     Cost: `num_terms` products; no wait for the device.
 
@@ -48,6 +48,7 @@ class Neumann(LinearSolver):
         """Returns the sum of the first `num_terms` terms."""
         term = {name: self.step_size * value for name, value in rhs.items()}
         solution = term
+        # No test of convergence, which would wait for the device at every term.
         for _ in range(self.num_terms - 1):
             term = tree.add(term, matvec(term), alpha=-self.step_size)
             solution = tree.add(solution, term)

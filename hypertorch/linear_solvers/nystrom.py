@@ -1,4 +1,4 @@
-"""The inverse of a low-rank approximation that is made of a few columns."""
+"""The inverse of a low-rank approximation of the matrix, made of a few of its columns."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Nystrom(SymmetricSolver):
 
         x = U ((U'b) / (e + damping)) + (b - U U'b) / damping
 
-    which is Woodbury's formula without its differences of large numbers. What the columns do not span is divided by
-    `damping` alone. With as many columns as entries, `A_K = A`.
+    which equals Woodbury's formula, but takes no difference of large numbers. The part of `b` that the columns do not
+    span is divided by `damping` alone. With as many columns as entries, `A_K = A`.
 
     Cost: `rank + 1` products, one after the other but independent, and factorisations of order `n rank^2` for `n`
     entries per task; memory of `rank` vectors.
@@ -57,7 +57,9 @@ class Nystrom(SymmetricSolver):
         positions = _sample(layout.num_entries, self.rank, self.seed)
         columns = layout.columns(matvec, positions)
         block = columns[:, positions]
+        # Through QR: `A_K` is factorised in rank x rank, and `columns' columns` would square the condition number.
         orthonormal, triangular = torch.linalg.qr(columns)
+        # Symmetrised, because products round; the columns may be dependent, so there may be no inverse.
         pseudo_inverse = torch.linalg.pinv(0.5 * (block + block.mT), hermitian=True)
         core = triangular @ pseudo_inverse @ triangular.mT
         eigenvalues, rotation = torch.linalg.eigh(0.5 * (core + core.mT))
@@ -76,6 +78,8 @@ def _sample(num_entries: int, rank: int, seed: int) -> list[int]:
     """Returns `rank` different positions (all, if there are fewer), a function of the seed alone."""
     if rank >= num_entries:
         return list(range(num_entries))
+    # Words of the seed alone: a solver must not move torch's generators, and the choice is the same on every platform.
+    # A dict, because it keeps the order of the draws.
     chosen: dict[int, None] = {}
     draw = 0
     while len(chosen) < rank:

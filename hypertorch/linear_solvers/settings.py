@@ -1,4 +1,4 @@
-"""Checks of the settings that solvers share."""
+"""Checks of settings that several solvers have."""
 
 from __future__ import annotations
 

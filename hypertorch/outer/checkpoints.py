@@ -30,12 +30,12 @@ class Checkpoint:
         scheduler: the scheduler's state dictionary; None without one.
         scheduler_kind: its class; None without one.
         carry: what the last hypergradient handed on to the next.
-        carry_on_host: names of its entries that belong in host memory even if `hparams` do not.
+        carry_on_host: names of the entries of `carry` that stay in host memory, even if `hparams` do not.
         task_route: how tasks are run; None if that was not yet decided.
         best_hparams: the best outer variables by validation; empty without any.
         best_step: outer steps done when they were found.
         best_value: their figure of merit.
-        validated_step: the last outer step after which was validated.
+        validated_step: outer steps done at the last validation.
         seconds: run time so far.
     """
 
@@ -63,8 +63,8 @@ _JSON_FIELDS = tuple(name for name in Checkpoint.__dataclass_fields__ if name no
 class Checkpoints:
     """Where an outer run keeps its checkpoints, and how often it writes one.
 
-    A checkpoint is one safetensors file, `step_00000500.safetensors`, whose header holds what is no tensor as JSON:
-    reading one never runs code. A file appears whole or not at all, and carries a checksum. The run writes one every
+    A checkpoint is one safetensors file, `step_00000500.safetensors`. Its header holds as JSON what is not a tensor, so
+    that reading one never runs code. A file appears whole or not at all, and has a checksum. The run writes one every
     `every` outer steps, at the end, and when it is interrupted.
 
     Args:
@@ -101,11 +101,11 @@ class Checkpoints:
         for name in _TENSOR_FIELDS:
             tensors.update({f"{name}/{key}": value for key, value in getattr(checkpoint, name).items()})
         state = {name: encode(getattr(checkpoint, name), name, tensors) for name in _JSON_FIELDS}
-        # A header of safetensors is sorted; the order of hparams is that of the optimizer's state.
+        # Safetensors sorts its entries, but the optimizer's state is matched to hparams by their order.
         state["order"] = {name: list(getattr(checkpoint, name)) for name in _TENSOR_FIELDS}
         path = self.directory / f"step_{checkpoint.step:08d}.safetensors"
         write_tensor_file(path, tensors, {"format": _FORMAT, "version": _VERSION, "state": json.dumps(state)})
-        self._remove_old()
+        self._remove_old()  # after the new one is complete: a crash in between leaves one too many, never none
         return path
 
     def paths(self) -> list[Path]:
@@ -131,6 +131,7 @@ class Checkpoints:
     def _remedy(self, path: Path) -> str:
         paths = self.paths()
         earlier = paths[: paths.index(path)] if path in paths else []
+        # Only if it is deleted: a run resumes from the newest file that there is.
         goes_on = f"`{earlier[-1].name}`, the previous checkpoint" if earlier else "the start: there is no earlier one"
         return f"Delete this file; the run then resumes from {goes_on}."
 
@@ -162,7 +163,7 @@ def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
         state = json.loads(texts["state"])
         entries = {name: {key: tensors[f"{name}/{key}"] for key in keys} for name, keys in state.pop("order").items()}
         return Checkpoint(**entries, **{name: decode(value, tensors) for name, value in state.items()})
-    # Whoever can write a checksum can write any header. What a header of ours never has is one of these.
+    # A checksum protects from damage, not from a forger: a header may hold anything, and these are what it can cause.
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"`{path}` has a header that no run writes ({type(error).__name__}: {error}): its content was altered. "
@@ -183,7 +184,7 @@ def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> 
 
 
 def differences(given: TensorMapping, expected: TensorMapping, place: str) -> list[str]:
-    """Returns what is different in names, shapes and types of outer variables and those of the problem, in words.
+    """Returns, in words, where names, shapes and types of outer variables differ from those of the problem.
 
     Args:
         given: the outer variables.

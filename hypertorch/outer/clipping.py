@@ -10,6 +10,7 @@ from hypertorch.types import TensorDict, TensorMapping
 
 def total_norm(grads: TensorMapping) -> Tensor:
     """Returns the Euclidean norm over all entries of all tensors, a scalar in at least single precision."""
+    # In half precision the squares of entries above 256 overflow.
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads.values()
     ]
@@ -27,5 +28,6 @@ def clip_to_norm(grads: TensorMapping, norm: Tensor, clip_norm: float) -> Tensor
         norm: its `total_norm`.
         clip_norm: greatest norm allowed, above 0.
     """
+    # A zero norm gives an infinite quotient, which the clamp turns into 1. No branch: that would wait for the device.
     factor = (clip_norm / norm).clamp(max=1.0)
     return {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}

@@ -39,6 +39,7 @@ def match_constraints(
 
 def project_in_place(hparams: TensorMapping, constraints: Mapping[str, Constraint]) -> None:
     """Moves each constrained hyperparameter to the nearest point of its set."""
+    # In place: the optimizer holds these tensors.
     with torch.no_grad():
         for name, constraint in constraints.items():
             hparams[name].copy_(constraint.project(hparams[name].detach()))

@@ -12,14 +12,15 @@ from hypertorch.errors import CheckpointError
 from hypertorch.types import TensorDict
 
 _TENSOR, _FLOAT, _TUPLE = "$tensor", "$float", "$tuple"
+# `MultiStepLR`, for one, holds a `Counter` and calls methods that a plain dict lacks.
 _MAPPINGS: dict[str, type[dict[Any, Any]]] = {"$dict": dict, "$ordered": OrderedDict, "$counter": Counter}
 
 
 def encode(value: Any, path: str, tensors: TensorDict) -> Any:
-    """Returns `value` as something that JSON can hold; `decode` returns an equal value of the same types.
+    """Returns `value` in a form that JSON can hold; `decode` returns an equal value of the same types.
 
-    None, booleans, integers, floats (infinite ones too), strings, lists, tuples, and dictionaries with any of these as
-    keys are kept as they are; tensors are put aside.
+    It takes None, booleans, integers, floats (infinite ones too), strings, lists, tuples, dictionaries with any of
+    these as keys, and tensors, which go into a dictionary of their own.
 
     Args:
         value: a state dictionary, or a part of one.
@@ -31,8 +32,9 @@ def encode(value: Any, path: str, tensors: TensorDict) -> Any:
     """
     if isinstance(value, Tensor):
         return {_TENSOR: _put_aside(value, path, tensors)}
-    if isinstance(value, float):
+    if isinstance(value, float):  # subclasses too, such as numpy's float64
         return float(value) if math.isfinite(value) else {_FLOAT: repr(float(value))}
+    # By type, not `isinstance`: a subclass (an enum) would come back as its base.
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is list:

@@ -30,9 +30,9 @@ def evaluate(
 ) -> Report:
     """Returns the means of the problem's metrics and of its outer loss over episodes, with 95 % intervals.
 
-    An episode is one task of a problem with tasks, or one run of a problem without. They come from the successive
-    problems `source.at(first_step)`, `source.at(first_step + 1)`, ...; of the last one, surplus tasks are left out. The
-    interval is that of independent episodes: see `Estimate`.
+    An episode is one task of a problem with tasks, or one run of a problem without. Episodes come from the successive
+    problems `source.at(first_step)`, `source.at(first_step + 1)`, ...; surplus tasks of the last one are left out. The
+    interval assumes independent episodes: see `Estimate`.
 
     Cost: as many plain inner runs as there are episodes; no hypergradient, no graph, one copy from the accelerator.
 
@@ -64,6 +64,7 @@ def evaluate(
         for step in _steps_from(first_step):
             problem = source.at(step)
             problem = problem if task_route is None else problem.with_task_route(task_route)
+            # All tasks of the last problem run; only as many count as are still missing.
             taken = min(problem.num_tasks or 1, num_episodes - count)
             for name, values in _figures_of(problem, hparams, step).items():
                 figures.setdefault(name, []).append(values[:taken])
@@ -102,6 +103,7 @@ def _estimates(figures: dict[str, list[Tensor]], count: int) -> dict[str, Estima
                 f"`OuterProblem.metrics` returned `{name}` for {len(values)} of {count} episodes only: its mean would "
                 "be over others than the rest. Return the same metrics from every problem."
             )
+        # Sums over thousands of episodes lose digits in single precision; Apple's GPUs have no other.
         values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
         moments[f"mean {name}"] = values.mean()
         moments[f"variance {name}"] = values.var(correction=1) if count > 1 else values.new_tensor(0.0)

@@ -1,4 +1,4 @@
-"""Whether outer variables are numbers that something can be computed from."""
+"""The check that outer variables are finite."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ def check_finite(hparams: TensorMapping, *, where: str, remedy: str) -> None:
 
     Args:
         hparams: the outer variables.
-        where: when or where they are so, a clause of the message.
+        where: when or where they are not finite, a clause of the message.
         remedy: what to do, the end of the message.
 
     Raises:
         NonFiniteError: naming the first such variable.
     """
+    # All at once, since each test waits for the device; one by one only to find the name.
     if tree.all_finite(hparams.values()):
         return
     name = next(name for name, value in hparams.items() if not tree.all_finite([value]))

@@ -29,6 +29,7 @@ def save_hparams(path: str | Path, hparams: TensorMapping) -> None:
     Raises:
         CheckpointError: if the file cannot be written.
     """
+    # Safetensors sorts its entries; the order is that of the outer variables.
     texts = {"format": _FORMAT, "order": json.dumps(list(hparams))}
     write_tensor_file(Path(path), hparams, texts)
 
@@ -37,9 +38,9 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
     """Returns the outer variables of a run.
 
     Args:
-        path: a file that `save_hparams` wrote; a checkpoint of a run, which gives its best outer variables so far by
-            validation, else its last ones; or a folder that holds
-            `hparams.safetensors`, itself or in its `checkpoints`.
+        path: a file that `save_hparams` wrote; a checkpoint of a run, which gives the best outer variables so far by
+            validation, or the last ones without a validation; or a folder that holds `hparams.safetensors`, itself or
+            in its folder `checkpoints`.
         device: where the tensors go.
 
     Raises:

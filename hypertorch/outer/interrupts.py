@@ -21,6 +21,7 @@ def uninterrupted() -> Iterator[None]:
 
     Cost: about a microsecond; the block itself should be short.
     """
+    # `signal.signal` raises in any other thread.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -39,5 +40,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in arrived[:1]:
+        for number in arrived[:1]:  # one is enough: it ends the run
             signal.raise_signal(number)

@@ -23,7 +23,7 @@ class Logger(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Writes out what is pending and frees files. A later `log` (of a run that goes on) opens them again."""
+        """Writes pending figures and closes files. A later `log`, of a run that goes on, opens them again."""
 
 
 class MemoryLogger(Logger):
@@ -56,8 +56,8 @@ class MemoryLogger(Logger):
 class JsonLinesLogger(Logger):
     """Appends one JSON object per record to a file, such as `{"step": 10, "outer_loss": 0.52}`.
 
-    Every line is handed to the operating system at once, so that a killed process loses none. Figures that are not
-    finite are written as null, which JSON has no number for.
+    Every line goes to the operating system at once, so that a killed process loses none. A figure that is not finite is
+    written as null, because JSON has no number for it.
 
     Args:
         path: the file; it and its folder are made when the first record comes, and an existing file is appended to.
@@ -81,10 +81,12 @@ class JsonLinesLogger(Logger):
         self.close()
         if not self._path.exists():
             return
+        # A killed process may leave half a line, in the middle of a character.
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _is_record_up_to(line, step)]
         if kept == lines:
             return
+        # Replaced as a whole, so that a kill meanwhile loses no record.
         partial = self._path.with_name(self._path.name + ".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(self._path)

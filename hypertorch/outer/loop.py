@@ -32,7 +32,7 @@ from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict, TensorMapping
 
 _HALF_WIDTH = "_half_width"
-_RISE = 10.0  # noise of single episodes stays below it
+_RISE = 10.0  # the outer losses of single episodes differ by less
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -80,13 +80,13 @@ class OuterLoop:
 
     Logged every `log_every` steps and at the end, in one record: `outer_loss`, the outer problem's metrics under their
     names, `hypergradient_norm` (before clipping), `learning_rate`, every outer variable of one entry as
-    `hparams/<name>`, and `steps_per_second` (validation and checkpoints left out). All but the speed are what the step
-    started from; the record bears the number of steps then done. Logged after each validation, in a record of its own:
-    `validation/<metric>` and `validation/<metric>_half_width`.
+    `hparams/<name>`, and `steps_per_second` (validation and checkpoints left out). All but the speed are values from
+    before the step; the record is numbered by the steps done, this one included. Each validation logs a record of its
+    own: `validation/<metric>` and `validation/<metric>_half_width`.
 
     An outer variable whose hypergradient is exactly zero at each of the first five steps is named in a
-    `ZeroHypergradientWarning`, unless the problem has it in `allow_unused`. Without a validation, an outer loss at the
-    last step of more than ten times that at the first is named in a warning.
+    `ZeroHypergradientWarning`, unless the problem has it in `allow_unused`. Without a validation, the loop warns if the
+    outer loss at the last step is more than ten times that at the first.
 
     Cost: per step, one hypergradient and one optimizer step. The loop waits for an accelerator once per record, and
     once more at the first step.
@@ -211,7 +211,7 @@ class OuterLoop:
     def _conclude(self, state: OuterState) -> Trained:
         hparams = state.copy_hparams()
         _check_finite(state, self.checkpoints)
-        best = state.best_hparams or hparams
+        best = state.best_hparams or hparams  # empty without a validation, or if every one gave NaN
         if self.checkpoints is not None:
             save_hparams(self.checkpoints.directory / HPARAMS_FILE, best)
         return Trained(
@@ -255,8 +255,8 @@ def train(
 class _Run:
     """One call of `train`.
 
-    The loop's body is ordered so that a checkpoint at any moment is a moment between two of these: a step with its
-    record, a validation with its record. Each of them changes the state in a section that no interrupt tears apart.
+    A run is a sequence of two kinds of action: a step with its record, and a validation with its record. Each changes
+    the state in a section that no interrupt can split, so that every checkpoint lies between two actions.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class _Run:
                 logger.close()
 
     def _prepare(self) -> None:
-        """Settles what holds for all steps, so that a mistake shows before the first."""
+        """Decides what holds for all steps, so that a mistake shows before the first."""
         loop, state = self._loop, self._state
         if state.step >= self._num_outer_steps:
             return
@@ -323,12 +323,15 @@ class _Run:
         )
         if state.step == 0:
             project_in_place(state.hparams, self._constraints)
+        # Measured once and kept in the checkpoint: a resumed run that measured again could take the other route, whose
+        # rounding and dropout noise differ.
         if state.task_route is None and problem.num_tasks is not None:
             state.task_route = hypergradient_task_route(
                 problem, state.hparams, backend=loop.backend, outer_step=state.step
             )
         refuse_reserved_metrics(self._problem_at(state.step), state)
         if loop.validation is not None:
+            # One episode shows a misspelt metric now, not at the first validation hours later.
             report = self._evaluate(loop.validation, num_episodes=1)
             loop.validation.figure(report)
             _validation_figures(report)
@@ -355,6 +358,7 @@ class _Run:
         allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
         self._zeros.look(state.step, proposal.grads, allowed)
         self._losses = [*self._losses[:1], proposal.outer_loss]
+        # The record belongs to the step: an interrupt between the two would leave a checkpoint whose record is missing.
         with uninterrupted():
             take(proposal, state, self._constraints)
             if to_log:
@@ -364,15 +368,16 @@ class _Run:
 
     def _warn_of_a_rise(self) -> None:
         """Warns if the outer loss rose so far that the last outer variables cannot be what was wanted."""
+        # With a validation `best_hparams` are the best that were seen, however the run ended.
         if self._loop.validation is not None or len(self._losses) < 2:
             return
         first, last = (float(loss) for loss in self._losses)
         if 0.0 < _RISE * first < last:
             warnings.warn(
                 f"`outer_loss` is {last:.3g} at outer step {self._state.step - 1}, and was {first:.3g} at outer step "
-                f"{self._first}: the outer run diverged, and without a `validation` `best_hparams` are what it ended "
-                "with. Lower the learning rate of the outer optimizer, pass `clip_norm`, or pass a `validation`, which "
-                "keeps the best.",
+                f"{self._first}: the outer run diverged, and without a `validation` `best_hparams` are the last outer "
+                "variables. Lower the learning rate of the outer optimizer, pass `clip_norm`, or pass a `validation`, "
+                "which keeps the best.",
                 stacklevel=5,  # the caller of `run`
             )
 
@@ -397,8 +402,8 @@ class _Run:
             self._log(_validation_figures(report), display)
 
     def _evaluate(self, validation: Validation, *, num_episodes: int) -> Report:
-        # Round-off depends on the route, and which outer variables are the best may depend on round-off: the route is
-        # the one in the checkpoint.
+        # Rounding depends on the route, and the choice of the best may depend on rounding: a resumed run must evaluate
+        # by the route of its checkpoint.
         return evaluate(
             validation.source, self._state.hparams, num_episodes=num_episodes, task_route=self._state.task_route
         )
@@ -424,6 +429,7 @@ class _Run:
         """Writes a checkpoint, unless there is nothing new since the last."""
         if self._loop.checkpoints is None or self._state.step == 0 or self._saved == self._position():
             return
+        # A run that resumed from NaN could never recover, and the checkpoint may be the only one that is kept.
         _check_finite(self._state, self._loop.checkpoints)
         self._state.seconds = self._stopwatch.seconds
         self._loop.checkpoints.save(self._state.capture())

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_LINES = 30.0  # a log file of a run of hours stays readable
 
 
 class ProgressDisplay(ABC):
@@ -28,11 +28,11 @@ class ProgressDisplay(ABC):
 
     @abstractmethod
     def advance(self, completed: int) -> None:
-        """Shows that so many steps are done."""
+        """Shows how many steps are done."""
 
     @abstractmethod
     def show(self, scalars: Mapping[str, float]) -> None:
-        """Shows new figures, beside what it has of the others: the outer loss, the main metric, its validation."""
+        """Shows new figures beside earlier ones: the outer loss, the main metric and its validation."""
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def progress_display(
 
 
 def figures_text(scalars: Mapping[str, float], metric: str | None) -> str:
-    """Returns the outer loss, the main metric and its validation, of those that are there, as text.
+    """Returns those of the outer loss, the main metric and its validation that are given, as text.
 
     Example: `outer_loss 0.0123  accuracy 0.98  validation/accuracy 0.95`.
     """

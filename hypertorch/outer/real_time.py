@@ -19,7 +19,7 @@ from hypertorch.outer.validation import Validation
 from hypertorch.problem import BilevelProblem
 
 _OWN = ("problem", "every", "chunk_size")  # fields that the outer loop does not have
-_PROBE_STEPS = 2  # a momentum does nothing in the first step
+_PROBE_STEPS = 2  # a momentum and a dampening have no effect in the first step
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,26 +32,25 @@ class RealTime:
         s_t = Phi_t(s_{t-1}, hparams),   Z_t = dPhi_t/ds Z_{t-1} + dPhi_t/dhparams             at every inner step
         hparams <- outer step along  dE/ds Z_t + dE/dhparams                                   at every `every`-th
 
-    After the first update `Z` still holds derivatives at earlier outer variables: an approximation that is good as
-    long as they change slowly. With an outer learning rate of 0 it is the exact hypergradient of the run so far.
+    After the first update `Z` still holds derivatives at earlier outer variables. This approximation is good while the
+    outer variables change slowly. With an outer learning rate of 0 it is the exact hypergradient of the run so far.
 
-    It is an `OuterLoop` over the warm-started problem with the backend `Forward(keep_tangents=True)`: what that says
-    of logging, constraints, checkpoints and resuming holds here, with an update for an outer step. Whether every
-    hyperparameter reaches the outer loss is asked once, of a short fresh run. One whose hypergradient is exactly zero
-    at each of the first five updates is named in a `ZeroHypergradientWarning`, unless `allow_unused` has it; a resumed
-    run does not look again, because the effect of an initialisation fades.
+    It is an `OuterLoop` over the warm-started problem with the backend `Forward(keep_tangents=True)`. Logging,
+    constraints, checkpoints and resuming work as described there, with an update in place of an outer step. A short
+    fresh run before the first step shows whether every hyperparameter reaches the outer loss. A hyperparameter whose
+    hypergradient is exactly zero at each of the first five updates is named in a `ZeroHypergradientWarning`, unless
+    `allow_unused` has it. A resumed run does not look again, because the effect of an initialisation fades.
 
-    Cost: per inner step, as `Forward`: one jvp for every scalar entry of the outer variables. Memory: one tangent of
-    the size of the inner state for each, whatever the length of the run. The comparison of a step with reverse over
-    reverse, as `Forward` says, is made for the first two updates of a kind of problem: for the fresh start, and for a
-    run that goes on.
+    Cost: per inner step, as for `Forward`, one jvp for every scalar entry of the outer variables. Memory: one tangent
+    of the size of the inner state for each entry, whatever the length of the run. `Forward` compares a step with
+    reverse over reverse; here it does so twice for a kind of problem, at the fresh start and at the second update.
 
     Args:
         problem: the problem, without a context and without schedules over the horizon. Its `num_steps` and
             `warm_start` play no role.
         optimizer: makes the outer optimizer from the list of outer variables.
         every: inner steps between two updates (unit: steps, at least 1).
-        chunk_size: entries of the outer variables whose tangents are pushed at once, as in `Forward`.
+        chunk_size: entries of the outer variables whose tangents are computed together, as in `Forward`.
         scheduler: makes a learning-rate scheduler, stepped after every update.
         constraints: by name of an outer variable, or by pattern.
         clip_norm: greatest Euclidean norm of the hypergradient; None for no clipping.
@@ -95,7 +94,7 @@ class RealTime:
                 f"`every` is {self.every!r}: it counts inner steps between two updates. Pass a whole number of at "
                 "least 1."
             )
-        self._loop()
+        self._loop()  # checks the other arguments
 
     def run(self, num_inner_steps: int, *, resume: bool = False) -> Trained:
         """Returns what an inner run of `num_inner_steps` steps found, with an update after every `every` of them.
@@ -105,7 +104,7 @@ class RealTime:
             resume: go on from the newest checkpoint if there is one, as `OuterLoop.run` does: bit for bit.
 
         Raises:
-            ValueError: if `num_inner_steps` is not a positive multiple of `every`; whatever else `OuterLoop.run` says.
+            ValueError: if `num_inner_steps` is not a positive multiple of `every`, or as `OuterLoop.run` says.
             DetachedHyperparameterError: if a hyperparameter does not reach the outer loss.
             IncompatibleBackendError: if the problem has a context, or PyTorch has no right forward derivative of an
                 operation.
@@ -141,10 +140,12 @@ class RealTime:
         fade until it is zero (an initialisation's).
         """
         problem = replace(self.problem, num_steps=max(self.every, _PROBE_STEPS), warm_start=False)
-        with preserved_generators(torch.device("cpu")):  # the run makes its first values anew
+        # The run draws its own first values: this draw must not move torch's generator.
+        with preserved_generators(torch.device("cpu")):
             hparams = {name: value.detach().clone() for name, value in problem.init_hparams().items()}
         project_in_place(
             hparams, match_constraints(hparams, chosen=self.constraints or {}, natural=problem.constraints())
         )
+        # Reverse mode: forward mode answers zeros, not None, where there is no path.
         hypergradient(problem, hparams, backend=Reverse(checkpoint_every="sqrt"))
         return tuple(hparams)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from rich.table import Table
 
-_NORMAL_QUANTILE = 1.96
+_NORMAL_QUANTILE = 1.96  # 97.5 %: the convention of few-shot papers, for the usual 600 episodes close to Student's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class Report:
     seconds: float
 
     def __post_init__(self) -> None:
+        # Frozen too: a dataclass is, its dictionary is not.
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
 
     def __str__(self) -> str:

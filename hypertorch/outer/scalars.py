@@ -22,6 +22,7 @@ def to_floats(scalars: Mapping[str, float | Tensor]) -> dict[str, float]:
     device = next(iter(tensors.values())).device
     # Apple's GPUs have no double precision.
     dtype = torch.float32 if device.type == "mps" else torch.float64
+    # Stacked first: each copy to the host waits for the device.
     values = torch.stack([value.reshape(()).to(device, dtype, non_blocking=True) for value in tensors.values()])
     fetched = dict(zip(tensors, values.tolist(), strict=True))
     return {name: fetched[name] if name in fetched else float(value) for name, value in scalars.items()}

@@ -24,7 +24,7 @@ SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler]
 
 
 class OuterState:
-    """The state of an outer run: outer variables, optimizer, scheduler, and what is carried along.
+    """The state of an outer run: outer variables, optimizer, scheduler, carry, and the best so far.
 
     Args:
         init_hparams: the outer variables to start from; they are copied.
@@ -41,7 +41,8 @@ class OuterState:
         self, init_hparams: TensorDict, *, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None
     ) -> None:
         check_hparams(init_hparams)
-        # The plain memory layout is the one that a checkpoint restores; kernels may round differently on another.
+        # A checkpoint restores contiguous tensors. Kernels may round differently on another layout, and then a resumed
+        # run would not agree bit for bit.
         self.leaves = {
             name: value.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             for name, value in init_hparams.items()
@@ -71,7 +72,7 @@ class OuterState:
     def learning_rates(self, name: str) -> dict[str, float | Tensor]:
         """Returns the outer learning rate by `name`, or that of every parameter group by `name/position`."""
         rates = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
-        # A tensor is changed in place by a scheduler before it is read.
+        # A scheduler changes a tensor in place, before the figures are read.
         rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
         if len(rates) == 1:
             return {name: rates[0]}
@@ -97,7 +98,7 @@ class OuterState:
                 "makes of it."
             ) from error
         for leaf in self.leaves.values():
-            leaf.grad = None
+            leaf.grad = None  # frees the hypergradient before the next one is computed
         if self.scheduler is not None:
             self.scheduler.step()
         self.carry = carry
@@ -202,6 +203,7 @@ def _check_optimizer(optimizer: Any, leaves: Mapping[str, Tensor]) -> None:
             f"`optimizer` returned a {type(optimizer).__name__}, not a `torch.optim.Optimizer`: it is called with the "
             "list of outer variables. Pass for example `functools.partial(torch.optim.Adam, lr=1e-3)`."
         )
+    # L-BFGS, for one: it would fail at its first step only, after a whole hypergradient.
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -209,6 +211,7 @@ def _check_optimizer(optimizer: Any, leaves: Mapping[str, Tensor]) -> None:
             "loss again and again: each evaluation here is a whole inner run, and it is done once per outer step. Use "
             "an optimizer of one gradient per step, such as Adam or SGD."
         )
+    # By identity: `in` would compare values, and two equal tensors are not the same variable.
     held = {id(variable) for group in optimizer.param_groups for variable in group["params"]}
     forgotten = [name for name, leaf in leaves.items() if id(leaf) not in held]
     if forgotten or len(held) != len(leaves):

@@ -24,6 +24,7 @@ LEARNING_RATE = "learning_rate"
 HPARAMS = "hparams/"
 VALIDATION = "validation/"
 _STEP = "step"  # what loggers call the number of the step in a record
+# A metric of one of these names would replace the loop's own figure in a record.
 _OWN_NAMES = (OUTER_LOSS, HYPERGRADIENT_NORM, STEPS_PER_SECOND, LEARNING_RATE, _STEP)
 _OWN_BEGINNINGS = (f"{LEARNING_RATE}/", HPARAMS, VALIDATION)
 
@@ -53,7 +54,7 @@ def propose(
     clip_norm: float | None,
     with_figures: bool,
 ) -> Proposal:
-    """Returns the outer step from a state, without changing it: interrupted here, a run loses nothing.
+    """Returns the outer step from a state, without changing the state: an interrupt here loses nothing.
 
     Args:
         problem: the problem of this outer step.
@@ -71,11 +72,13 @@ def propose(
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"outer step {state.step}: {error}") from error
+    # Not computed where nobody reads it: it is one pass over the hypergradient.
     norm = total_norm(result.grads) if with_figures or clip_norm is not None else None
     figures: dict[str, float | Tensor] = {}
     if with_figures and norm is not None:
         figures = _figures(problem, state, result, norm)
     grads = result.grads if clip_norm is None or norm is None else clip_to_norm(result.grads, norm, clip_norm)
+    # A carry may share memory with the outer variables (an initialisation), which the optimizer changes in place.
     return Proposal(grads=grads, outer_loss=result.outer_loss, carry=state.own_carry(result.carry), figures=figures)
 
 
@@ -122,5 +125,6 @@ def _figures(
         **metrics,
         HYPERGRADIENT_NORM: norm,
         **state.learning_rates(LEARNING_RATE),
+        # Cloned: `state.hparams` are views, and the figures are read after the step has changed them.
         **{f"{HPARAMS}{name}": value.clone() for name, value in state.hparams.items() if value.numel() == 1},
     }

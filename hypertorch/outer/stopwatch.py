@@ -26,16 +26,16 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
     def rate(self, step: int) -> float:
-        """Returns the steps per second since the last call, time excluded left out."""
+        """Returns the steps per second since the last call, without excluded time."""
         now = time.perf_counter()
-        # A clock may be too coarse for a very short step.
+        # The clock may be too coarse for a very short step: no division by zero.
         rate = (step - self._last_step) / max(now - self._last_look, 1e-9)
         self._last_look, self._last_step = now, step
         return rate
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leaves the time that the block takes out of the speed, not out of the run time."""
+        """Excludes the time of the block from the speed, not from the run time."""
         start = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Files of named tensors with a text beside them: written whole or not at all, and checked when read."""
+"""Files of named tensors with texts in their header: written whole or not at all, and checked when read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypertorch.types import TensorDict, TensorMapping
 
 _CHECKSUM = "hypertorch.checksum"
 PARTIAL = ".partial"
-"""Suffix of a file that is being written; a run killed meanwhile leaves it behind, and it is never read."""
+"""Suffix of a file that is being written. A run that is killed meanwhile leaves it behind; it is never read."""
 
 
 def write_tensor_file(path: Path, tensors: TensorMapping, texts: Mapping[str, str]) -> None:
@@ -39,6 +39,7 @@ def write_tensor_file(path: Path, tensors: TensorMapping, texts: Mapping[str, st
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(on_host, partial, metadata={**texts, _CHECKSUM: _checksum(on_host, texts)})
         _flush_to_disk(partial)
+        # A rename is atomic; without the flushes a power failure could keep the new name and lose the content.
         partial.replace(path)
         _flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
@@ -61,7 +62,8 @@ def read_tensor_file(path: Path, *, remedy: str) -> tuple[TensorDict, dict[str, 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             texts = dict(file.metadata() or {})
-            # Copied into memory aligned as torch aligns it: some kernels round differently on other addresses.
+            # Copied into memory that torch aligns: some kernels round differently on other addresses, and a resumed run
+            # must agree bit for bit.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -81,6 +83,7 @@ def _on_host(tensors: TensorMapping) -> TensorDict:
     seen: set[int] = set()
     for name, value in tensors.items():
         copy = value.detach().to("cpu").contiguous()
+        # Tied parameters share a storage, which the format refuses.
         storage = copy.untyped_storage().data_ptr()
         on_host[name] = copy.clone() if storage in seen else copy
         seen.add(storage)
@@ -99,6 +102,7 @@ def _checksum(tensors: TensorMapping, texts: Mapping[str, str]) -> str:
 
 
 def _bytes(value: Tensor) -> memoryview:
+    # Through uint8, since numpy has no bfloat16; a view, since a copy would double the memory of a large model.
     return value.reshape(-1).view(torch.uint8).numpy().data
 
 

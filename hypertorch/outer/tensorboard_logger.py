@@ -24,7 +24,7 @@ class TensorBoardLogger(Logger):
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one scalar per figure."""
-        if self._writer is None:
+        if self._writer is None:  # made late, so that a run that fails before its first record leaves no file
             self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
             self._purge_step = None
         for name, value in scalars.items():
@@ -33,10 +33,11 @@ class TensorBoardLogger(Logger):
     def rewind(self, step: int) -> None:
         """Makes TensorBoard hide what earlier event files hold after a step."""
         self.close()
+        # Event files can only grow: TensorBoard hides records from this step on that an earlier file holds.
         self._purge_step = step + 1
 
     def close(self) -> None:
-        """Writes out pending events and closes the file."""
+        """Writes pending events and closes the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

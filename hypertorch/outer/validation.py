@@ -13,8 +13,8 @@ from hypertorch.problem import ProblemSource
 class Validation:
     """When and on what an outer run is validated, and what counts as better.
 
-    Every validation sees the same episodes, `source.at(0)`, `source.at(1)`, ..., so that two of them compare the outer
-    variables and not the luck of the draw.
+    Every validation uses the same episodes, `source.at(0)`, `source.at(1)`, ..., so that two validations differ by the
+    outer variables only.
 
     Args:
         source: where the episodes come from: classes used neither in training nor in the final evaluation.
@@ -67,6 +67,7 @@ class Validation:
 
     def improves(self, value: float, best: float | None) -> bool:
         """Returns whether a figure is strictly better than the best so far; NaN never is."""
+        # NaN alone differs from itself. As the first figure it must not become a best that nothing is better than.
         if value != value or best is None:
             return value == value
         return value > best if self.mode == "max" else value < best

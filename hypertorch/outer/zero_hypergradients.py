@@ -10,16 +10,16 @@ import torch
 from hypertorch.errors import ZeroHypergradientWarning
 from hypertorch.types import TensorMapping
 
-# One zero is often right: what stands before a layer that starts from zero has none until that layer has moved, and
-# what stands before two of them until both have.
+# A zero at one step is often right: a layer in front of one that starts from zero has a zero hypergradient until that
+# one has moved, and a layer in front of two such until both have.
 _LOOKS = 5
 
 
 class ZeroWatch:
-    """Watches the first outer steps of a run, and warns of what was zero at all of them.
+    """Watches the first outer steps of a run, and warns of hypergradients that are zero at all of them.
 
-    Cost: one reduction per outer variable and one wait for the device at the first outer step; the same for the ones
-    that were zero at every step so far, at a few more.
+    Cost: at the first outer step one reduction per outer variable and one wait for the device; at the next four the
+    same for those variables only that were zero at every step before.
 
     Args:
         names: the outer variables.
@@ -40,10 +40,11 @@ class ZeroWatch:
             grads: its hypergradient.
             allowed: names whose zeros are expected.
         """
-        # A single step shows too little.
+        # A run of a single step shows too little.
         if not self._zero or step > self._last or self._last == self._first:
             return
         looked_at = [name for name in self._zero if name not in allowed and grads[name].numel()]
+        # Stacked, so that the device is waited for once and not once per variable.
         moves = torch.stack([grads[name].any() for name in looked_at]).tolist() if looked_at else []
         self._zero = [name for name, move in zip(looked_at, moves, strict=True) if not move]
         if self._zero and step == self._last:

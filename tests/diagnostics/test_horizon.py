@@ -139,7 +139,7 @@ def test_rows_and_text_hold_every_point() -> None:
     assert rows[0]["error"] == rows[0]["error.lam"] == bias.series["truncated"][0].accuracy.error
     assert rows[-1]["error"] == 0.0
     text = str(bias)
-    assert "truncated: no geometric rate can be told" in text
+    assert "truncated: no geometric rate was found" in text
     assert f"2      {rows[0]['error']:.3e}" in text
 
 

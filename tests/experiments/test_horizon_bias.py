@@ -29,7 +29,7 @@ def test_a_run_leaves_a_table_json_csv_and_a_picture(command: Commands) -> None:
     assert [row["error"] for row in command.table("horizon_bias.csv")] == [str(row["error"]) for row in rows]
     assert 0.0 < command.results()["spectral_radius"] < 1.0
     assert command.results()["rates"]["truncated"] is None
-    assert "truncated: no geometric rate can be told" in out
+    assert "truncated: no geometric rate was found" in out
     assert "the inner map at step 5" in out
     assert command.is_picture("horizon_bias.png")
 
