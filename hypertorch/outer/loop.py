@@ -329,7 +329,7 @@ class _Run:
             state.task_route = hypergradient_task_route(
                 problem, state.hparams, backend=loop.backend, outer_step=state.step
             )
-        refuse_reserved_metrics(self._problem_at(state.step), state)
+        refuse_reserved_metrics(self._routed(problem), state)
         if loop.validation is not None:
             # One episode shows a misspelt metric now, not at the first validation hours later.
             report = self._evaluate(loop.validation, num_episodes=1)
@@ -353,7 +353,7 @@ class _Run:
         loop, state = self._loop, self._state
         done = state.step + 1
         to_log = done % loop.log_every == 0 or done == self._num_outer_steps
-        problem = self._problem_at(state.step)
+        problem = self._routed(loop.source.at(state.step))
         proposal = propose(problem, state, backend=loop.backend, clip_norm=loop.clip_norm, with_figures=to_log)
         allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
         self._zeros.look(state.step, proposal.grads, allowed)
@@ -381,8 +381,8 @@ class _Run:
                 stacklevel=5,  # the caller of `run`
             )
 
-    def _problem_at(self, step: int) -> BilevelProblem:
-        problem = self._loop.source.at(step)
+    def _routed(self, problem: BilevelProblem) -> BilevelProblem:
+        """Returns the problem with its tasks run by the route of this run."""
         # A route that the problem names itself is the user's wish.
         if self._state.task_route is None or problem.task_route != "auto":
             return problem
