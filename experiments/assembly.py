@@ -10,17 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import hypertorch as ht
-from experiments.config_errors import one_line
-from experiments.failures import ExpectedFailure
-from experiments.reads import Reads, check_arguments
-from experiments.run_folder import RunFolder
-from experiments.settings import SPLITS, chosen_device, chosen_dtype, chosen_inner_dtype
+from experiments.common.building import build, make, spelt_arguments
+from experiments.common.config_errors import CONFIGS, one_line
+from experiments.common.failures import ExpectedFailure
+from experiments.common.reads import Reads
+from experiments.common.run_folder import RunFolder
+from experiments.common.settings import SPLITS, chosen_device, chosen_dtype, chosen_inner_dtype
 from hypertorch.fewshot import EpisodeSource, Learner
 from hypertorch.fewshot.learners.step_sizes import LOG_LR
 
@@ -38,7 +37,7 @@ def _takes_dynamics(config: DictConfig) -> bool:
 
 
 TRAINING = Reads(
-    command="train",
+    main_config=CONFIGS / "train.yaml",
     blocks=(
         "dataset",
         "episodes",
@@ -60,75 +59,6 @@ TRAINING = Reads(
 """What a training run reads."""
 
 
-def make(config: DictConfig, key: str) -> partial[Any]:
-    """Returns the class or function that a block of the configuration names, with the block's arguments bound.
-
-    Only bound, not called: what the program itself passes (a network, a data set) must not pass through OmegaConf,
-    which would take a dataclass apart.
-
-    Args:
-        config: the configuration.
-        key: dotted name of the block.
-
-    Raises:
-        ExpectedFailure: if the block names nothing, or it or a block in it has an argument that its target does not
-            take.
-    """
-    block = OmegaConf.select(config, key)
-    if not isinstance(block, DictConfig) or "_target_" not in block:
-        raise ExpectedFailure(
-            f"`{key}` is {block!r}, which names nothing to build: a block with `_target_` is needed. Choose one of the "
-            f"files in configs/ ({key}=name), or leave the setting out."
-        )
-    check_arguments(block, key)
-    try:
-        return instantiate(block, _partial_=True, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, (TypeError, ValueError)) and "`" in str(cause):
-            raise ExpectedFailure(str(cause)) from error
-        raise ExpectedFailure(
-            f"`{key}` names {block._target_!r}, which cannot be built as it is set ({one_line(cause or error)}). "
-            f"Correct `{key}._target_`, or the setting that is of the wrong kind."
-        ) from error
-
-
-def build(
-    config: DictConfig, key: str, *arguments: Any, instead: Mapping[str, Any] | None = None, **options: Any
-) -> Any:
-    """Returns the object that a block of the configuration describes.
-
-    Args:
-        config: the configuration.
-        key: dotted name of the block.
-        arguments: what the program itself passes.
-        instead: values of other settings, which win over those of the block here.
-        options: what the program itself passes, by name.
-
-    Raises:
-        ExpectedFailure: if a setting has a value that its class cannot work with, or the block has an argument that
-            the program passes.
-    """
-    bound = make(config, key)
-    passed = [*list(inspect.signature(bound.func).parameters)[: len(arguments)], *options]
-    for name in passed:
-        if name in bound.keywords:
-            raise ExpectedFailure(
-                f"`{key}.{name}` is {bound.keywords[name]!r}, but the command passes `{name}` to "
-                f"{bound.func.__name__} itself, made from other settings: this one would have no effect. Leave it out."
-            )
-    try:
-        return bound(*arguments, **{**(instead or {}), **options})
-    except (TypeError, ValueError) as error:
-        if "`" in str(error):
-            raise
-        # The class met a value that it was not written for, such as a word in place of a number.
-        raise ExpectedFailure(
-            f"`{key}` is {bound.func.__name__}({_arguments(bound)}), which cannot be built: {error}. "
-            "Correct the setting that has the wrong kind of value."
-        ) from error
-
-
 def build_outer_optimizer(config: DictConfig) -> Callable[[list[torch.Tensor]], torch.optim.Optimizer]:
     """Returns what makes the outer optimizer, tried on one number so that a wrong setting shows at once.
 
@@ -140,8 +70,8 @@ def build_outer_optimizer(config: DictConfig) -> Callable[[list[torch.Tensor]], 
         factory([torch.zeros(1, requires_grad=True)])
     except (TypeError, ValueError) as error:
         raise ExpectedFailure(
-            f"`outer_optimizer` is {factory.func.__name__}({_arguments(factory)}), which PyTorch refuses: {error}. "
-            "Correct that setting."
+            f"`outer_optimizer` is {factory.func.__name__}({spelt_arguments(factory)}), which PyTorch refuses: "
+            f"{error}. Correct that setting."
         ) from error
     return factory
 
@@ -355,7 +285,3 @@ def build_outer_loop(
         loggers=[ht.JsonLinesLogger(folder.metrics), ht.TensorBoardLogger(folder.tensorboard)],
         checkpoints=build(config, "outer_loop.checkpoints", folder.checkpoints),
     )
-
-
-def _arguments(bound: partial[Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in bound.keywords.items())

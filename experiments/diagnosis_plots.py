@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import hypertorch as ht
-from experiments.line_styles import COLOURS, line_styles
+from experiments.common.line_styles import COLOURS, line_styles
 from hypertorch.diagnostics.horizon import Series
 
 Row = Mapping[str, Any]

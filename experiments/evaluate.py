@@ -14,13 +14,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from experiments.assembly import EpisodeStreams, build_learner, on_episodes
-from experiments.config_errors import CONFIGS
-from experiments.failures import ExpectedFailure, Failures
-from experiments.reads import Reads, check_settings_are_read
-from experiments.reporting import (
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.reads import Reads, check_settings_are_read
+from experiments.common.reporting import (
     check_figures,
     duration,
     peak_memory_mib,
@@ -29,18 +29,19 @@ from experiments.reporting import (
     versions,
     write_results,
 )
-from experiments.run_folder import RunFolder, command, open_folder, read_config
-from experiments.settings import SPLITS, chosen_device, one_of, trusted_packages, whole_number
+from experiments.common.run_folder import RunFolder, command, open_folder, read_config
+from experiments.common.settings import SPLITS, chosen_device, one_of, trusted_packages, whole_number
 
-failures = Failures("evaluate")
+MAIN_CONFIG = CONFIGS / "evaluate.yaml"
+failures = Failures(MAIN_CONFIG)
 _NEEDED = ("dataset", "episodes", "backbone", "learner", "task", "training", "evaluation", "seed", "dtype")
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="evaluate")
+@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> float:
     """Returns the main figure."""
-    check_settings_are_read(config, Reads(command="evaluate"))
+    check_settings_are_read(config, Reads(main_config=MAIN_CONFIG))
     split = one_of(config, "split", SPLITS)
     num_episodes = whole_number(config, "num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
     if config.seed is not None:

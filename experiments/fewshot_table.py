@@ -21,15 +21,16 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.config_errors import CONFIGS
-from experiments.failures import ExpectedFailure, Failures
-from experiments.reads import Reads, check_settings_are_read
-from experiments.run_folder import RunFolder, command, read_config, read_results
-from experiments.settings import listed_names, trusted_packages, whole_number
+import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.reads import Reads, check_settings_are_read
+from experiments.common.run_folder import RunFolder, command, read_config, read_results
+from experiments.common.settings import listed_names, trusted_packages, whole_number
 
-failures = Failures("fewshot_table")
-_READS = Reads(command="fewshot_table", entries=("known_settings.*", "cell_settings.*.*", "published.*.*"))
+MAIN_CONFIG = CONFIGS / "fewshot_table.yaml"
+failures = Failures(MAIN_CONFIG)
+_READS = Reads(main_config=MAIN_CONFIG, entries=("known_settings.*", "cell_settings.*.*", "published.*.*"))
 _TRAIN = Path(__file__).resolve().parent / "train.py"
 _COLUMNS: tuple[str, ...] = (
     "learner",
@@ -174,7 +175,7 @@ class Cell:
         return shlex.join(word for word in words if not word.startswith(("paths.", "resume=")))
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="fewshot_table")
+@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Runs what is missing and writes the table after every cell."""

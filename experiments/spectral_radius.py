@@ -13,22 +13,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.config_errors import CONFIGS
-from experiments.diagnosis import ascending_lengths, build_problem, json_ready, prepare, run_description, write_csv
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import Failures
+from experiments.common.reads import Reads
+from experiments.common.reporting import json_ready, write_csv, write_results
+from experiments.common.run_folder import open_folder
+from experiments.common.settings import ascending_lengths, prepare, whole_number
+from experiments.diagnosis import build_problem, run_description
 from experiments.diagnosis_plots import plot_spectral_radius
-from experiments.failures import Failures
-from experiments.reads import Reads
-from experiments.reporting import write_results
-from experiments.run_folder import open_folder
-from experiments.settings import whole_number
 
-failures = Failures("spectral_radius")
-_READS = Reads(command="spectral_radius", blocks=("problem",))
+MAIN_CONFIG = CONFIGS / "spectral_radius.yaml"
+failures = Failures(MAIN_CONFIG)
+_READS = Reads(main_config=MAIN_CONFIG, blocks=("problem",))
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="spectral_radius")
+@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from experiments.adaptation_pictures import draw_adaptation
 from experiments.assembly import (
@@ -27,12 +27,10 @@ from experiments.assembly import (
     check_same_hparams,
     on_episodes,
 )
-from experiments.config_errors import CONFIGS
-from experiments.episode_pictures import draw_episodes
-from experiments.failures import ExpectedFailure, Failures
-from experiments.plots import plot_learning_curve, plot_step_sizes
-from experiments.reads import check_settings_are_read
-from experiments.reporting import (
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.reads import check_settings_are_read
+from experiments.common.reporting import (
     check_figures,
     duration,
     hardware,
@@ -42,8 +40,8 @@ from experiments.reporting import (
     versions,
     write_results,
 )
-from experiments.run_folder import RunFolder, command, current_folder, open_folder, read_config
-from experiments.settings import (
+from experiments.common.run_folder import RunFolder, command, current_folder, open_folder, read_config
+from experiments.common.settings import (
     check_training_settings,
     chosen_device,
     chosen_dtype,
@@ -51,14 +49,17 @@ from experiments.settings import (
     set_threads,
     trusted_packages,
 )
+from experiments.episode_pictures import draw_episodes
+from experiments.plots import plot_learning_curve, plot_step_sizes
 from hypertorch.errors import CheckpointError
 from hypertorch.fewshot import Learner
 from hypertorch.types import TensorDict
 
-failures = Failures("train")
+MAIN_CONFIG = CONFIGS / "train.yaml"
+failures = Failures(MAIN_CONFIG)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
+@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> float:
     """Returns the figure that a sweep optimises: the best validation."""

@@ -15,10 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import experiments.resolvers  # noqa: F401
+import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments.assembly import build_learner, build_outer_optimizer, build_training_learner, make
-from experiments.settings import check_training_settings
+from experiments.common.settings import check_training_settings
 from hypertorch.fewshot import Episode, EpisodeSource, Examples, Learner
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

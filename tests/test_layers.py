@@ -165,4 +165,4 @@ def test_foreign_libraries_stay_where_they_belong(module: str) -> None:
         assert name.split(".")[0] not in FOREIGN, f"{module} imports {name}"
         if name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard"):
             assert module == "hypertorch.outer.tensorboard_logger", f"{module} imports {name}"
-        assert not name.startswith(("experiments", "tests")), f"{module} imports {name}"
+        assert not name.startswith(("benchmarks", "experiments", "tests")), f"{module} imports {name}"

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-import experiments.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from tests.helpers import pages
 
@@ -108,7 +108,7 @@ def test_accuracies_of_the_readme_are_those_of_the_result_files() -> None:
 
 
 def test_speed_in_the_readme_is_that_of_the_result_files() -> None:
-    lines = (RESULTS / "benchmark" / "ratios.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "benchmarks" / "results" / "ratios.md").read_text(encoding="utf-8").splitlines()
     measured = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:]]
     shown = [row for row in pages.rows("README.md") if row[0] in {work for work, *_ in measured}]
     assert len(shown) >= 4

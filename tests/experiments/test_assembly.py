@@ -10,11 +10,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-import experiments.resolvers  # noqa: F401
+import experiments.common.resolvers  # noqa: F401
 from experiments.assembly import EpisodeStreams, check_outer_updates
-from experiments.config_errors import CONFIGS
-from experiments.failures import ExpectedFailure
-from experiments.settings import SPLITS
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure
+from experiments.common.settings import SPLITS
 from hypertorch.fewshot import EpisodeSource
 
 

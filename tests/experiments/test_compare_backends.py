@@ -9,10 +9,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.resolvers  # noqa: F401
+import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import compare_backends
-from experiments.config_errors import CONFIGS
+from experiments.common.config_errors import CONFIGS
 from experiments.diagnosis import build_backends
 from tests.experiments.diagnosis_commands import Commands
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from experiments.failures import ExpectedFailure
+from experiments.common.failures import ExpectedFailure
 from experiments.fewshot_table import NOT_RUN, Cell, planned_cells, write_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

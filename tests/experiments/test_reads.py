@@ -14,18 +14,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import experiments.diagnosis
-import experiments.resolvers
-from experiments import benchmark, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train
+import experiments.common.resolvers
+import experiments.common.settings
+from benchmarks import compare_libraries
+from experiments import compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train
 from experiments.assembly import TRAINING
-from experiments.config_errors import CONFIGS
-from experiments.failures import ExpectedFailure
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure
+from experiments.common.reads import Reads, check_settings_are_read
 from experiments.fewshot_table import planned_cells
-from experiments.reads import Reads, check_settings_are_read
 from tests.experiments.commands import SINUSOID, TINY, Command
 from tests.helpers import pages
 
-COMMANDS = [benchmark, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train]
+COMMANDS = [compare_libraries, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +168,7 @@ def test_what_the_command_passes_itself_is_no_setting(command: Command) -> None:
 def test_a_null_is_an_argument(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("hypertorch.fewshot.StrokeCharacters", lambda **given: asked.append(given) or 1 / 0)
-    monkeypatch.setattr("experiments.reads._arguments_of", lambda target: None)
+    monkeypatch.setattr("experiments.common.reads._arguments_of", lambda target: None)
     with pytest.raises(ZeroDivisionError):
         command(*TINY, "+dataset.cache_dir=null")
     assert asked == [{"split": "meta_train", "cache_dir": None}]
@@ -236,7 +237,7 @@ def test_every_plain_setting_is_read(
 
     monkeypatch.setattr(DictConfig, "_get_impl", recording)
     monkeypatch.setattr(OmegaConf, "select", selecting)
-    place = module if name in ("train", "evaluate") else experiments.diagnosis
+    place = module if name in ("train", "evaluate") else experiments.common.settings
     monkeypatch.setattr(place, "check_settings_are_read", unrecorded)
     small = ("problem.num_labellers=2", "problem.scans_each=4", "problem.num_validation=8", "problem.hidden=2")
     words = {
@@ -248,7 +249,7 @@ def test_every_plain_setting_is_read(
     }
     code, error = command(*words[name], "paths.run_dir=here", module=module)
     assert code == 0, error
-    plain = {key for key in Reads(command=name).plain() if not key.startswith("paths.")}
+    plain = {key for key in Reads(main_config=module.MAIN_CONFIG).plain() if not key.startswith("paths.")}
     blocks = ("problem.", "backends.", "implicit.")
     unread = {key for key in plain if not key.startswith(blocks)} - seen
     assert unread <= {"task_name"}, unread  # Hydra reads it, to choose the folder

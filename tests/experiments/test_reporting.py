@@ -14,13 +14,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.resolvers  # noqa: F401
+import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import train
-from experiments.config_errors import CONFIGS
-from experiments.failures import ExpectedFailure
-from experiments.reporting import check_figures, duration, print_reports, report_as_dict, write_results
-from experiments.run_folder import RunFolder
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure
+from experiments.common.reporting import check_figures, duration, print_reports, report_as_dict, write_results
+from experiments.common.run_folder import RunFolder
 from hypertorch.outer import Estimate
 
 REPORTS = {

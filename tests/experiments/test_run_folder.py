@@ -9,8 +9,8 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.failures import ExpectedFailure
-from experiments.run_folder import choose_folder
+from experiments.common.failures import ExpectedFailure
+from experiments.common.run_folder import choose_folder
 
 
 def run_at(folder: Path, minutes: int, overrides: list[str]) -> Path:

@@ -17,11 +17,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments import evaluate, fewshot_table, train
-from experiments.config_errors import CONFIGS
+from experiments.common.config_errors import CONFIGS
+from experiments.common.failures import ExpectedFailure
+from experiments.common.run_folder import RunFolder, read_config
+from experiments.common.trust import check_trusted
 from experiments.evaluate import as_trained
-from experiments.failures import ExpectedFailure
-from experiments.run_folder import RunFolder, read_config
-from experiments.trust import check_trusted
 from tests.experiments.commands import SINUSOID, Command
 
 HARMLESS = {"_target_": "hypertorch.dynamics.SGD", "lr": 0.1}

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 import hypertorch as ht
 from experiments import evaluate, train
 from experiments.assembly import EpisodeStreams
-from experiments.run_folder import RunFolder
+from experiments.common.run_folder import RunFolder
 from hypertorch.fewshot import HyperRepresentation, Learner
 from hypertorch.outer.checkpoints import load_checkpoint
 from tests.experiments.commands import SINUSOID, TINY, Command

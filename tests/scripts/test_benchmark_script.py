@@ -60,7 +60,7 @@ def test_cuda_is_short_for_the_device(checkout: Path) -> None:
         encoding="utf-8",
     )
     script = checkout / "scripts" / "benchmark"
-    expected = ["extra benchmark", "here/experiments/benchmark.py"]
+    expected = ["extra benchmark", "here/benchmarks/compare_libraries.py"]
     assert bash(f'"{script}"') == expected
     assert bash(f'"{script}" --cuda "only=[a b]"') == [*expected, "device=cuda", "only=[a b]"]
 

@@ -1,0 +1,189 @@
+"""From an expected failure to one message and exit code 1; a bug keeps its traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import hypertorch
+from experiments.common.config_errors import explain_config_error
+from hypertorch.errors import HypertorchError
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_ROOT = Path(__file__).resolve().parents[2]
+_OWN_CODE = (Path(hypertorch.__file__).resolve().parent, _ROOT / "experiments", _ROOT / "benchmarks")
+
+
+class ExpectedFailure(Exception):  # noqa: N818 (not a fault of the program)
+    """A failure whose three-part message is all that its user needs."""
+
+
+# What may be an expected failure of a job; `explain` decides.
+_JOB_FAILURES = (
+    ExpectedFailure,
+    HypertorchError,
+    HydraException,
+    OmegaConfBaseException,
+    torch.OutOfMemoryError,
+    OSError,
+    TypeError,
+    ValueError,
+)
+
+
+def explain(error: BaseException, main_config: Path) -> str | None:
+    """Returns the message for a failure that a user can mend, None for a bug.
+
+    A `ValueError` or `TypeError` is the user's when this repository raised it about an argument, which its messages
+    name in backticks; the others come out of code that met something it was not written for.
+
+    Args:
+        error: what was raised.
+        main_config: the command's main file, for the names of its settings.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. What was done so far is kept; the same command with resume=true goes on from there."
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        ours = _own_cause(error)
+        return explain_config_error(error, main_config) if ours is None else str(ours)
+    if isinstance(error, (ExpectedFailure, HypertorchError)):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"`device` has too little memory ({str(error).splitlines()[0]}) This run does not fit. Lower "
+            "`episodes.num_tasks`, or choose hypergradient=reverse_checkpointed."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"`{error.filename}` cannot be used: {error.strerror}. The run needs to read or write it. Check the path, "
+            "its permissions and the free space; `paths.log_dir=...` moves what runs write."
+        )
+    if isinstance(error, (TypeError, ValueError)) and "`" in str(error) and _raised_by_own_code(error):
+        return str(error)
+    return None
+
+
+def _own_cause(error: BaseException) -> ExpectedFailure | None:
+    """Returns the failure of our own that a library wrapped into this error; None if there is none."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ExpectedFailure):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    return None
+
+
+def _raised_by_own_code(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(Path(frames[-1].filename).is_relative_to(folder) for folder in _OWN_CODE)
+
+
+class Failures:
+    """Runs a command, prints its expected failures and remembers them for the exit code.
+
+    Hydra hands no result of a job on to the command, and stops a multirun at the first exception; so a job's failure is
+    printed where it happens, and the other jobs still run. HYDRA_FULL_ERROR=1 in the environment keeps every traceback.
+
+    Args:
+        main_config: the command's main file.
+    """
+
+    def __init__(self, main_config: Path) -> None:
+        self._main_config = main_config
+        self._messages: list[str] = []
+        self._keep_tracebacks = False
+
+    def reported(self, job: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+        """Returns the job with its expected failures printed on stderr instead of raised."""
+
+        @functools.wraps(job)
+        def reporting(config: DictConfig) -> float | None:
+            try:
+                return job(config)
+            except _JOB_FAILURES as error:
+                self._report(error, _job_name())
+                return None
+
+        return reporting
+
+    def exit_code(self, main: Callable[[], None]) -> int:
+        """Returns the exit code of a Hydra main function after running it: 1 if it failed in an expected way, else 0.
+
+        Who reads the output may have enough of it, such as `head`: the command then ends without a word, with 1.
+
+        Args:
+            main: decorated with `hydra.main` around `reported`.
+        """
+        self._messages.clear()
+        self._keep_tracebacks = os.environ.get(_FULL_ERROR) == "1"
+        try:
+            try:
+                self._run(main)
+            finally:  # Hydra exits after --help
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _write_nowhere()
+            return 1
+        return 1 if self._messages else 0
+
+    def environment(self) -> dict[str, str]:
+        """Returns the environment for a command that this one starts: with tracebacks only if the user wants them."""
+        kept = dict(os.environ)
+        if not self._keep_tracebacks:
+            kept.pop(_FULL_ERROR, None)
+        return kept
+
+    def _run(self, main: Callable[[], None]) -> None:
+        try:
+            with _hydra_raises():
+                main()
+        except (KeyboardInterrupt, *_JOB_FAILURES) as error:
+            self._report(error, "")
+
+    def _report(self, error: BaseException, prefix: str) -> None:
+        message = None if self._keep_tracebacks else explain(error, self._main_config)
+        if message is None:
+            raise error
+        self._messages.append(message)
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {prefix}{message}\n")
+
+
+def _write_nowhere() -> None:
+    """Sends what is still to be written to nowhere: Python flushes its streams once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Makes Hydra raise its errors, which it would print in a form of its own."""
+    before = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FULL_ERROR]
+        else:
+            os.environ[_FULL_ERROR] = before
+
+
+def _job_name() -> str:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return ""
+    job = HydraConfig.get().job
+    return f"job {job.num} ({job.override_dirname}): "
