@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -30,29 +32,82 @@ from benchmarks.tables import ratio_lines, table_of_growth, table_of_rows
 from benchmarks.timing import Rounds
 from benchmarks.work import Work
 from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.reads import Reads, given_settings
-from experiments.common.run_folder import command, open_folder
-from experiments.common.settings import (
+from experiments.common.readers import (
     ascending_lengths,
-    check_switch,
-    chosen_device,
-    chosen_dtype,
+    device,
+    dtype,
     listed_names,
+    optional,
     positive_number,
-    prepare,
     quoted,
+    switch,
     whole_number,
 )
+from experiments.common.reads import Reads, check_settings_are_read, given_settings
+from experiments.common.run_folder import command, open_folder
+from experiments.common.typed_settings import parse, setting
 from hypertorch.live_memory import parse_bytes
 
 MAIN_CONFIG = Path(__file__).resolve().with_suffix(".yaml")
 failures = Failures(MAIN_CONFIG)
+
+
+def _bytes(config: DictConfig, key: str) -> int:
+    return parse_bytes(OmegaConf.select(config, key), key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What the command reads, beside its works and sweeps.
+
+    Args:
+        seed: chooses the data and the first weights.
+        device: where to compute.
+        dtype: of the tensors.
+        threads: threads of PyTorch's operations; None for its own choice.
+        resume: whether to go on with an earlier benchmark.
+        only: names of the works and sweeps to run; None for all.
+        contestants: names of those that take part; None for all.
+        quick: whether sizes are tiny.
+        repetitions: rounds in which every contestant runs once.
+        shortest_repetition: a repetition takes at least so long (unit: seconds).
+        longest_timing: a contestant is timed for so long (unit: seconds).
+        memory: whether peak memory is measured.
+        memory_limit: what a contestant may take beside the data (unit: bytes); None for most of what is free.
+        longest_run: a run may take so long in a process of its own (unit: seconds).
+        longest_work: the times of a work may take so long (unit: seconds).
+        tolerance: largest relative error of a hypergradient that agrees.
+    """
+
+    seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the data and the first weights"))
+    device: torch.device = setting(device)
+    dtype: torch.dtype = setting(dtype)
+    threads: int | None = setting(
+        optional(partial(whole_number, minimum=1, purpose="PyTorch computes on so many threads"))
+    )
+    resume: bool = setting(switch)
+    only: list[str] | None = setting(partial(listed_names, example="small_unroll"))
+    contestants: list[str] | None = setting(partial(listed_names, example="higher,TorchOpt"))
+    quick: bool = setting(switch)
+    repetitions: int = setting(partial(whole_number, minimum=1, purpose="the median is taken over them"))
+    shortest_repetition: float = setting(
+        partial(positive_number, purpose="a repetition takes so long", example=0.2, or_zero=True)
+    )
+    longest_timing: float = setting(partial(positive_number, purpose="a contestant is timed for so long", example=120))
+    memory: bool = setting(switch)
+    memory_limit: int | None = setting(optional(_bytes))
+    longest_run: float = setting(partial(positive_number, purpose="a run may take so long", example=1800))
+    longest_work: float = setting(
+        partial(positive_number, purpose="the times of a work may take so long", example=14400)
+    )
+    tolerance: float = setting(
+        partial(positive_number, purpose="rounding alone sets hypergradients apart", example=1e-4)
+    )
+
+
 _READS = Reads(
-    main_config=MAIN_CONFIG,
-    blocks=(
-        "works.*",
-        "sweeps.*.work",
-    ),
+    settings=(BenchmarkSettings,),
+    blocks=("works.*", "sweeps.*.work"),
     entries=("sweeps.*.axis", "sweeps.*.size", "sweeps.*.values"),
 )
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -65,18 +120,21 @@ _QUICK_ROUNDS = Rounds(repetitions=2, shortest=0.0, longest=5.0)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config, _READS, resumes=True)
-    settings = build_settings(config)
+    check_settings_are_read(config, _READS)
+    own = parse(BenchmarkSettings, config)
+    if own.threads is not None:
+        torch.set_num_threads(own.threads)
+    settings = measuring(own)
     # All of them before the first is run: a mistake in the last must not be found after hours.
     works = {str(name): _sized(build_work(config, f"works.{name}"), config) for name in config.works}
     sweeps = {str(name): build_sweep(config, str(name)) for name in config.sweeps}
-    chosen = chosen_names(config)
+    chosen = chosen_names(config, own.only)
     refuse_unknown_contestants(
         settings,
         [work for name, work in works.items() if name in chosen]
         + [work for name, sweep in sweeps.items() if name in chosen for work in sweep.works],
     )
-    refuse_idle_settings(config, chosen)
+    refuse_idle_settings(config, own, chosen)
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console()
     results = Results(folder=folder.path, header=header(config, settings), works=works, sweeps=sweeps, chosen=chosen)
@@ -104,44 +162,27 @@ def main(config: DictConfig) -> None:
     console.print(f"\neverything is in {folder.path}", markup=False, highlight=False, soft_wrap=True)
 
 
-def build_settings(config: DictConfig) -> Settings:
-    """Returns how to measure.
-
-    Raises:
-        ExpectedFailure: if a setting cannot be used.
-    """
-    for key in ("memory", "quick"):
-        check_switch(config, key)
-    rounds = Rounds(
-        repetitions=whole_number(config, "repetitions", minimum=1, purpose="the median is taken over them"),
-        shortest=positive_number(
-            config, "shortest_repetition", purpose="a repetition takes so long", example=0.2, or_zero=True
-        ),
-        longest=positive_number(config, "longest_timing", purpose="a contestant is timed for so long", example=120),
-    )
-    limit = config.memory_limit
+def measuring(own: BenchmarkSettings) -> Settings:
+    """Returns how to measure."""
     free = available_bytes()
+    rounds = Rounds(repetitions=own.repetitions, shortest=own.shortest_repetition, longest=own.longest_timing)
     return Settings(
-        seed=config.seed,
-        device=chosen_device(config),
-        dtype=chosen_dtype(config),
-        rounds=_QUICK_ROUNDS if config.quick else rounds,
-        tolerance=positive_number(
-            config, "tolerance", purpose="rounding alone sets hypergradients apart", example=1e-4
-        ),
-        memory=config.memory,
+        seed=own.seed,
+        device=own.device,
+        dtype=own.dtype,
+        rounds=_QUICK_ROUNDS if own.quick else rounds,
+        tolerance=own.tolerance,
+        memory=own.memory,
         memory_limit=(
-            parse_bytes(limit, "memory_limit")
-            if limit is not None
+            own.memory_limit
+            if own.memory_limit is not None
             else _UNKNOWN_MEMORY
             if free is None
             else int(_SHARE_OF_FREE_MEMORY * free)
         ),
-        longest_run=positive_number(config, "longest_run", purpose="a run may take so long", example=1800),
-        longest_work=positive_number(
-            config, "longest_work", purpose="the times of a work may take so long", example=14400
-        ),
-        contestants=listed_names(config, "contestants", example="higher,TorchOpt"),
+        longest_run=own.longest_run,
+        longest_work=own.longest_work,
+        contestants=own.contestants,
     )
 
 
@@ -160,14 +201,17 @@ def refuse_unknown_contestants(settings: Settings, works: Sequence[Work]) -> Non
             )
 
 
-def chosen_names(config: DictConfig) -> frozenset[str]:
+def chosen_names(config: DictConfig, only: Sequence[str] | None) -> frozenset[str]:
     """Returns the names of the works and sweeps to run: all, or those that `only` names.
+
+    Args:
+        config: the configuration, for the names that there are.
+        only: names of those wanted; None for all.
 
     Raises:
         ExpectedFailure: if `only` names others.
     """
     known = [str(name) for name in [*config.works, *config.sweeps]]
-    only = listed_names(config, "only", example=known[0])
     for name in only or ():
         if name not in known:
             raise ExpectedFailure(
@@ -176,11 +220,12 @@ def chosen_names(config: DictConfig) -> frozenset[str]:
     return frozenset(known if only is None else only)
 
 
-def refuse_idle_settings(config: DictConfig, chosen: Collection[str]) -> None:
+def refuse_idle_settings(config: DictConfig, own: BenchmarkSettings, chosen: Collection[str]) -> None:
     """Raises if a setting on the command line has no effect in this benchmark.
 
     Args:
         config: the configuration, whose works and sweeps have been built.
+        own: the plain settings, parsed from it.
         chosen: names of the works and sweeps to run.
 
     Raises:
@@ -190,16 +235,16 @@ def refuse_idle_settings(config: DictConfig, chosen: Collection[str]) -> None:
         part, _, rest = given.partition(".")
         name = rest.partition(".")[0]
         # What goes on with an earlier part repeats its settings, whatever it runs itself.
-        if part in ("works", "sweeps") and name not in chosen and not config.resume:
+        if part in ("works", "sweeps") and name not in chosen and not own.resume:
             raise ExpectedFailure(
                 f"`{given}` is given, but `only` leaves {name!r} out: it would have no effect. Name it in `only`, or "
                 "leave the setting out."
             )
-        if config.quick and (reason := _quick_leaves_out(config, given)):
+        if own.quick and (reason := _quick_leaves_out(config, given)):
             raise ExpectedFailure(
                 f"`{given}` is given, but {reason}: it would have no effect. Leave it out, or `quick`."
             )
-        if not config.memory and given in ("memory_limit", "longest_run"):
+        if not own.memory and given in ("memory_limit", "longest_run"):
             raise ExpectedFailure(
                 f"`{given}` is given, but `memory` is false, and it bounds nothing else: it would have no effect. "
                 "Leave one of the two out."

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.work import Work
 from experiments.common.building import build
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import one_of, whole_number
+from experiments.common.readers import one_of, whole_number
 
 
 def build_work(config: DictConfig, key: str) -> Work:

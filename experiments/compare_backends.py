@@ -7,7 +7,8 @@ python experiments/compare_backends.py 'num_steps=[10,100,1000]' 'only=[reverse,
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,39 +18,57 @@ from rich.console import Console
 import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from experiments.common.config_errors import CONFIGS
+from experiments.common.diagnosis import (
+    DiagnosisSettings,
+    build_backends,
+    check_reads,
+    run_description,
+    training_problem,
+)
+from experiments.common.diagnosis_plots import plot_comparison
 from experiments.common.failures import Failures
+from experiments.common.readers import ascending_lengths, listed_names, whole_number
 from experiments.common.reads import Reads
 from experiments.common.reporting import json_ready, write_csv, write_results
 from experiments.common.run_folder import open_folder
-from experiments.common.settings import ascending_lengths, prepare, whole_number
-from experiments.diagnosis import build_backends, build_problem, run_description
-from experiments.diagnosis_plots import plot_comparison
+from experiments.common.typed_settings import parse, setting
 
 MAIN_CONFIG = CONFIGS / "compare_backends.yaml"
 failures = Failures(MAIN_CONFIG)
-_READS = Reads(
-    main_config=MAIN_CONFIG,
-    blocks=(
-        "problem",
-        "backends.*",
-    ),
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(DiagnosisSettings):
+    """What the command reads.
+
+    Args:
+        num_steps: horizons, ascending (unit: steps).
+        repeats: timed runs of each backend.
+        only: names of the backends to run; None for all.
+    """
+
+    num_steps: list[int] = setting(ascending_lengths)
+    repeats: int = setting(partial(whole_number, minimum=1, purpose="the fastest of several timed runs is drawn"))
+    only: list[str] | None = setting(partial(listed_names, example="reverse"))
+
+
+_READS = Reads(settings=(CompareSettings,), blocks=("backends.*",))
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Compares, prints and writes."""
-    prepare(config, _READS)
-    horizons = ascending_lengths(config, "num_steps")
-    repeats = whole_number(config, "repeats", minimum=1, purpose="the fastest of several timed runs is drawn")
-    problem, backends = build_problem(config, horizons[-1]), build_backends(config)
+    check_reads(config, _READS)
+    settings = parse(CompareSettings, config)
+    settings.set_threads()
+    problem, backends = training_problem(config, settings), build_backends(config, settings.only)
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console()
     rows: list[dict[str, object]] = []
-    for num_steps in horizons:
+    for num_steps in settings.num_steps:
         comparison = ht.compare_backends(
-            replace(problem, num_steps=num_steps), problem.init_hparams(), backends, repeats=repeats
+            replace(problem, num_steps=num_steps), problem.init_hparams(), backends, repeats=settings.repeats
         )
         console.print(f"\n{num_steps} inner steps\n{comparison}", markup=False, highlight=False, soft_wrap=True)
         rows += [{"num_steps": num_steps, **row} for row in comparison.rows()]

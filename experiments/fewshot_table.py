@@ -14,23 +14,66 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.readers import (
+    as_given,
+    device,
+    listed_names,
+    optional,
+    package_names,
+    switch,
+    text,
+    whole_number,
+)
 from experiments.common.reads import Reads, check_settings_are_read
 from experiments.common.run_folder import RunFolder, command, read_config, read_results
-from experiments.common.settings import listed_names, trusted_packages, whole_number
+from experiments.common.typed_settings import parse, setting
 
 MAIN_CONFIG = CONFIGS / "fewshot_table.yaml"
 failures = Failures(MAIN_CONFIG)
-_READS = Reads(main_config=MAIN_CONFIG, entries=("known_settings.*", "cell_settings.*.*", "published.*.*"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSettings:
+    """What the command reads, beside what it keeps in tables of its configuration.
+
+    Args:
+        data: folder of the data sets; None where nothing is run.
+        cells: folder of the cells' runs.
+        trust: packages whose classes the runs that are there may name.
+        seed: of every cell.
+        device: of every cell.
+        run: whether what is missing is run.
+        overrides: further settings of every cell.
+        resume: nothing beside the cells is resumed.
+        learners: experiments to run; None for all.
+        settings: settings to run; None for all.
+    """
+
+    data: str | None = setting(optional(text))
+    cells: str = setting(text)
+    trust: list[str] = setting(package_names)
+    seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the initial weights and the episodes"))
+    device: torch.device = setting(device)
+    run: bool = setting(switch)
+    overrides: list[str] = setting(as_given)
+    resume: bool = setting(switch)
+    learners: list[str] | None = setting(partial(listed_names, example="maml"))
+    settings: list[str] | None = setting(partial(listed_names, example="omniglot_5way_1shot"))
+
+
+_READS = Reads(settings=(TableSettings,), entries=("known_settings.*", "cell_settings.*.*", "published.*.*"))
 _TRAIN = Path(__file__).resolve().parent / "train.py"
 _COLUMNS: tuple[str, ...] = (
     "learner",
@@ -180,18 +223,18 @@ class Cell:
 def main(config: DictConfig) -> None:
     """Runs what is missing and writes the table after every cell."""
     check_settings_are_read(config, _READS)
-    if config.data is None and not config.run:
+    own = parse(TableSettings, config)
+    if own.data is None and not own.run:
         config.data = "..."  # as the commands of the table have it
     cells = list(planned_cells(config))
     console = Console()
-    folder = Path(str(config.cells)).parent
-    trusted = trusted_packages(config)
+    folder = Path(own.cells).parent
     for cell in cells:
-        cell.check_folder(trusted)
-    for cell in cells if config.run else ():
+        cell.check_folder(own.trust)
+    for cell in cells if own.run else ():
         if cell.is_finished():
             cell.check_command()
-    for cell in cells if config.run else ():
+    for cell in cells if own.run else ():
         if not cell.is_finished():
             console.print(f"{cell.learner}, {cell.setting}", highlight=False)
             cell.run(str(Path(str(config.data)).resolve()))
@@ -206,49 +249,52 @@ def planned_cells(config: DictConfig) -> Iterator[Cell]:
     Raises:
         ExpectedFailure: if a setting is unknown, or there is no data to run on.
     """
-    if config.run and config.data is None:
+    own = parse(TableSettings, config)
+    if own.run and own.data is None:
         raise ExpectedFailure(
             "`data` is not given, so there is nothing to train on. Pass data=... the folder that has `omniglot` and "
             "`cifar100`, or run=false to write the table of what was run."
         )
     published: Mapping[str, Mapping[str, Any]] = OmegaConf.to_container(config.published)  # type: ignore[assignment]
-    if config.run and not Path(str(config.data)).is_dir():
+    if own.run and not Path(str(own.data)).is_dir():
         raise ExpectedFailure(
-            f"`data` is {str(config.data)!r}, which is no folder: there is nothing to train on. Pass the folder that "
+            f"`data` is {own.data!r}, which is no folder: there is nothing to train on. Pass the folder that "
             "has `omniglot` and `cifar100`."
         )
-    whole_number(config, "seed", minimum=0, purpose="it chooses the initial weights and the episodes")
-    learners = listed_names(config, "learners", example="maml") or list(published)
-    settings = listed_names(config, "settings", example="omniglot_5way_1shot") or list(config.known_settings)
-    experiments = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+    learners, settings = own.learners or list(published), own.settings or list(config.known_settings)
+    experiments = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if _is_few_shot(path))
     for learner in learners:
         if learner not in experiments:
             raise ExpectedFailure(
-                f"`learners` names {learner!r}, which is no experiment, so there is nothing to run. Choose of these: "
-                f"{experiments}."
+                f"`learners` names {learner!r}, which is no few-shot experiment: there is nothing to run. Choose of "
+                f"these: {experiments}."
             )
-    for setting in settings:
-        if setting not in config.known_settings:
+    for name in settings:
+        if name not in config.known_settings:
             raise ExpectedFailure(
-                f"`settings` names {setting!r}, which is not among {list(config.known_settings)}. Choose of these, or "
-                f"add it: '+known_settings.{setting}=[...]'."
+                f"`settings` names {name!r}, which is not among {list(config.known_settings)}. Choose of these, or "
+                f"add it: '+known_settings.{name}=[...]'."
             )
         for learner in learners:
-            figure = published.get(learner, {}).get(setting)
+            figure = published.get(learner, {}).get(name)
             yield Cell(
                 learner=learner,
-                setting=setting,
+                setting=name,
                 overrides=(
                     f"experiment={learner}",
-                    *config.known_settings[setting],
-                    *config.cell_settings.get(learner, {}).get(setting, []),
-                    f"seed={config.seed}",
+                    *config.known_settings[name],
+                    *config.cell_settings.get(learner, {}).get(name, []),
+                    f"seed={own.seed}",
                     f"device={config.device}",
-                    *config.overrides,
+                    *own.overrides,
                 ),
-                folder=RunFolder(Path(str(config.cells)).resolve() / f"{learner}-{setting}-seed{config.seed}"),
+                folder=RunFolder(Path(own.cells).resolve() / f"{learner}-{name}-seed{own.seed}"),
                 published=None if figure is None else str(figure),
             )
+
+
+def _is_few_shot(path: Path) -> bool:
+    return "- /fewshot:" in path.read_text(encoding="utf-8")
 
 
 def write_table(folder: Path, cells: Sequence[Cell], data: str | None) -> None:

@@ -1,12 +1,14 @@
 """Measures and draws what shorter windows and shorter runs cost in accuracy.
 
 python experiments/horizon_bias.py
-python experiments/horizon_bias.py problem.hidden=16 dynamics@problem.dynamics=sgd problem.dynamics.lr=0.5
+python experiments/horizon_bias.py experiment.hidden=16 dynamics=sgd dynamics.lr=0.5
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,37 +19,49 @@ import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known 
 import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.config_errors import CONFIGS
+from experiments.common.diagnosis import DiagnosisSettings, check_reads, run_description, training_problem
+from experiments.common.diagnosis_plots import plot_horizon_bias
 from experiments.common.failures import Failures
+from experiments.common.readers import ascending_lengths, whole_number
 from experiments.common.reads import Reads
 from experiments.common.reporting import json_ready, write_csv, write_results
 from experiments.common.run_folder import open_folder
-from experiments.common.settings import ascending_lengths, prepare, whole_number
-from experiments.diagnosis import build_problem, run_description
-from experiments.diagnosis_plots import plot_horizon_bias
+from experiments.common.typed_settings import parse, setting
 
 MAIN_CONFIG = CONFIGS / "horizon_bias.yaml"
 failures = Failures(MAIN_CONFIG)
-_READS = Reads(
-    main_config=MAIN_CONFIG,
-    blocks=(
-        "problem",
-        "implicit",
-    ),
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HorizonSettings(DiagnosisSettings):
+    """What the command reads.
+
+    Args:
+        horizon: length of the run that windows are taken of (unit: steps).
+        windows: trailing steps that are differentiated, ascending.
+        num_steps: lengths of runs, ascending.
+    """
+
+    horizon: int = setting(partial(whole_number, minimum=1, purpose="windows are taken of a run of this length"))
+    windows: list[int] = setting(ascending_lengths)
+    num_steps: list[int] = setting(ascending_lengths)
+
+
+_READS = Reads(settings=(HorizonSettings,), blocks=("implicit",))
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config, _READS)
-    windows, num_steps = ascending_lengths(config, "windows"), ascending_lengths(config, "num_steps")
-    horizon = whole_number(config, "horizon", minimum=1, purpose="windows are taken of a run of this length")
+    check_reads(config, _READS)
+    settings = parse(HorizonSettings, config)
+    settings.set_threads()
     implicit = None if OmegaConf.select(config, "implicit") is None else build(config, "implicit")
-    problem = build_problem(config, horizon)
+    problem = training_problem(config, settings, settings.horizon)
     hparams = problem.init_hparams()
     folder = open_folder(config, HydraConfig.get().overrides.task)
-    bias = ht.horizon_bias(problem, hparams, windows=windows, num_steps=num_steps, implicit=implicit)
+    bias = ht.horizon_bias(problem, hparams, windows=settings.windows, num_steps=settings.num_steps, implicit=implicit)
     spectrum = ht.spectral_radius(problem, hparams)
     console = Console()
     console.print(f"{bias}\n{spectrum}", markup=False, highlight=False, soft_wrap=True)

@@ -1,12 +1,14 @@
 """Measures and draws the eigenvalues of the inner steps, and the growth of their product.
 
 python experiments/spectral_radius.py
-python experiments/spectral_radius.py problem.dynamics.lr=40
+python experiments/spectral_radius.py experiment.hidden=16 dynamics.lr=40
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
+from functools import partial
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,31 +18,59 @@ from rich.console import Console
 import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import Failures
+from experiments.common.diagnosis import DiagnosisSettings, check_reads, run_description, training_problem
+from experiments.common.diagnosis_plots import plot_spectral_radius
+from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.readers import as_given, ascending_lengths, whole_number
 from experiments.common.reads import Reads
 from experiments.common.reporting import json_ready, write_csv, write_results
 from experiments.common.run_folder import open_folder
-from experiments.common.settings import ascending_lengths, prepare, whole_number
-from experiments.diagnosis import build_problem, run_description
-from experiments.diagnosis_plots import plot_spectral_radius
+from experiments.common.typed_settings import parse, setting
 
 MAIN_CONFIG = CONFIGS / "spectral_radius.yaml"
 failures = Failures(MAIN_CONFIG)
-_READS = Reads(main_config=MAIN_CONFIG, blocks=("problem",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumSettings(DiagnosisSettings):
+    """What the command reads.
+
+    Args:
+        horizon: length of the run (unit: steps).
+        steps: whose map is looked at, ascending, beside the last.
+        dimension: of the Krylov space.
+        max_restarts: of the iteration.
+    """
+
+    horizon: int = setting(partial(whole_number, minimum=1, purpose="it is the length of the run"))
+    steps: list[int] = setting(partial(ascending_lengths, minimum=0))
+    dimension: int = setting(as_given)
+    max_restarts: int = setting(as_given)
+
+
+_READS = Reads(settings=(SpectrumSettings,))
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> None:
     """Measures, prints and writes."""
-    prepare(config, _READS)
-    horizon = whole_number(config, "horizon", minimum=1, purpose="it is the length of the run")
-    steps = sorted({*ascending_lengths(config, "steps", minimum=0), horizon - 1})
-    problem = build_problem(config, horizon)
+    check_reads(config, _READS)
+    settings = parse(SpectrumSettings, config)
+    settings.set_threads()
+    steps = sorted({*settings.steps, settings.horizon - 1})
+    problem = training_problem(config, settings, settings.horizon)
+    if problem.num_tasks is not None:
+        raise ExpectedFailure(
+            f"`experiment` names one whose problem is a batch of {problem.num_tasks} tasks, each with a map of its "
+            "own: there is no one spectrum to draw. Choose an experiment with one inner problem."
+        )
     hparams = problem.init_hparams()
     folder = open_folder(config, HydraConfig.get().overrides.task)
     spectra = [
-        ht.spectral_radius(problem, hparams, step=step, dimension=config.dimension, max_restarts=config.max_restarts)
+        ht.spectral_radius(
+            problem, hparams, step=step, dimension=settings.dimension, max_restarts=settings.max_restarts
+        )
         for step in steps
     ]
     console = Console()

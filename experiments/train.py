@@ -1,12 +1,14 @@
-"""Trains a few-shot learner as configured, evaluates it on unseen classes, and writes both into a folder.
+"""Runs an experiment: learns its outer variables, judges them, and writes all of it into a folder.
 
 scripts/train experiment=maml dataset=omniglot seed=1
+scripts/train experiment=noisy_digits
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -17,18 +19,10 @@ from rich.console import Console
 
 import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.adaptation_pictures import draw_adaptation
-from experiments.assembly import (
-    TRAINING,
-    EpisodeStreams,
-    build_learner,
-    build_outer_loop,
-    build_training_learner,
-    check_same_hparams,
-    on_episodes,
-)
 from experiments.common.config_errors import CONFIGS
+from experiments.common.experiment import Experiment, build_experiment, check_repetitions, experiment_class
 from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.learning_curve import plot_learning_curve
 from experiments.common.reads import check_settings_are_read
 from experiments.common.reporting import (
     check_figures,
@@ -41,62 +35,55 @@ from experiments.common.reporting import (
     write_results,
 )
 from experiments.common.run_folder import RunFolder, command, current_folder, open_folder, read_config
-from experiments.common.settings import (
-    check_training_settings,
-    chosen_device,
-    chosen_dtype,
-    chosen_splits,
-    set_threads,
-    trusted_packages,
-)
-from experiments.episode_pictures import draw_episodes
-from experiments.plots import plot_learning_curve, plot_step_sizes
+from experiments.common.settings import TrainSettings
+from experiments.common.training import TRAINING, build_outer_loop
+from experiments.common.typed_settings import parse
 from hypertorch.errors import CheckpointError
-from hypertorch.fewshot import Learner
 from hypertorch.types import TensorDict
 
 MAIN_CONFIG = CONFIGS / "train.yaml"
 failures = Failures(MAIN_CONFIG)
+Reports = dict[str, ht.Report]
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
 @failures.reported
 def main(config: DictConfig) -> float:
     """Returns the figure that a sweep optimises: the best validation."""
-    check_settings_are_read(config, TRAINING)
-    check_training_settings(config)
-    set_threads(config)
-    initial = start(config)
+    check_settings_are_read(config, TRAINING | experiment_class(config).READS)
+    settings = parse(TrainSettings, config)
+    settings.set_threads()
+    initial = start(settings)
     # All of it before the folder becomes a run: a mistake must not leave one behind.
-    streams = EpisodeStreams(config=config)
-    training, validation = streams.training(), streams.validation()
-    learner, trainee = build_learner(config), build_training_learner(config)
-    check_same_hparams(trainee, learner)
-    source = on_episodes(config, trainee, training)
-    loop = build_outer_loop(config, source, on_episodes(config, learner, validation), current_folder())
+    experiment = build_experiment(config, settings)
+    experiment.check_training(settings)
+    splits = experiment.evaluated_splits(settings.evaluation.splits)
+    loop = build_outer_loop(config, settings, experiment, current_folder())
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console(stderr=True)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
-    trained = loop.run(config.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
-    reports = evaluate_splits(config, learner, streams, trained)
+    trained = loop.run(settings.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
+    reports = evaluate_splits(experiment, settings, splits, trained.best_hparams)
     check_figures(reports, f"the best outer variables of {trained.num_outer_steps} outer steps")
-    write_results(folder.results, results(config, trained, reports))
-    draw(config, learner, streams, trained, folder)
-    show(config, trained, reports, folder)
-    return merit(config, trained, reports)
+    baselines = evaluate_baselines(experiment, settings, splits)
+    write_results(folder.results, results(settings, trained, reports, baselines))
+    plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", experiment.metric)
+    experiment.draw(trained.best_hparams, folder.path)
+    show(settings, trained, reports, baselines, folder)
+    return merit(experiment, trained, reports)
 
 
-def merit(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report]) -> float:
-    """Returns what a sweep optimises: the best validation, else the evaluation on meta_val, else the first there is."""
+def merit(experiment: Experiment, trained: ht.Trained, reports: Reports) -> float:
+    """Returns what a sweep optimises: the best validation, else the evaluation, on the split before the test if any."""
     if trained.best_value is not None:
         return trained.best_value
-    return reports.get("meta_val", next(iter(reports.values()))).metrics[config.task.metric].mean
+    chosen = [split for split in experiment.splits[:-1] if split in reports][-1:]
+    return reports[chosen[0] if chosen else next(iter(reports))].metrics[experiment.metric].mean
 
 
-def start(config: DictConfig) -> TensorDict | None:
+def start(settings: TrainSettings) -> TensorDict | None:
     """Returns the outer variables to start from; None for fresh ones."""
-    path = config.start_from
-    trusted = trusted_packages(config)
+    path, trusted = settings.start_from, settings.trust
     if path is None:
         if trusted:
             raise ExpectedFailure(
@@ -104,80 +91,81 @@ def start(config: DictConfig) -> TensorDict | None:
                 "nothing would come of it. Your own classes need no trust on the command line. Leave it out."
             )
         return None
-    run = RunFolder(Path(str(path)))
+    run = RunFolder(Path(path))
     if run.config.exists():
         # Only numbers are taken from there, but whose folder asks for foreign code is not trusted with these either.
         read_config(run.path, setting="start_from", trusted=trusted)
     try:
-        hparams = ht.load_hparams(str(path), device=chosen_device(config))
+        hparams = ht.load_hparams(path, device=settings.device)
     except CheckpointError as error:
-        raise ExpectedFailure(f"`start_from` is {str(path)!r}, but no run can start there. {error}") from error
-    return {name: value.to(chosen_dtype(config)) for name, value in hparams.items()}
+        raise ExpectedFailure(f"`start_from` is {path!r}, but no run can start there. {error}") from error
+    return {name: value.to(settings.dtype) for name, value in hparams.items()}
 
 
 def evaluate_splits(
-    config: DictConfig, learner: Learner, streams: EpisodeStreams, trained: ht.Trained
-) -> dict[str, ht.Report]:
-    """Returns the figures of the best outer variables on fresh episodes of each split that is asked for."""
-    return {
-        split: ht.evaluate(
-            on_episodes(config, learner, streams.evaluation(split)),
-            trained.best_hparams,
-            num_episodes=config.evaluation.num_episodes,
-            progress=config.outer_loop.progress,
-        )
-        for split in chosen_splits(config)
-    }
+    experiment: Experiment, settings: TrainSettings, splits: Sequence[str], hparams: TensorDict
+) -> Reports:
+    """Returns the figures of outer variables on each split that is asked for."""
+    return {split: _judged(experiment.evaluation(split), hparams, settings) for split in splits}
 
 
-def results(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report]) -> dict[str, object]:
+def evaluate_baselines(experiment: Experiment, settings: TrainSettings, splits: Sequence[str]) -> dict[str, Reports]:
+    """Returns the figures that those of the experiment are compared with, by name and split."""
+    found: dict[str, Reports] = {}
+    for split in splits:
+        for name, baseline in experiment.baselines(split).items():
+            found.setdefault(name, {})[split] = _judged(baseline.source, baseline.hparams, settings)
+    return found
+
+
+def _judged(source: ht.ProblemSource, hparams: TensorDict, settings: TrainSettings) -> ht.Report:
+    num_episodes = settings.evaluation.num_episodes
+    check_repetitions(source, num_episodes, "evaluation.num_episodes")
+    return ht.evaluate(source, hparams, num_episodes=num_episodes, progress=settings.outer_loop.progress)
+
+
+def results(
+    settings: TrainSettings, trained: ht.Trained, reports: Reports, baselines: dict[str, Reports]
+) -> dict[str, object]:
     """Returns the contents of results.json."""
     return {
         "command": command("scripts/train", HydraConfig.get().overrides.task),
         "metrics": {split: report_as_dict(report) for split, report in reports.items()},
-        "seed": config.seed,
+        "baselines": {
+            name: {split: report_as_dict(report) for split, report in judged.items()}
+            for name, judged in baselines.items()
+        },
+        "seed": settings.seed,
         "num_outer_steps": trained.num_outer_steps,
         "best_step": trained.best_step,
         "training_minutes": trained.seconds / 60,
         "evaluation_minutes": sum(report.seconds for report in reports.values()) / 60,
-        "peak_memory_mib": peak_memory_mib(chosen_device(config)),
-        "device": str(chosen_device(config)),
-        "hardware": hardware(chosen_device(config)),
+        "peak_memory_mib": peak_memory_mib(settings.device),
+        "device": str(settings.device),
+        "hardware": hardware(settings.device),
         "torch_threads": torch.get_num_threads(),
         "versions": versions(),
     }
 
 
-def draw(config: DictConfig, learner: Learner, streams: EpisodeStreams, trained: ht.Trained, folder: RunFolder) -> None:
-    """Writes the pictures."""
-    plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", config.task.metric)
-    plot_step_sizes(trained.best_hparams, folder.path / "step_sizes.png")
-    shown = chosen_splits(config)[-1]
-    draw_episodes(config, learner, streams.evaluation(shown), trained.best_hparams, folder.path / "episodes.png")
-    draw_adaptation(
-        learner,
-        trained.best_hparams,
-        {split: streams.evaluation(split) for split in ("meta_train", "meta_val")},
-        on=lambda episodes: on_episodes(config, learner, episodes),
-        metric=config.task.metric,
-        num_episodes=config.pictures.num_episodes,
-        path=folder.path / "adaptation.png",
-    )
-
-
-def show(config: DictConfig, trained: ht.Trained, reports: dict[str, ht.Report], folder: RunFolder) -> None:
-    """Prints the closing table."""
+def show(
+    settings: TrainSettings, trained: ht.Trained, reports: Reports, baselines: dict[str, Reports], folder: RunFolder
+) -> None:
+    """Prints the closing table, and how to load the outcome."""
     console = Console()
-    print_reports(console, f"after {trained.best_step} outer steps (best validation)", reports)
-    memory = peak_memory_mib(chosen_device(config))
-    console.print(
+    rows = dict(reports)
+    for name, judged in baselines.items():
+        rows |= {f"{split}, {name}": report for split, report in judged.items()}
+    print_reports(console, f"after {trained.best_step} outer steps (best validation)", rows)
+    memory = peak_memory_mib(settings.device)
+    for line in (
         f"training {duration(trained.seconds)} ({trained.num_outer_steps} outer steps), evaluation "
         f"{duration(sum(report.seconds for report in reports.values()))}, peak memory "
         f"{'unknown' if memory is None else f'{memory:.0f} MiB'}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+        f"everything is in {folder.path}",
+        f"hypertorch.load_hparams({str(folder.path)!r}) loads the outer variables",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.assembly import build_learner, build_outer_optimizer, build_training_learner, make
-from experiments.common.settings import check_training_settings
+from experiments.common.building import make
+from experiments.common.experiment import Experiment, build_experiment
+from experiments.common.settings import TrainSettings
+from experiments.common.training import build_outer_optimizer
+from experiments.common.typed_settings import parse
+from experiments.fewshot.learners import judged_learner, trained_learner
+from experiments.fewshot.settings import FewShotSettings
 from hypertorch.fewshot import Episode, EpisodeSource, Examples, Learner
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -48,19 +53,16 @@ def composed(*overrides: str) -> DictConfig:
 
 def test_groups_are_those_of_the_design() -> None:
     assert set(GROUPS) == {
-        "backbone", "dataset", "debug", "dynamics", "experiment", "hypergradient", "learner", "outer_loop",
-        "outer_optimizer", "paths", "problem",
+        "backbone", "dataset", "debug", "dynamics", "experiment", "fewshot", "hypergradient", "learner", "outer_loop",
+        "outer_optimizer", "parts", "paths",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_file_composes(group: str, name: str) -> None:
-    if group == "problem":  # of the diagnoses, not of training
-        assert compose("compare_backends", [f"problem={name}"]).problem
-        return
     companions = COMPANIONS.get((group, name), [])
     config = composed(*companions, f"{group}={name}")
-    check_training_settings(config)
+    parse(TrainSettings, config)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.yaml"))])
@@ -71,10 +73,11 @@ def test_every_command_composes(name: str) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}")
-    assert isinstance(build_learner(config), Learner)
+    built = build_experiment(config, parse(TrainSettings, config))
+    assert isinstance(built, Experiment) and built.splits and built.metric and built.mode in ("max", "min")
     assert isinstance(make(config, "hypergradient")(), ht.Hypergradient)
     assert callable(build_outer_optimizer(config))
-    if config.dataset is None:
+    if "dataset" in config and config.dataset is None:
         assert isinstance(make(config, "episodes")(), EpisodeSource)
 
 
@@ -167,8 +170,9 @@ def test_the_evaluation_has_an_inner_learning_rate_of_its_own() -> None:
         assert isinstance(problem.dynamics, ht.dynamics.SGD)
         return problem.dynamics.lr, problem.num_steps
 
-    assert inner_loop(build_learner(config)) == (0.02, 14)
-    assert inner_loop(build_training_learner(config)) == (0.1, 6)
+    settings, own = parse(TrainSettings, config), parse(FewShotSettings, config)
+    assert inner_loop(judged_learner(config, settings, own)) == (0.02, 14)
+    assert inner_loop(trained_learner(config, settings, own)) == (0.1, 6)
 
 
 def test_files_that_configs_name_are_there() -> None:

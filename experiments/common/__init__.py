@@ -1,1 +1,1 @@
-"""What all experiments share: settings, building, the run folder, trust, messages, tables and pictures."""
+"""What all experiments share: settings, building, training, the run folder, trust, messages, tables and pictures."""

@@ -138,10 +138,13 @@ def _known_settings(main_config: Path) -> list[str]:
     """Returns the names of all settings of a command with the groups that are chosen on its command line."""
     chosen = _chosen_groups(sys.argv[1:])
     with initialize_config_dir(str(main_config.parent), version_base="1.3"):
-        try:
-            return setting_names(compose(main_config.stem, chosen))
-        except HydraException:  # a choice is wrong too; one mistake is told at a time
-            return setting_names(compose(main_config.stem))
+        # Where a choice is wrong too, the experiment says which settings there are: one mistake is told at a time.
+        for choices in (chosen, [word for word in chosen if word.startswith("experiment=")]):
+            try:
+                return setting_names(compose(main_config.stem, choices))
+            except HydraException:
+                continue
+        return setting_names(compose(main_config.stem))
 
 
 def _chosen_groups(words: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 Hydra refuses a setting that no file has, but takes any with a plus sign, and keeps those of parts that a run does not
 build. A setting is read if it is
 
-- a plain one of the command's own file,
+- a plain one: a field of the dataclasses of settings that the command parses,
 - in a block that the run builds, where the class takes it as an argument, or
 - referred to: another value of it changes one of the above.
 """
@@ -14,9 +14,8 @@ import copy
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from hydra.conf import HydraConf
@@ -28,36 +27,57 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.common.config_errors import CONFIGS, setting_names, unread_setting
 from experiments.common.failures import ExpectedFailure
+from experiments.common.typed_settings import setting_keys
 
 _ANOTHER_VALUE = "another value"
 _SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
 
 
+def _never_idle(config: DictConfig, key: str) -> str | None:  # noqa: ARG001
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reads:
-    """What a command reads of its configuration, beside the plain settings of its own file.
+    """What a command or an experiment reads of the configuration; `|` joins two.
 
     Args:
-        main_config: its main file.
+        settings: dataclasses whose fields are the plain settings.
         blocks: dotted names of what becomes an object, or patterns of such names (`*` for one name).
-        optional: of those that not every run builds, what says whether a run does.
+        idle: `(configuration, dotted name)` to the reason why that setting has no effect in this run, None if it may
+            have one.
         own: settings within blocks that the command reads itself, no arguments of a class.
         entries: patterns of the settings of tables that can be added to.
         tables: names of tables that the project's files keep for others to refer to; no run refers to all of one.
     """
 
-    main_config: Path
+    settings: tuple[type, ...] = ()
     blocks: tuple[str, ...] = ()
-    optional: Mapping[str, Callable[[DictConfig], bool]] = field(default_factory=dict)
+    idle: Callable[[DictConfig, str], str | None] = _never_idle
     own: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
 
+    def __or__(self, other: Reads) -> Reads:
+        """Returns what both read."""
+
+        def idle(config: DictConfig, key: str) -> str | None:
+            return self.idle(config, key) or other.idle(config, key)
+
+        return Reads(
+            settings=(*self.settings, *other.settings),
+            blocks=(*self.blocks, *other.blocks),
+            idle=idle,
+            own=(*self.own, *other.own),
+            entries=(*self.entries, *other.entries),
+            tables=(*self.tables, *other.tables),
+        )
+
     def plain(self) -> set[str]:
-        """Returns the settings of the command's own files that hold a value."""
-        own, paths = (OmegaConf.load(path) for path in (self.main_config, CONFIGS / "paths/default.yaml"))
-        names = {*(name for name, _ in _leaves(own)), *(name for name, _ in _leaves(paths))}
-        return {name for name in names if name.split(".")[0] not in ("defaults", "hydra")}
+        """Returns the names of the plain settings, with those that say where a command writes."""
+        places = (name for name, _ in _leaves(OmegaConf.load(CONFIGS / "paths/default.yaml")))
+        declared = {name for kind in self.settings for name in setting_keys(kind)}
+        return {"task_name", *declared, *(name for name in places if not name.startswith("hydra."))}
 
     def block_of(self, key: str) -> str | None:
         """Returns the name of the innermost block that a setting is in, or is; None if it is in none."""
@@ -67,7 +87,7 @@ class Reads:
 
     def is_built(self, block: str, config: DictConfig) -> bool:
         """Returns whether a run of this configuration builds a block."""
-        return block not in self.optional or self.optional[block](config)
+        return self.idle(config, block) is None
 
     def is_entry(self, key: str) -> bool:
         """Returns whether a setting belongs to a table that can be added to."""
@@ -188,11 +208,9 @@ def _what_is_read(config: DictConfig, reads: Reads, plain: set[str]) -> dict[str
 
 def _check_is_built(config: DictConfig, key: str, reads: Reads) -> None:
     block = reads.block_of(key)
-    if block is not None and not reads.is_built(block, config):
-        raise ExpectedFailure(
-            f"`{key}` is given, but this run builds no `{block}` (its learner takes none): it would have no effect. "
-            "Leave it out, or choose another learner."
-        )
+    reason = reads.idle(config, key) or (None if block is None else reads.idle(config, block))
+    if reason is not None:
+        raise ExpectedFailure(f"`{key}` is given, but {reason}")
 
 
 def _check_hydra_has(key: str) -> None:

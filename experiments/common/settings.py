@@ -1,281 +1,120 @@
-"""The settings that the commands themselves read, checked before anything is loaded."""
+"""The settings that commands share, each declared once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from experiments.common.failures import ExpectedFailure
-from experiments.common.reads import Reads, check_settings_are_read
-
-SPLITS = ("meta_train", "meta_val", "meta_test")
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_DEVICES = ("cpu", "cuda", "auto")
-
-
-def check_training_settings(config: DictConfig) -> None:
-    """Checks the settings of a training run that no class checks.
-
-    Raises:
-        ExpectedFailure: naming the setting, its value and what to write instead.
-    """
-    whole_number(config, "seed", minimum=0, purpose="it chooses the initial weights and the episodes")
-    whole_number(config, "outer_loop.num_outer_steps", minimum=1, purpose="it is the length of the run")
-    whole_number(config, "validation.every", minimum=1, purpose="it is the outer steps between two validations")
-    whole_number(config, "validation.num_episodes", minimum=1, purpose="a validation is a mean over episodes")
-    whole_number(config, "evaluation.num_episodes", minimum=1, purpose="the evaluation is a mean over episodes")
-    whole_number(config, "pictures.num_episodes", minimum=2, purpose="a curve is a mean over episodes, with its spread")
-    for key in ("resume", "outer_loop.progress"):
-        check_switch(config, key)
-    chosen_splits(config)
-    check_train_split(config)
-    chosen_dtype(config)
-    chosen_inner_dtype(config)
-    chosen_device(config)
+from experiments.common.execution import Execution
+from experiments.common.readers import (
+    as_given,
+    device,
+    dtype,
+    inner_dtype,
+    listed_names,
+    optional,
+    package_names,
+    switch,
+    text,
+    whole_number,
+)
+from experiments.common.typed_settings import setting
+from hypertorch.problem import TaskRoute
 
 
-def set_threads(config: DictConfig) -> None:
-    """Sets the number of threads that PyTorch computes on, where the configuration says one.
-
-    Raises:
-        ExpectedFailure: if it is no number of threads.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(whole_number(config, "threads", minimum=1, purpose="PyTorch computes on so many threads"))
-
-
-def check_switch(config: DictConfig, key: str) -> None:
-    """Raises `ExpectedFailure` if a setting is neither true nor false."""
-    value = OmegaConf.select(config, key)
-    if not isinstance(value, bool):
-        raise ExpectedFailure(f"`{key}` is {value!r}, but it is a switch. Use true or false.")
-
-
-def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) -> int:
-    """Returns a whole number of the configuration.
+@dataclass(frozen=True, kw_only=True)
+class ProblemSettings:
+    """What every command that builds an experiment's problems reads.
 
     Args:
-        config: the configuration.
-        key: dotted name of the setting.
-        minimum: the smallest allowed.
-        purpose: what the number is for, a clause of the message.
-
-    Raises:
-        ExpectedFailure: if it is anything else.
+        seed: chooses the first weights and the data.
+        device: where to compute.
+        dtype: of the tensors.
+        threads: threads of PyTorch on the CPU; None for its own choice.
+        inner_dtype: the type of the inner loss's products; None for `dtype`.
+        task_route: how the tasks of a batch are run.
+        task_chunk: how many tasks at once; None for all.
     """
-    value = OmegaConf.select(config, key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ExpectedFailure(
-            f"`{key}` is {value!r}, but {purpose}, so a whole number of at least {minimum} is needed. Write "
-            f"for example {key}={max(minimum, 1)}."
-        )
-    return value
+
+    seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the first weights and the data"))
+    device: torch.device = setting(device)
+    dtype: torch.dtype = setting(dtype)
+    threads: int | None = setting(
+        optional(partial(whole_number, minimum=1, purpose="PyTorch computes on so many threads"))
+    )
+
+    inner_dtype: torch.dtype | None = setting(inner_dtype)
+    task_route: TaskRoute = setting(as_given)
+    task_chunk: int | None = setting(as_given)
+
+    @property
+    def execution(self) -> Execution:
+        """How the problems are run: the one place where these settings are put together."""
+        return Execution(task_route=self.task_route, task_chunk=self.task_chunk, inner_dtype=self.inner_dtype)
+
+    def set_threads(self) -> None:
+        """Sets the number of threads that PyTorch computes on, where there is one."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
 
-def positive_number(config: DictConfig, key: str, *, purpose: str, example: float, or_zero: bool = False) -> float:
-    """Returns a finite number above 0 of the configuration.
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What a training run reads of the outer loop itself; the rest are arguments of `OuterLoop`.
 
     Args:
-        config: the configuration.
-        key: dotted name of the setting.
-        purpose: what the number is for, a clause of the message.
-        example: one that would do, for the message.
-        or_zero: whether 0 is allowed too.
-
-    Raises:
-        ExpectedFailure: if it is anything else.
+        num_outer_steps: the length of the run (unit: outer steps).
+        progress: whether progress is shown.
     """
-    value = OmegaConf.select(config, key)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (value == 0 and not or_zero):
-        raise ExpectedFailure(
-            f"`{key}` is {value!r}, but {purpose}, so a finite number {'of at least' if or_zero else 'above'} 0 is "
-            f"needed. Write for example {key}={example:g}."
-        )
-    return float(value)
+
+    num_outer_steps: int = setting(partial(whole_number, minimum=1, purpose="it is the length of the run"))
+    progress: bool = setting(switch)
 
 
-def listed_names(config: DictConfig, key: str, *, example: str) -> list[str] | None:
-    """Returns the names that a setting lists, where one alone needs no brackets; None if it is null.
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """When a run is validated.
 
     Args:
-        config: the configuration.
-        key: dotted name of the setting.
-        example: a name that it may list, for the message.
-
-    Raises:
-        ExpectedFailure: if it is empty, or anything else.
+        every: outer steps between two validations.
+        num_episodes: episodes of each.
     """
-    value = OmegaConf.select(config, key)
-    if value is None:
-        return None
-    given = list(value) if isinstance(value, ListConfig) else [value]
-    if not given or not all(isinstance(name, str) and name for name in given):
-        raise ExpectedFailure(
-            f"`{key}` is {value!r}, but it lists names: at least one is needed. Write for example '{key}=[{example}]', "
-            "or leave it out."
-        )
-    return given
+
+    every: int = setting(partial(whole_number, minimum=1, purpose="it is the outer steps between two validations"))
+    num_episodes: int = setting(partial(whole_number, minimum=1, purpose="a validation is a mean over episodes"))
 
 
-def trusted_packages(config: DictConfig) -> list[str]:
-    """Returns the packages that `trust` names, whose classes the configuration of a run's folder may name.
-
-    Raises:
-        ExpectedFailure: if it names none, or what cannot be a package.
-    """
-    names = listed_names(config, "trust", example="my_package") or []
-    for name in names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise ExpectedFailure(
-                f"`trust` lists {name!r}, which cannot be the name of a package. Write it as in an import: "
-                "trust=[my_package]."
-            )
-    return names
-
-
-def chosen_splits(config: DictConfig) -> tuple[str, ...]:
-    """Returns the splits that `evaluation.splits` lists, in their own order; all where it is null.
-
-    Raises:
-        ExpectedFailure: if it lists another, or none.
-    """
-    # Runs of earlier versions do not have this setting.
-    if config.evaluation.get("splits") is None:
-        return SPLITS
-    given = listed_names(config, "evaluation.splits", example=SPLITS[1]) or []
-    for name in given:
-        if name not in SPLITS:
-            raise ExpectedFailure(
-                f"`evaluation.splits` lists {name!r}, which is no split. Use some of: {', '.join(SPLITS)}."
-            )
-    return tuple(split for split in SPLITS if split in given)
-
-
-def check_train_split(config: DictConfig) -> None:
-    """Checks which classes are learned from.
-
-    Raises:
-        ExpectedFailure: if they are unknown, those of the test, or those that choose the best outer variables.
-    """
-    value = config.train_split
-    names = value.split("+") if isinstance(value, str) else []
-    if not names or not set(names) <= set(SPLITS) or len(set(names)) < len(names):
-        raise ExpectedFailure(
-            f"`train_split` is {value!r}, which names no classes to learn from. Use meta_train, or "
-            "meta_train+meta_val for a last run."
-        )
-    if "meta_test" in names:
-        raise ExpectedFailure(
-            f"`train_split` is {value!r}: what is learned from the test classes says nothing of unseen ones. Use "
-            "meta_train, or meta_train+meta_val for a last run."
-        )
-    if "meta_val" in names and config.validation.every < config.outer_loop.num_outer_steps:
-        raise ExpectedFailure(
-            f"`train_split` is {value!r}, but the best of several validations on meta_val would give the final "
-            "weights: they would be chosen on classes that were learned from. Set validation.every="
-            f"{config.outer_loop.num_outer_steps}, the length of the run, so that it ends with its last weights."
-        )
-
-
-def quoted(known: Iterable[str]) -> str:
-    """Returns names for a message, in quotes: some contain commas."""
-    return ", ".join(repr(name) for name in known)
-
-
-def chosen_dtype(config: DictConfig) -> torch.dtype:
-    """Returns the floating-point type that `dtype` names.
-
-    Raises:
-        ExpectedFailure: if it names none.
-    """
-    return _DTYPES[one_of(config, "dtype", tuple(_DTYPES))]
-
-
-def chosen_inner_dtype(config: DictConfig) -> torch.dtype | None:
-    """Returns the type of the inner loss's products that `inner_dtype` names; None for that of everything else.
-
-    Raises:
-        ExpectedFailure: if it names another type than bfloat16.
-    """
-    # Runs of earlier versions do not have this setting.
-    if config.get("inner_dtype") is None:
-        return None
-    one_of(config, "inner_dtype", ("bfloat16",))
-    return torch.bfloat16
-
-
-def chosen_device(config: DictConfig) -> torch.device:
-    """Returns the device that `device` names.
-
-    Raises:
-        ExpectedFailure: if it names none, or there is no GPU.
-    """
-    name = one_of(config, "device", _DEVICES)
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ExpectedFailure(
-            "`device` is 'cuda', but PyTorch finds no GPU here (or was installed without CUDA). Use device=cpu, or "
-            "device=auto for a GPU where there is one."
-        )
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
-
-
-def one_of(config: DictConfig, key: str, allowed: tuple[str, ...]) -> str:
-    """Returns a word of the configuration.
-
-    Raises:
-        ExpectedFailure: if it is not among the allowed.
-    """
-    value: Any = OmegaConf.select(config, key)
-    if value not in allowed:
-        raise ExpectedFailure(
-            f"`{key}` is {value!r}, which is not among the choices. Use one of: {', '.join(allowed)}."
-        )
-    return value
-
-
-def ascending_lengths(config: DictConfig, key: str, *, minimum: int = 1) -> list[int]:
-    """Returns a list of numbers of steps of the configuration, sorted.
-
-    Raises:
-        ExpectedFailure: if it is anything else.
-    """
-    values = OmegaConf.select(config, key)
-    is_list = isinstance(values, ListConfig) and len(values) > 0
-    if not is_list or any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in values):
-        raise ExpectedFailure(
-            f"`{key}` is {values!r}, but a list of numbers of steps is needed, each at least {minimum}. Write for "
-            f"example '{key}=[10,30,100]'."
-        )
-    return sorted(set(values))
-
-
-def prepare(config: DictConfig, reads: Reads, *, resumes: bool = False) -> None:
-    """Checks the settings that every command here reads and no class checks, and applies the number of threads.
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What the outcome of a run is judged on.
 
     Args:
-        config: the configuration.
-        reads: what the command reads of it.
-        resumes: whether the command can go on with an earlier run.
-
-    Raises:
-        ExpectedFailure: naming the setting, its value and what to write instead.
+        splits: names of the experiment's splits; None for all.
+        num_episodes: episodes of each.
     """
-    check_settings_are_read(config, reads)
-    whole_number(config, "seed", minimum=0, purpose="it chooses the data and the first weights")
-    if resumes:
-        check_switch(config, "resume")
-    elif config.resume is not False:
-        raise ExpectedFailure(
-            f"`resume` is {config.resume!r}, but this command has nothing to go on with: it writes its results at the "
-            "end. Leave it out."
-        )
-    chosen_device(config)
-    chosen_dtype(config)
-    if config.num_threads is not None:
-        torch.set_num_threads(whole_number(config, "num_threads", minimum=1, purpose="operations run on so many"))
+
+    splits: list[str] | None = setting(partial(listed_names, example="meta_val"))
+    num_episodes: int = setting(partial(whole_number, minimum=1, purpose="the evaluation is a mean over episodes"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(ProblemSettings):
+    """What a training run reads, beside what its experiment reads.
+
+    Args:
+        resume: whether to go on with an earlier run.
+        start_from: folder of a run, or file, with the outer variables to start from; None for fresh ones.
+        trust: packages whose classes the configuration in `start_from` may name.
+        outer_loop: the length of the run.
+        validation: when it is validated.
+        evaluation: what its outcome is judged on.
+    """
+
+    resume: bool = setting(switch)
+    start_from: str | None = setting(optional(text))
+    trust: list[str] = setting(package_names)
+    outer_loop: LoopSettings
+    validation: ValidationSettings
+    evaluation: EvaluationSettings

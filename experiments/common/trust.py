@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+import experiments
 import hypertorch
 import hypertorch.fewshot
+from experiments.common.experiment import Experiment
 from experiments.common.failures import ExpectedFailure
 
 _TARGET = "_target_"
+_EXPERIMENTS = [str(Path(experiments.__file__).resolve().parent)]
 
 
 def check_plain(values: object, *, place: str) -> None:
@@ -42,12 +47,12 @@ def check_plain(values: object, *, place: str) -> None:
 
 
 def check_trusted(values: object, *, place: str, trusted: Sequence[str]) -> None:
-    """Checks what building a configuration would run: hypertorch, PyTorch's optimizers, and trusted packages only.
+    """Checks what building a configuration would run: hypertorch, this project's experiments, PyTorch's optimizers.
 
     Args:
         values: the configuration as dicts, lists and plain values, which `check_plain` has looked at.
         place: where it is from, for the message.
-        trusted: names of packages whose classes and functions may be named too.
+        trusted: names of packages whose classes and functions may be run too.
 
     Raises:
         ExpectedFailure: if it names another class or function.
@@ -56,8 +61,9 @@ def check_trusted(values: object, *, place: str, trusted: Sequence[str]) -> None
         if key.rpartition(".")[2] == _TARGET and not _may_be_built(value, trusted):
             raise ExpectedFailure(
                 f"`{key}` in {place!r} is {value!r}, and building it would run code that a run's folder may not name: "
-                "only public classes and data sets of hypertorch, and the optimizers and schedulers of torch.optim. If "
-                "the run is yours and the class is of a package of your own, name the package: trust=[my_package]."
+                "only public classes and data sets of hypertorch, experiments of this project, and the optimizers and "
+                "schedulers of torch.optim. If the run is yours and the class is of a package of your own, name the "
+                "package: trust=[my_package]."
             )
 
 
@@ -80,6 +86,8 @@ def _leaves(value: object, key: str) -> Iterator[tuple[str, object]]:
 def _may_be_built(target: object, trusted: Sequence[str]) -> bool:
     if not isinstance(target, str):
         return False
+    if _is_own_experiment(target):
+        return True
     package = next((name for name in trusted if target.startswith(f"{name}.")), None)
     # Nothing is imported on the word of a folder: importing runs code, and what is public is imported already.
     found = _loaded(target) if package is None else _imported(target)
@@ -88,6 +96,16 @@ def _may_be_built(target: object, trusted: Sequence[str]) -> bool:
     # A name may lead out of the package, to what one of its modules imports.
     is_code = inspect.isclass(found) or inspect.isroutine(found)
     return package is not None and is_code and f"{getattr(found, '__module__', None)}.".startswith(f"{package}.")
+
+
+def _is_own_experiment(target: str) -> bool:
+    """Returns whether a name is that of an experiment's class, in a module of this project's folder of experiments."""
+    package, _, name = target.rpartition(".")
+    if not any(package == f"{experiments.__name__}.{module.name}" for module in pkgutil.iter_modules(_EXPERIMENTS)):
+        return False
+    # The project's own module, which a configuration of its own names too: importing it runs nothing of the folder's.
+    found = vars(importlib.import_module(package)).get(name)
+    return inspect.isclass(found) and issubclass(found, Experiment) and not inspect.isabstract(found)
 
 
 def _loaded(target: str) -> Any:

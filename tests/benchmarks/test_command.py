@@ -31,7 +31,7 @@ class TestCommand:
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         GlobalHydra.instance().clear()
-        words = ["compare_libraries.py", "paths.run_dir=run", "quick=true", "num_threads=1", *arguments]
+        words = ["compare_libraries.py", "paths.run_dir=run", "quick=true", "threads=1", *arguments]
         self.monkeypatch.setattr(sys, "argv", words)
         code = compare_libraries.failures.exit_code(compare_libraries.main)
         GlobalHydra.instance().clear()

@@ -11,8 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments import train
 
-TINY = ("debug=default", "outer_loop.progress=false", "backbone.hidden=4")
-SINUSOID = ("experiment=sinusoid", "debug=default", "outer_loop.progress=false")
+TINY = ("debug=fewshot", "outer_loop.progress=false", "backbone.hidden=4")
+SINUSOID = ("experiment=sinusoid", "debug=fewshot", "outer_loop.progress=false")
 
 Command = Callable[..., tuple[int, str]]
 

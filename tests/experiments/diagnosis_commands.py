@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-TINY = ("problem.num_labellers=2", "problem.scans_each=4", "problem.num_validation=8")
+TINY = ("experiment.num_labellers=2", "experiment.scans_each=4", "experiment.num_validation=8")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -13,7 +13,7 @@ import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import compare_backends
 from experiments.common.config_errors import CONFIGS
-from experiments.diagnosis import build_backends
+from experiments.common.diagnosis import build_backends
 from tests.experiments.diagnosis_commands import Commands
 
 SHORT = ("num_steps=[3,2]", "repeats=1")
@@ -28,7 +28,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_every_backend_that_the_package_exports_is_run() -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        backends = build_backends(compose("compare_backends"))
+        backends = build_backends(compose("compare_backends"), None)
     exported = {getattr(ht.hypergradients, name) for name in ht.hypergradients.__all__}
     leaves = {item for item in exported if inspect.isclass(item) and issubclass(item, ht.Hypergradient)}
     assert {type(backend) for backend in backends.values()} == leaves - {ht.Hypergradient}
@@ -61,9 +61,9 @@ def test_other_backends_and_dynamics_from_the_command_line(command: Commands) ->
         compare_backends,
         "num_steps=[4]",
         "repeats=1",
-        "dynamics@problem.dynamics=adam",
-        "problem.dynamics.lr=0.01",
-        "~problem.dynamics.momentum",
+        "dynamics=adam",
+        "dynamics.lr=0.01",
+        "~dynamics.momentum",
         "+hypergradient@backends.mine=truncated",
         "backends.mine.window=2",
         "only=[mine,reversible]",
@@ -94,9 +94,9 @@ FAILURES = {
     "no repeats": (("repeats=0",), "`repeats` is 0"),
     "no seed": (("seed=-1",), "`seed` is -1"),
     "nothing to resume": (("resume=true",), "`resume` is True"),
-    "no threads": (("num_threads=0",), "`num_threads` is 0"),
-    "too much data": (("problem.scans_each=10000",), "there are 1797 scans"),
-    "unknown argument": (("+problem.shape=3",), "`problem.shape` is no argument of noisy_digits"),
+    "no threads": (("threads=0",), "`threads` is 0"),
+    "too much data": (("experiment.scans_each=10000",), "there are 1797 scans"),
+    "unknown argument": (("+experiment.shape=3",), "`experiment.shape` is no argument of NoisyDigits"),
     "wrong setting": (("backends.truncated_20.window=0",), "`window` is 0"),
 }
 

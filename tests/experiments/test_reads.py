@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any, get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -14,14 +16,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-import experiments.common.resolvers
-import experiments.common.settings
 from benchmarks import compare_libraries
 from experiments import compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train
-from experiments.assembly import TRAINING
 from experiments.common.config_errors import CONFIGS
+from experiments.common.experiment import experiment_class
 from experiments.common.failures import ExpectedFailure
-from experiments.common.reads import Reads, check_settings_are_read
+from experiments.common.reads import check_settings_are_read
+from experiments.common.settings import TrainSettings
+from experiments.common.training import TRAINING
+from experiments.common.typed_settings import setting_keys
+from experiments.fewshot.settings import FewShotSettings
 from experiments.fewshot_table import planned_cells
 from tests.experiments.commands import SINUSOID, TINY, Command
 from tests.helpers import pages
@@ -50,7 +54,7 @@ def check_training(*overrides: str) -> None:
         OmegaConf.set_struct(config, False)
         del config["hydra"]
         OmegaConf.set_struct(config, True)
-        check_settings_are_read(config, TRAINING)
+        check_settings_are_read(config, TRAINING | experiment_class(config).READS)
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__.rpartition(".")[2])
@@ -73,7 +77,10 @@ UNREAD = {
     "in a table": (("+task.foo=1",), ["`task.foo` is no setting", "of `task` are: image_size"]),
     "in a table, for another data set": (("run_lengths.full=10",), ["`run_lengths.full` is referred to by nothing"]),
     "in a table, for another network": (("task.in_features=3",), ["`task.in_features` is referred to by nothing"]),
-    "another command's group": (("+problem=noisy_digits",), ["`problem.", "is no setting"]),
+    "an experiment's own": (("+experiment.num_labellers=3",), ["`experiment.num_labellers` is no argument of FewShot"]),
+    "another experiment's setting": (
+        ("experiment=noisy_digits", "+evaluation.num_queries=3"), ["`evaluation.num_queries` is no setting"],
+    ),
     "no argument": (("+dataset.num_clases=3",), ["of StrokeCharacters", "Did you mean dataset.num_classes?"]),
     "no argument of the chosen": (("dataset=omniglot", "+dataset.drawings=3"), ["of Omniglot", "partition, "]),
     "no argument further down": (
@@ -116,7 +123,7 @@ def test_what_nothing_reads_is_refused(case: str) -> None:
         ("+dataset.num_classes=30",),
         ("+outer_loop.checkpoints.keep=5", "+outer_loop.constraints=null"),
         ("~outer_loop.scheduler", "~dynamics.momentum", "~debug"),
-        ("~experiment",),
+        ("experiment=noisy_digits", "experiment.hidden=3", "dynamics=adam", "~dynamics.momentum"),
         ("~hypergradient.derivative", "hydra.job.name=mine", "+hydra.job.env_set.A=b"),
         ("training.augmentation={_target_: hypertorch.fewshot.Augmentation, flip: true}",),
         ("task.metric=outer_loss", "task.mode=min"),
@@ -214,32 +221,42 @@ def test_every_job_of_a_multirun_says_what_it_does_not_read(command: Command) ->
     assert error.count("error: job ") == error.count("`nonsense.foo` is no setting") == error.count("\n") == 2
 
 
+SETTINGS: dict[str, tuple[type, ...]] = {
+    "train": (TrainSettings, FewShotSettings),
+    "evaluate": (evaluate.EvaluateSettings,),
+    "spectral_radius": (spectral_radius.SpectrumSettings,),
+    "horizon_bias": (horizon_bias.HorizonSettings,),
+    "compare_backends": (compare_backends.CompareSettings,),
+    "fewshot_table": (fewshot_table.TableSettings,),
+    "compare_libraries": (compare_libraries.BenchmarkSettings,),
+}
+MODULES = {module.__name__.rpartition(".")[2]: module for module in COMMANDS}
+
+
+def all_classes(kinds: Iterable[type]) -> Iterator[type]:
+    """The dataclasses of settings, those of their blocks included."""
+    for kind in kinds:
+        yield kind
+        yield from all_classes(inner for inner in get_type_hints(kind).values() if is_dataclass(inner))
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "spectral_radius", "horizon_bias", "compare_backends"])
-def test_every_plain_setting_is_read(
+def test_every_setting_that_is_declared_is_used(
     name: str, command: Command, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recorded while the command runs, after the check, which looks at everything."""
-    module = {item.__name__.rpartition(".")[2]: item for item in COMMANDS}[name]
-    seen: set[str] = set()
-    original, select = DictConfig._get_impl, OmegaConf.select
+    """Recorded after the settings are parsed."""
+    used: set[tuple[type, str]] = set()
+    classes = list(all_classes(SETTINGS[name]))
 
-    def recording(self: DictConfig, key: object, *given: object, **named: object) -> object:
-        seen.add(self._get_full_key(str(key)))
-        return original(self, key, *given, **named)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    def recording(self: object, attribute: str) -> object:
+        used.add((type(self), attribute))
+        return object.__getattribute__(self, attribute)
 
-    def selecting(config: DictConfig, key: str, **named: object) -> object:
-        seen.add(key)
-        return select(config, key, **named)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    def unrecorded(config: DictConfig, reads: object) -> None:
-        check_settings_are_read(config, reads)  # pyright: ignore[reportArgumentType]
-        seen.clear()
-
-    monkeypatch.setattr(DictConfig, "_get_impl", recording)
-    monkeypatch.setattr(OmegaConf, "select", selecting)
-    place = module if name in ("train", "evaluate") else experiments.common.settings
-    monkeypatch.setattr(place, "check_settings_are_read", unrecorded)
-    small = ("problem.num_labellers=2", "problem.scans_each=4", "problem.num_validation=8", "problem.hidden=2")
+    for kind in classes:
+        monkeypatch.setattr(kind, "__getattribute__", recording)
+    small = (
+        "experiment.num_labellers=2", "experiment.scans_each=4", "experiment.num_validation=8", "experiment.hidden=2",
+    )  # fmt: skip
     words = {
         "train": SINUSOID,
         "evaluate": (f"run={finished}", "num_episodes=2", "dataset_root=null"),
@@ -247,9 +264,36 @@ def test_every_plain_setting_is_read(
         "horizon_bias": (*small, "horizon=3", "windows=[1]", "num_steps=[2,3]", "implicit.residual_tolerance=null"),
         "compare_backends": (*small, "num_steps=[2]", "repeats=1", "only=[reverse]"),
     }
-    code, error = command(*words[name], "paths.run_dir=here", module=module)
+    code, error = command(*words[name], "paths.run_dir=here", module=MODULES[name])
     assert code == 0, error
-    plain = {key for key in Reads(main_config=module.MAIN_CONFIG).plain() if not key.startswith("paths.")}
-    blocks = ("problem.", "backends.", "implicit.")
-    unread = {key for key in plain if not key.startswith(blocks)} - seen
-    assert unread <= {"task_name"}, unread  # Hydra reads it, to choose the folder
+    declared = {(kind, item.name) for kind in classes for item in fields(kind)}
+    unused = {attribute for _, attribute in declared - used}
+    # The run's folder is chosen before the settings are parsed.
+    assert unused <= {"resume"}, unused
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_plain_setting_of_a_file_is_declared_and_the_other_way_round(name: str) -> None:
+    files = [MODULES[name].MAIN_CONFIG, *([CONFIGS / "fewshot/default.yaml"] if name == "train" else [])]
+    held = {key for file in files for key, _ in leaves(OmegaConf.load(file))}
+    blocks = {
+        "train": ("experiment.", "training.augmentation"),
+        "horizon_bias": ("implicit.",),
+        "compare_backends": ("backends.",),
+        "fewshot_table": ("known_settings.", "cell_settings.", "published."),
+        "compare_libraries": ("works.", "sweeps."),
+    }.get(name, ())
+    plain = {key for key in held if not key.startswith(("defaults", "hydra", "task_name", *blocks))}
+    declared = {key for kind in SETTINGS[name] for key in setting_keys(kind)}
+    # Data sets say what a task is, and the loop's own file how long it runs.
+    elsewhere = {"task.metric", "task.mode", "outer_loop.num_outer_steps", "outer_loop.progress"}
+    assert plain == declared - elsewhere
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            yield from leaves(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", node

@@ -18,9 +18,12 @@ import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import train
 from experiments.common.config_errors import CONFIGS
+from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.reporting import check_figures, duration, print_reports, report_as_dict, write_results
 from experiments.common.run_folder import RunFolder
+from experiments.common.settings import TrainSettings
+from experiments.common.typed_settings import parse
 from hypertorch.outer import Estimate
 
 REPORTS = {
@@ -116,13 +119,17 @@ def test_results_are_of_the_best_step_and_the_times_of_their_parts(
     config: DictConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train.HydraConfig, "get", lambda: compose_job("seed=7"))
-    results = train.results(config, TRAINED, REPORTS)
+    results = train.results(
+        parse(TrainSettings, config), TRAINED, REPORTS, {"none": {"meta_test": REPORTS["meta_val"]}}
+    )
     assert (results["num_outer_steps"], results["best_step"], results["seed"]) == (50, 40, 7)
     assert (results["training_minutes"], results["evaluation_minutes"]) == (2.5, 2.0)
     assert results["command"] == "scripts/train seed=7"
     metrics = results["metrics"]
     assert isinstance(metrics, dict) and list(metrics) == ["meta_train", "meta_val", "meta_test"]
     assert [metrics[split]["accuracy"]["mean"] for split in metrics] == [0.98765, 0.9, 0.5]
+    baselines = results["baselines"]
+    assert isinstance(baselines, dict) and baselines["none"]["meta_test"]["accuracy"]["mean"] == 0.9
 
 
 def compose_job(*overrides: str) -> DictConfig:
@@ -132,15 +139,20 @@ def compose_job(*overrides: str) -> DictConfig:
 
 
 def test_the_closing_lines_are_of_the_best_step(config: DictConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    train.show(config, TRAINED, REPORTS, RunFolder(Path("here")))
+    settings = parse(TrainSettings, config)
+    train.show(settings, TRAINED, REPORTS, {"none": {"meta_val": REPORTS["meta_test"]}}, RunFolder(Path("here")))
     shown = capsys.readouterr().out
     assert "after 40 outer steps (best validation)" in shown
     assert "training 2 min 30 s (50 outer steps), evaluation 2 min 0 s" in shown
     assert "everything is in here" in shown
+    assert "hypertorch.load_hparams('here') loads the outer variables" in shown
+    assert row(shown, "meta_val, none")[1] == "50.00 %" and row(shown, "meta_test")[1] == "50.00 %"
 
 
 def test_a_sweep_is_told_the_best_validation_or_else_that_of_the_evaluation(config: DictConfig) -> None:
-    assert train.merit(config, TRAINED, REPORTS) == 0.875
+    experiment = build_experiment(config, parse(TrainSettings, config))
+    assert train.merit(experiment, TRAINED, REPORTS) == 0.875
     unvalidated = ht.Trained(**{**vars(TRAINED), "best_value": None})
-    assert train.merit(config, unvalidated, REPORTS) == 0.9
-    assert train.merit(config, unvalidated, {name: REPORTS[name] for name in ("meta_train", "meta_test")}) == 0.98765
+    assert train.merit(experiment, unvalidated, REPORTS) == 0.9
+    for chosen, expected in ((("meta_train", "meta_test"), 0.98765), (("meta_test",), 0.5)):
+        assert train.merit(experiment, unvalidated, {name: REPORTS[name] for name in chosen}) == expected

@@ -9,7 +9,7 @@ import pytest
 from experiments import spectral_radius
 from tests.experiments.diagnosis_commands import Commands
 
-SHORT = ("horizon=4", "steps=[0,2]", "problem.hidden=2", "dimension=8")
+SHORT = ("horizon=4", "steps=[0,2]", "experiment.hidden=2", "dimension=8")
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def test_a_run_leaves_a_table_json_csv_and_a_picture(command: Commands) -> None:
 
 def test_a_large_step_size_explodes(command: Commands) -> None:
     code, out, error = command(
-        spectral_radius, "horizon=10", "steps=[0]", "problem.hidden=0", "dynamics@problem.dynamics=sgd",
-        "problem.dynamics.lr=150", "problem.dynamics.momentum=0",
+        spectral_radius, "horizon=10", "steps=[0]", "experiment.hidden=0", "dynamics=sgd",
+        "dynamics.lr=150", "dynamics.momentum=0",
     )  # fmt: skip
     assert code == 0, error
     assert command.results()["verdict"] == "explodes"

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 import hypertorch as ht
 from experiments import evaluate, train
-from experiments.assembly import EpisodeStreams
 from experiments.common.run_folder import RunFolder
+from experiments.fewshot.streams import EpisodeStreams
 from hypertorch.fewshot import HyperRepresentation, Learner
 from hypertorch.outer.checkpoints import load_checkpoint
 from tests.experiments.commands import SINUSOID, TINY, Command
@@ -94,7 +94,7 @@ def test_resume_finds_the_latest_run_of_the_same_command(command: Command, tmp_p
     assert only_run(tmp_path) == folder
     code, error = command(*SINUSOID, "seed=1", "resume=true")
     assert code == 1
-    assert "no run of the same command (debug=default experiment=sinusoid" in error
+    assert "no run of the same command (debug=fewshot experiment=sinusoid" in error
 
 
 def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Command, tmp_path: Path) -> None:
@@ -272,6 +272,10 @@ FAILURES = {
         ["`train_split`", "chosen on classes that were learned from", "validation.every=2"],
     ),
     "start from no run": (("start_from=nowhere",), ["`start_from` is 'nowhere'", "where there is no file"]),
+    "no experiment's class": (
+        ("experiment._target_=hypertorch.dynamics.SGD", "+experiment.lr=0.1"),
+        ["`experiment._target_` is 'hypertorch.dynamics.SGD', which is no experiment"],
+    ),
     "resume without a run": (("resume=true",), ["error: `resume` is True", "no run of the same command", "start anew"]),
     "hyperparameter that does nothing": (
         ("experiment=maml", "learner.num_steps=0", "learner.learn_lr=one"),
@@ -287,6 +291,78 @@ FAILURES = {
         ["`paths.run_dir` is", "no run to go on"],
     ),
 }
+
+
+def test_there_is_nothing_to_run_without_an_experiment(command: Command) -> None:
+    code, error = command("~experiment")
+    assert code == 1
+    assert "`experiment` is None, which names nothing to build" in error and error.count("\n") == 1, error
+
+
+NOISY = ("experiment=noisy_digits", "debug=default", "outer_loop.progress=false", "experiment.num_steps=3")
+NOISY_FAILURES = {
+    "another experiment's group": (
+        ("dataset=omniglot",),
+        ["`dataset` is no setting", "dynamics, evaluation, experiment"],
+    ),
+    "another experiment's setting": (("+evaluation.lr=1",), ["`evaluation.lr` is no setting"]),
+    "unknown argument": (("experiment.labellers=3",), ["`experiment.labellers`", "experiment.num_labellers"]),
+    "way to run tasks": (("task_route=loop",), ["`task_route` is 'loop'", "not a batch of tasks"]),
+    "the same problem again": (("evaluation.num_episodes=3",), ["`evaluation.num_episodes` is 3", "repetitions"]),
+    "the same problem validated on": (("validation.num_episodes=3",), ["`validation.num_episodes` is 3"]),
+    "unknown split": (("evaluation.splits=[meta_test]",), ["lists 'meta_test'", "validation, test"]),
+    "too much data": (("experiment.scans_each=1000",), ["there are 1797 scans"]),
+    "no dynamics": (("dynamics._target_=hypertorch.Box",), ["`dynamics"]),
+}
+
+
+@pytest.mark.parametrize("case", NOISY_FAILURES)
+def test_a_mistake_in_another_experiment_gives_one_message(case: str, command: Command, tmp_path: Path) -> None:
+    overrides, expected = NOISY_FAILURES[case]
+    code, error = command(*NOISY, *overrides, "paths.run_dir=here")
+    assert code == 1
+    assert "Traceback" not in error and error.count("error: ") == 1
+    for text in expected:
+        assert text in error, error
+    assert not (tmp_path / "here/config.yaml").exists()
+
+
+def test_an_experiment_that_is_not_few_shot_has_all_that_a_run_has(command: Command, tmp_path: Path) -> None:
+    """Folder, table, going on bit for bit, a start from it, evaluation of it, and nothing of a stranger's."""
+    code, error = command(*NOISY, "paths.run_dir=whole", "outer_loop.num_outer_steps=4")
+    assert code == 0, error
+    for name in ("config.yaml", "metrics.jsonl", "results.json", "learning_curve.png", "trust.png"):
+        assert (tmp_path / "whole" / name).stat().st_size > 0, name
+    assert list((tmp_path / "whole/tensorboard").glob("events.*"))
+    results = json.loads((tmp_path / "whole/results.json").read_text())
+    assert list(results["metrics"]) == ["validation", "test"]
+    assert set(results["baselines"]) == {"equal trust", "true labels", "validation scans alone"}
+    assert list(results["baselines"]["validation scans alone"]) == ["test"]
+    assert command(*NOISY, "paths.run_dir=parts")[0] == 0
+    assert command(*NOISY, "paths.run_dir=parts", "outer_loop.num_outer_steps=4", "resume=true")[0] == 0
+    whole, parts = (ht.load_hparams(tmp_path / name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert command(*NOISY, "paths.run_dir=next", "start_from=whole", "outer_optimizer.lr=0")[0] == 0
+    assert all(torch.equal(whole[name], value) for name, value in ht.load_hparams(tmp_path / "next").items())
+    code, error = command("run=whole", "paths.run_dir=again", module=evaluate)
+    assert code == 0, error
+    again = json.loads((tmp_path / "again/results.json").read_text())
+    assert again["metrics"] == {"test": results["metrics"]["test"]}
+    for words, expected in (
+        (("num_queries=3",), "the run's experiment has no queries"),
+        (("dataset_root=there",), "comes from no folder"),
+        (("num_episodes=3",), "repetitions"),
+        (("seed=3",), "`seed` is 3"),
+        (("split=meta_test",), "validation, test"),
+    ):
+        code, error = command("run=whole", *words, "paths.run_dir=refused", module=evaluate)
+        assert code == 1 and expected in error, error
+        shutil.rmtree(tmp_path / "refused", ignore_errors=True)
+    config = OmegaConf.load(tmp_path / "whole/config.yaml")
+    config.experiment._target_ = "os.system"
+    OmegaConf.save(config, tmp_path / "whole/config.yaml")
+    code, error = command("run=whole", "paths.run_dir=strange", module=evaluate)
+    assert code == 1 and "`experiment._target_`" in error and "trust=[my_package]" in error, error
 
 
 @pytest.mark.parametrize("case", FAILURES)
@@ -327,17 +403,17 @@ def test_an_unfinished_run_is_evaluated_by_its_newest_checkpoint(
 ) -> None:
     shutil.copytree(finished, tmp_path / "own")
     folder = RunFolder(tmp_path / "own")
-    config = OmegaConf.create({"device": "cpu"})
+    device = torch.device("cpu")
     best = ht.load_hparams(folder.hparams)
     folder.hparams.unlink()
     first, second = ht.Checkpoints(folder.checkpoints).paths()
     for path, value in ((first, 1.0), (second, 2.0)):
         changed = replace(load_checkpoint(path, remedy=""), best_hparams={n: v * 0 + value for n, v in best.items()})
         ht.Checkpoints(folder.checkpoints).save(changed)
-    assert all(bool((value == 2.0).all()) for value in evaluate.load_best(folder, config).values())
+    assert all(bool((value == 2.0).all()) for value in evaluate.load_best(folder, device).values())
     assert f"evaluating {second.name}" in capsys.readouterr().err
     ht.save_hparams(folder.hparams, best)
-    assert all(torch.equal(value, best[name]) for name, value in evaluate.load_best(folder, config).items())
+    assert all(torch.equal(value, best[name]) for name, value in evaluate.load_best(folder, device).items())
 
 
 def test_evaluation_of_no_run_gives_one_message(command: Command) -> None:

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import hypertorch as ht
-from experiments.problems.noisy_digits import noisy_digits
+from experiments.noisy_digits import noisy_digits
 
 SGD = ht.dynamics.SGD
 

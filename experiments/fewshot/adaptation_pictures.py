@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 import hypertorch as ht
-from experiments.episode_pictures import tasks_of
+from experiments.fewshot.episode_pictures import tasks_of
 from hypertorch.fewshot import EpisodeSource, Learner
 
 _MOST_POINTS = 16  # after so many inner steps figures are taken at most: each is a pass over the queries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import hypertorch as ht
-from experiments.adaptation_pictures import figures_after_steps, shown_steps
+from experiments.fewshot.adaptation_pictures import figures_after_steps, shown_steps
 from hypertorch.fewshot import MAML, MLP
 from tests.fewshot.learners.test_learners import Blobs
 

@@ -11,10 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 import experiments.common.resolvers  # noqa: F401
-from experiments.assembly import EpisodeStreams, check_outer_updates
 from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import SPLITS
+from experiments.common.settings import ProblemSettings
+from experiments.common.typed_settings import parse
+from experiments.fewshot.settings import SPLITS, FewShotSettings
+from experiments.fewshot.streams import EpisodeStreams
 from hypertorch.fewshot import EpisodeSource
 
 
@@ -24,8 +25,12 @@ def configured(*overrides: str) -> DictConfig:
         return compose("train", list(overrides))
 
 
+def made(config: DictConfig) -> EpisodeStreams:
+    return EpisodeStreams(config=config, settings=parse(ProblemSettings, config), own=parse(FewShotSettings, config))
+
+
 def streams_of(config: DictConfig) -> dict[str, EpisodeSource]:
-    streams = EpisodeStreams(config=config)
+    streams = made(config)
     return {
         "training": streams.training(),
         "validation": streams.validation(),
@@ -53,40 +58,6 @@ def test_the_same_seed_is_the_same_stream_and_evaluation_takes_another(seed: int
     first, again = streams_of(config), streams_of(configured("experiment=sinusoid", f"seed={seed}"))
     for purpose, stream in first.items():
         assert torch.equal(stream.at(2).query.inputs, again[purpose].at(2).query.inputs)
-    other = EpisodeStreams(config=config).evaluation("meta_test", seed + 1).at(0).query.inputs
+    other = made(config).evaluation("meta_test", seed + 1).at(0).query.inputs
     theirs = streams_of(configured("experiment=sinusoid", f"seed={seed + 1}"))["meta_test"].at(0).query.inputs
     assert torch.equal(other, theirs) and not torch.equal(other, first["meta_test"].at(0).query.inputs)
-
-
-STEP_LR = "+outer_loop.scheduler._target_=torch.optim.lr_scheduler.StepLR"
-
-
-@pytest.mark.parametrize(
-    ("overrides", "key"),
-    [
-        (
-            ["outer_optimizer.lr=1e39"],
-            r"`outer_optimizer.lr` is 1e\+39, which PyTorch refuses.*Give outer_optimizer.lr=",
-        ),
-        (["outer_optimizer.lr=inf"], r"`outer_optimizer.lr` is inf, with which the first steps lead from 0 to"),
-        (["outer_optimizer.weight_decay=inf"], r"`outer_optimizer.weight_decay` is inf, "),
-        (["outer_optimizer=sgd", "outer_optimizer.momentum=1e39"], r"`outer_optimizer.momentum` is 1e\+39, "),
-        (
-            ["outer_loop.scheduler.step_size=1", "outer_loop.scheduler.gamma=1e60"],
-            r"`outer_loop.scheduler.gamma` is 1e\+60, ",
-        ),
-        (
-            ["outer_loop.scheduler.step_size=0", "outer_loop.scheduler.gamma=0.5"],
-            r"`outer_loop.scheduler.step_size` is 0",
-        ),
-    ],
-)
-def test_what_leaves_the_range_of_the_numbers_is_told_by_its_key(overrides: list[str], key: str) -> None:
-    added = [word if "=" not in word or word.startswith("outer_optimizer=") else f"++{word}" for word in overrides]
-    scheduler = [STEP_LR, "+outer_loop.scheduler._partial_=true"] if "scheduler" in overrides[0] else []
-    with pytest.raises(ExpectedFailure, match=key):
-        check_outer_updates(configured("experiment=sinusoid", *scheduler, *added))
-
-
-def test_double_precision_holds_more() -> None:
-    check_outer_updates(configured("experiment=sinusoid", "outer_optimizer.lr=1e39", "dtype=float64"))

@@ -1,8 +1,7 @@
-"""Pictures of what a run learnt, as PNG files."""
+"""Pictures of how a trained learner does on an episode."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,49 +11,57 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hypertorch.fewshot import Episode, Examples
+from hypertorch.fewshot import Episode, EpisodeSource, Examples, Learner
 
-Series = tuple[list[float], list[float]]
 Function = Callable[[Tensor], Tensor]
-_LOG_LR = "log_lr"
 _RIGHT, _WRONG = "tab:green", "tab:red"
 _QUERIES_SHOWN = 3
 _CURVES = 3
 
 
-def plot_learning_curve(metrics: Path, path: Path, metric: str) -> None:
-    """Draws outer loss and main figure against the outer step, in training and in validation.
+def draw_episodes(
+    learner: Learner,
+    episodes: EpisodeSource,
+    hparams: dict[str, Tensor],
+    *,
+    without_steps: Callable[[], Learner],
+    path: Path,
+) -> bool:
+    """Draws the first episode of images, or the first tasks of one variable; returns False for anything else.
 
     Args:
-        metrics: a run's metrics.jsonl.
+        learner: the learner.
+        episodes: where the episodes come from.
+        hparams: trained outer variables.
+        without_steps: makes the learner without inner steps.
         path: the picture.
-        metric: the main figure.
     """
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("outer_loss", metric), strict=True):
-        steps, values = _series(records, name)
-        axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=0.8)
-        axes.plot(steps, _smoothed(values), color="tab:blue", label="training")
-        axes.plot(*_series(records, f"validation/{name}"), color="tab:orange", marker=".", label="validation")
-        if name in ("outer_loss", "mse") and values and min(values) > 0:
-            axes.set_yscale("log")
-        axes.set(xlabel="outer step", ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+    tasks = tasks_of(episodes.at(0))
+    support = tasks[0].support
+    if support.inputs.dim() == 4 and not support.targets.is_floating_point():
+        plot_image_episode(tasks[0], learner.adapt(hparams, support), path)
+        return True
+    if support.inputs.shape[1:] == (1,) and support.targets.shape[1:] == (1,):
+        unfitted = without_steps()
+        known = unfitted.init_hparams().keys()
+        shared = {name: value for name, value in hparams.items() if name in known}
+        plot_curve_episodes(
+            tasks,
+            lambda examples: unfitted.adapt(shared, examples),
+            lambda examples: learner.adapt(hparams, examples),
+            path,
+        )
+        return True
+    return False
 
 
-def _series(records: Sequence[dict[str, float]], name: str) -> Series:
-    chosen = [record for record in records if record.get(name) is not None]
-    return [record["step"] for record in chosen], [record[name] for record in chosen]
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Returns a running mean over a twentieth of the run."""
-    window = max(1, len(values) // 20)
-    starts = (max(0, index + 1 - window) for index in range(len(values)))
-    return [sum(values[start : index + 1]) / (index + 1 - start) for index, start in enumerate(starts)]
+def tasks_of(batch: Episode) -> list[Episode]:
+    """Returns the tasks of a batch, without their tasks axis."""
+    support, query = batch
+    return [
+        Episode(Examples(*(part[task] for part in support)), Examples(*(part[task] for part in query)))
+        for task in range(len(support.inputs))
+    ]
 
 
 def plot_image_episode(episode: Episode, predict: Function, path: Path) -> None:
@@ -133,32 +140,3 @@ def plot_curve_episodes(
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def plot_step_sizes(hparams: dict[str, Tensor], path: Path) -> bool:
-    """Draws learnt inner step sizes and returns whether there were any.
-
-    Args:
-        hparams: trained outer variables; those called `log_lr` or `log_lr.<parameter>` are logarithms of step sizes.
-        path: the picture.
-    """
-    sizes = {
-        name.removeprefix(_LOG_LR).removeprefix(".") or "all weights": _array(value.exp())
-        for name, value in hparams.items()
-        if name == _LOG_LR or name.startswith(f"{_LOG_LR}.")
-    }
-    if not sizes:
-        return False
-    figure = Figure(figsize=(6, max(2.0, 1.2 + 0.3 * len(sizes))), layout="constrained")
-    axes = figure.subplots()
-    schedule = sizes.get("all weights")
-    if schedule is not None and schedule.ndim == 1:
-        axes.plot(range(1, len(schedule) + 1), schedule, marker="o")
-        axes.set(xlabel="inner step", ylabel="learnt step size")
-    else:
-        means = [float(value.mean()) for value in sizes.values()]
-        axes.barh(list(sizes), means)
-        axes.set(xlabel="learnt step size (mean)")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return True

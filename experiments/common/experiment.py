@@ -1,0 +1,154 @@
+"""What an experiment is: a source of problems, what its outcome is judged on, and its pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from omegaconf import DictConfig
+
+import hypertorch as ht
+from experiments.common.building import build, make
+from experiments.common.failures import ExpectedFailure
+from experiments.common.reads import Reads
+from experiments.common.settings import ProblemSettings, TrainSettings
+from hypertorch.types import TensorDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What the outcome of an experiment is compared with.
+
+    Args:
+        source: the problems that it is judged on.
+        hparams: its outer variables, which were not learnt.
+    """
+
+    source: ht.ProblemSource
+    hparams: TensorDict
+
+
+class Experiment(ABC):
+    """One experiment: a Python file with a subclass, and a YAML file in `configs/experiment` that names it.
+
+    The keyword arguments of the subclass are the settings of its block, `experiment.NAME=...` on the command line. What
+    other groups of the configuration describe, such as `dynamics`, it builds by `build`, and lists in `READS`.
+
+    Args:
+        config: the whole configuration, for the groups.
+        settings: the plain settings that all experiments have.
+
+    Attributes:
+        READS: what it reads beside its own block.
+        splits: names of what the outcome is judged on, in the order of the table; the last is the test.
+        metric: the figure that validation goes by.
+        mode: whether more ("max") or less ("min") of it is better.
+    """
+
+    READS: ClassVar[Reads] = Reads()
+    splits: tuple[str, ...]
+    metric: str
+    mode: Literal["max", "min"]
+
+    def __init__(self, config: DictConfig, settings: ProblemSettings) -> None:
+        self.config = config
+        self.settings = settings
+
+    @abstractmethod
+    def training(self) -> ht.ProblemSource:
+        """Returns the problems to learn from."""
+
+    @abstractmethod
+    def validation(self) -> ht.ProblemSource:
+        """Returns the problems that choose the best outer variables of a run."""
+
+    @abstractmethod
+    def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
+        """Returns the problems of the final evaluation on a split.
+
+        Args:
+            split: one of `splits`.
+            seed: chooses other problems than those of the run, where there are others; None for those.
+        """
+
+    def baselines(self, split: str) -> Mapping[str, Baseline]:
+        """Returns what the outcome on a split is compared with, by name; nothing unless overridden."""
+        return {}
+
+    def check_training(self, settings: TrainSettings) -> None:  # noqa: B027 (most have nothing to refuse)
+        """Refuses settings of a training run that do not fit the experiment; takes all unless overridden.
+
+        Raises:
+            ExpectedFailure: naming the setting, its value and what to write instead.
+        """
+
+    def draw(self, hparams: TensorDict, folder: Path) -> None:  # noqa: B027 (some have no pictures)
+        """Writes pictures of what was learnt; none unless overridden.
+
+        Args:
+            hparams: the best outer variables.
+            folder: where to.
+        """
+
+    def evaluated_splits(self, chosen: list[str] | None) -> tuple[str, ...]:
+        """Returns the splits that `evaluation.splits` lists, in the experiment's order; all where it is null.
+
+        Raises:
+            ExpectedFailure: if it lists another.
+        """
+        for name in chosen or ():
+            if name not in self.splits:
+                raise ExpectedFailure(
+                    f"`evaluation.splits` lists {name!r}, which is no split. Use some of: {', '.join(self.splits)}."
+                )
+        return tuple(split for split in self.splits if chosen is None or split in chosen)
+
+
+def experiment_class(config: DictConfig) -> type[Experiment]:
+    """Returns the class that the block `experiment` of a configuration names.
+
+    Raises:
+        ExpectedFailure: if it names none, or what is no experiment.
+    """
+    found = make(config, "experiment").func
+    if not (isinstance(found, type) and issubclass(found, Experiment)):
+        raise ExpectedFailure(
+            f"`experiment._target_` is {config.experiment['_target_']!r}, which is no experiment: it has no "
+            "problems to learn from. Name a subclass of experiments.common.experiment.Experiment."
+        )
+    return found
+
+
+def build_experiment(config: DictConfig, settings: ProblemSettings) -> Experiment:
+    """Returns the experiment that a configuration describes.
+
+    Args:
+        config: the configuration.
+        settings: the plain settings, parsed from it.
+
+    Raises:
+        ExpectedFailure: if a setting has a value that the experiment cannot work with.
+    """
+    experiment_class(config)
+    return build(config, "experiment", config, settings)
+
+
+def check_repetitions(source: ht.ProblemSource, num_episodes: int, key: str) -> None:
+    """Refuses to judge on the same single problem several times: the interval would be that of repetitions.
+
+    Args:
+        source: the problems.
+        num_episodes: how many are asked for.
+        key: the setting that says so.
+
+    Raises:
+        ExpectedFailure: if they are all the same.
+    """
+    if isinstance(source, ht.BilevelProblem) and source.num_tasks is None and num_episodes > 1:
+        raise ExpectedFailure(
+            f"`{key}` is {num_episodes}, but this experiment judges on one problem, the same every time: the interval "
+            f"would be that of repetitions. Write {key}=1."
+        )

@@ -1,0 +1,71 @@
+"""From a configuration to the outer loop of a training run."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, OmegaConf
+
+import hypertorch as ht
+from experiments.common.building import build
+from experiments.common.experiment import Experiment, check_repetitions
+from experiments.common.outer_updates import build_outer_optimizer, build_scheduler, check_outer_updates
+from experiments.common.reads import Reads
+from experiments.common.run_folder import RunFolder
+from experiments.common.settings import TrainSettings
+
+# Settings of the outer loop that are no arguments of its class.
+_LOOP_OWN = ("outer_loop.num_outer_steps", "outer_loop.scheduler", "outer_loop.checkpoints")
+
+TRAINING = Reads(
+    settings=(TrainSettings,),
+    blocks=(
+        "experiment",
+        "hypergradient",
+        "outer_optimizer",
+        "outer_loop",
+        "outer_loop.scheduler",
+        "outer_loop.checkpoints",
+    ),
+    own=_LOOP_OWN,
+)
+"""What a training run reads, beside what its experiment reads."""
+
+
+def build_outer_loop(
+    config: DictConfig, settings: TrainSettings, experiment: Experiment, folder: RunFolder
+) -> ht.OuterLoop:
+    """Returns the outer loop that learns from an experiment's problems and writes into the run's folder.
+
+    Args:
+        config: the configuration.
+        settings: the plain settings, parsed from it.
+        experiment: what to learn from and to validate on.
+        folder: the run's folder.
+
+    Raises:
+        ExpectedFailure: if a setting has a value that its class cannot work with.
+    """
+    loop = OmegaConf.create(
+        {"outer_loop": {key: value for key, value in config.outer_loop.items() if f"outer_loop.{key}" not in _LOOP_OWN}}
+    )
+    check_outer_updates(config, settings.dtype)
+    source, validated_on = experiment.training(), experiment.validation()
+    check_repetitions(validated_on, settings.validation.num_episodes, "validation.num_episodes")
+    # Before hours of training: what it is judged on is of the kind that it is validated on.
+    check_repetitions(validated_on, settings.evaluation.num_episodes, "evaluation.num_episodes")
+    return build(
+        loop,
+        "outer_loop",
+        source,
+        optimizer=build_outer_optimizer(config),
+        backend=build(config, "hypergradient"),
+        scheduler=build_scheduler(config),
+        validation=ht.Validation(
+            source=validated_on,
+            every=settings.validation.every,
+            num_episodes=settings.validation.num_episodes,
+            metric=experiment.metric,
+            mode=experiment.mode,
+        ),
+        loggers=[ht.JsonLinesLogger(folder.metrics), ht.TensorBoardLogger(folder.tensorboard)],
+        checkpoints=build(config, "outer_loop.checkpoints", folder.checkpoints),
+    )

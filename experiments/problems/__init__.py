@@ -1,1 +1,0 @@
-"""Bilevel problems that the experiments share, on data that comes with the installation."""
