@@ -46,7 +46,7 @@ class Covering:
         """Runs every test file that was not measured, each in its own process."""
         missing = [name for name in self._stems if not self._is_measured(name)]
         # Those of everything at once last: they take the longest.
-        folders = ("tests/conformance/", "tests/databases/", "tests/experiments/")
+        folders = ("tests/benchmarks/", "tests/conformance/", "tests/databases/", "tests/experiments/")
         missing.sort(key=lambda name: (name.startswith(folders), name.count("/")))
         if not missing:
             return
