@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch.checks import check_hparams
-from hypertorch.inner_loop import CONTEXT, InnerLoop
+from hypertorch.inner_loop import CONTEXT, InnerLoop, inner_loop
 from hypertorch.missing_derivatives import second_order
 from hypertorch.noise import preserved_generators, seed_generators
 from hypertorch.problem import BilevelProblem
@@ -82,12 +82,13 @@ class BoundProblem:
         if task_slice is not None:
             outer_batch = task_slice.take(outer_batch)
             carry = {name: value if _is_shared(name) else task_slice.take(value) for name, value in carry.items()}
-        return InnerLoop(
+        first_task = 0 if task_slice is None else task_slice.start
+        return inner_loop(
             self.problem,
             outer_batch=outer_batch,
-            task_slice=task_slice,
+            tasks=task_slice,
             per_task=frozenset(context) - frozenset(self.problem.shared_context),
-            outer_step=self._outer_step,
+            noise_key=(self.problem.seed, self._outer_step, first_task),
             device=self.device,
             carry=carry,
         )

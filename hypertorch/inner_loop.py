@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
-from hypertorch.cost import Cost
+from hypertorch.cost import Record
+from hypertorch.dynamics import Dynamics
 from hypertorch.grad_mode import stopping_tangents
 from hypertorch.inner_loss import GradientRoute, InnerLoss
 from hypertorch.inner_precision import in_precision
@@ -25,316 +26,289 @@ from hypertorch.types import Batch, TensorDict
 INIT, OUTER, CONTEXT, MAP, BACKEND = -1, -2, -3, -4, -5  # positions of noise beside the inner steps, which count from 0
 
 
-class LoopProgram(NamedTuple):
-    """What a loop is made of beside the data of its steps and its noise: enough to build it inside a traced function.
+class Step(NamedTuple):
+    """What one step of the inner loop gives.
+
+    Attributes:
+        state: the inner state after the step, `s_t = Phi_t(s_{t-1}, hparams)`.
+        loss: the inner loss before the step, shape `()` or `(tasks,)`, without a graph; None if the rule took none.
+        term: the term `E_t(s_t, hparams)` of the outer loss, a scalar: the mean over tasks; None if the problem has no
+            terms at inner steps.
+    """
+
+    state: InnerState
+    loss: Tensor | None
+    term: Tensor | None
+
+
+class LoopFunctions(NamedTuple):
+    """The functions that a problem is made of, with the tasks axis bound: `(params, hparams, batch) -> ...`.
+
+    Attributes:
+        initial: the first params.
+        inner: the inner loss and the new values of the buffers.
+        outer: the outer loss.
+        metrics: what is reported of a run.
+    """
+
+    initial: Callable[[TensorDict, TensorDict, Batch], TensorDict]
+    inner: Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
+    outer: Callable[[TensorDict, TensorDict, Batch], Tensor]
+    metrics: Callable[[TensorDict, TensorDict, Batch], TensorDict]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InnerLoop:
+    """One problem at one outer step as pure functions of `(state, variables)`: tasks, data and noise are bound.
+
+    This is all that a backend sees. `initial`, `step` and `outer` make the run; `variables` are the hyperparameters and
+    the context. Each function seeds torch's generators from the position in the run, so that a step that is run again
+    draws the same noise.
+
+    Nothing here changes but `record`, which counts what is run. `uncounted` makes a loop that counts elsewhere.
 
     Attributes:
         problem: the problem.
-        num_tasks: length of the tasks axis; None without one.
-        per_task: names in hparams (entries of the context) that have a tasks axis.
-        outer_batch: the outer data of these tasks.
-        device: of the tensors.
+        outer_batch: the outer data of the loop's tasks.
+        tasks: which tasks of the batch; None for a problem without tasks.
+        per_task: names in variables (entries of the context) that have a tasks axis.
+        noise_key: what the noise of the run is seeded from; None if whoever runs the loop seeds it.
+        device: of the noise.
+        carry: the state that the run starts from (warm start), as an earlier run's `carry_after` holds it; empty to
+            start from `init_params`.
+        first_index: index of the first step, counted since the state was made (unit: steps).
+        draw: the data of a step by its index.
+        functions: the functions of the problem.
+        record: what was run so far.
     """
 
     problem: BilevelProblem
-    num_tasks: int | None
-    per_task: frozenset[str]
     outer_batch: Batch
+    tasks: TaskSlice | None
+    per_task: frozenset[str]
+    noise_key: tuple[int, ...] | None
     device: torch.device
-
-    def loop(self, draw: Callable[[int], Batch]) -> InnerLoop:
-        """Returns the loop with the data of each step given, and no noise seeded: the caller does that.
-
-        Args:
-            draw: the data by the index of the step, of these tasks.
-        """
-        task_slice = None if self.num_tasks is None else TaskSlice(start=0, stop=self.num_tasks, whole=True)
-        return InnerLoop(
-            self.problem,
-            outer_batch=self.outer_batch,
-            task_slice=task_slice,
-            per_task=self.per_task,
-            outer_step=0,
-            device=self.device,
-            carry={},
-            draw=draw,
-        )
-
-
-class InnerLoop:
-    """One problem at one outer step as pure functions of `(state, hparams)`, task route, data and noise bound.
-
-    This is all that a backend sees. Each function seeds torch's generators from the position in the run, so that a
-    replayed step draws the same noise.
-
-    Attributes:
-        num_steps: the horizon (unit: steps).
-        has_step_loss: whether the outer loss has terms at inner steps.
-        has_buffers: whether untrained buffers (running statistics) are carried along with the params.
-        has_context: whether some of the hparams were computed from the others before the loop.
-        has_tasks_axis: whether the tensors of the state have a leading tasks axis.
-        first_task: position of this loop's first task in the batch.
-        is_warm_started: whether the next run starts from this run's last state.
-        dynamics: the inner optimiser.
-        device: of the noise.
-        inner_eps: machine epsilon of the inner loss's products where they are coarser than the params; else 0.
-        first_index: index of the first step, counted since the state was made (unit: steps).
-        cost: what was done so far, counted.
-        inner_losses: the inner loss before each step taken so far, replays included, of shape `()` or `(tasks,)`.
-
-    Args:
-        problem: the problem.
-        outer_batch: the outer data of these tasks.
-        task_slice: which tasks; None for a problem without tasks.
-        per_task: names in hparams (entries of the context) that have a tasks axis.
-        outer_step: part of the key of the noise.
-        device: of the noise.
-        carry: state to start from (warm start), as an earlier run's `carry` holds it; empty to start afresh.
-        draw: the data of a step by its index, drawn and sliced already, for a loop whose noise somebody else seeds;
-            None to ask the problem.
-    """
-
-    def __init__(
-        self,
-        problem: BilevelProblem,
-        *,
-        outer_batch: Batch,
-        task_slice: TaskSlice | None,
-        per_task: frozenset[str],
-        outer_step: int,
-        device: torch.device,
-        carry: TensorDict,
-        draw: Callable[[int], Batch] | None = None,
-    ) -> None:
-        self.num_steps = problem.num_steps
-        self.has_step_loss = problem.outer.has_step_loss
-        self.has_buffers = bool(problem.inner.buffers)
-        self.has_context = problem.context is not None
-        self.is_warm_started = problem.warm_start
-        self.dynamics = problem.dynamics
-        self.inner_eps = 0.0 if problem.inner_dtype is None else torch.finfo(problem.inner_dtype).eps
-        self.first_task = 0 if task_slice is None else task_slice.start
-        self.cost = Cost()
-        self.inner_losses: list[Tensor] = []
-        self._tracked_buffers: frozenset[str] = frozenset()
-        self._problem = problem
-        self._outer_batch = outer_batch
-        self._task_slice = task_slice
-        self._draw = draw
-        self._noise_key = (problem.seed, outer_step, self.first_task) if draw is None else None
-        self.device = device
-        self._carry = carry
-        self.first_index = int(carry["index"]) if carry else 0
-        num_tasks = None if task_slice is None else task_slice.num_tasks
-        self.has_tasks_axis = num_tasks is not None
-        self._init = lift(
-            lambda _, hparams, __: stopping_tangents(problem.inner.init_params, hparams), num_tasks, per_task
-        )
-        # Of the problem, not of this object: an object that refers to itself holds its data until garbage is collected.
-        inner_loss = partial(_inner_loss, problem.inner)
-        if problem.inner_dtype is not None:
-            inner_loss = partial(in_precision, inner_loss, problem.inner_dtype)
-        self._inner = lift(inner_loss, num_tasks, per_task)
-        self._outer = lift(partial(_outer_loss, problem.outer), num_tasks, per_task)
-        self._metrics = lift(problem.outer.metrics, num_tasks, per_task)
-        self._num_tasks = num_tasks
-        self._per_task = per_task
-
-    def program(self) -> LoopProgram:
-        """Returns what the loop is made of beside the data of its steps and its noise."""
-        return LoopProgram(self._problem, self._num_tasks, self._per_task, self._outer_batch, self.device)
-
-    def prepare_step(self, step: int) -> Batch:
-        """Returns the data of a step, and seeds its noise, for a step that is run elsewhere."""
-        index = self.first_index + step
-        batch = self._inner_batch(index)
-        self._seed(index)
-        return batch
-
-    def prepare_initial(self) -> None:
-        """Seeds the noise of the initial state, for one that is computed elsewhere."""
-        self._seed(INIT)
+    carry: TensorDict
+    first_index: int
+    draw: Callable[[int], Batch]
+    functions: LoopFunctions
+    record: Record
 
     @property
-    def outer_batch(self) -> Batch:
-        """The outer data of the loop's tasks."""
-        return self._outer_batch
+    def num_steps(self) -> int:
+        """The horizon (unit: steps)."""
+        return self.problem.num_steps
 
     @property
-    def carry(self) -> TensorDict:
-        """The state that the run starts from, as the last run's `carry` holds it; empty for a fresh start."""
-        return self._carry
+    def dynamics(self) -> Dynamics:
+        """The inner optimiser."""
+        return self.problem.dynamics
 
     @property
-    def tracked_buffers(self) -> frozenset[str]:
-        """Names of the buffers that some step so far has computed with a derivative."""
-        return self._tracked_buffers
+    def has_step_loss(self) -> bool:
+        """Whether the outer loss has terms at inner steps."""
+        return self.problem.outer.has_step_loss
 
-    def note_tracked(self, names: frozenset[str]) -> None:
-        """Takes down that a step has computed these buffers with a derivative."""
-        self._tracked_buffers |= names
+    @property
+    def has_buffers(self) -> bool:
+        """Whether untrained buffers (running statistics) are carried along with the params."""
+        return bool(self.problem.inner.buffers)
+
+    @property
+    def has_context(self) -> bool:
+        """Whether some of the variables are computed from the others before the loop."""
+        return self.problem.context is not None
+
+    @property
+    def is_warm_started(self) -> bool:
+        """Whether the next run starts from this run's last state."""
+        return self.problem.warm_start
+
+    @property
+    def num_tasks(self) -> int | None:
+        """Length of the tasks axis of the state's tensors; None without one."""
+        return None if self.tasks is None else self.tasks.num_tasks
+
+    @property
+    def has_tasks_axis(self) -> bool:
+        """Whether the tensors of the state have a leading tasks axis."""
+        return self.num_tasks is not None
+
+    @property
+    def first_task(self) -> int:
+        """Position of the loop's first task in the batch."""
+        return 0 if self.tasks is None else self.tasks.start
+
+    @property
+    def inner_eps(self) -> float:
+        """Machine epsilon of the inner loss's products where they are coarser than the params; else 0."""
+        dtype = self.problem.inner_dtype
+        return 0.0 if dtype is None else torch.finfo(dtype).eps
 
     def uncounted(self) -> InnerLoop:
-        """Returns the same loop with counts and losses of its own, for steps that are no part of the run."""
-        other = copy.copy(self)
-        other.cost, other.inner_losses = Cost(), []
-        return other
+        """Returns the same loop with a record of its own, for steps that are no part of the run."""
+        return self._with(record=Record())
 
-    def start_afresh(self) -> None:
-        """Drops the carry: the run starts from `init_params`, at index 0."""
-        self._carry = {}
-        self.first_index = 0
+    def started_afresh(self) -> InnerLoop:
+        """Returns the same loop without the carry: it starts from `init_params`, at index 0."""
+        return self._with(carry={}, first_index=0)
 
-    def initial(self, hparams: TensorDict) -> InnerState:
-        """Returns the inner state before the first step, `s_0 = Phi_0(hparams)`."""
-        if self._carry:
-            return InnerState(tree.without_prefix("params", self._carry), tree.without_prefix("dynamics", self._carry))
-        self._seed(INIT)
-        params = self._init({}, hparams, None)
-        problem = self._problem
+    def _with(self, **changes: Any) -> InnerLoop:
+        return InnerLoop(**{**vars(self), **changes})
+
+    # The three functions of a run.
+
+    def initial(self, variables: TensorDict) -> InnerState:
+        """Returns the inner state before the first step, `s_0 = Phi_0(variables)`."""
+        if self.carry:
+            return InnerState(tree.without_prefix("params", self.carry), tree.without_prefix("dynamics", self.carry))
+        self.seed(INIT)
+        params = self.functions.initial({}, variables, None)
+        problem = self.problem
         check_params(params, problem.inner.buffers, problem.num_steps)
         trained = self.trained(params)
         one_task = {name: value[0] for name, value in trained.items()} if self.has_tasks_axis else trained
-        problem.dynamics.check(one_task, hparams, problem.num_steps)
-        return InnerState(params, problem.dynamics.init(trained, hparams) if problem.num_steps else {})
+        problem.dynamics.check(one_task, variables, problem.num_steps)
+        return InnerState(params, problem.dynamics.init(trained, variables) if problem.num_steps else {})
 
     def step(
-        self, state: InnerState, hparams: TensorDict, step: int, route: GradientRoute = "differentiable"
-    ) -> InnerState:
-        """Returns the inner state after a step of the horizon, `s_t = Phi_t(s_{t-1}, hparams)`."""
-        return self.step_and_loss(state, hparams, step, route)[0]
+        self, state: InnerState, variables: TensorDict, step: int, route: GradientRoute = "differentiable"
+    ) -> Step:
+        """Returns the state after a step of the horizon, the inner loss before it and the outer term after it."""
+        new_state, loss = self.transition(state, variables, step, route)
+        self.record.add_step(step, loss.value, loss.tracked_buffers)
+        return Step(new_state, loss.value, self.term(new_state, variables, step))
 
-    def step_and_loss(
-        self, state: InnerState, hparams: TensorDict, step: int, route: GradientRoute = "differentiable"
-    ) -> tuple[InnerState, Tensor | None]:
-        """Returns the state after a step, and the inner loss before it, shape `()` or `(tasks,)`."""
-        loss = self.bound_loss(state, step, route)
-        new_state = self.apply(loss, state, hparams, step)
-        self.count_step(loss)
-        return new_state, loss.value
+    def outer(self, params: TensorDict, variables: TensorDict) -> Tensor:
+        """Returns the outer loss at the last params, a scalar: the mean over tasks."""
+        return self.outer_losses(params, variables).mean()
 
-    def bound_loss(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
+    # What they are made of.
+
+    def advance(self, state: InnerState, variables: TensorDict, step: int) -> InnerState:
+        """Returns the state after a step, as `step` does, and evaluates no term of the outer loss."""
+        new_state, loss = self.transition(state, variables, step)
+        self.record.add_step(step, loss.value, loss.tracked_buffers)
+        return new_state
+
+    def transition(
+        self, state: InnerState, variables: TensorDict, step: int, route: GradientRoute = "differentiable"
+    ) -> tuple[InnerState, InnerLoss]:
+        """Returns the state after a step, and the inner loss that was stepped along; nothing is counted.
+
+        For a step inside a transform of `torch.func` or a compiled function, of which the caller counts the run.
+        """
+        problem, index = self.problem, self.first_index + step
+        names = problem.inner.buffers
+        params = state.params
+        buffers = {name: params[name] for name in names}
+        loss = InnerLoss(
+            self.functions.inner,
+            buffers,
+            self.draw(index),
+            route,
+            # The first state is the problem's own. A compiled step is one program for all, the first among them: asked
+            # first, so that no program depends on the step.
+            separate_params=not torch.compiler.is_compiling() and step > 0 and problem.dynamics.separate_params,
+        )
+        if self.noise_key is not None:
+            seed_generators(self.device, *self.noise_key, index)
+        trained = self.trained(params) if names else params
+        new_params, dynamics = problem.dynamics.step(loss, trained, state.dynamics, variables, index)
+        if names:
+            new_params = {**new_params, **loss.new_buffers}
+        # Backends pair the tensors of two states by their order.
+        if list(new_params) != list(params):
+            new_params = _in_order(new_params, params, problem.dynamics)
+        if list(dynamics) != list(state.dynamics):
+            dynamics = _in_order(dynamics, state.dynamics, problem.dynamics)
+        return InnerState(new_params, dynamics), loss
+
+    def term(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
+        """Returns the term of the outer loss after a step, a scalar: the mean over tasks; None if there are none."""
+        terms = self.terms(state, variables, step)
+        return None if terms is None else terms.mean()
+
+    def terms(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
+        """Returns the term of the outer loss after a step, shape `()` or `(tasks,)`; None if there are none."""
+        outer = self.problem.outer
+        if not outer.has_step_loss:
+            return None
+        index = self.first_index + step
+
+        def at_index(params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
+            loss = stopping_tangents(outer.step_loss, params, variables, batch, index)
+            check_outer_loss(loss, "step_loss")
+            return loss
+
+        self.seed(OUTER, step)
+        return lift(at_index, self.num_tasks, self.per_task)(state.params, variables, self.outer_batch)
+
+    def outer_losses(self, params: TensorDict, variables: TensorDict) -> Tensor:
+        """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
+        self.seed(OUTER)
+        return self.functions.outer(params, variables, self.outer_batch)
+
+    def metrics(self, params: TensorDict, variables: TensorDict) -> TensorDict:
+        """Returns the problem's metrics, each of shape `()` or `(tasks,)`."""
+        self.seed(OUTER)
+        return self.functions.metrics(params, variables, self.outer_batch)
+
+    # The inner loss apart from the run.
+
+    def loss_at(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
         """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded."""
         index = self.first_index + step
-        loss = InnerLoss(
-            self._inner,
-            self._buffers(state),
-            self._inner_batch(index),
-            route,
-            # The first state is the problem's own. A compiled step is one program for all, the first among them.
-            separate_params=not torch.compiler.is_compiling() and step > 0 and self.dynamics.separate_params,
-        )
-        self._seed(index)
+        loss = InnerLoss(self.functions.inner, self._buffers(state), self.draw(index), route)
+        self.seed(index)
         return loss
-
-    def apply(self, loss: InnerLoss, state: InnerState, hparams: TensorDict, step: int) -> InnerState:
-        """Returns the state after a step whose loss is bound already; nothing is counted or kept."""
-        params, dynamics = self.dynamics.step(
-            loss, self.trained(state.params), state.dynamics, hparams, self.first_index + step
-        )
-        params = {**params, **loss.new_buffers} if self.has_buffers else params
-        return InnerState(self._in_order(params, state.params), self._in_order(dynamics, state.dynamics))
-
-    def _in_order(self, new: TensorDict, old: TensorDict) -> TensorDict:
-        """Returns the entries of a new state in the order of the old one, in which backends pair their tensors."""
-        if list(new) == list(old):
-            return new
-        if new.keys() != old.keys():
-            raise ValueError(
-                f"`{type(self.dynamics).__name__}.step` returned the entries {sorted(new)} for a state with "
-                f"{sorted(old)}: a step keeps the names of params and buffers. Make every buffer in `init`."
-            )
-        return {name: new[name] for name in old}
-
-    def count_step(self, loss: InnerLoss) -> None:
-        """Counts a step and keeps the value of its loss; not for losses inside a transform of `torch.func`."""
-        self._tracked_buffers |= loss.tracked_buffers
-        self.count_value(loss.value)
-
-    def count_value(self, value: Tensor | None) -> None:
-        """Counts a step and keeps the value of its loss, shape `()` or `(tasks,)`."""
-        self.cost.steps += 1
-        if value is not None:
-            self.inner_losses.append(value)
 
     def map_loss(self, state: InnerState, route: GradientRoute = "differentiable") -> InnerLoss:
         """Returns the inner loss whose minimum is the inner solution, its data and the state's buffers bound.
 
         The data is `InnerProblem.full_batch`, or that of the last inner step.
         """
-        inner = self._problem.inner
-        batch = self._own_tasks(inner.full_batch()) if inner.has_full_batch else self._inner_batch(self._last_index)
-        loss = InnerLoss(self._inner, self._buffers(state), batch, route)
-        self._seed(MAP)
+        inner = self.problem.inner
+        batch = self._of_tasks(inner.full_batch()) if inner.has_full_batch else self.draw(self._last_index)
+        loss = InnerLoss(self.functions.inner, self._buffers(state), batch, route)
+        self.seed(MAP)
         return loss
 
-    def map_step(self, state: InnerState, hparams: TensorDict, route: GradientRoute = "differentiable") -> InnerState:
+    def map_step(self, state: InnerState, variables: TensorDict) -> InnerState:
         """Returns the state after the last step's rule is applied once more, to the loss of the inner solution."""
-        loss = self.map_loss(state, route)
-        new_state = self.apply(loss, state, hparams, self._last_index - self.first_index)
-        self.count_step(loss)
-        return new_state
+        loss, rule = self.map_loss(state), self.problem.dynamics
+        params, dynamics = rule.step(loss, self.trained(state.params), state.dynamics, variables, self._last_index)
+        self.record.add_step(None, tracked_buffers=loss.tracked_buffers)
+        params = {**params, **loss.new_buffers}
+        return InnerState(_in_order(params, state.params, rule), _in_order(dynamics, state.dynamics, rule))
+
+    # States.
 
     def trained(self, params: TensorDict) -> TensorDict:
         """Returns the params that are trained, without the untrained buffers."""
-        if not self.has_buffers:
-            return params
-        return {name: value for name, value in params.items() if name not in self._problem.inner.buffers}
-
-    def carried(self, prefix: str) -> TensorDict:
-        """Returns the entries `prefix.name` of the carry that this run started with; empty for a fresh start."""
-        return tree.without_prefix(prefix, self._carry)
-
-    def generator(self, *position: int) -> torch.Generator:
-        """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
-        assert self._noise_key is not None
-        seed, outer_step, _ = self._noise_key
-        return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
+        names = self.problem.inner.buffers
+        return {name: value for name, value in params.items() if name not in names} if names else params
 
     def leaves(self, state: InnerState) -> InnerState:
         """Returns a state cut from its graph, as leaves that a derivative can be taken in, for a step to run again.
 
-        A buffer that no step so far has tracked is a constant.
+        A buffer that no step so far has computed with a derivative is a constant: PyTorch's norm layers refuse to
+        update statistics that ask for one.
         """
-        constant = set(self._problem.inner.buffers) - self._tracked_buffers
+        constant = set(self.problem.inner.buffers) - self.record.tracked_buffers
         params = tree.leaves_requiring_grad(state.params)
         return InnerState(
             {name: value.detach() if name in constant else params[name] for name, value in state.params.items()},
             tree.leaves_requiring_grad(state.dynamics),
         )
 
-    def outer_losses(self, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
-        self._seed(OUTER)
-        return self._outer(params, hparams, self._outer_batch)
-
-    def outer_loss(self, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the outer loss at the last params, a scalar: the mean over tasks."""
-        return self.outer_losses(params, hparams).mean()
-
-    def step_loss(self, params: TensorDict, hparams: TensorDict, step: int) -> Tensor:
-        """Returns the term of the outer loss at the params after a step, a scalar: the mean over tasks."""
-        return self.step_losses(params, hparams, step).mean()
-
-    def step_losses(self, params: TensorDict, hparams: TensorDict, step: int) -> Tensor:
-        """Returns the term of the outer loss at the params after a step, shape `()` or `(tasks,)`."""
-
-        def at_index(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-            loss = stopping_tangents(self._problem.outer.step_loss, params, hparams, batch, self.first_index + step)
-            check_outer_loss(loss, "step_loss")
-            return loss
-
-        self._seed(OUTER, step)
-        return lift(at_index, self._num_tasks, self._per_task)(params, hparams, self._outer_batch)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
-        """Returns the problem's figures, each of shape `()` or `(tasks,)`."""
-        self._seed(OUTER)
-        return self._metrics(params, hparams, self._outer_batch)
+    def carried(self, prefix: str) -> TensorDict:
+        """Returns the entries `prefix.name` of the carry that this run started with; empty for a fresh start."""
+        return tree.without_prefix(prefix, self.carry)
 
     def carry_after(self, state: InnerState) -> TensorDict:
         """Returns what a warm-started next run needs: this run's last state; nothing if the problem starts afresh."""
-        if not self._problem.warm_start:
+        if not self.is_warm_started:
             return {}
         state = state.detached()
         return {
@@ -343,43 +317,122 @@ class InnerLoop:
             "index": torch.tensor(self.first_index + self.num_steps),
         }
 
+    # Noise and data.
+
+    def seed(self, *position: int) -> None:
+        """Seeds torch's generators for a position in the run."""
+        if self.noise_key is not None:
+            seed_generators(self.device, *self.noise_key, *position)
+
+    def generator(self, *position: int) -> torch.Generator:
+        """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
+        assert self.noise_key is not None
+        seed, outer_step, _ = self.noise_key
+        return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
+
     @property
     def _last_index(self) -> int:
         return self.first_index + max(self.num_steps - 1, 0)
 
     def _buffers(self, state: InnerState) -> TensorDict:
-        return {name: state.params[name] for name in self._problem.inner.buffers}
+        return {name: state.params[name] for name in self.problem.inner.buffers}
 
-    def _inner_batch(self, index: int) -> Batch:
-        if self._draw is not None:
-            return self._draw(index)
-        batch = self._problem.inner.batch(index)
-        return self._own_tasks(batch, check=index == self.first_index)
+    def _of_tasks(self, batch: Batch) -> Batch:
+        return batch if self.tasks is None else _own_part(self.problem, self.tasks, batch)
 
-    def _own_tasks(self, batch: Batch, *, check: bool = True) -> Batch:
-        if self._task_slice is None or batch is None:
-            return batch
-        assert self._problem.num_tasks is not None
-        if check:
-            check_tasks_axis("InnerProblem.batch", batch, self._problem.num_tasks)
-        return self._task_slice.take(batch)
 
-    def _seed(self, *position: int) -> None:
-        if self._noise_key is not None:
-            seed_generators(self.device, *self._noise_key, *position)
+def inner_loop(
+    problem: BilevelProblem,
+    *,
+    outer_batch: Batch,
+    tasks: TaskSlice | None,
+    per_task: frozenset[str],
+    noise_key: tuple[int, ...] | None,
+    device: torch.device,
+    carry: TensorDict,
+    draw: Callable[[int], Batch] | None = None,
+) -> InnerLoop:
+    """Returns the inner loop of some tasks of a problem.
+
+    Args:
+        problem: the problem.
+        outer_batch: the outer data of these tasks.
+        tasks: which tasks; None for a problem without tasks.
+        per_task: names in variables (entries of the context) that have a tasks axis.
+        noise_key: of the run; None for a loop whose noise somebody else seeds.
+        device: of the noise.
+        carry: state to start from (warm start); empty to start from `init_params`.
+        draw: the data of a step by its index, drawn and of these tasks already; None to ask the problem.
+    """
+    num_tasks = None if tasks is None else tasks.num_tasks
+    inner = partial(_inner_loss, problem.inner)
+    if problem.inner_dtype is not None:
+        inner = partial(in_precision, inner, problem.inner_dtype)
+    functions = LoopFunctions(
+        initial=lift(partial(_initial_params, problem.inner), num_tasks, per_task),
+        inner=lift(inner, num_tasks, per_task),
+        outer=lift(partial(_outer_loss, problem.outer), num_tasks, per_task),
+        metrics=lift(problem.outer.metrics, num_tasks, per_task),
+    )
+    first_index = int(carry["index"]) if carry else 0
+    if draw is None:
+        draw = problem.inner.batch if tasks is None else partial(_batch_of_tasks, problem, tasks, first_index)
+    return InnerLoop(
+        problem=problem,
+        outer_batch=outer_batch,
+        tasks=tasks,
+        per_task=per_task,
+        noise_key=noise_key,
+        device=device,
+        carry=carry,
+        first_index=first_index,
+        draw=draw,
+        functions=functions,
+        record=Record(),
+    )
+
+
+def _batch_of_tasks(problem: BilevelProblem, tasks: TaskSlice, first_index: int, index: int) -> Batch:
+    """Returns the data of some tasks at a step. Only the first of a run is checked: the others have its structure."""
+    return _own_part(problem, tasks, problem.inner.batch(index), check=index == first_index)
+
+
+def _own_part(problem: BilevelProblem, tasks: TaskSlice, batch: Batch, *, check: bool = True) -> Batch:
+    """Returns the part of some tasks of a batch of all tasks."""
+    if batch is None:
+        return None
+    if check:
+        assert problem.num_tasks is not None
+        check_tasks_axis("InnerProblem.batch", batch, problem.num_tasks)
+    return tasks.take(batch)
+
+
+def _initial_params(inner: InnerProblem, _: TensorDict, variables: TensorDict, __: Batch) -> TensorDict:
+    return stopping_tangents(inner.init_params, variables)
 
 
 def _inner_loss(
-    inner: InnerProblem, params: TensorDict, hparams: TensorDict, batch: Batch
+    inner: InnerProblem, params: TensorDict, variables: TensorDict, batch: Batch
 ) -> tuple[Tensor, TensorDict]:
-    result = stopping_tangents(inner.loss, params, hparams, batch)
+    result = stopping_tangents(inner.loss, params, variables, batch)
     value, new_buffers = result if isinstance(result, tuple) else (result, {})
     check_scalar(value, "InnerProblem.loss")
-    check_buffers(new_buffers, inner.buffers)
+    if new_buffers or inner.buffers:
+        check_buffers(new_buffers, inner.buffers)
     return value, new_buffers
 
 
-def _outer_loss(outer: OuterProblem, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-    value = stopping_tangents(outer.loss, params, hparams, batch)
+def _outer_loss(outer: OuterProblem, params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
+    value = stopping_tangents(outer.loss, params, variables, batch)
     check_outer_loss(value, "loss")
     return value
+
+
+def _in_order(new: TensorDict, old: TensorDict, dynamics: Dynamics) -> TensorDict:
+    """Returns the entries of a new state in the order of the old one."""
+    if new.keys() != old.keys():
+        raise ValueError(
+            f"`{type(dynamics).__name__}.step` returned the entries {sorted(new)} for a state with {sorted(old)}: a "
+            "step keeps the names of params and buffers. Make every buffer in `init`."
+        )
+    return {name: new[name] for name in old}

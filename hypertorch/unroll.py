@@ -13,7 +13,9 @@ from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.checks import check_metrics
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
+from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem
+from hypertorch.scan import scan
 from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
 from hypertorch.types import TensorDict
 
@@ -95,20 +97,22 @@ def _unroll_slice(
     loop = bound.loop(task_slice, context)
     variables = {**hparams, **context}
     refuse_wrong_vectorisation(kind, bound, task_slice, variables, context, use="values")
-    state = loop.initial(variables)
-    losses: list[Tensor] = []
     step_terms: list[Tensor] = []
     figures: list[TensorDict] = []
-    if 0 in metrics_after:
-        figures.append(loop.metrics(state.params, variables))
-    for step in range(loop.num_steps):
-        state, loss = loop.step_and_loss(state, variables, step)
-        if loss is not None:
-            losses.append(loss)
-        if loop.has_step_loss:
-            step_terms.append(loop.step_losses(state.params, variables, step))
-        if step + 1 in metrics_after:
+
+    def advance(state: InnerState, step: int) -> InnerState:
+        state = loop.advance(state, variables, step)
+        terms = loop.terms(state, variables, step)
+        step_terms.extend([] if terms is None else [terms])
+        return state
+
+    def look(state: InnerState, steps_done: int) -> None:
+        if steps_done in metrics_after:
             figures.append(loop.metrics(state.params, variables))
+
+    state = scan(advance, loop.initial(variables), range(loop.num_steps), look)
+    look(state, loop.num_steps)
+    losses = list(loop.record.losses.values())
     outer_loss = loop.outer_losses(state.params, variables) + sum(step_terms)
     return UnrollResult(
         params=state.params,

@@ -65,6 +65,7 @@ COMPARED = [
     "Hyper",
     "HypergradientCheck",
     "Implicit",
+    "Keep",
     "LearnerOnEpisodes",
     "MemoryPlan",
     "Minibatches",

@@ -31,7 +31,7 @@ LAYERS = (
     ("derivatives", "inner_loss", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),
     ("problem",),
-    ("cost", "tasks", "inner_precision", "inner_state", "inner_loop", "bound_problem"),
+    ("cost", "tasks", "inner_precision", "inner_state", "inner_loop", "bound_problem", "scan"),
     ("hypergradients",),
     ("unroll",),
     ("diagnostics", "outer"),

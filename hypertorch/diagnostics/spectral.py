@@ -22,6 +22,7 @@ from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisatio
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem
+from hypertorch.scan import scan
 from hypertorch.tasks import TaskSlice, task_slices
 from hypertorch.types import TensorDict
 
@@ -203,10 +204,12 @@ class _Trajectory:
         self._variables = variables
         self._states: list[InnerState] = []
         with torch.no_grad():
-            state = loop.initial(variables)
-            for step in range(last_step + 1):
-                self._states.append(state)
-                state = loop.step(state, variables, step)
+            state = scan(
+                lambda state, step: loop.advance(state, variables, step),
+                loop.initial(variables),
+                range(last_step + 1),
+                lambda state, _: self._states.append(state),
+            )
         self.is_finite = tree.all_finite(state.tensors())
         self._names = list(_differentiable(state))
 
@@ -220,7 +223,7 @@ class _Trajectory:
         """Returns `v -> J'v` for the derivative `J` of a step in the state before it."""
         leaves = self._loop.leaves(self._states[step])
         with torch.enable_grad():
-            outputs = _differentiable(self._loop.step(leaves, self._variables, step))
+            outputs = _differentiable(self._loop.advance(leaves, self._variables, step))
         inputs = _differentiable(leaves)
 
         def apply(vectors: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from hypertorch.hypergradients.first_order import FirstOrder
 from hypertorch.hypergradients.forward import Forward
 from hypertorch.hypergradients.forward_gradient import ForwardGradient
 from hypertorch.hypergradients.implicit import Implicit
-from hypertorch.hypergradients.memory_plan import MemoryPlan, plan_memory
 from hypertorch.hypergradients.one_step import OneStep
 from hypertorch.hypergradients.reverse import Reverse
+from hypertorch.hypergradients.reverse_mode.memory_plan import MemoryPlan, plan_memory
 from hypertorch.hypergradients.reversible import Reversible
 from hypertorch.hypergradients.truncated import Truncated
 

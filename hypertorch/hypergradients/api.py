@@ -16,9 +16,9 @@ from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergrad
 from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.pull_back import Grads, accumulate
 from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
 from hypertorch.hypergradients.side_effects import refuse_side_effects
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
@@ -227,8 +227,8 @@ class _Run:
             params=result.state.params,
             carry={**loop.carry_after(result.state), **result.carry},
             figures=result.figures,
-            cost=loop.cost,
-            inner_losses=torch.stack(loop.inner_losses) if loop.inner_losses else result.outer_loss,
+            cost=loop.record.cost,
+            inner_losses=torch.stack([*loop.record.losses.values()]) if loop.record.losses else result.outer_loss,
             weight=_weight(task_slice),
         )
 

@@ -14,13 +14,16 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from hypertorch import tree
+from hypertorch.derivatives import vjp
 from hypertorch.errors import ForwardModeError, IncompatibleBackendError
 from hypertorch.hypergradients.jacobian_identity import CoarsestPrecision, Products, by_name, generic_cotangents
 from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.pull_back import Cotangents, Grads, pull_back, pull_back_initial
+from hypertorch.hypergradients.reverse_mode.graph import with_terms
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Grads, pull_back
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import GradientRoute
 from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
@@ -79,14 +82,13 @@ def case_of(loop: InnerLoop, variables: TensorDict) -> Hashable:
     """
     with torch.no_grad():
         state = loop.uncounted().initial(tree.detach(variables))
-    program = loop.program()
-    own = {*state.params, *state.dynamics, *program.per_task} if loop.has_tasks_axis else set()
+    own = {*state.params, *state.dynamics, *loop.per_task} if loop.has_tasks_axis else set()
     sizes = tuple(
         (name, tuple(value.shape[name.partition(".")[2] in own :]), value.dtype)
         for name, value in by_name(variables, state.params, state.dynamics).items()
     )
     which = (bool(loop.carry), min(loop.num_steps, 2))
-    return kind_of(program.problem), sizes, loop.has_tasks_axis, loop.inner_eps, loop.device.type, which
+    return kind_of(loop.problem), sizes, loop.has_tasks_axis, loop.inner_eps, loop.device.type, which
 
 
 def fault_of(loop: InnerLoop, variables: TensorDict, case: Hashable, way: str, faults: Faults) -> Fault | None:
@@ -156,11 +158,10 @@ def _reference(loop: InnerLoop, variables: TensorDict) -> Reference:
     step = max(min(1, loop.num_steps - 1), 0)
     with torch.no_grad():
         constants = tree.detach(variables)
-        first = departure = loop.initial(constants)
-        for earlier in range(step):
-            departure = loop.step(departure, constants, earlier)
+        first = loop.initial(constants)
+        departure = scan(lambda state, earlier: loop.advance(state, constants, earlier), first, range(step))
         if loop.has_buffers and loop.num_steps:
-            loop.step(departure, constants, step)  # tells which of them have a derivative
+            loop.advance(departure, constants, step)  # tells which of them have a derivative
     return Reference(
         loop=loop,
         variables=variables,
@@ -173,7 +174,9 @@ def _reference(loop: InnerLoop, variables: TensorDict) -> Reference:
 
 def _products_of_initial(loop: InnerLoop, variables: TensorDict, state: InnerState) -> Products:
     cotangents = generic_cotangents(state)
-    vjps = by_name(pull_back_initial(loop, variables, cotangents), {}, {})
+    with torch.enable_grad():
+        initial = loop.initial(variables)
+    vjps = by_name(vjp(initial.tensors(), cotangents, variables), {}, {})
     return Products("the initial state", state, cotangents, by_name(variables, {}, {}), vjps, {})
 
 
@@ -183,12 +186,9 @@ def _products_of_step(loop: InnerLoop, variables: TensorDict, departure: InnerSt
     def differentiated(route: GradientRoute) -> tuple[InnerState, Grads]:
         leaves = loop.leaves(departure)
         with torch.enable_grad():
-            end = loop.step(leaves, variables, step, route)
-            outputs, seeds = end.tensors(), list(cotangents)
-            if loop.has_step_loss:
-                outputs.append(loop.step_loss(end.params, variables, step))
-                seeds.append(torch.ones_like(outputs[-1]))
-        return end.detached(), _vjps_by_name(*pull_back(outputs, seeds, leaves, variables), departure)
+            end, _, term = loop.step(leaves, variables, step, route)
+        pulled = pull_back(*with_terms(end, list(cotangents), term), leaves, variables)
+        return end.detached(), _vjps_by_name(*pulled, departure)
 
     with CoarsestPrecision() as precision:
         arrival, vjps = differentiated("differentiable")

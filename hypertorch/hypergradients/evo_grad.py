@@ -13,8 +13,7 @@ from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
-from hypertorch.hypergradients.pull_back import accumulate
-from hypertorch.hypergradients.window import window_from
+from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -84,7 +83,7 @@ class EvoGrad(FirstDerivatives):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss of the mixed copies in `variables`, direct term included."""
-        end = window_from(loop, variables, loop.num_steps)
+        end = run_prefix(loop, variables, loop.num_steps)
         state = end.state
         theta = loop.trained(state.params)
         if not theta:
@@ -99,18 +98,20 @@ class EvoGrad(FirstDerivatives):
                 copy = tree.add(theta, direction, alpha=self.sigma)
                 # Bound anew for each copy: the noise of the model is seeded again, and so the same.
                 losses.append(loop.map_loss(state)(copy, variables))
-                loop.count_value(None)
+                loop.record.add_step(None)
             weights = torch.softmax(torch.stack(losses, dim=-1) / -self.temperature, dim=-1)
             mixed = self._mix(theta, noise, weights)
-            mixed_loss = loop.outer_loss({**state.params, **mixed}, variables)
+            mixed_loss = loop.outer({**state.params, **mixed}, variables)
         grads = vjp([mixed_loss], [torch.ones_like(mixed_loss)], variables)
         with torch.no_grad():
-            outer_loss = loop.outer_loss(state.params, tree.detach(variables))
-        return BackendResult(
-            grads=accumulate(end.grads, grads),
-            outer_loss=end.outer_loss + outer_loss,
-            state=state,
-            figures={"effective_copies": 1.0 / weights.detach().square().sum(-1)},
+            outer_loss = loop.outer(state.params, tree.detach(variables))
+        return end.add_to(
+            BackendResult(
+                grads=grads,
+                outer_loss=outer_loss,
+                state=state,
+                figures={"effective_copies": 1.0 / weights.detach().square().sum(-1)},
+            )
         )
 
     def _mix(self, theta: TensorDict, noise: list[TensorDict], weights: Tensor) -> TensorDict:

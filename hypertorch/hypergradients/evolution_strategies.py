@@ -14,6 +14,7 @@ from hypertorch.hypergradients.base import BackendResult, BlackBox
 from hypertorch.hypergradients.particles import Pair, pairs_to_carry, read_pairs
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 
@@ -100,7 +101,7 @@ class EvolutionStrategies(BlackBox):
         values = tree.detach(variables)
         with torch.no_grad():
             if self.horizon is not None and loop.first_index >= self.horizon:
-                loop.start_afresh()
+                loop = loop.started_afresh()
             before = read_pairs(loop, self.num_pairs) if self.persistent else []
             outer_loss, state = _run(loop, values, loop.initial(values))
             perturbed = {name: values[name] for name, value in variables.items() if value.requires_grad}
@@ -113,12 +114,13 @@ class EvolutionStrategies(BlackBox):
                 if self.persistent:
                     after.append(pair)
         if self.persistent:
-            loop.cost.stored_states = 2 * self.num_pairs + 1
+            loop.record.hold(2 * self.num_pairs + 1)
         return BackendResult(
             grads={**dict.fromkeys(variables), **estimate},
             outer_loss=outer_loss,
             state=state,
-            carry=pairs_to_carry(after),
+            # The state is that of this loop, which may have started afresh.
+            carry={**loop.carry_after(state), **pairs_to_carry(after)},
         )
 
     def _advance(
@@ -169,9 +171,12 @@ class EvolutionStrategies(BlackBox):
 
 def _run(loop: InnerLoop, variables: TensorDict, state: InnerState) -> tuple[Tensor, InnerState]:
     """Returns the outer loss of a run from a state, a scalar, and the last state."""
-    outer_loss = torch.zeros((), device=loop.device)
-    for step in range(loop.num_steps):
-        state = loop.step(state, variables, step)
-        if loop.has_step_loss:
-            outer_loss = outer_loss + loop.step_loss(state.params, variables, step)
-    return outer_loss + loop.outer_loss(state.params, variables), state.detached()
+    terms: list[Tensor] = []
+
+    def advance(state: InnerState, step: int) -> InnerState:
+        done = loop.step(state, variables, step)
+        terms.extend([] if done.term is None else [done.term])
+        return done.state
+
+    state = scan(advance, state, range(loop.num_steps))
+    return loop.outer(state.params, variables) + sum(terms), state.detached()

@@ -97,7 +97,7 @@ def _first_fault(loop: InnerLoop, variables: TensorDict) -> Fault | None:
     with torch.enable_grad():
         state = loop.initial(variables)
         params = tree.leaves_requiring_grad(loop.trained(state.params))
-        nodes = list(_nodes(loop.bound_loss(state, 0)(params, variables)))
+        nodes = list(_nodes(loop.loss_at(state, 0)(params, variables)))
     return next((fault for fault in FAULTS if fault.is_in(nodes)), None)
 
 

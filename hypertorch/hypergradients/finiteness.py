@@ -5,6 +5,8 @@ from __future__ import annotations
 from hypertorch import tree
 from hypertorch.errors import NonFiniteError
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
 from hypertorch.types import Batch, TensorDict
 
 _SMALLER_STEPS = "A smaller inner step size keeps the inner run stable; if that is not it, look at the loss itself."
@@ -25,17 +27,26 @@ def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError |
     for name, value in zip(state.names(), state.tensors(), strict=True):
         if not tree.all_finite([value]):
             return _non_finite(f"`{name}`", "in the initial inner state", "Look at `init_params`.")
-    for step in range(loop.num_steps):
-        state, loss = loop.step_and_loss(state, variables, step)
+    found: list[NonFiniteError] = []
+
+    def advance(state: InnerState, step: int) -> InnerState:
+        if found:
+            return state
+        state, loss, _ = loop.step(state, variables, step)
         if loss is not None and not tree.all_finite([loss]):
             advice = _SMALLER_STEPS if step > 0 else "Nothing was stepped yet: look at the loss and the initial params."
-            if not _is_finite(loop.prepare_step(step)):
+            if not _is_finite(loop.draw(loop.first_index + step)):
                 advice = _BAD_DATA.format(method="InnerProblem.batch")
-            return _non_finite("the inner loss", f"at inner step {step}", advice)
+            found.append(_non_finite("the inner loss", f"at inner step {step}", advice))
         for name, value in zip(state.names(), state.tensors(), strict=True):
             if not tree.all_finite([value]):
-                return _non_finite(f"`{name}`", f"after inner step {step}", _SMALLER_STEPS)
-    if not tree.all_finite([loop.outer_loss(state.params, variables)]):
+                found.append(_non_finite(f"`{name}`", f"after inner step {step}", _SMALLER_STEPS))
+        return state
+
+    state = scan(advance, state, range(loop.num_steps))
+    if found:
+        return found[0]
+    if not tree.all_finite([loop.outer(state.params, variables)]):
         advice = _SMALLER_STEPS if _is_finite(loop.outer_batch) else _BAD_DATA.format(method="OuterProblem.batch")
         return _non_finite("the outer loss", f"after {loop.num_steps} inner steps", advice)
     return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
-from hypertorch.hypergradients.window import differentiate_window, whole_window
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.segments import whole_run
+from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -35,4 +38,4 @@ class FirstOrder(FirstDerivatives):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` at constant inner gradients."""
-        return differentiate_window(loop, variables, whole_window(loop, variables), route="constant")
+        return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables, route="constant"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from hypertorch.hypergradients.tangents import (
 )
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 _COUNT = "shared.tangents"  # in a carry: how many tangents it holds
@@ -85,10 +87,7 @@ class Forward(PathBlind):
         first: BackendResult | None = None
         route = self._route(loop, variables)
         for entries in self._chunks(variables):
-            run = self._started(loop, variables, entries, route)
-            for step in range(loop.num_steps):
-                run = route.advance(loop, variables, run, step)
-            part = self.read(loop, variables, run)
+            part = self._chunk(loop, variables, entries, route)
             first = first or part
             check_replay(part.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
             grads = complete_grads(variables, [grads, part.grads])
@@ -137,6 +136,11 @@ class Forward(PathBlind):
             state=done.state,
             carry=_carry(done, loop.has_tasks_axis) if self.keep_tangents else {},
         )
+
+    def _chunk(self, loop: InnerLoop, variables: TensorDict, entries: range, route: TangentRoute) -> BackendResult:
+        """Returns the derivative in some entries; their tangents live no longer than this call."""
+        start = self._started(loop, variables, entries, route)
+        return self.read(loop, variables, scan(partial(route.advance, loop, variables), start, range(loop.num_steps)))
 
     def _chunks(self, variables: TensorDict) -> Iterator[range]:
         total = _num_entries(variables)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from hypertorch.hypergradients.tangents import (
     with_last_term,
 )
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 
@@ -85,9 +87,8 @@ class ForwardGradient(RandomDirections):
         first: ForwardState | None = None
         for start in range(0, self.num_samples, size):
             chunk = {name: value[start : start + size] for name, value in directions.items()}
-            run = route.start(loop, variables, chunk)
-            for step in range(loop.num_steps):
-                run = route.advance(loop, variables, run, step)
+            advance = partial(route.advance, loop, variables)
+            run = scan(advance, route.start(loop, variables, chunk), range(loop.num_steps))
             run = with_last_term(loop, variables, run)
             first = first or run
             check_replay(run.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)

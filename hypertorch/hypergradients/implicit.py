@@ -13,10 +13,11 @@ from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.pull_back import accumulate, last_term
+from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.linear_solvers import ConjugateGradient, FixedPoint, LinearSolution, LinearSolver, SymmetricSolver
+from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 ImplicitMap: TypeAlias = Literal["gradient", "step"]
@@ -118,12 +119,12 @@ class Implicit(Hypergradient):
                 "solution, which implicit differentiation forgets. Use `Reverse()`, or judge the last params alone."
             )
         last, first_size = self._run(loop, tree.detach(variables))
-        grads, cotangents, outer_loss = last_term(loop, variables, last)
+        grads, cotangents, outer_loss = outer_part(loop, variables, last)
         equation = self._equation(loop, variables, last)
         by_name = dict(zip(last.names(), cotangents, strict=True))
         solved = _solve(loop, equation, {name: by_name[name] for name in loop.trained(last.params)}, self._solver)
         grads = accumulate(grads, _through(loop, equation, solved.solution, variables))
-        loop.cost.stored_states = loop.cost.graph_steps = 1
+        loop.record.hold(1)
 
         figures = {"linear_residual": solved.residual}
         carry: TensorDict = {}
@@ -144,11 +145,15 @@ class Implicit(Hypergradient):
             if self.map == "gradient":
                 gradient = _gradient(loop, loop.trained(state.params), constants, state)
                 sizes.append(tree.norm(gradient, tasks_axis=loop.has_tasks_axis))
-            for step in range(loop.num_steps):
-                before, state = state, loop.step(state, constants, step)
+
+            def advance(before: InnerState, step: int) -> InnerState:
+                after = loop.advance(before, constants, step)
                 if step == 0 and self.map == "step":
-                    moved = _difference(_moving(loop, before), _moving(loop, state))
+                    moved = _difference(_moving(loop, before), _moving(loop, after))
                     sizes.append(tree.norm(moved, tasks_axis=loop.has_tasks_axis))
+                return after
+
+            state = scan(advance, state, range(loop.num_steps))
             return state, torch.stack(sizes).amax(0)
 
     def _equation(self, loop: InnerLoop, variables: TensorDict, last: InnerState) -> _Equation:
@@ -220,14 +225,14 @@ def _gradient(loop: InnerLoop, params: TensorDict, variables: TensorDict, state:
     """Returns `dL/dw` for the data of the inner solution, with a graph where grad mode is on."""
     loss = loop.map_loss(state)
     gradient = loss.gradient(params, variables)
-    loop.count_step(loss)
+    loop.record.add_step(None, tracked_buffers=loss.tracked_buffers)
     return gradient
 
 
 def _unused(loop: InnerLoop, params: TensorDict, variables: TensorDict, state: InnerState) -> set[str]:
     """Returns the params that the inner loss does not use: a step leaves them where they are, wherever that is."""
     value = loop.map_loss(state)(params, variables)
-    loop.count_value(None)
+    loop.record.add_step(None)
     found = vjp([value], [torch.ones_like(value)], params)
     return {name for name, slope in found.items() if slope is None}
 
@@ -255,7 +260,7 @@ def _solve(
         return LinearSolution(solution={}, residual=torch.zeros_like(empty), iterations=0)
 
     def matvec(vector: TensorDict) -> TensorDict:
-        loop.cost.vjps += 1
+        loop.record.add_vjps(1, graph_steps=1)
         product = vjp(values, [vector[name] for name in names], leaves, retain_graph=True)
         return {name: _or_zeros(product[name], leaf) for name, leaf in leaves.items()}
 
@@ -290,7 +295,7 @@ def _support(loop: InnerLoop, equation: _Equation, cotangents: dict[str, Tensor 
     while reached != found and reached != equation.unknowns:
         found = reached
         values = [equation.values[name] for name in found]
-        loop.cost.vjps += 1
+        loop.record.add_vjps(1, graph_steps=1)
         paths = vjp(values, [torch.zeros_like(value) for value in values], equation.state, retain_graph=True)
         reached = found | ({name for name, value in paths.items() if value is not None} & equation.unknowns)
     return [name for name in equation.state if name in reached]
@@ -300,7 +305,7 @@ def _through(
     loop: InnerLoop, equation: _Equation, solution: TensorDict, variables: TensorDict
 ) -> dict[str, Tensor | None]:
     """Returns `-q' dF/dvariables`."""
-    loop.cost.vjps += 1
+    loop.record.add_vjps(1, graph_steps=1)
     return vjp([equation.values[name] for name in solution], [-value for value in solution.values()], variables)
 
 

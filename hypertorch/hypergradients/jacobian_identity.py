@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypertorch import tree
-from hypertorch.hypergradients.pull_back import Grads
+from hypertorch.hypergradients.reverse_mode.sweep import Grads
 from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 

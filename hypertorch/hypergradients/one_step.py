@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from hypertorch import tree
 from hypertorch.derivatives import vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.pull_back import Grads, accumulate, pull_back
-from hypertorch.hypergradients.window import WindowStart, differentiate_window, window_from
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, Segment, accumulate, pull_back, sweep
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.inner_state import InnerState
@@ -75,31 +77,31 @@ class OneStep(Hypergradient):
                 "`OneStep` got a problem with `num_steps` = 0: there is no last step to differentiate. Use "
                 "`Reverse()`, which differentiates through `init_params`."
             )
-        start = window_from(loop, variables, loop.num_steps - 1)
+        step = loop.num_steps - 1
+        prefix = run_prefix(loop, variables, step)
+        segment = Segment(step, step + 1, prefix.state)
         if self.finite_difference:
-            return _finite_difference(loop, variables, start, self.epsilon)
-        return differentiate_window(loop, variables, start)
+            return prefix.add_to(_finite_difference(loop, variables, segment, self.epsilon))
+        return prefix.add_to(sweep(loop, variables, [segment], partial(graph_vjp, loop, variables)))
 
 
-def _finite_difference(loop: InnerLoop, variables: TensorDict, start: WindowStart, epsilon: float) -> BackendResult:
-    loss = loop.bound_loss(start.state, start.step, route="leaf")
+def _finite_difference(loop: InnerLoop, variables: TensorDict, segment: Segment, epsilon: float) -> BackendResult:
+    start, step = segment.departure, segment.start
     with torch.enable_grad():
-        state = loop.apply(loss, start.state, variables, start.step)
-        loop.count_step(loss)
-        outer_loss = loop.outer_loss(state.params, variables)
-        if loop.has_step_loss:
-            outer_loss = outer_loss + loop.step_loss(state.params, variables, start.step)
-    loop.cost.vjps += 1
-    loop.cost.graph_steps = 1
+        state, loss = loop.transition(start, variables, step, route="leaf")
+        loop.record.add_step(step, loss.value)
+        term = loop.term(state, variables, step)
+        outer_loss = loop.outer(state.params, variables)
+        outer_loss = outer_loss if term is None else outer_loss + term
+    loop.record.add_vjps(1, graph_steps=1)
 
-    gradient = _gradient_leaves(loop, loss, loop.trained(start.state.params))
+    gradient = _gradient_leaves(loop, loss, loop.trained(start.params))
     # What does not pass through the gradient, and the cotangent of the gradient.
-    explicit, cotangents = pull_back([outer_loss], [torch.ones_like(outer_loss)], InnerState(gradient, {}), variables)
-    grads = accumulate(start.grads, explicit)
+    grads, cotangents = pull_back([outer_loss], [torch.ones_like(outer_loss)], InnerState(gradient, {}), variables)
     cotangent = {name: value for name, value in zip(gradient, cotangents, strict=True) if value is not None}
     if cotangent:
-        grads = accumulate(grads, _mixed_derivative(loop, variables, start, cotangent, epsilon))
-    return BackendResult(grads=grads, outer_loss=start.outer_loss + outer_loss.detach(), state=state.detached())
+        grads = accumulate(grads, _mixed_derivative(loop, variables, segment, cotangent, epsilon))
+    return BackendResult(grads=grads, outer_loss=outer_loss.detach(), state=state.detached())
 
 
 def _gradient_leaves(loop: InnerLoop, loss: InnerLoss, params: TensorDict) -> TensorDict:
@@ -124,10 +126,10 @@ def _gradient_leaves(loop: InnerLoop, loss: InnerLoss, params: TensorDict) -> Te
 
 
 def _mixed_derivative(
-    loop: InnerLoop, variables: TensorDict, start: WindowStart, cotangent: TensorDict, epsilon: float
+    loop: InnerLoop, variables: TensorDict, segment: Segment, cotangent: TensorDict, epsilon: float
 ) -> Grads:
     """Returns `c d2L/(dw dhparams)` by a central difference of `dL/dhparams` along the cotangent `c`."""
-    params = loop.trained(start.state.params)
+    params = loop.trained(segment.departure.params)
     length = tree.norm(cotangent, tasks_axis=loop.has_tasks_axis)
     # Where no cotangent arrives the difference counts for nothing; the bound only keeps 0 / 0 out.
     distance = epsilon / length.clamp(min=torch.finfo(length.dtype).tiny)
@@ -135,8 +137,8 @@ def _mixed_derivative(
     def loss_at(distance: Tensor) -> Tensor:
         moved = tree.add({name: params[name] for name in cotangent}, cotangent, alpha=distance)
         # Bound anew for each: the noise is seeded again, and so the same.
-        loss = loop.bound_loss(start.state, start.step)
-        loop.count_value(None)
+        loss = loop.loss_at(segment.departure, segment.start)
+        loop.record.add_step(None)
         return loss({**params, **moved}, variables)
 
     with torch.enable_grad():

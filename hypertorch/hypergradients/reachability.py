@@ -12,7 +12,9 @@ from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.hypergradients.base import BlackBox, Hypergradient, PathBlind, RandomDirections
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem, InnerProblem
+from hypertorch.scan import scan
 from hypertorch.tasks import TaskSlice
 from hypertorch.types import TensorDict
 
@@ -118,10 +120,12 @@ def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskS
 
 
 def _end_of(loop: InnerLoop, variables: TensorDict) -> list[torch.Tensor]:
-    state = loop.initial(variables)
     terms: list[torch.Tensor] = []
-    for step in range(loop.num_steps):
-        state = loop.step(state, variables, step)
-        if loop.has_step_loss:
-            terms.append(loop.step_loss(state.params, variables, step))
-    return [loop.outer_loss(state.params, variables), *terms, *state.tensors()]
+
+    def advance(state: InnerState, step: int) -> InnerState:
+        done = loop.step(state, variables, step)
+        terms.extend([] if done.term is None else [done.term])
+        return done.state
+
+    state = scan(advance, loop.initial(variables), range(loop.num_steps))
+    return [loop.outer(state.params, variables), *terms, *state.tensors()]

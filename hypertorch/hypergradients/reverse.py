@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
-from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.compiled_run import check_compile, compiled_whole, run_compiled
-from hypertorch.hypergradients.compiled_steps import CompiledSteps
-from hypertorch.hypergradients.derivative_choice import Derivative, check_derivative, is_mixed
 from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.memory_plan import plan_loop, plan_memory
-from hypertorch.hypergradients.pull_back import (
-    accumulate,
-    last_term,
-    pull_back_initial,
-    pull_back_segment,
-    pull_back_steps,
-    run_segment,
-)
-from hypertorch.hypergradients.revolve import Advance, Differentiate, Keep, Return, binomial_schedule
-from hypertorch.hypergradients.step_by_step import EagerSteps, Piece, Steps, go_back_step_by_step
-from hypertorch.hypergradients.window import differentiate_window, whole_window
+from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, compiled_whole, run_compiled
+from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
+from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, check_derivative, is_mixed
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.memory_plan import plan_loop, plan_memory
+from hypertorch.hypergradients.reverse_mode.segments import Keep, whole_run
+from hypertorch.hypergradients.reverse_mode.steps import EagerSteps, Steps
+from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import parse_bytes
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
@@ -163,63 +154,61 @@ class Reverse(Hypergradient):
         return f"{plan}\ncompiled steps keep states in place of graphs, and hold less" if self.compile else plan
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
-        """Returns the exact derivative of the outer loss in `variables`."""
-        every, snapshots = self.checkpoint_every, self.snapshots
-        if loop.num_steps and self.memory_budget is not None:
-            plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
-            _logger.debug("%s", plan)
-            every, snapshots = plan.checkpoint_every, plan.snapshots
+        """Returns the exact derivative of the outer loss in `variables`.
+
+        The recursion of the class docstring is `sweep`; the settings choose the segments that it goes back through,
+        and how each of them is differentiated.
+        """
+        keep = self._keep(loop, variables)
         if loop.num_steps == 0:
-            return differentiate_window(loop, variables, whole_window(loop, variables))
+            return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         if self.compile:
             return run_compiled(
                 loop,
                 self.derivative,
-                run=lambda: self._compiled(loop, variables, every, snapshots),
-                otherwise=lambda: self._eager(loop, variables, every, snapshots),
+                run=lambda trial: self._compiled(trial, variables, keep),
+                otherwise=lambda: self._eager(loop, variables, keep),
             )
-        return self._eager(loop, variables, every, snapshots)
+        return self._eager(loop, variables, keep)
 
-    def _eager(
-        self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
-    ) -> BackendResult:
-        def steps_of(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
-            return EagerSteps(loop, variables, mixed=mixed)
+    def _keep(self, loop: InnerLoop, variables: TensorDict) -> Keep:
+        """Returns what is kept of a run, by the settings or by a plan for the memory budget."""
+        if loop.num_steps == 0 or self.memory_budget is None:
+            return Keep(every=self.checkpoint_every, snapshots=self.snapshots)
+        plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
+        _logger.debug("%s", plan)
+        return Keep(every=plan.checkpoint_every, snapshots=plan.snapshots)
 
-        mixed = is_mixed(self.derivative, loop, variables, steps_of, compiled=False)
-        if every is snapshots is None and not mixed:
-            return differentiate_window(loop, variables, whole_window(loop, variables))
+    def _eager(self, loop: InnerLoop, variables: TensorDict, keep: Keep) -> BackendResult:
+        mixed = is_mixed(self.derivative, loop, variables, _eager_steps, compiled=False)
+        if keep.whole_graph and not mixed:
+            return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         steps = EagerSteps(loop, variables, mixed=mixed)
-        pieces = _pieces(loop, steps, every, snapshots, with_graphs=not mixed)
-        if not mixed:
-            return _go_back(loop, variables, pieces)
-        result = go_back_step_by_step(loop, variables, pieces, steps)
-        return _without_missing_paths(loop, variables, result, every, snapshots)
+        segments = keep.segments(loop, variables, steps, with_graphs=not mixed)
+        result = sweep(loop, variables, segments, steps.vjp)
+        return _without_missing_paths(loop, variables, result, keep) if mixed else result
 
-    def _compiled(
-        self, loop: InnerLoop, variables: TensorDict, every: int | Literal["sqrt"] | None, snapshots: int | None
-    ) -> BackendResult:
-        if every is snapshots is None and self.derivative == "reverse":
+    def _compiled(self, loop: InnerLoop, variables: TensorDict, keep: Keep) -> BackendResult:
+        if keep.whole_graph and self.derivative == "reverse":
             result = compiled_whole(loop, variables)
             if result is not None:
                 return result
-
-        def steps_of(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
-            return CompiledSteps(loop, variables, mixed=mixed)
-
-        mixed = is_mixed(self.derivative, loop, variables, steps_of, compiled=True)
-        own = CompiledSteps(loop, variables, mixed=mixed)
-        result = go_back_step_by_step(loop, variables, _pieces(loop, own, every, snapshots, with_graphs=False), own)
-        return _without_missing_paths(loop, variables, result, every, snapshots) if mixed else result
+        mixed = is_mixed(self.derivative, loop, variables, _compiled_steps, compiled=True)
+        steps = CompiledSteps(loop, variables, mixed=mixed)
+        result = sweep(loop, variables, keep.segments(loop, variables, steps, with_graphs=False), steps.vjp)
+        steps.check_replays()
+        return _without_missing_paths(loop, variables, result, keep) if mixed else result
 
 
-def _without_missing_paths(
-    loop: InnerLoop,
-    variables: TensorDict,
-    result: BackendResult,
-    every: int | Literal["sqrt"] | None,
-    snapshots: int | None,
-) -> BackendResult:
+def _eager_steps(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
+    return EagerSteps(loop, variables, mixed=mixed)
+
+
+def _compiled_steps(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
+    return CompiledSteps(loop, variables, mixed=mixed)
+
+
+def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: BackendResult, keep: Keep) -> BackendResult:
     """Returns the result with None for zero where there is no path, of which forward mode knows nothing.
 
     Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory and not
@@ -227,12 +216,11 @@ def _without_missing_paths(
     """
     if all(value is None or bool(value.any()) for value in result.grads.values()):
         return result
-    key = (kind_of(loop.program().problem), loop.num_steps, *variables)
+    key = (kind_of(loop.problem), loop.num_steps, *variables)
     if key not in _followed:
         own = loop.uncounted()
         steps = EagerSteps(own, variables, mixed=False)
-        every = 1 if every is None else every
-        known = _go_back(own, variables, _pieces(own, steps, every, snapshots, with_graphs=True))
+        known = sweep(own, variables, keep.segments(own, variables, steps, with_graphs=not keep.whole_graph), steps.vjp)
         _followed[key] = frozenset(name for name, value in known.grads.items() if value is not None)
     grads = {
         name: value if name in _followed[key] or (value is not None and bool(value.any())) else None
@@ -241,102 +229,8 @@ def _without_missing_paths(
     return replace(result, grads=grads)
 
 
-def _pieces(
-    loop: InnerLoop, steps: Steps, every: int | Literal["sqrt"] | None, snapshots: int | None, *, with_graphs: bool
-) -> Iterator[Piece]:
-    """Returns the pieces of a run from the last to the first; single steps of which every state is kept by default.
-
-    Args:
-        loop: the loop.
-        steps: its steps.
-        every: steps between kept states.
-        snapshots: most states kept at once.
-        with_graphs: whether a piece is run with the graph of all its steps; without, with their states.
-    """
-    if snapshots is not None:
-        return _revolving(loop, steps, snapshots)
-    return _kept_every(loop, steps, 1 if every is None else _stretch(every, loop.num_steps, with_graphs))
-
-
-def _stretch(every: int | Literal["sqrt"], num_steps: int, with_graphs: bool) -> int:
-    """Returns the steps between kept states."""
-    if every == "sqrt":
-        states_per_step = 2 if with_graphs else 1
-        return max(1, round(math.sqrt(num_steps / states_per_step)))
-    if every > num_steps:
-        raise IncompatibleBackendError(
-            f"`Reverse(checkpoint_every={every})` got a problem with `num_steps` = {num_steps}: no state would be kept "
-            "between segments. Use at most that many steps, or `Reverse()` for the whole graph."
-        )
-    return every
-
-
 def _check_count(name: str, value: object, meaning: str, word: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
             f"`{name}` is {value!r}: {meaning}, at least 1. Pass a whole number{word} or None to keep the whole graph."
         )
-
-
-def _go_back(loop: InnerLoop, variables: TensorDict, pieces: Iterator[Piece]) -> BackendResult:
-    """Goes back through the pieces of a run, from the last to the first, and through its initial state."""
-    start, stop, departure = next(pieces)
-    # The outer loss is taken at the end of the last piece's own graph, so that its steps are run only once.
-    segment = run_segment(loop, variables, departure, start, stop)
-    last = segment.end.detached()
-    grads, cotangents, outer_loss = last_term(loop, variables, last)
-    part, cotangents, step_losses = pull_back_segment(loop, variables, segment, cotangents)
-    del segment  # not to live beside the next one
-    grads, outer_loss = accumulate(grads, part), outer_loss + step_losses
-    for start, stop, earlier in pieces:
-        del part
-        part, cotangents, step_losses = pull_back_steps(
-            loop, variables, earlier, cotangents, start, stop, arrival=departure
-        )
-        grads, outer_loss = accumulate(grads, part), outer_loss + step_losses
-        departure = earlier
-    grads = accumulate(grads, pull_back_initial(loop, variables, cotangents))
-    return BackendResult(grads=grads, outer_loss=outer_loss, state=last)
-
-
-def _kept_every(loop: InnerLoop, steps: Steps, every: int) -> Iterator[Piece]:
-    """Yields stretches of `every` steps from the last to the first, keeping the states before them from one run.
-
-    A stretch that is shorter is the first one, since the steps of the last one are run only once.
-    """
-    stops = range(loop.num_steps, 0, -every)
-    starts = [max(stop - every, 0) for stop in stops]
-    to_keep = frozenset(starts)
-    kept: list[InnerState] = []
-    state = steps.initial()
-    for step in range(starts[0]):
-        if step in to_keep:
-            kept.append(state)
-        state = steps.advance(state, step)
-    kept.append(state)
-    loop.cost.stored_states = len(kept) + 1
-    del state
-    for start, stop in zip(starts, stops, strict=True):
-        yield start, stop, kept.pop()
-
-
-def _revolving(loop: InnerLoop, steps: Steps, snapshots: int) -> Iterator[Piece]:
-    """Yields single steps from the last to the first, with states that the binomial schedule keeps or runs again."""
-    kept: dict[int, InnerState] = {}
-    first_run = 0  # the first step that was not run yet
-    state = steps.initial()
-    for action in binomial_schedule(loop.num_steps, snapshots):
-        match action:
-            case Keep(step):
-                kept[step] = state
-                loop.cost.stored_states = max(loop.cost.stored_states, len(kept) + 1)
-            case Return(step):
-                state = kept[step]
-            case Advance(start, stop):
-                for step in range(start, stop):
-                    state = steps.advance(state, step, first_run=step >= first_run)
-                first_run = max(first_run, stop)
-            case Differentiate(step, release):
-                if release:
-                    del kept[step]
-                yield step, step + 1, state

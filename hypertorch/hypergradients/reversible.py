@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from hypertorch.dynamics.reversible import ReversibleDynamics, reversible_rule
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.compiled_reversible_run import CompiledReversibleRun
-from hypertorch.hypergradients.compiled_run import check_compile, run_compiled
-from hypertorch.hypergradients.reversible_run import ReversibleRun
-from hypertorch.hypergradients.window import differentiate_window, whole_window
+from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, run_compiled
+from hypertorch.hypergradients.reverse_mode.exact_reversal import CompiledReversal, ExactReversal
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.segments import whole_run
+from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -66,15 +68,21 @@ class Reversible(Hypergradient):
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
         if loop.num_steps == 0:
-            return differentiate_window(loop, variables, whole_window(loop, variables))
+            return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         rule = _checked_rule(loop)
+
+        def run(loop: InnerLoop, kind: type[ExactReversal]) -> BackendResult:
+            reversal = kind(loop, variables, rule)
+            result = sweep(loop, variables, reversal.segments(), reversal.vjp)
+            return replace(result, figures={"information_bits": reversal.information_bits})
+
         if not self.compile:
-            return ReversibleRun(loop, variables, rule).result()
+            return run(loop, ExactReversal)
         return run_compiled(
             loop,
             "reversible",
-            run=lambda: CompiledReversibleRun(loop, variables, rule).result(),
-            otherwise=lambda: ReversibleRun(loop, variables, rule).result(),
+            run=lambda trial: run(trial, CompiledReversal),
+            otherwise=lambda: run(loop, ExactReversal),
         )
 
 

@@ -61,13 +61,12 @@ def _results(loop: InnerLoop, variables: TensorDict) -> dict[str, list[Tensor]]:
         state = loop.initial(constants)
         results = {"context": list(constants.values()), "InnerProblem.init_params": state.tensors()}
         if loop.num_steps:
-            loss = loop.bound_loss(state, 0)
-            state = loop.apply(loss, state, constants, 0)
+            state, loss = loop.transition(state, constants, 0)
             results["InnerProblem.loss"] = [] if loss.value is None else [loss.value]
             results["InnerProblem.loss` or its gradient, or `dynamics.step"] = state.tensors()
-            if loop.has_step_loss:
-                results["OuterProblem.step_loss"] = [loop.step_loss(state.params, constants, 0)]
-        return {**results, "OuterProblem.loss": [loop.outer_loss(state.params, constants)]}
+            term = loop.term(state, constants, 0)
+            results["OuterProblem.step_loss"] = [] if term is None else [term]
+        return {**results, "OuterProblem.loss": [loop.outer(state.params, constants)]}
 
 
 def _refuse_difference(again: dict[str, list[Tensor]], first: dict[str, list[Tensor]], inner_eps: float) -> None:
@@ -112,9 +111,9 @@ def _refuse_late_reads(loop: InnerLoop, variables: TensorDict) -> None:
     constants = tree.detach(variables)
     with torch.no_grad():
         state = loop.initial(constants).detached()
-    losses: dict[str, Callable[[TensorDict], Tensor]] = {"outer": lambda params: loop.outer_loss(params, constants)}
+    losses: dict[str, Callable[[TensorDict], Tensor]] = {"outer": lambda params: loop.outer(params, constants)}
     if loop.num_steps:
-        losses["inner"] = lambda params: loop.bound_loss(state, 0)(loop.trained(params), constants)
+        losses["inner"] = lambda params: loop.loss_at(state, 0)(loop.trained(params), constants)
     for which, loss in losses.items():
         # PyTorch's norm layers refuse to take statistics that ask for a derivative.
         leaves = tree.leaves_requiring_grad(loop.trained(state.params))

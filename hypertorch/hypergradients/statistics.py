@@ -57,7 +57,7 @@ def _updated_without_derivative(loop: InnerLoop, variables: TensorDict) -> froze
         return frozenset()
     with torch.enable_grad():
         before = loop.initial(variables)
-        loss = loop.bound_loss(before, 0)
+        loss = loop.loss_at(before, 0)
         loss.gradient(loop.trained(before.params), variables)
     untracked = {
         name: value.detach()
@@ -68,7 +68,7 @@ def _updated_without_derivative(loop: InnerLoop, variables: TensorDict) -> froze
         return frozenset()
     constants, state = tree.detach(variables), before.detached()
     with torch.no_grad():
-        again = loop.bound_loss(state, 0)
+        again = loop.loss_at(state, 0)
         again.gradient(_moved(loop.trained(state.params)), _moved(constants))
         after = state._replace(params={**state.params, **tree.detach(loss.new_buffers)})
         values = _losses(loop, after, constants)
@@ -90,14 +90,14 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
         state = loop.initial(constants).detached()
 
     def inner(params: TensorDict) -> Tensor:
-        return loop.bound_loss(state._replace(params=params), 0)(loop.trained(params), constants)
+        return loop.loss_at(state._replace(params=params), 0)(loop.trained(params), constants)
 
     def outer(params: TensorDict) -> Tensor:
-        return loop.outer_loss(params, constants)
+        return loop.outer(params, constants)
 
     leaves = {**state.params, **tree.leaves_requiring_grad(loop.trained(state.params))}
     elsewhere = {**state.params, **_moved(loop.trained(state.params))}
-    declared = loop.program().problem.inner.buffers
+    declared = loop.problem.inner.buffers
     in_outer = {
         name: found
         for name, found in _moved_by(outer, leaves).items()
@@ -169,8 +169,8 @@ def _describe(layer: nn.Module) -> str:
 def _losses(loop: InnerLoop, state: InnerState, variables: TensorDict) -> Tensor:
     """Returns the outer loss, and the inner loss of a next step."""
     next_step = min(1, loop.num_steps - 1)
-    inner = loop.bound_loss(state, next_step)(loop.trained(state.params), variables)
-    return torch.stack([loop.outer_loss(state.params, variables), inner.mean()])
+    inner = loop.loss_at(state, next_step)(loop.trained(state.params), variables)
+    return torch.stack([loop.outer(state.params, variables), inner.mean()])
 
 
 def _moved(values: TensorDict) -> TensorDict:

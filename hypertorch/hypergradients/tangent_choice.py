@@ -16,6 +16,7 @@ from hypertorch.hypergradients.replay import check_replay
 from hypertorch.hypergradients.tangents import ForwardState, TangentRoute
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 _WAYS = {True: "forward mode by torch.func", False: "forward mode by dual numbers"}
@@ -63,8 +64,7 @@ def _faults(route: TangentRoute, at: Reference) -> Iterator[str]:
         yield from _judged(at.initial, [list(at.initial.directions)], run, step=-1)
     if at.products is None:
         return
-    for earlier in range(at.step):
-        run = route.advance(at.loop, at.variables, run, earlier)
+    run = scan(partial(route.advance, at.loop, at.variables), run, range(at.step))
     # What a run pushes on, and no more: a buffer of which PyTorch does not differentiate the new value has no tangent.
     held = {*by_name({}, *run.tangents), *at.loop.carried("tangents")}
     parts = ("variables", "params", "dynamics")

@@ -93,22 +93,19 @@ class TangentRoute:
         """
 
         def after(variables: TensorDict, params: TensorDict, dynamics: TensorDict) -> tuple[InnerState, TensorDict]:
-            before = InnerState(params, dynamics)
-            loss = loop.bound_loss(before, step, "functional" if self.vectorised else "dual")
-            return loop.apply(loss, before, variables, step), {} if loss.value is None else {"loss": loss.value}
+            route = "functional" if self.vectorised else "dual"
+            end, loss = loop.transition(InnerState(params, dynamics), variables, step, route)
+            return end, {} if loss.value is None else {"loss": loss.value}
 
         arguments = [tree.detach(variables), *run.state]
         with forward_mode(self._one_by_one):
             pushed = jvps(after, arguments, [run.directions, *run.tangents], vectorised=self.vectorised)
         num_directions = len(run.derivative)
         for _ in range(1 if self.vectorised else num_directions):
-            loop.count_value(pushed.values.get("loss"))
-        loop.cost.jvps += num_directions
-        loop.cost.stored_states = max(loop.cost.stored_states, 1 + num_directions)
+            loop.record.add_step(step, pushed.values.get("loss"))
+        loop.record.add_jvps(num_directions)
         run = replace(run, state=InnerState(*pushed.outputs), tangents=InnerState(*pushed.tangents))
-        if not loop.has_step_loss:
-            return run
-        return _with_term(run, variables, lambda params, hparams: loop.step_loss(params, hparams, step))
+        return _with_term(run, variables, lambda params, own: loop.term(run.state._replace(params=params), own, step))
 
     @property
     def _one_by_one(self) -> str | None:
@@ -120,7 +117,7 @@ def with_last_term(loop: InnerLoop, variables: TensorDict, run: ForwardState) ->
 
     Cost: one evaluation of the outer loss and one vjp of it, whatever the number of directions.
     """
-    return _with_term(run, variables, loop.outer_loss)
+    return _with_term(run, variables, loop.outer)
 
 
 def directional_grads(variables: TensorDict, run: ForwardState) -> dict[str, Tensor | None]:
@@ -165,13 +162,15 @@ def check_real(variables: TensorDict) -> None:
 
 
 def _with_term(
-    run: ForwardState, variables: TensorDict, term: Callable[[TensorDict, TensorDict], Tensor]
+    run: ForwardState, variables: TensorDict, term: Callable[[TensorDict, TensorDict], Tensor | None]
 ) -> ForwardState:
     """Returns the state with a term `term(params, variables)` of the outer loss added, and its derivatives."""
     params = tree.leaves_requiring_grad({name: run.state.params[name] for name in run.tangents.params})
     moved = tree.leaves_requiring_grad({name: variables[name] for name in run.directions})
     with torch.enable_grad():
         value = term({**run.state.params, **params}, {**tree.detach(variables), **moved})
+    if value is None:
+        return run
     leaves = {**tree.with_prefix("params", params), **tree.with_prefix("variables", moved)}
     cotangents = vjp([value], [torch.ones_like(value)], leaves)
     derivative = run.derivative

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.window import differentiate_window, whole_window, window_from
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
+from hypertorch.hypergradients.reverse_mode.segments import whole_run
+from hypertorch.hypergradients.reverse_mode.sweep import Segment, sweep
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -49,6 +53,9 @@ class Truncated(Hypergradient):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` through the window, direct term included."""
+        differentiate = partial(graph_vjp, loop, variables)
         first = loop.num_steps - self.window
-        start = whole_window(loop, variables) if first <= 0 else window_from(loop, variables, first)
-        return differentiate_window(loop, variables, start)
+        if first <= 0:
+            return sweep(loop, variables, whole_run(loop, variables), differentiate)
+        prefix = run_prefix(loop, variables, first)
+        return prefix.add_to(sweep(loop, variables, [Segment(first, loop.num_steps, prefix.state)], differentiate))

@@ -15,6 +15,7 @@ from hypertorch.bound_problem import BoundProblem
 from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_loss import GradientRoute
 from hypertorch.inner_state import InnerState
 from hypertorch.missing_derivatives import NotVectorisableError
 from hypertorch.tasks import TaskSlice, not_vectorisable
@@ -99,7 +100,7 @@ def _difference(together: _Bound, alone: _Bound, use: Use) -> str | None:
         with _explained():
             before = together.loop.initial(together.variables)
             # The outer loss is compared after a step: many networks start with zeros, which hide a derivative.
-            after = together.loop.step(before, together.variables, 0) if together.loop.num_steps else before
+            after = together.loop.advance(before, together.variables, 0) if together.loop.num_steps else before
         if not alone.loop.carry:  # initial params may be drawn at random, and then differ
             params = _first_rows(before.params)
             own = InnerState(params, alone.loop.dynamics.init(alone.loop.trained(params), alone.variables))
@@ -180,15 +181,17 @@ class _FirstTask:
     def _outputs(self, part: str) -> TensorDict:
         loop, variables, before = self._loop, self._variables, self._before
         if part == "inner loss":
-            return {"InnerProblem.loss": loop.bound_loss(before, 0)(loop.trained(before.params), variables)}
+            return {"InnerProblem.loss": loop.loss_at(before, 0)(loop.trained(before.params), variables)}
         if part == "outer loss":
             return {"OuterProblem.loss": loop.outer_losses(self._after, variables)}
         if part == "term of the outer loss":
-            return {"OuterProblem.step_loss": loop.step_losses(self._after, variables, 0)}
+            terms = loop.terms(InnerState(self._after, {}), variables, 0)
+            return {} if terms is None else {"OuterProblem.step_loss": terms}
         if part == "first state":
             return _named(loop.initial(variables))
         # A run that takes first derivatives must not fail where there is no second.
-        return _named(loop.step(before, variables, 0, "differentiable" if self._use == "second" else "constant"))
+        route: GradientRoute = "differentiable" if self._use == "second" else "constant"
+        return _named(loop.transition(before, variables, 0, route)[0])
 
 
 def _named(state: InnerState) -> TensorDict:

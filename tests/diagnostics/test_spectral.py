@@ -49,14 +49,14 @@ def dense_eigenvalues(problem: ht.BilevelProblem, step: int) -> Tensor:
         loop = bound.loop(None, {})
         state = loop.initial(hparams)
         for earlier in range(step):
-            state = loop.step(state, hparams, earlier)
+            state = loop.advance(state, hparams, earlier)
         state = state.detached()
         tensors = state.tensors()
         sizes = [tensor.numel() for tensor in tensors]
 
         def mapped(flat: Tensor) -> Tensor:
             parts = [part.reshape(old.shape) for part, old in zip(flat.split(sizes), tensors, strict=True)]
-            moved = loop.step(state.replace_tensors(parts), hparams, step)
+            moved = loop.advance(state.replace_tensors(parts), hparams, step)
             by_name = dict(zip(moved.names(), moved.tensors(), strict=True))
             return torch.cat([by_name[name].flatten() for name in state.names()])
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import hypertorch as ht
 from hypertorch import compilation
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients import cross_check, derivative_choice, refusals
+from hypertorch.hypergradients import cross_check, refusals
 from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.reverse_mode import derivative_choice
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
 

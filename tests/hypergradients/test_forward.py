@@ -277,7 +277,11 @@ def test_the_hypergradient_can_be_read_after_every_step(chunk_size: int | None) 
         torch.testing.assert_close(result.grads["lam"], in_lam, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(result.grads["eta"], in_eta, rtol=1e-10, atol=1e-13)
         assert not any(value.requires_grad for value in [*result.grads.values(), *result.state.tensors()])
-    assert (loop.cost.steps, loop.cost.jvps, loop.cost.stored_states) == (6 if chunk_size is None else 12, 12, 3)
+    assert (loop.record.cost.steps, loop.record.cost.jvps, loop.record.cost.stored_states) == (
+        6 if chunk_size is None else 12,
+        12,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("chunk_size", "steps", "states"), [(None, 2, 60), (59, 2, 60), (20, 6, 21), (1, 118, 2)])

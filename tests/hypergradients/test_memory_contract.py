@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.hypergradients.revolve import states_alive
+from hypertorch.hypergradients.reverse_mode.revolve import states_alive
 from hypertorch.live_memory import PeakMemory, storage_bytes
 from hypertorch.types import Batch
 from tests.helpers.problems import LambdaInner, LambdaOuter

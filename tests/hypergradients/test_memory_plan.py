@@ -10,8 +10,8 @@ import torch
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.memory_plan import MemoryPlan, plan_memory
-from hypertorch.hypergradients.revolve import recomputed_steps
+from hypertorch.hypergradients.reverse_mode.memory_plan import MemoryPlan, plan_memory
+from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps
 from hypertorch.live_memory import PeakMemory
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, task_problem
 from tests.helpers.sized_problems import conv_net, mlp, sized_problem

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
-from hypertorch.hypergradients import derivative_choice
-from hypertorch.hypergradients.step_by_step import EagerSteps
+from hypertorch.hypergradients.reverse_mode import derivative_choice
+from hypertorch.hypergradients.reverse_mode.steps import EagerSteps
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import PeakMemory
@@ -236,16 +237,22 @@ def test_what_is_measured_is_the_vjp_of_the_whole_state_after_a_warm_up(monkeypa
         def advance(self, state: str, step: int) -> InnerState:
             return InnerState({"w": torch.full((2,), 3.0), "count": torch.tensor(4)}, {})
 
-        def pull_back(self, departure: str, cotangents: list, step: int, arrival: InnerState) -> None:
-            self.asked.append((departure, cotangents[0].tolist(), cotangents[1], step, arrival.params["w"].tolist()))
-            self.now += 10.0 - len(self.asked)
+        def vjp(self, segment: Segment) -> Differentiable:
+            def pull_back(cotangents: Cotangents) -> PulledBack:
+                assert segment.arrival is not None and isinstance(cotangents[0], Tensor)
+                end = segment.arrival.params["w"].tolist()
+                self.asked.append((segment.departure, cotangents[0].tolist(), cotangents[1], *segment[:2], end))
+                self.now += 10.0 - len(self.asked)
+                return PulledBack({}, [], None)
+
+            return Differentiable(segment.departure, pull_back)
 
     steps = Steps()
     monkeypatch.setattr(derivative_choice.time, "perf_counter", lambda: steps.now)
     loop = SimpleNamespace(device=torch.device("cpu"))
     seconds = derivative_choice._seconds(loop, steps)  # type: ignore[arg-type]
     runs = derivative_choice._REPEATS + 2
-    assert steps.asked == [("start", [1.0, 1.0], None, 0, [3.0, 3.0])] * runs
+    assert steps.asked == [("start", [1.0, 1.0], None, 0, 1, [3.0, 3.0])] * runs
     assert seconds == 10.0 - runs
 
 

@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 
-from hypertorch.hypergradients.revolve import (
+from hypertorch.hypergradients.reverse_mode.revolve import (
     Advance,
     Differentiate,
     Keep,

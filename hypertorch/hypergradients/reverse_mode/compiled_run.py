@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.compilation import NotCompilableError, compilation, compiled
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.compiled_steps import draws, program_key, try_dynamics
 from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.pull_back import Grads
 from hypertorch.hypergradients.refusals import may_compile, refuse
-from hypertorch.hypergradients.window import differentiate_window, whole_window
-from hypertorch.inner_loop import InnerLoop, LoopProgram
+from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.segments import whole_run
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, sweep
+from hypertorch.inner_loop import INIT, InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.noise import generator_states
 from hypertorch.types import Batch, TensorDict
@@ -34,28 +35,29 @@ def check_compile(compile: object) -> None:  # noqa: A002 (the setting's name)
 
 
 def run_compiled(
-    loop: InnerLoop, derivative: str, run: Callable[[], BackendResult], otherwise: Callable[[], BackendResult]
+    loop: InnerLoop, derivative: str, run: Callable[[InnerLoop], BackendResult], otherwise: Callable[[], BackendResult]
 ) -> BackendResult:
     """Returns the result of a run with compiled functions, or of one without, with a warning once, if need be.
 
     Args:
-        loop: the loop, whose costs are as before if the first run comes to nothing.
+        loop: the loop.
         derivative: how the inner gradient is differentiated; one way may be compiled where another cannot.
-        run: the run with compiled functions.
+        run: the run with compiled functions, of a loop that is counted only if the run succeeds.
         otherwise: the run without.
     """
-    problem = loop.program().problem
-    family = (program_key(loop.program()), derivative)
+    problem = loop.problem
+    family = (Program.of(loop).key, derivative)
     if not may_compile(family, lambda: kind_of(problem)):
         return otherwise()
-    cost, losses = replace(loop.cost), len(loop.inner_losses)
+    trial = loop.uncounted()
     try:
         with compilation():
-            return run()
+            result = run(trial)
     except NotCompilableError as error:
         reason = error
-    loop.cost = cost
-    del loop.inner_losses[losses:]
+    else:
+        loop.record.add(trial.record)
+        return result
     # What is wrong with the problem itself is an error here, and no word on compilation.
     result = otherwise()
     what = f"a step of `{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`"
@@ -71,13 +73,13 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
 
     Cost: memory of the graphs of all steps, as far as the compiler keeps them.
     """
-    program = loop.program()
-    key = (program_key(program), "whole")
+    program = Program.of(loop)
+    key = (program.key, "whole")
     if loop.num_steps > LONGEST_PROGRAM or loop.carry or key in _noisy:
         return None
     try_dynamics(loop, tree.detach(variables))
-    batches = tuple(loop.prepare_step(step) for step in range(loop.num_steps))
-    loop.prepare_initial()
+    batches = tuple(loop.draw(step) for step in range(loop.num_steps))
+    loop.seed(INIT)
     before = generator_states(loop.device)
     moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
     fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
@@ -86,20 +88,19 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     if draws(before, loop.device):
         _noisy.add(key)
         return None
-    for value in losses:
-        loop.count_value(value)
-    loop.cost.vjps += loop.num_steps
-    loop.cost.graph_steps = loop.num_steps
+    for step, value in losses.items():
+        loop.record.add_step(step, value)
+    loop.record.add_vjps(loop.num_steps, graph_steps=loop.num_steps)
     return BackendResult(grads={name: grads.get(name) for name in variables}, outer_loss=outer_loss, state=state)
 
 
 def _whole(
-    program: LoopProgram, moving: TensorDict, fixed: TensorDict, batches: tuple[Batch, ...]
-) -> tuple[Grads, Tensor, InnerState, tuple[Tensor, ...]]:
+    program: Program, moving: TensorDict, fixed: TensorDict, batches: tuple[Batch, ...]
+) -> tuple[Grads, Tensor, InnerState, dict[int, Tensor]]:
     """Returns the derivative of the outer loss in `moving`, the outer loss, the last state and the inner losses."""
     loop = program.loop(lambda index: batches[index])
     own = tree.leaves_requiring_grad(moving)
     variables = {**own, **fixed}
-    result = differentiate_window(loop, variables, whole_window(loop, variables))
+    result = sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
     grads = {name: None if value is None else value.detach() for name, value in result.grads.items()}
-    return grads, result.outer_loss, result.state.detached(), tuple(loop.inner_losses)
+    return grads, result.outer_loss, result.state.detached(), loop.record.losses

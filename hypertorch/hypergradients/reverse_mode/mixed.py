@@ -6,23 +6,16 @@ import torch
 from torch import Tensor
 
 from hypertorch.derivatives import vjp
-from hypertorch.hypergradients.pull_back import Cotangents, PulledBack, pull_back
 from hypertorch.hypergradients.replay import check_replay
+from hypertorch.hypergradients.reverse_mode.graph import with_terms
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import InnerLoss
-from hypertorch.inner_state import InnerState
 from hypertorch.types import TensorDict
 
 
-def pull_back_step_mixed(
-    loop: InnerLoop,
-    variables: TensorDict,
-    departure: InnerState,
-    cotangents: Cotangents,
-    step: int,
-    arrival: InnerState,
-) -> PulledBack:
-    """Runs a step and pulls the cotangents of its end back to its start, without a graph of the inner gradient.
+def mixed_vjp(loop: InnerLoop, variables: TensorDict, segment: Segment) -> Differentiable:
+    """Runs a single step so that it can be differentiated without a graph of the inner gradient.
 
     The step is `s' = u(g, s, h)` with `g = grad_w L(w, h)`. First the update alone is differentiated, which gives the
     gradient's cotangent; then the gradient, along it:
@@ -37,38 +30,34 @@ def pull_back_step_mixed(
     Args:
         loop: the inner loop; one without buffers, whose new values have a path past the gradient.
         variables: hyperparameters and context, as leaves.
-        departure: the state before the step; only its values are used.
-        cotangents: of the state after the step.
-        step: the step.
-        arrival: the state after the step as an earlier run had it, to compare with.
+        segment: the step.
 
     The part of a variable that the inner loss reads is never None: forward mode answers zeros where there is no path.
 
     Raises:
-        ReplayError: if the step does not arrive at `arrival`.
+        ReplayError: if the step does not end at the segment's arrival.
         RuntimeError: (PyTorch's own) if an operation of the inner loss has no forward derivative.
 
     References:
         Kemaev et al. (2025), Scalable meta-learning via mixed-mode differentiation, section 3 (MixFlow-MG).
     """
-    leaves = loop.leaves(departure)
+    step = segment.start
+    leaves = loop.leaves(segment.departure)
     with torch.enable_grad():
-        loss = loop.bound_loss(leaves, step, route="leaf")
-        end = loop.apply(loss, leaves, variables, step)
-        loop.count_step(loss)
-        outputs, seeds = end.tensors(), list(cotangents)
-        if loop.has_step_loss:
-            term = loop.step_loss(end.params, variables, step)
-            outputs.append(term)
-            seeds.append(torch.ones_like(term))
-        else:
-            term = torch.zeros((), device=loop.device)
-    check_replay(end, arrival, step, step + 1, inner_eps=loop.inner_eps)
-    loop.cost.vjps += 1
-    loop.cost.graph_steps = max(loop.cost.graph_steps, 1)
-    outputs, seeds, _ = through_gradients(loss, outputs, seeds)
-    grads, before = pull_back(outputs, seeds, leaves, variables)
-    return PulledBack(grads, before, term.detach())
+        end, loss = loop.transition(leaves, variables, step, route="leaf")
+        loop.record.add_step(step, loss.value)
+        term = loop.term(end, variables, step)
+    if segment.arrival is not None:
+        check_replay(end, segment.arrival, step, step + 1, inner_eps=loop.inner_eps)
+    loop.record.add_vjps(1, graph_steps=1)
+
+    def pull_back_step(cotangents: Cotangents) -> PulledBack:
+        outputs, seeds = with_terms(end, cotangents, term)
+        outputs, seeds, _ = through_gradients(loss, outputs, seeds)
+        grads, before = pull_back(outputs, seeds, leaves, variables)
+        return PulledBack(grads, before, None if term is None else term.detach())
+
+    return Differentiable(end, pull_back_step)
 
 
 def through_gradients(

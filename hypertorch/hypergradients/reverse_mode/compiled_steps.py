@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,16 +14,72 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.compilation import compiled
 from hypertorch.dynamics import Dynamics
-from hypertorch.hypergradients.mixed_mode import through_gradients
-from hypertorch.hypergradients.pull_back import Cotangents, Grads, PulledBack, pull_back, pull_back_steps
 from hypertorch.hypergradients.replay import check_values
-from hypertorch.hypergradients.step_by_step import Steps
-from hypertorch.inner_loop import InnerLoop, LoopProgram
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
+from hypertorch.hypergradients.reverse_mode.mixed import through_gradients
+from hypertorch.hypergradients.reverse_mode.steps import Steps
+from hypertorch.hypergradients.reverse_mode.sweep import (
+    Cotangents,
+    Differentiable,
+    Grads,
+    PulledBack,
+    Segment,
+    pull_back,
+)
+from hypertorch.inner_loop import InnerLoop, inner_loop
 from hypertorch.inner_state import InnerState
 from hypertorch.noise import generator_states
+from hypertorch.problem import BilevelProblem
+from hypertorch.tasks import TaskSlice
 from hypertorch.types import Batch, TensorDict
 
 _tried: WeakValueDictionary[int, Dynamics] = WeakValueDictionary()
+
+
+class Program(NamedTuple):
+    """What a loop is made of beside the data of its steps and its noise: enough to build it inside a traced function.
+
+    Attributes:
+        problem: the problem. A step does not know the horizon, and is the same program for all of them.
+        num_tasks: length of the tasks axis; None without one.
+        per_task: names in variables (entries of the context) that have a tasks axis.
+        outer_batch: the outer data of these tasks.
+        device: of the tensors.
+    """
+
+    problem: BilevelProblem
+    num_tasks: int | None
+    per_task: frozenset[str]
+    outer_batch: Batch
+    device: torch.device
+
+    @classmethod
+    def of(cls, loop: InnerLoop) -> Program:
+        """Returns the program of a loop."""
+        return cls(loop.problem, loop.num_tasks, loop.per_task, loop.outer_batch, loop.device)
+
+    @property
+    def key(self) -> Hashable:
+        """What loops have in common that may be served by the same compiled functions."""
+        problem = self.problem
+        return type(problem.inner), type(problem.outer), type(problem.dynamics), self.num_tasks is None
+
+    def loop(self, draw: Callable[[int], Batch]) -> InnerLoop:
+        """Returns the loop with the data of each step given, and no noise seeded: the caller does that.
+
+        Args:
+            draw: the data by the index of the step, of these tasks.
+        """
+        return inner_loop(
+            self.problem,
+            outer_batch=self.outer_batch,
+            tasks=None if self.num_tasks is None else TaskSlice(start=0, stop=self.num_tasks, whole=True),
+            per_task=self.per_task,
+            noise_key=None,
+            device=self.device,
+            carry={},
+            draw=draw,
+        )
 
 
 class CompiledSteps(Steps):
@@ -34,7 +92,7 @@ class CompiledSteps(Steps):
     of a step is then only computed as far as its derivative needs it. The losses are compared in the end, by
     `check_replays`, so that an accelerator need not be waited for.
 
-    The last step is pulled back without compilation: there the buffers of an optimiser have no cotangent yet, which
+    The last step is differentiated without compilation: there the buffers of an optimiser have no cotangent yet, which
     would be a program of its own.
 
     Args:
@@ -47,16 +105,15 @@ class CompiledSteps(Steps):
     def __init__(self, loop: InnerLoop, variables: TensorDict, *, mixed: bool) -> None:
         self._loop = loop
         self._variables = variables
-        self._pulled_back = False
+        self._is_last = True
         self._advanced = False
         self._mixed = mixed and not loop.has_buffers
-        program = loop.program()
-        # A step does not know of the horizon, and is the same program for all of them.
+        program = Program.of(loop)
         self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
         self._names = list(variables)
-        self._advance = compiled(_advance, program_key(self._program), loop.device)
+        self._advance = compiled(_advance, self._program.key, loop.device)
         self._first_values: dict[int, Tensor] = {}
         self._further_values: dict[int, Tensor] = {}
 
@@ -68,9 +125,9 @@ class CompiledSteps(Steps):
             state = self._loop.initial(constants)
         return state.replace_tensors(_plain(state.tensors()))
 
-    def advance(self, state: InnerState, step: int, *, first_run: bool = True) -> InnerState:
+    def advance(self, state: InnerState, step: int) -> InnerState:
         """Returns the state after a step."""
-        batch = self._loop.prepare_step(step)
+        batch = self._prepare(step)
         before = () if self._advanced or not self._mixed else generator_states(self._loop.device)
         with torch.no_grad():
             end, value, tracked = self._advance(
@@ -79,24 +136,27 @@ class CompiledSteps(Steps):
         # A gradient that is evaluated twice inside one program would draw twice.
         self._mixed = self._mixed and not draws(before, self._loop.device)
         self._advanced = True
-        self._loop.note_tracked(frozenset(tracked))
-        self._loop.count_value(value if first_run else None)
-        if first_run and value is not None:
-            self._first_values[step] = value
+        self._loop.record.add_step(step, value, frozenset(tracked))
+        if value is not None:
+            self._first_values.setdefault(step, value)
         return end
 
-    def pull_back(self, departure: InnerState, cotangents: Cotangents, step: int, arrival: InnerState) -> PulledBack:
-        """Returns what a step adds to the hypergradient, given the cotangents of its end."""
-        if not self._pulled_back:
-            self._pulled_back = True
-            return pull_back_steps(self._loop, self._variables, departure, cotangents, step, step + 1, arrival=arrival)
-        run = compiled(_pull_back_mixed if self._mixed else _pull_back, program_key(self._program), self._loop.device)
-        batch = self._loop.prepare_step(step)
+    def vjp(self, segment: Segment) -> Differentiable:
+        """Returns a single step whose vjp is compiled, with what it runs; the last one by its graph."""
+        if self._is_last or segment.connected or segment.arrival is None:
+            self._is_last = False
+            return graph_vjp(self._loop, self._variables, segment)
+        return Differentiable(segment.arrival, partial(self._pull_back, segment))
+
+    def _pull_back(self, segment: Segment, cotangents: Cotangents) -> PulledBack:
+        loop, step = self._loop, segment.start
+        run = compiled(_pull_back_mixed if self._mixed else _pull_back, self._program.key, loop.device)
+        batch = self._prepare(step)
         with torch.no_grad():
             grads, before, term, value = run(
                 self._program,
-                tuple(sorted(self._loop.tracked_buffers)),
-                departure,
+                tuple(sorted(loop.record.tracked_buffers)),
+                segment.departure,
                 self._moving,
                 self._fixed,
                 batch,
@@ -105,30 +165,30 @@ class CompiledSteps(Steps):
             )
         if value is not None:
             self._further_values[step] = value
-        self._loop.count_value(value)
-        self._loop.cost.vjps += 1
-        self._loop.cost.graph_steps = max(self._loop.cost.graph_steps, 1)
+        loop.record.add_step(step, value)
+        loop.record.add_vjps(1, graph_steps=1)
         return PulledBack({name: grads.get(name) for name in self._names}, before, term)
 
-    def gradient(self, params: TensorDict, step: int, *, first_run: bool) -> TensorDict:
-        """Returns the gradient of the inner loss of a step; at the same params it has the same bits.
-
-        Args:
-            params: where.
-            step: the step.
-            first_run: whether the step was not run before, so that its loss is news.
-        """
-        run = compiled(_gradient, program_key(self._program), self._loop.device)
-        batch = self._loop.prepare_step(step)
+    def gradient(self, params: TensorDict, step: int) -> TensorDict:
+        """Returns the gradient of the inner loss of a step; at the same params it has the same bits."""
+        run = compiled(_gradient, self._program.key, self._loop.device)
+        batch = self._prepare(step)
         own = dict(zip(params, _plain(list(params.values())), strict=True))
         with torch.no_grad():
             grads, value = run(self._program, own, self._moving, self._fixed, batch, self._counter(step))
-        self._loop.count_value(value if first_run else None)
+        self._loop.record.add_step(step, value)
         return grads
 
     def check_replays(self) -> None:
         """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
         check_values(self._first_values, self._further_values, inner_eps=self._loop.inner_eps)
+
+    def _prepare(self, step: int) -> Batch:
+        """Returns the data of a step, and seeds its noise: a program does neither."""
+        index = self._loop.first_index + step
+        batch = self._loop.draw(index)
+        self._loop.seed(index)
+        return batch
 
     def _counter(self, step: int) -> int:
         return self._loop.first_index + step + 2
@@ -143,8 +203,7 @@ def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
     dynamics = loop.dynamics
     if _tried.get(id(dynamics)) is not dynamics:
         with torch.no_grad():
-            state = loop.initial(constants)
-            loop.apply(loop.bound_loss(state, 0), state, constants, 0)
+            loop.transition(loop.initial(constants), constants, 0)
         _tried[id(dynamics)] = dynamics
 
 
@@ -153,38 +212,31 @@ def draws(before: tuple[Tensor, ...], device: torch.device) -> bool:
     return any(not torch.equal(then, now) for then, now in zip(before, generator_states(device), strict=False))
 
 
-def program_key(program: LoopProgram) -> Hashable:
-    """Returns what loops have in common that may be served by the same compiled functions."""
-    problem = program.problem
-    return type(problem.inner), type(problem.outer), type(problem.dynamics), program.num_tasks is None
-
-
 def _plain(tensors: list) -> list:
     """Returns the tensors, contiguous and each an object of its own: what else they are would make a new program."""
     return [None if value is None else value.detach().contiguous() for value in tensors]
 
 
 def _advance(
-    program: LoopProgram, state: InnerState, moving: TensorDict, fixed: TensorDict, batch: Batch, counter: int
+    program: Program, state: InnerState, moving: TensorDict, fixed: TensorDict, batch: Batch, counter: int
 ) -> tuple[InnerState, Tensor | None, tuple[str, ...]]:
     """Returns the state after a step, the inner loss before it, and the buffers that have a derivative."""
     index = counter - 2
     loop = program.loop(lambda _: batch)
-    loss = loop.bound_loss(state, index)
-    end = loop.apply(loss, state, {**moving, **fixed}, index)
+    end, loss = loop.transition(state, {**moving, **fixed}, index)
     return end.replace_tensors(_plain(end.tensors())), loss.value, tuple(sorted(loss.tracked_buffers))
 
 
 def _gradient(
-    program: LoopProgram, params: TensorDict, moving: TensorDict, fixed: TensorDict, batch: Batch, counter: int
+    program: Program, params: TensorDict, moving: TensorDict, fixed: TensorDict, batch: Batch, counter: int
 ) -> tuple[TensorDict, Tensor | None]:
     """Returns the gradient of the inner loss, and its value."""
-    loss = program.loop(lambda _: batch).bound_loss(InnerState(params, {}), counter - 2)
+    loss = program.loop(lambda _: batch).loss_at(InnerState(params, {}), counter - 2)
     return loss.gradient(params, {**moving, **fixed}), loss.value
 
 
 def _pull_back(
-    program: LoopProgram,
+    program: Program,
     tracked: tuple[str, ...],
     departure: InnerState,
     moving: TensorDict,
@@ -192,7 +244,7 @@ def _pull_back(
     batch: Batch,
     counter: int,
     cotangents: Cotangents,
-) -> tuple[Grads, Cotangents, Tensor, Tensor | None]:
+) -> tuple[Grads, Cotangents, Tensor | None, Tensor | None]:
     """Returns what a step and its vjp give.
 
     Namely its part of the derivative in the variables, the cotangents of its start, its term of the outer loss, and the
@@ -200,19 +252,19 @@ def _pull_back(
     """
     index = counter - 2
     loop = program.loop(lambda _: batch)
-    loop.note_tracked(frozenset(tracked))
+    loop.record.track(tracked)
     with torch.enable_grad():
         leaves, own = loop.leaves(departure), tree.leaves_requiring_grad(moving)
         variables = {**own, **fixed}
-        loss = loop.bound_loss(leaves, index)
-        end = loop.apply(loss, leaves, variables, index)
-        outputs, seeds, term = _with_term(loop, end, variables, index, cotangents)
+        end, loss = loop.transition(leaves, variables, index)
+        term = loop.term(end, variables, index)
+    outputs, seeds = with_terms(end, cotangents, term)
     grads, before = pull_back(outputs, seeds, leaves, own)
-    return _detached(grads), _plain(before), term.detach(), loss.value
+    return _detached(grads), _plain(before), None if term is None else term.detach(), loss.value
 
 
 def _pull_back_mixed(
-    program: LoopProgram,
+    program: Program,
     _: tuple[str, ...],
     departure: InnerState,
     moving: TensorDict,
@@ -220,7 +272,7 @@ def _pull_back_mixed(
     batch: Batch,
     counter: int,
     cotangents: Cotangents,
-) -> tuple[Grads, Cotangents, Tensor, Tensor | None]:
+) -> tuple[Grads, Cotangents, Tensor | None, Tensor | None]:
     """Returns what `_pull_back` returns, with the derivative of the inner gradient by forward over reverse.
 
     Zeros, where there is no path through the gradient.
@@ -230,22 +282,12 @@ def _pull_back_mixed(
     with torch.enable_grad():
         leaves, own = loop.leaves(departure), tree.leaves_requiring_grad(moving)
         variables = {**own, **fixed}
-        loss = loop.bound_loss(leaves, index, route="leaf")
-        end = loop.apply(loss, leaves, variables, index)
-        outputs, seeds, term = _with_term(loop, end, variables, index, cotangents)
+        end, loss = loop.transition(leaves, variables, index, route="leaf")
+        term = loop.term(end, variables, index)
+    outputs, seeds = with_terms(end, cotangents, term)
     outputs, seeds, value = through_gradients(loss, outputs, seeds)
     grads, before = pull_back(outputs, seeds, leaves, own)
-    return _detached(grads), _plain(before), term.detach(), value
-
-
-def _with_term(
-    loop: InnerLoop, end: InnerState, variables: TensorDict, index: int, cotangents: Cotangents
-) -> tuple[list[Tensor], Cotangents, Tensor]:
-    """Returns a step's outputs with their cotangents, the term of the outer loss at the step among them."""
-    if not loop.has_step_loss:
-        return end.tensors(), list(cotangents), torch.zeros((), device=loop.device)
-    term = loop.step_loss(end.params, variables, index)
-    return [*end.tensors(), term], [*cotangents, torch.ones_like(term)], term
+    return _detached(grads), _plain(before), None if term is None else term.detach(), value
 
 
 def _detached(grads: Grads) -> Grads:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.derivatives import vjp
-from hypertorch.hypergradients.pull_back import accumulate, last_term, pull_back
+from hypertorch.hypergradients.reverse_mode.graph import with_terms
+from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part, pull_back
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import PeakMemory, storage_bytes
@@ -100,9 +101,8 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
             # of either end when the copies are gone.
             departure = leaves.replace_tensors([value.clone() for value in leaves.tensors()])
             before = _restart(memory)
-            loss = loop.bound_loss(departure, step)
-            arrival = loop.apply(loss, departure, variables, step)
-            terms = [loop.step_loss(arrival.params, variables, step)] if loop.has_step_loss else []
+            arrival, loss = loop.transition(departure, variables, step)
+            term = loop.term(arrival, variables, step)
             losses = [] if loss.value is None else [loss.value]
             del loss
             forward, graph = memory.peak - before, memory.current - before
@@ -116,12 +116,11 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
         between = sum(size for size, remain in zip(sizes, remains, strict=True) if remain != (None, None))
 
         before = _restart(memory)
-        direct, cotangents, _ = last_term(loop, variables, last)
+        direct, cotangents, _ = outer_part(loop, variables, last)
         last_peak = memory.peak - before
 
         before = _restart(memory)
-        seeds = [*cotangents, *(torch.ones_like(term) for term in terms)]
-        part, earlier = pull_back([*last.tensors(), *terms], seeds, leaves, variables)
+        part, earlier = pull_back(*with_terms(last, cotangents, term), leaves, variables)
         backward = memory.peak - before
         grads = accumulate(direct, part)
 
@@ -133,8 +132,8 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
         initial_vjp = memory.peak - before
 
     # The step is counted; its loss is that of no state of the run, and is not kept.
-    loop.count_value(None)
-    loop.cost.vjps += 1
+    loop.record.add_step(None)
+    loop.record.add_vjps(1, graph_steps=0)
     return StepMemory(
         initial=initial,
         initial_graph=initial_graph,

@@ -13,7 +13,8 @@ from hypertorch import tree
 from hypertorch.compilation import NotCompilableError, compiler_errors
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.cross_check import Reference, case_of, fault_of, forget, vjp_faults
-from hypertorch.hypergradients.step_by_step import Steps
+from hypertorch.hypergradients.reverse_mode.steps import Steps
+from hypertorch.hypergradients.reverse_mode.sweep import Segment
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -95,7 +96,8 @@ def _faults(reference: Reference, steps_of: StepsOf, *, compiled: bool) -> Itera
     steps.initial()
     steps.advance(departure, reference.step)
     for _ in range(2 if compiled else 1):  # the first vjp of compiled steps is not compiled
-        found = steps.pull_back(departure, list(products.cotangents), reference.step, products.outputs)
+        segment = Segment(reference.step, reference.step + 1, departure, products.outputs)
+        found = steps.vjp(segment).pull_back(list(products.cotangents))
     yield from vjp_faults(products, found.grads, found.cotangents, departure)
 
 
@@ -114,7 +116,7 @@ def _seconds(loop: InnerLoop, steps: Steps) -> float:
     for run in range(_REPEATS + 2):
         _synchronize(loop.device)
         start = time.perf_counter()
-        steps.pull_back(departure, cotangents, 0, arrival)
+        steps.vjp(Segment(0, 1, departure, arrival)).pull_back(cotangents)
         _synchronize(loop.device)
         if run >= 2:
             best = min(best, time.perf_counter() - start)

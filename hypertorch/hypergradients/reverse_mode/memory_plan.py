@@ -10,8 +10,8 @@ from typing import Literal
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.revolve import recomputed_steps, states_alive
-from hypertorch.hypergradients.step_memory import StepMemory, measure_step
+from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps, states_alive
+from hypertorch.hypergradients.reverse_mode.step_memory import StepMemory, measure_step
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.live_memory import format_bytes, parse_bytes
 from hypertorch.problem import BilevelProblem
@@ -180,15 +180,14 @@ def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
     before = num_steps - every  # steps that are run without a graph, to the last kept state
     peak = states + max(memory.graph_of(every) + memory.last_term, memory.segment(every)) + before * memory.loss
     if kept > 1:
-        # The piece before has a kept state less, but its end to compare with, and the last state. The first piece of
-        # the run may be shorter.
+        # The segment before has a kept state less, but its end to compare with, and the last state. The first segment
+        # of the run may be shorter.
         length = every if kept > 2 else before
-        losses = (before + num_steps - length) * memory.loss
-        peak = max(peak, states + memory.state + _piece(memory, length) + losses)
+        peak = max(peak, states + memory.state + _segment(memory, length) + num_steps * memory.loss)
     return MemoryPlan(
         method="checkpoints",
         checkpoint_every=every,
-        peak_bytes=max(peak, _result(memory, before + num_steps)),
+        peak_bytes=max(peak, _result(memory, num_steps)),
         recomputed_steps=before,
     )
 
@@ -198,14 +197,16 @@ def _revolve_peak(memory: StepMemory, num_steps: int, snapshots: int) -> int:
     before = num_steps - 1
     states = memory.initial + (states_alive(num_steps, snapshots) - 1) * memory.state
     at_end = memory.initial + min(snapshots, before) * memory.state + memory.graph + memory.last_term
-    going_back = states + _piece(memory, 1) + before * memory.loss
-    return max(at_end + before * memory.loss, going_back + before * memory.loss, _result(memory, before + num_steps))
+    going_back = states + _segment(memory, 1) + num_steps * memory.loss
+    return max(at_end + before * memory.loss, going_back, _result(memory, num_steps))
 
 
-def _piece(memory: StepMemory, num_steps: int) -> int:
-    """Returns the most bytes, beside states, while a piece of the run is differentiated and added to those behind."""
+def _segment(memory: StepMemory, num_steps: int) -> int:
+    """Returns the most bytes, beside states and losses, while a segment is differentiated and its part added."""
     held = memory.cotangents + memory.grads
-    return max(memory.grads + memory.segment(num_steps), held + 2 * memory.grads, held + memory.initial_vjp)
+    # The losses of steps that are run again take the place of those that were kept.
+    graph = memory.segment(num_steps) - num_steps * memory.loss
+    return max(memory.grads + graph, held + 2 * memory.grads, held + memory.initial_vjp)
 
 
 def _result(memory: StepMemory, num_losses: int) -> int:
@@ -213,6 +214,6 @@ def _result(memory: StepMemory, num_losses: int) -> int:
 
     Args:
         memory: what was measured.
-        num_losses: of the steps that were run for the first time, and of those that were run with a graph.
+        num_losses: one for every step.
     """
     return 2 * num_losses * memory.loss + memory.state + memory.grads

@@ -1,0 +1,1 @@
+"""Reverse mode: one sweep back over segments of the inner loop, and the ways to differentiate a segment."""

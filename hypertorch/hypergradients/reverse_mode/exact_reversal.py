@@ -1,0 +1,205 @@
+"""An inner run in integers, forward and undone step by step: its states are computed back, not kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.dynamics.reversible import ExactState, GradientFunction, ReversibleDynamics
+from hypertorch.errors import NonFiniteError, ReplayError
+from hypertorch.exact_arithmetic import LARGEST_NUMBER, encode
+from hypertorch.hypergradients.finiteness import first_non_finite
+from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps, try_dynamics
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
+from hypertorch.hypergradients.reverse_mode.segments import initialisation
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
+from hypertorch.types import TensorDict
+
+
+class ExactReversal:
+    """One inner run in integers: `segments` undoes its steps from the last to the first, `vjp` differentiates them.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, as leaves.
+        rule: the rule that the loop steps by.
+    """
+
+    def __init__(self, loop: InnerLoop, variables: TensorDict, rule: ReversibleDynamics) -> None:
+        self.loop = loop
+        self.variables = variables
+        self.rule = rule
+        self.information_bits = torch.zeros(())
+        self._graph: tuple[TensorDict, TensorDict] = {}, {}  # the last gradient, and where it was taken
+        self._losses: list[Tensor] = []  # in the order of the run, which ends where it began
+
+    def segments(self) -> Iterator[Segment]:
+        """Yields single steps, from the last to the first, and the initial state that they must lead to.
+
+        Raises:
+            NonFiniteError: if params, velocities or gradients leave the range of the integers.
+            ReplayError: if the run backwards does not end at the initial state.
+        """
+        loop = self.loop
+        exact = scan(self._advance, self._start(), range(loop.num_steps))
+        if exact.out_of_range():
+            raise self._explain_range()
+        self.information_bits = exact.information_bits(loop.has_tasks_axis)
+        loop.record.hold(2)
+        for step in reversed(range(loop.num_steps)):
+            arrival = _floats(exact)
+            self.rule.unstep(exact, self._gradient(step), self.variables, loop.first_index + step)
+            yield Segment(step, step + 1, _floats(exact), arrival)
+        first = initialisation(loop, self.variables, None)
+        self._check_arrival(exact, first.departure)
+        yield first
+
+    def vjp(self, segment: Segment) -> Differentiable:
+        """Returns the step that was undone last, differentiated through the gradient that undid it."""
+        loop, variables, step = self.loop, self.variables, segment.start
+        if segment.connected:
+            return graph_vjp(loop, variables, segment)
+        params, grads = self._graph
+        leaves = InnerState(params, tree.leaves_requiring_grad(segment.departure.dynamics))
+        with torch.enable_grad():
+            end = InnerState(*self.rule.update(grads, params, leaves.dynamics, variables, loop.first_index + step))
+            term = loop.term(end, variables, step)
+        loop.record.add_vjps(1, graph_steps=1)
+
+        def pull_back_step(cotangents: Cotangents) -> PulledBack:
+            part, before = pull_back(*with_terms(end, cotangents, term), leaves, variables)
+            return PulledBack(part, before, None if term is None else term.detach())
+
+        assert segment.arrival is not None
+        return Differentiable(segment.arrival, pull_back_step)
+
+    def _gradient(self, step: int) -> GradientFunction:
+        """Returns the gradient of a step's loss, whose graph is kept until the next one is computed.
+
+        Some kernels differ in the last bit with and without a graph, so forward and back must do the same.
+        """
+
+        def gradient(params: TensorDict) -> TensorDict:
+            leaves = tree.leaves_requiring_grad(params)
+            with torch.enable_grad():
+                loss = self.loop.loss_at(InnerState(leaves, {}), step)
+                grads = loss.gradient(leaves, self.variables)
+            self.loop.record.add_step(step, loss.value)
+            self._note_loss(step)
+            self._graph = leaves, grads
+            return tree.detach(grads)
+
+        return gradient
+
+    def _note_loss(self, step: int) -> None:
+        self._losses.append(self.loop.record.losses[step])
+
+    def _start(self, *, side_by_side: bool = True) -> ExactState:
+        loop = self.loop
+        # With its graph, as at the end of the way back: some kernels differ in the last bit with and without one.
+        initial = initialisation(loop, self.variables, None).departure.detached()
+        indices = range(loop.first_index, loop.first_index + loop.num_steps)
+        batch_dims = int(loop.has_tasks_axis) if side_by_side else None
+        return self.rule.start_exact(initial.params, initial.dynamics, self.variables, indices, batch_dims=batch_dims)
+
+    def _advance(self, exact: ExactState, step: int) -> ExactState:
+        """Takes a step, in place."""
+        self.rule.step_exact(exact, self._gradient(step), self.variables, self.loop.first_index + step)
+        return exact
+
+    def _check_arrival(self, exact: ExactState, initial: InnerState) -> None:
+        """Raises `ReplayError` unless the run backwards ended where the run forward began, with nothing left over."""
+        expected = [encode(value) for value in initial.tensors()]
+        missed = [
+            name
+            for name, value, first in zip(initial.names(), exact.integers(), expected, strict=True)
+            if not torch.equal(value, first)
+        ]
+        if not missed and all(buffer.is_empty() for buffer in exact.information.values()):
+            return
+        what = f"`{missed[0]}` came back with other bits" if missed else "information was left over"
+        raise ReplayError(
+            f"the inner run went backwards and did not end at its initial state: {what}. The derivative would belong "
+            f"to another run. {self._first_difference()} Let `InnerProblem.batch`, `loss` and `init_params` depend on "
+            "their arguments only (no iterator, no counter, no generator of your own), call "
+            "`torch.use_deterministic_algorithms(True)`, or use `Reverse()`, which runs every step once."
+        )
+
+    def _first_difference(self) -> str:
+        """Returns where the replayed losses, which ran last to first, left those of the forward run."""
+        num_steps = self.loop.num_steps
+        forward, backward = self._losses[:num_steps], self._losses[: num_steps - 1 : -1]
+        for step in reversed(range(num_steps)):
+            if not torch.equal(forward[step], backward[step]):
+                return f"Going back, inner step {step} is the first whose loss was not the same."
+        return (
+            "Every loss was the same, so a gradient (of a kernel that is not deterministic) or `init_params` was not."
+        )
+
+    def _explain_range(self) -> NonFiniteError:
+        """Returns the error that names where a number left the range, found by running forward once more."""
+        where, found = "", {}
+
+        def look(exact: ExactState, step: int) -> None:
+            nonlocal where, found
+            if not found:
+                where = f"at inner step {step - 1}" if step else "before the first inner step"
+                found = exact.out_of_range()
+
+        num_steps = self.loop.num_steps
+        look(scan(self._advance, self._start(side_by_side=False), range(num_steps), look), num_steps)
+        if not found:
+            return NonFiniteError(
+                f"params or velocities reached {LARGEST_NUMBER:g}, but not when the run was repeated: the inner loss "
+                "is not a function of its arguments. Let `InnerProblem.batch` and `loss` depend on them only."
+            )
+        name, value = next(iter(found.items()))
+        if not math.isfinite(value):
+            with torch.no_grad():
+                named = first_non_finite(self.loop, tree.detach(self.variables))
+            if named is not None:
+                return named
+        reached = f"reached {value:.3g}" if math.isfinite(value) else "holds NaN or infinity"
+        return NonFiniteError(
+            f"`{name}` (or its velocity, gradient or update) {reached} {where}: the integers that "
+            f"`Reversible` computes with hold numbers below {LARGEST_NUMBER:g}. Lower the inner step size, or the "
+            "scale of the loss; `Reverse(checkpoint_every='sqrt')` has no such range."
+        )
+
+
+class CompiledReversal(ExactReversal):
+    """The same run with compiled derivatives; a gradient is the same program forward and back, so it has the same bits.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, as leaves.
+        rule: the rule that the loop steps by.
+    """
+
+    def __init__(self, loop: InnerLoop, variables: TensorDict, rule: ReversibleDynamics) -> None:
+        super().__init__(loop, variables, rule)
+        try_dynamics(loop, variables)
+        self._steps = CompiledSteps(loop, variables, mixed=False)
+
+    def vjp(self, segment: Segment) -> Differentiable:
+        """Returns the step that was undone last, whose vjp is compiled."""
+        return self._steps.vjp(segment)
+
+    def _gradient(self, step: int) -> GradientFunction:
+        def gradient(params: TensorDict) -> TensorDict:
+            grads = self._steps.gradient(params, step)
+            self._note_loss(step)
+            return grads
+
+        return gradient
+
+
+def _floats(exact: ExactState) -> InnerState:
+    return InnerState(exact.float_params(), exact.float_buffers())

@@ -1,0 +1,72 @@
+"""A segment of the inner loop run with a graph of all its steps, and differentiated through it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.hypergradients.replay import check_replay
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_loss import GradientRoute
+from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
+from hypertorch.types import TensorDict
+
+
+class _Run(NamedTuple):
+    """An inner state, and the sum of the terms of the outer loss up to it; None for none."""
+
+    state: InnerState
+    terms: Tensor | None
+
+
+def graph_vjp(
+    loop: InnerLoop, variables: TensorDict, segment: Segment, route: GradientRoute = "differentiable"
+) -> Differentiable:
+    """Runs the steps of a segment with a graph, through which the cotangents of their end are pulled back.
+
+    Cost: the steps and as many vjps; memory of their graphs.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, as leaves.
+        segment: the segment.
+        route: how the gradient of the inner loss enters the derivative.
+
+    Raises:
+        ReplayError: if the steps do not end at the segment's arrival.
+    """
+    leaves = segment.departure if segment.connected else loop.leaves(segment.departure)
+    start, stop = segment.start, segment.stop
+
+    def advance(run: _Run, step: int) -> _Run:
+        done = loop.step(run.state, variables, step, route)
+        return _Run(done.state, tree.add_optional(run.terms, done.term))
+
+    with torch.enable_grad():
+        run = scan(advance, _Run(leaves, None), range(start, stop))
+    if segment.arrival is not None:
+        check_replay(run.state, segment.arrival, start, stop, inner_eps=loop.inner_eps)
+    if loop.has_buffers:
+        loop.record.track(name for name in loop.problem.inner.buffers if run.state.params[name].requires_grad)
+    loop.record.add_vjps(stop - start, graph_steps=stop - start)
+    # A departure with a graph is no leaf: its part arrives in the variables.
+    return Differentiable(run.state, partial(_pull_back, run, None if segment.connected else leaves, variables))
+
+
+def _pull_back(run: _Run, leaves: InnerState | None, variables: TensorDict, cotangents: Cotangents) -> PulledBack:
+    outputs, seeds = with_terms(run.state, cotangents, run.terms)
+    grads, before = pull_back(outputs, seeds, leaves or InnerState({}, {}), variables)
+    return PulledBack(grads, before, None if run.terms is None else run.terms.detach())
+
+
+def with_terms(end: InnerState, cotangents: Cotangents, terms: Tensor | None) -> tuple[list[Tensor], Cotangents]:
+    """Returns the outputs of a segment with their cotangents, the terms of the outer loss among them."""
+    if terms is None:
+        return end.tensors(), list(cotangents)
+    return [*end.tensors(), terms], [*cotangents, torch.ones_like(terms)]

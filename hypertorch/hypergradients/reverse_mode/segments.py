@@ -1,0 +1,179 @@
+"""Which segments a run is differentiated in, from the last to the first, and which states are kept for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.hypergradients.reverse_mode import revolve
+from hypertorch.hypergradients.reverse_mode.steps import Steps
+from hypertorch.hypergradients.reverse_mode.sweep import Segment
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
+from hypertorch.scan import scan
+from hypertorch.types import TensorDict
+
+
+def whole_run(loop: InnerLoop, variables: TensorDict) -> Iterator[Segment]:
+    """Yields the whole run as one segment, connected to the variables through the initial state."""
+    yield Segment(0, loop.num_steps, _connected_initial(loop, variables), connected=True)
+
+
+def initialisation(loop: InnerLoop, variables: TensorDict, first: InnerState | None) -> Segment:
+    """Returns the initial state as a segment without steps, connected to the variables.
+
+    Cost: one evaluation of the initial state.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, as leaves.
+        first: the initial state that the run started from, to compare with.
+    """
+    return Segment(0, 0, _connected_initial(loop, variables), first, connected=True)
+
+
+def kept_every(loop: InnerLoop, variables: TensorDict, steps: Steps, every: int) -> Iterator[Segment]:
+    """Yields segments of `every` steps, with the states between them kept from one forward run.
+
+    The first segment of the run may be shorter: the steps of the last one are not run before it is differentiated.
+
+    Cost: `num_steps - every` steps; memory of `num_steps / every` states.
+    """
+    stops = range(loop.num_steps, 0, -every)
+    starts = [max(stop - every, 0) for stop in stops]
+    kept = _kept(loop, steps, starts)
+    arrival = None
+    for start, stop in zip(starts, stops, strict=True):
+        departure = kept.pop()
+        yield Segment(start, stop, departure, arrival)
+        arrival = departure
+    yield initialisation(loop, variables, arrival)
+
+
+def single_steps(loop: InnerLoop, variables: TensorDict, steps: Steps, every: int = 1) -> Iterator[Segment]:
+    """Yields single steps. One state in `every` is kept; those in between are run again when they are reached.
+
+    Cost: `num_steps` steps, and `num_steps - every` once more if `every` is above 1; memory of
+    `num_steps / every + every` states.
+    """
+    stops = range(loop.num_steps, 0, -every)
+    starts = [max(stop - every, 0) for stop in stops]
+    kept = _kept(loop, steps, starts)
+    arrival = None
+    for start, stop in zip(starts, stops, strict=True):
+        states: list[InnerState] = []
+        reached = scan(steps.advance, kept.pop(), range(start, stop if arrival is None else stop - 1), _collect(states))
+        if arrival is None:
+            loop.record.hold(len(starts) + stop - start)
+            arrival = reached
+        else:
+            states.append(reached)
+        del reached
+        for step in reversed(range(start, stop)):
+            departure = states.pop()
+            yield Segment(step, step + 1, departure, arrival)
+            arrival = departure
+    yield initialisation(loop, variables, arrival)
+
+
+def revolving(loop: InnerLoop, variables: TensorDict, steps: Steps, snapshots: int) -> Iterator[Segment]:
+    """Yields single steps, with states that the binomial schedule keeps or runs again.
+
+    Cost: `recomputed_steps(num_steps, snapshots)` steps; memory of `snapshots` states.
+    """
+    kept: dict[int, InnerState] = {}
+    arrival = None
+    state = steps.initial()
+    for action in revolve.binomial_schedule(loop.num_steps, snapshots):
+        match action:
+            case revolve.Keep(step):
+                kept[step] = state
+                loop.record.hold(len(kept) + 1)
+            case revolve.Return(step):
+                state = kept[step]
+            case revolve.Advance(start, stop):
+                state = scan(steps.advance, state, range(start, stop))
+            case revolve.Differentiate(step, release):
+                if release:
+                    del kept[step]
+                yield Segment(step, step + 1, state, arrival)
+                arrival = state
+    yield initialisation(loop, variables, arrival)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What is kept of a run: its whole graph, a state every so many steps, or the states of the binomial schedule.
+
+    Args:
+        every: steps between kept states; "sqrt" for the number with the least memory.
+        snapshots: most states kept at once.
+    """
+
+    every: int | Literal["sqrt"] | None = None
+    snapshots: int | None = None
+
+    @property
+    def whole_graph(self) -> bool:
+        """Whether neither is given."""
+        return self.every is None and self.snapshots is None
+
+    def segments(self, loop: InnerLoop, variables: TensorDict, steps: Steps, *, with_graphs: bool) -> Iterator[Segment]:
+        """Returns the segments of a run; single steps of which every state is kept, unless a setting says less.
+
+        Args:
+            loop: the inner loop, of at least one step.
+            variables: hyperparameters and context, as leaves.
+            steps: its steps.
+            with_graphs: whether a segment is held with the graph of its steps; else as states alone.
+
+        Raises:
+            IncompatibleBackendError: if there are more steps between kept states than the horizon has.
+        """
+        if self.snapshots is not None:
+            return revolving(loop, variables, steps, self.snapshots)
+        by = kept_every if with_graphs else single_steps
+        return by(loop, variables, steps, self._interval(loop.num_steps, with_graphs=with_graphs))
+
+    def _interval(self, num_steps: int, *, with_graphs: bool) -> int:
+        """Returns the steps between kept states."""
+        if self.every is None:
+            return 1
+        if self.every == "sqrt":
+            # A graph holds the state after a step and its gradient at least.
+            states_per_step = 2 if with_graphs else 1
+            return max(1, round(math.sqrt(num_steps / states_per_step)))
+        if self.every > num_steps:
+            raise IncompatibleBackendError(
+                f"`Reverse(checkpoint_every={self.every})` got a problem with `num_steps` = {num_steps}: no state "
+                "would be kept between segments. Use at most that many steps, or `Reverse()` for the whole graph."
+            )
+        return self.every
+
+
+def _connected_initial(loop: InnerLoop, variables: TensorDict) -> InnerState:
+    with torch.enable_grad():
+        return loop.initial(variables)
+
+
+def _kept(loop: InnerLoop, steps: Steps, starts: list[int]) -> list[InnerState]:
+    """Returns the states before some steps, given from the last to the first, in the order of the run."""
+    wanted = frozenset(starts)
+    kept: list[InnerState] = []
+
+    def keep(state: InnerState, step: int) -> None:
+        if step in wanted:
+            kept.append(state)
+
+    kept.append(scan(steps.advance, steps.initial(), range(starts[0]), keep))
+    loop.record.hold(len(kept) + 1)
+    return kept
+
+
+def _collect(states: list[InnerState]) -> Callable[[InnerState, int], None]:
+    return lambda state, _: states.append(state)

@@ -1,0 +1,145 @@
+"""The reverse sweep: cotangents go back through the segments of a run, from the outer loss to the initial state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.derivatives import vjp
+from hypertorch.hypergradients.base import BackendResult
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_state import InnerState
+from hypertorch.types import TensorDict
+
+Grads: TypeAlias = dict[str, Tensor | None]
+"""A derivative in each variable, by name; None where there is no path to it."""
+
+Cotangents: TypeAlias = list[Tensor | None]
+"""The derivative of the outer loss in each tensor of an inner state, in the order of `InnerState.tensors()`."""
+
+
+class Segment(NamedTuple):
+    """Consecutive steps of a run that are differentiated together.
+
+    Attributes:
+        start: the first step.
+        stop: one past the last.
+        departure: the state before them.
+        arrival: the state after them, where an earlier run has reached it; else None.
+        connected: whether the departure has its graph into the variables, and is no constant to start from.
+    """
+
+    start: int
+    stop: int
+    departure: InnerState
+    arrival: InnerState | None = None
+    connected: bool = False
+
+
+class PulledBack(NamedTuple):
+    """What a segment adds to the hypergradient, and what it hands to the segment before it.
+
+    Attributes:
+        grads: the segment's part of the derivative in each variable.
+        cotangents: the derivative in the state at the start of the segment.
+        outer_loss: the sum of the terms of the outer loss in the segment, a scalar without a graph; None for none.
+    """
+
+    grads: Grads
+    cotangents: Cotangents
+    outer_loss: Tensor | None
+
+
+class Differentiable(NamedTuple):
+    """A segment that was run so that it can be differentiated.
+
+    Attributes:
+        end: the state after the segment.
+        pull_back: from the cotangents of the end to what the segment adds. It is called once, and frees its graph.
+    """
+
+    end: InnerState
+    pull_back: Callable[[Cotangents], PulledBack]
+
+
+SegmentVjp: TypeAlias = Callable[[Segment], Differentiable]
+"""How a segment is run and differentiated: with a graph of all its steps, in mixed mode, compiled, or undone."""
+
+
+def sweep(
+    loop: InnerLoop, variables: TensorDict, segments: Iterable[Segment], differentiate: SegmentVjp
+) -> BackendResult:
+    """Returns the derivative of the outer loss through the segments, direct term included.
+
+    With `a_T = dE/ds_T`, for the segments from the last to the first:
+
+        a_t += dE_t/ds_t,   grads += dE_t/dvariables + a_t dPhi_t/dvariables,   a_{t-1} = a_t dPhi_t/ds_{t-1}
+
+    and the initialisation's part `a_0 dPhi_0/dvariables` from a last segment that is connected to the variables.
+
+    Cost: one evaluation of the outer loss and its gradient, and what `differentiate` costs for each segment.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, as leaves.
+        segments: of the run, from the last to the first; at least one, of no steps perhaps.
+        differentiate: runs a segment and differentiates it.
+
+    References:
+        Franceschi, Donini, Frasconi and Pontil (2017), Forward and reverse gradient-based hyperparameter optimization,
+        algorithm 1.
+    """
+    last: InnerState | None = None
+    for segment in segments:
+        end, pull_back = differentiate(segment)
+        if last is None:
+            last = end.detached()
+            grads, cotangents, outer_loss = outer_part(loop, variables, last)
+        part, cotangents, term = pull_back(cotangents)
+        grads = accumulate(grads, part)
+        outer_loss = outer_loss if term is None else outer_loss + term
+        # Not to be held while the segment before is run.
+        del segment, end, pull_back, part
+    assert last is not None
+    return BackendResult(grads=grads, outer_loss=outer_loss, state=last)
+
+
+def outer_part(loop: InnerLoop, variables: TensorDict, last: InnerState) -> tuple[Grads, Cotangents, Tensor]:
+    """Returns the direct term `dE/dvariables`, the cotangents `a_T = dE/ds_T` of the last state, and `E`.
+
+    Cost: one evaluation of the outer loss and its gradient.
+    """
+    leaves = loop.leaves(last)
+    with torch.enable_grad():
+        outer_loss = loop.outer(leaves.params, variables)
+    grads, cotangents = pull_back([outer_loss], [torch.ones_like(outer_loss)], leaves, variables)
+    return grads, cotangents, outer_loss.detach()
+
+
+def pull_back(
+    outputs: list[Tensor], cotangents: Cotangents, leaves: InnerState, variables: TensorDict
+) -> tuple[Grads, Cotangents]:
+    """Returns the product of the cotangents with the Jacobian of `outputs`, in the variables and in a state.
+
+    Args:
+        outputs: tensors computed from `leaves` and `variables`.
+        cotangents: one per output; None where the output plays no role.
+        leaves: the state, as `InnerLoop.leaves` makes it.
+        variables: hyperparameters and context, as leaves.
+
+    Returns:
+        The part of each variable, by name, and the cotangents of the state's tensors, in order.
+    """
+    # Names of the two cannot clash: the state's are numbered.
+    numbered = {f"\0{position}": tensor for position, tensor in enumerate(leaves.tensors())}
+    joint = vjp(outputs, cotangents, {**variables, **numbered})
+    return {name: joint[name] for name in variables}, [joint[name] for name in numbered]
+
+
+def accumulate(total: Grads, part: Grads) -> Grads:
+    """Returns the sum of two derivatives in the same variables."""
+    return {name: tree.add_optional(value, part[name]) for name, value in total.items()}
