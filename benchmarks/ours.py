@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import hypertorch as ht
 from benchmarks.contestant import Contestant, NotCompiled, Outcome, Side
 from benchmarks.job import Job, MakeDynamics
-from hypertorch.problem import TaskRoute
 
 _NOT_COMPILED = "`compile=True`"
 Figures = Callable[[Job, ht.HypergradientResult], Mapping[str, float]]
@@ -23,14 +22,12 @@ class Ours(Contestant):
         backend: makes the backend; only called when run, so that a backend that this version has not is a row of its
             own and not the end of the benchmark.
         dynamics: makes the inner optimiser; None for the job's own gradient descent.
-        task_route: how tasks are run.
         compiles: whether the first run compiles.
         figures: what to read off the result, beside the hypergradient.
     """
 
     backend: Callable[[], ht.Hypergradient]
     dynamics: MakeDynamics | None = None
-    task_route: TaskRoute = "auto"
     compiles: bool = False
     figures: Figures | None = None
     side: Side = field(default="ours", init=False)
@@ -42,7 +39,7 @@ class Ours(Contestant):
 
     def prepares(self, job: Job) -> bool:
         """Returns whether the first run compiles, or measures which way to run tasks is the faster."""
-        return self.compiles or (job.num_tasks is not None and self.task_route == "auto")
+        return self.compiles or job.num_tasks is not None
 
     def run(self, job: Job) -> Outcome:
         """Returns the hypergradient.
@@ -51,8 +48,6 @@ class Ours(Contestant):
             NotCompiled: if what is to be compiled cannot be.
         """
         problem = job.problem(self.dynamics)
-        if job.num_tasks is not None and self.task_route != "auto":
-            problem = replace(problem, task_route=self.task_route)
         with warnings.catch_warnings():
             # What the library would run without compilation is no measurement of the compiled variant.
             warnings.filterwarnings("error", message=_NOT_COMPILED)

@@ -68,7 +68,11 @@ def main(config: DictConfig) -> None:
     rows: list[dict[str, object]] = []
     for num_steps in settings.num_steps:
         comparison = ht.compare_backends(
-            replace(problem, num_steps=num_steps), problem.init_hparams(), backends, repeats=settings.repeats
+            replace(problem, num_steps=num_steps),
+            problem.init_hparams(),
+            backends,
+            repeats=settings.repeats,
+            execution=settings.execution.of(problem),
         )
         console.print(f"\n{num_steps} inner steps\n{comparison}", markup=False, highlight=False, soft_wrap=True)
         rows += [{"num_steps": num_steps, **row} for row in comparison.rows()]

@@ -92,7 +92,8 @@ def main(config: DictConfig) -> float:
     num_episodes = settings.evaluation.num_episodes if own.num_episodes is None else own.num_episodes
     source = experiment.evaluation(split, seed=own.seed)
     check_repetitions(source, num_episodes, "num_episodes")
-    report = ht.evaluate(source, hparams, num_episodes=num_episodes, progress=True)
+    execution = settings.execution.of(source)
+    report = ht.evaluate(source, hparams, num_episodes=num_episodes, progress=True, execution=execution)
     check_figures({split: report}, f"the best outer variables of {str(run.path)!r}")
     if experiment.metric not in report.metrics:
         raise ExpectedFailure(

@@ -61,8 +61,16 @@ def main(config: DictConfig) -> None:
     problem = training_problem(config, settings, settings.horizon)
     hparams = problem.init_hparams()
     folder = open_folder(config, HydraConfig.get().overrides.task)
-    bias = ht.horizon_bias(problem, hparams, windows=settings.windows, num_steps=settings.num_steps, implicit=implicit)
-    spectrum = ht.spectral_radius(problem, hparams)
+    execution = settings.execution.of(problem)
+    bias = ht.horizon_bias(
+        problem,
+        hparams,
+        windows=settings.windows,
+        num_steps=settings.num_steps,
+        implicit=implicit,
+        execution=execution,
+    )
+    spectrum = ht.spectral_radius(problem, hparams, execution=execution)
     console = Console()
     console.print(f"{bias}\n{spectrum}", markup=False, highlight=False, soft_wrap=True)
     rows = bias.rows()

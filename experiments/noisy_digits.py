@@ -122,8 +122,7 @@ class NoisyDigits(Experiment):
         draw_trust(self._scans, hparams["trust"].sigmoid().detach(), folder / "trust.png")
 
     def _problem(self, split: str, training: tuple[Tensor, Tensor, Tensor] | None = None) -> ht.BilevelProblem:
-        problem = self._scans.problem(split=split, training=training, **self._training)
-        return self.settings.execution.of(problem)
+        return self._scans.problem(split=split, training=training, **self._training)
 
 
 def noisy_digits(

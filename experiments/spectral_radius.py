@@ -69,7 +69,12 @@ def main(config: DictConfig) -> None:
     folder = open_folder(config, HydraConfig.get().overrides.task)
     spectra = [
         ht.spectral_radius(
-            problem, hparams, step=step, dimension=settings.dimension, max_restarts=settings.max_restarts
+            problem,
+            hparams,
+            step=step,
+            dimension=settings.dimension,
+            max_restarts=settings.max_restarts,
+            execution=settings.execution.of(problem),
         )
         for step in steps
     ]

@@ -121,7 +121,13 @@ def evaluate_baselines(experiment: Experiment, settings: TrainSettings, splits: 
 def _judged(source: ht.ProblemSource, hparams: TensorDict, settings: TrainSettings) -> ht.Report:
     num_episodes = settings.evaluation.num_episodes
     check_repetitions(source, num_episodes, "evaluation.num_episodes")
-    return ht.evaluate(source, hparams, num_episodes=num_episodes, progress=settings.outer_loop.progress)
+    return ht.evaluate(
+        source,
+        hparams,
+        num_episodes=num_episodes,
+        progress=settings.outer_loop.progress,
+        execution=settings.execution.of(source),
+    )
 
 
 def results(

@@ -18,6 +18,7 @@ from hypertorch.diagnostics import (
     spectral_radius,
 )
 from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
+from hypertorch.execution import Execution
 from hypertorch.functional import FunctionalModule
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
 from hypertorch.linear_solvers import LinearSolver
@@ -57,6 +58,7 @@ __all__ = [
     "DirectionalCheck",
     "Dynamics",
     "Estimate",
+    "Execution",
     "FunctionalModule",
     "GeometricFit",
     "GradientDynamics",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch.checks import check_hparams
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.inner_loop import CONTEXT, InnerLoop, inner_loop
 from hypertorch.missing_derivatives import second_order
 from hypertorch.noise import preserved_generators, seed_generators
@@ -25,14 +26,25 @@ class BoundProblem:
         hparams: the outer variables; only names, shapes and the device are kept.
         outer_step: chooses the outer data and the noise.
         carry: state of all tasks to start from (warm start); empty to start afresh.
+        execution: how the problem is run. Its `tasks` play no role here: the caller chooses the slices.
 
     Raises:
-        TypeError: if `hparams` is no dictionary of floating-point tensors.
-        ValueError: if the outer data lacks the tasks axis, or a carry meets a problem that starts afresh.
+        TypeError: if `hparams` is no dictionary of floating-point tensors, or `execution` is none.
+        ValueError: if the outer data lacks the tasks axis, a carry meets a problem that starts afresh, or `inner_dtype`
+            one without an inner step.
     """
 
-    def __init__(self, problem: BilevelProblem, hparams: TensorDict, outer_step: int, carry: TensorDict | None) -> None:
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        hparams: TensorDict,
+        outer_step: int,
+        carry: TensorDict | None,
+        execution: Execution = DEFAULT,
+    ) -> None:
+        _check_execution(execution, problem)
         self.problem = problem
+        self.execution = execution
         self.device = check_hparams(hparams)
         self._outer_step = outer_step
         self._carry = carry or {}
@@ -46,7 +58,7 @@ class BoundProblem:
             check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
 
     @contextmanager
-    def execution(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
         with second_order(), preserved_generators(self.device):
             yield
@@ -91,6 +103,20 @@ class BoundProblem:
             noise_key=(self.problem.seed, self._outer_step, first_task),
             device=self.device,
             carry=carry,
+            inner_dtype=self.execution.inner_dtype,
+        )
+
+
+def _check_execution(execution: Execution, problem: BilevelProblem) -> None:
+    if not isinstance(execution, Execution):
+        raise TypeError(
+            f"`execution` is {execution!r}, not an `Execution`: it says how tasks are run, and in what precision. Pass "
+            "one, for example `ht.Execution(tasks='loop')`."
+        )
+    if execution.inner_dtype is not None and problem.num_steps == 0:
+        raise ValueError(
+            f"`inner_dtype` of the execution is {execution.inner_dtype}, but the problem takes no inner step: there is "
+            "no inner loss to compute in it, and nothing would change. Leave `inner_dtype` out."
         )
 
 

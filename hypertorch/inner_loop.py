@@ -80,6 +80,7 @@ class InnerLoop:
         draw: the data of a step by its index.
         functions: the functions of the problem.
         record: what was run so far.
+        inner_dtype: of the inner loss's products; None for that of the params.
     """
 
     problem: BilevelProblem
@@ -93,6 +94,7 @@ class InnerLoop:
     draw: Callable[[int], Batch]
     functions: LoopFunctions
     record: Record
+    inner_dtype: torch.dtype | None
 
     @property
     def num_steps(self) -> int:
@@ -142,8 +144,7 @@ class InnerLoop:
     @property
     def inner_eps(self) -> float:
         """Machine epsilon of the inner loss's products where they are coarser than the params; else 0."""
-        dtype = self.problem.inner_dtype
-        return 0.0 if dtype is None else torch.finfo(dtype).eps
+        return 0.0 if self.inner_dtype is None else torch.finfo(self.inner_dtype).eps
 
     def uncounted(self) -> InnerLoop:
         """Returns the same loop with a record of its own, for steps that are no part of the run."""
@@ -350,6 +351,7 @@ def inner_loop(
     noise_key: tuple[int, ...] | None,
     device: torch.device,
     carry: TensorDict,
+    inner_dtype: torch.dtype | None = None,
     draw: Callable[[int], Batch] | None = None,
 ) -> InnerLoop:
     """Returns the inner loop of some tasks of a problem.
@@ -362,12 +364,13 @@ def inner_loop(
         noise_key: of the run; None for a loop whose noise somebody else seeds.
         device: of the noise.
         carry: state to start from (warm start); empty to start from `init_params`.
+        inner_dtype: of the inner loss's products; None for that of the params.
         draw: the data of a step by its index, drawn and of these tasks already; None to ask the problem.
     """
     num_tasks = None if tasks is None else tasks.num_tasks
     inner = partial(_inner_loss, problem.inner)
-    if problem.inner_dtype is not None:
-        inner = partial(in_precision, inner, problem.inner_dtype)
+    if inner_dtype is not None:
+        inner = partial(in_precision, inner, inner_dtype)
     functions = LoopFunctions(
         initial=lift(partial(_initial_params, problem.inner), num_tasks, per_task),
         inner=lift(inner, num_tasks, per_task),
@@ -389,6 +392,7 @@ def inner_loop(
         draw=draw,
         functions=functions,
         record=Record(),
+        inner_dtype=inner_dtype,
     )
 
 

@@ -30,8 +30,8 @@ def in_precision(
     others = sorted({str(value.dtype) for value in params.values() if value.is_floating_point()} - {"torch.float32"})
     if others:
         raise ValueError(
-            f"`inner_dtype` is {dtype}, and the inner params have the dtype {others[0]}: only float32 is cast. Make "
-            "the params and hyperparameters float32, or leave `inner_dtype` out."
+            f"`inner_dtype` of the execution is {dtype}, and the inner params have the dtype {others[0]}: only float32 "
+            "is cast. Make the params and hyperparameters float32, or leave `inner_dtype` out."
         )
     # Casts that were kept for later would be without the graph of the evaluation that meets them.
     with torch.autocast(some.device.type, dtype=dtype, cache_enabled=False):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal, TypeAlias
+from dataclasses import KW_ONLY, dataclass
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from hypertorch.checks import is_count
@@ -18,9 +17,6 @@ from hypertorch.types import Batch, TensorDict
 
 Context: TypeAlias = Callable[[TensorDict, Batch], TensorDict]
 """`(hparams, outer batch) -> tensors` that are computed once, before the inner loop."""
-
-TaskRoute: TypeAlias = Literal["auto", "vmap", "loop"]
-"""How the tasks of a batch are run: vectorised, one after the other, or whichever was measured to be faster."""
 
 
 class InnerProblem(ABC):
@@ -119,17 +115,9 @@ class BilevelProblem(ProblemSource):
         shared_context: names of context entries without a tasks axis.
         allow_unused: names of hparams that may have no path to the outer loss, or none that the backend follows; they
             get zeros.
-        task_route: how tasks are run: "vmap", "loop", or "auto" for the loop unless "vmap", which holds the memory of
-            all tasks, is faster by a fifth when both are measured. Noise that the model draws itself (dropout) differs
-            between the two; name one where bits must not depend on a measurement.
-        task_chunk: tasks run at once under "vmap" (memory is proportional to it); None for all.
         warm_start: start each outer step from the inner state that the last one ended with, instead of
             `init_params`; schedules over the horizon are refused.
         seed: of the noise that the model draws in its losses (dropout) or in `init_params`.
-        inner_dtype: `torch.bfloat16` computes the matrix products and convolutions of the inner loss in it
-            (`torch.autocast`), which halves most of what a graph holds and is faster where the hardware has it. Params,
-            buffers of the optimiser, cotangents and the hypergradient stay in float32, and are summed up in it; the
-            outer loss too. None computes all in the dtype of the params.
 
     Raises:
         ValueError: if a number is out of range or options contradict each other.
@@ -145,11 +133,8 @@ class BilevelProblem(ProblemSource):
     context: Context | None = None
     shared_context: tuple[str, ...] = ()
     allow_unused: tuple[str, ...] = ()
-    task_route: TaskRoute = "auto"
-    task_chunk: int | None = None
     warm_start: bool = False
     seed: int = 0
-    inner_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         _check_kind("inner", self.inner, InnerProblem)
@@ -164,20 +149,6 @@ class BilevelProblem(ProblemSource):
             raise ValueError(
                 f"`num_tasks` is {self.num_tasks!r}: a batch holds at least one task. Pass None for a single problem "
                 "whose tensors have no tasks axis."
-            )
-        if self.task_route not in ("auto", "vmap", "loop"):
-            raise ValueError(
-                f"`task_route` is {self.task_route!r}, which names no way to run tasks. Use 'auto', 'vmap' or 'loop'."
-            )
-        if self.task_chunk is not None and not is_count(self.task_chunk):
-            raise ValueError(
-                f"`task_chunk` is {self.task_chunk!r}: a chunk holds at least one task. Pass None for all tasks at "
-                "once."
-            )
-        if self.inner_dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"`inner_dtype` is {self.inner_dtype!r}: gradients of float16 vanish without a scale of the loss, and "
-                "anything wider is the dtype of the params. Use `torch.bfloat16`, or None."
             )
         for name, setting in self.dynamics.settings().items():
             self._check_schedule(name, setting)
@@ -211,10 +182,6 @@ class BilevelProblem(ProblemSource):
     def constraints(self) -> Mapping[str, Constraint]:
         """Returns the natural constraints of learnt settings of the dynamics, by name or pattern."""
         return self.dynamics.constraints()
-
-    def with_task_route(self, route: TaskRoute) -> BilevelProblem:
-        """Returns the same problem with its tasks run by this route."""
-        return replace(self, task_route=route)
 
 
 def _check_kind(argument: str, value: object, kind: type) -> None:

@@ -64,7 +64,8 @@ def _wrap_hooks() -> None:
             raise NotVectorisableError(
                 "a module recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other hooks on "
                 "saved tensors), when the function that is vectorised by vmap is over",
-                "Run the tasks one by one, with `task_route='loop'`, or switch its checkpointing off.",
+                "Run the tasks one by one with `execution=ht.Execution(tasks='loop')`, or switch its checkpointing "
+                "off.",
             )
         return None
 

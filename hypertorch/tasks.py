@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from torch.func import vmap
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from hypertorch import tree
+from hypertorch.execution import Execution
 from hypertorch.missing_derivatives import NotVectorisableError
-from hypertorch.problem import BilevelProblem, TaskRoute
+from hypertorch.problem import BilevelProblem
 from hypertorch.types import Batch, TensorDict
 
 _logger = logging.getLogger(__name__)
@@ -58,24 +59,22 @@ class TaskSlice:
         return value[0] if self.squeeze else value
 
 
-def task_slices(problem: BilevelProblem, route: TaskRoute) -> Iterator[TaskSlice | None]:
-    """Yields the slices of a task batch in the order they are run; one None for a problem without tasks.
+def task_slices(num_tasks: int | None, execution: Execution) -> list[TaskSlice | None]:
+    """Returns the slices of a task batch in the order they are run; a single None for a problem without tasks.
 
     Args:
-        problem: the problem.
-        route: "vmap" (chunks of `task_chunk`) or "loop" (one task at a time, without a tasks axis).
+        num_tasks: of the problem.
+        execution: by "loop" one task at a time, without a tasks axis; else chunks of tasks.
     """
-    if problem.num_tasks is None:
-        yield None
-        return
-    if route == "loop":
-        for task in range(problem.num_tasks):
-            yield TaskSlice(start=task, stop=task + 1, squeeze=True)
-        return
-    size = problem.task_chunk or problem.num_tasks
-    for start in range(0, problem.num_tasks, size):
-        stop = min(start + size, problem.num_tasks)
-        yield TaskSlice(start=start, stop=stop, whole=stop - start == problem.num_tasks)
+    if num_tasks is None:
+        return [None]
+    if execution.tasks == "loop":
+        return [TaskSlice(start=task, stop=task + 1, squeeze=True) for task in range(num_tasks)]
+    size = min(execution.chunk or num_tasks, num_tasks)
+    return [
+        TaskSlice(start=start, stop=min(start + size, num_tasks), whole=size == num_tasks)
+        for start in range(0, num_tasks, size)
+    ]
 
 
 def check_tasks_axis(what: str, batch: Batch, num_tasks: int) -> None:
@@ -174,7 +173,7 @@ def not_vectorisable(what: str, error: Exception) -> NotVectorisableError:
     return NotVectorisableError(
         f"the inner problem cannot be vectorised (by vmap) over tasks. PyTorch says: {said} (in {what}, which works "
         "for a task alone)",
-        "Run the tasks one by one with `task_route='loop'`.",
+        "Run the tasks one by one with `execution=ht.Execution(tasks='loop')`.",
     )
 
 
@@ -206,36 +205,46 @@ _CLEARLY = 2.0
 # It must win by this at least: it holds the memory of all tasks at once.
 _WORTH_ITS_MEMORY = 1.2
 _REPEATS_OF_ALL = 2
-_measured_routes: dict[Hashable, TaskRoute] = {}
+_measured_routes: dict[Hashable, Literal["vmap", "loop"]] = {}
 
 
-def resolve_task_route(
-    problem: BilevelProblem, kind: Hashable, hparams: TensorDict, run: Callable[[list[TaskSlice | None]], object]
-) -> TaskRoute:
-    """Returns the route by which a problem's tasks are run: the one it names, or the faster by a measurement.
+def measured(
+    execution: Execution,
+    problem: BilevelProblem,
+    kind: Hashable,
+    hparams: TensorDict,
+    run: Callable[[list[TaskSlice | None]], object],
+) -> Execution:
+    """Returns the execution with "auto" replaced by the way to run tasks that a measurement found to be the faster.
 
-    "auto" runs a few tasks of the problem by either route, after a warm-up; where the vectorised route wins, but not
-    clearly, all tasks. The loop, which holds the memory of one task, is taken unless the other wins by a fifth, and
-    where an operation cannot be vectorised. The answer is kept for problems of the same kind and sizes, and logged.
+    A few tasks of the problem are run in either way, after a warm-up; where the vectorised one wins, but not clearly,
+    all tasks. The loop, which holds the memory of one task, is taken unless the other wins by a fifth, and where an
+    operation cannot be vectorised. The answer is kept for problems of the same kind and sizes, and logged.
 
     Args:
+        execution: what is asked for.
         problem: the problem.
         kind: what is run (a backend, or a plain unroll) and the kind of problem: routes are measured for each.
         hparams: the outer variables.
         run: runs the given slices.
     """
-    if problem.num_tasks is None or problem.task_route != "auto":
-        return "vmap" if problem.task_route == "auto" else problem.task_route
+    if execution.tasks != "auto":
+        return execution
+    if problem.num_tasks is None:
+        return replace(execution, tasks="vmap")
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
-    sizes = (problem.num_tasks, problem.task_chunk, problem.num_steps)
+    sizes = (problem.num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)
     if key not in _measured_routes:
-        _measured_routes[key] = _faster_route(problem, run)
-    return _measured_routes[key]
+        _measured_routes[key] = _faster_route(problem.num_tasks, execution.chunk, run)
+    return replace(execution, tasks=_measured_routes[key])
 
 
-def _faster_route(problem: BilevelProblem, run: Callable[[list[TaskSlice | None]], object]) -> TaskRoute:
-    together, one_by_one = (list(task_slices(problem, route)) for route in ("vmap", "loop"))
+def _faster_route(
+    num_tasks: int, chunk: int | None, run: Callable[[list[TaskSlice | None]], object]
+) -> Literal["vmap", "loop"]:
+    together = task_slices(num_tasks, Execution(tasks="vmap", chunk=chunk))
+    one_by_one = task_slices(num_tasks, Execution(tasks="loop"))
     first = together[0]
     assert first is not None
     few = min(first.stop, _MEASURED_TASKS)
@@ -250,7 +259,7 @@ def _faster_route(problem: BilevelProblem, run: Callable[[list[TaskSlice | None]
     count, (vectorised, looped) = few, _seconds(run, some, one_by_one[:few], _REPEATS)
     if _WORTH_ITS_MEMORY * vectorised <= looped < _CLEARLY * vectorised and few < len(one_by_one):
         count, (vectorised, looped) = len(one_by_one), _seconds(run, together, one_by_one, _REPEATS_OF_ALL)
-    route: TaskRoute = "vmap" if looped >= _WORTH_ITS_MEMORY * vectorised else "loop"
+    route = "vmap" if looped >= _WORTH_ITS_MEMORY * vectorised else "loop"
     _logger.info(
         "%d tasks took %.1f ms vectorised and %.1f ms one by one: tasks run by %r",
         count,

@@ -11,12 +11,13 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.checks import check_metrics
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem
 from hypertorch.scan import scan
-from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
+from hypertorch.tasks import TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 
 
@@ -50,6 +51,7 @@ def unroll(
     outer_step: int = 0,
     carry: TensorDict | None = None,
     metrics_after: Collection[int] = (),
+    execution: Execution = DEFAULT,
 ) -> UnrollResult:
     """Returns the result of running the inner loop, without a hypergradient and without keeping a graph.
 
@@ -63,6 +65,7 @@ def unroll(
         carry: state to start from, for a warm-started problem.
         metrics_after: numbers of steps after which the outer problem's figures are wanted too, from 0 (before the first
             step) to `num_steps`, ascending.
+        execution: how the problem is run.
 
     Raises:
         ValueError: if `metrics_after` is out of range or not ascending, or the problem's functions return what they
@@ -75,15 +78,15 @@ def unroll(
             f"`metrics_after` is {asked}: figures can be taken after 0 to {problem.num_steps} steps of this problem, "
             "in the order of the run. Pass ascending numbers from that range, each once."
         )
-    bound = BoundProblem(problem, hparams, outer_step, carry)
+    bound = BoundProblem(problem, hparams, outer_step, carry, execution)
     constants = tree.detach(hparams)
     kind = kind_of(problem)
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
-        with bound.execution(), torch.no_grad():
+        with bound.running(), torch.no_grad():
             return _join([_unroll_slice(bound, kind, constants, item, asked) for item in slices], slices)
 
-    return run(list(task_slices(problem, resolve_task_route(problem, ("unroll", kind), hparams, run))))
+    return run(task_slices(problem.num_tasks, measured(execution, problem, ("unroll", kind), hparams, run)))
 
 
 def _unroll_slice(
@@ -138,7 +141,12 @@ def _join(parts: list[UnrollResult], slices: list[TaskSlice | None]) -> UnrollRe
 
 
 def outer_metrics(
-    problem: BilevelProblem, params: TensorDict, hparams: TensorDict, *, outer_step: int = 0
+    problem: BilevelProblem,
+    params: TensorDict,
+    hparams: TensorDict,
+    *,
+    outer_step: int = 0,
+    execution: Execution = DEFAULT,
 ) -> dict[str, Tensor]:
     """Returns the outer problem's figures at given params, each a scalar: the mean over tasks.
 
@@ -149,14 +157,15 @@ def outer_metrics(
         params: params as a hypergradient or an unroll returned them, with a tasks axis if the problem has tasks.
         hparams: the outer variables that these params were trained with.
         outer_step: chooses the outer data.
+        execution: how the problem is run.
 
     Raises:
         ValueError: if a metric is not one figure per task.
     """
-    bound = BoundProblem(problem, hparams, outer_step, None)
-    slices = list(task_slices(problem, "loop" if problem.task_route == "loop" else "vmap"))
+    bound = BoundProblem(problem, hparams, outer_step, None, execution)
+    slices = task_slices(problem.num_tasks, execution)
     parts: list[TensorDict] = []
-    with bound.execution(), torch.no_grad():
+    with bound.running(), torch.no_grad():
         for item in slices:
             context = bound.context(hparams, item)
             own = params if item is None else item.take(params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +14,11 @@ import hypertorch as ht
 from hypertorch.fewshot import MAML, MLP, Regression, Sinusoid
 from hypertorch.hypergradients import Forward, Reverse
 from hypertorch.live_memory import PeakMemory
-from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem
+from tests.helpers.problems import net_problem
 from tests.helpers.sized_problems import conv_net, mlp, sized_problem
 
 BF16 = torch.bfloat16
+COARSE = ht.Execution(inner_dtype=BF16)
 
 
 class ProductDtypes(TorchDispatchMode):
@@ -37,8 +37,10 @@ class ProductDtypes(TorchDispatchMode):
 
 def in_both(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> tuple[ht.HypergradientResult, ...]:
     hparams = problem.init_hparams()
-    coarse = replace(problem, inner_dtype=BF16)
-    return tuple(ht.hypergradient(one, hparams, backend=backend) for one in (problem, coarse))
+    return tuple(
+        ht.hypergradient(problem, hparams, backend=backend, execution=execution)
+        for execution in (ht.Execution(), COARSE)
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,51 +61,42 @@ def test_close_to_float32_and_summed_up_in_it(backend: ht.Hypergradient) -> None
 
 
 def test_products_of_the_inner_loss_alone_are_coarse() -> None:
-    problem = replace(sized_problem(mlp(10, 8, 5), 20, 10, num_steps=3), inner_dtype=BF16)
+    problem = sized_problem(mlp(10, 8, 5), 20, 10, num_steps=3)
     with ProductDtypes() as products:
-        ht.unroll(problem, problem.init_hparams())
+        ht.unroll(problem, problem.init_hparams(), execution=COARSE)
     assert products.calls[BF16] >= 3 * 2  # two layers, three steps
-    with ProductDtypes() as outer_only:
-        ht.unroll(replace(problem, num_steps=0), problem.init_hparams())
-    assert set(outer_only.calls) <= {torch.float32}
+    assert products.calls[torch.float32] == 2  # those of the outer loss
 
 
 def test_a_graph_holds_little_more_than_half() -> None:
     problem = sized_problem(conv_net(), 200, 1, 12, 12, num_steps=4)
     hparams = problem.init_hparams()
     peaks = []
-    for one in (problem, replace(problem, inner_dtype=BF16)):
-        ht.hypergradient(one, hparams, backend=Reverse())
+    for execution in (ht.Execution(), COARSE):
+        ht.hypergradient(problem, hparams, backend=Reverse(), execution=execution)
         with PeakMemory() as memory:
-            ht.hypergradient(one, hparams, backend=Reverse())
+            ht.hypergradient(problem, hparams, backend=Reverse(), execution=execution)
         peaks.append(memory.peak)
     assert peaks[1] < 0.75 * peaks[0], peaks
 
 
 def test_params_of_float64_are_refused() -> None:
-    problem = replace(net_problem(ht.dynamics.SGD(lr=0.1), {}), inner_dtype=BF16)
+    problem = net_problem(ht.dynamics.SGD(lr=0.1), {})
     with pytest.raises(ValueError, match="the inner params have the dtype torch.float64"):
-        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse())
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(), execution=COARSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, "bfloat16"])
 def test_other_dtypes_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match="`inner_dtype` is "):
-        ht.BilevelProblem(
-            LambdaInner(lambda h: {"w": h["w"]}, lambda p, h, b: p["w"].sum()),
-            LambdaOuter({"w": torch.ones(2)}, lambda p, h, b: p["w"].sum()),
-            dynamics=ht.dynamics.SGD(lr=0.1),
-            num_steps=1,
-            inner_dtype=dtype,
-        )
+        ht.Execution(inner_dtype=dtype)
 
 
-def test_learners_pass_it_on() -> None:
+def test_learners_are_served() -> None:
     learner = MAML(MLP(), dynamics=ht.dynamics.SGD(lr=0.01), num_steps=2, objective=Regression())
-    source = learner.on(Sinusoid(num_tasks=3, seed=0), inner_dtype=BF16)
-    problem = source.at(0)
-    assert isinstance(problem, ht.BilevelProblem) and problem.inner_dtype is BF16
-    coarse = ht.hypergradient(problem, source.init_hparams(), backend=Reverse())
-    fine = ht.hypergradient(replace(problem, inner_dtype=None), source.init_hparams(), backend=Reverse())
+    source = learner.on(Sinusoid(num_tasks=3, seed=0))
+    coarse = ht.hypergradient(source.at(0), source.init_hparams(), backend=Reverse(), execution=COARSE)
+    fine = ht.hypergradient(source.at(0), source.init_hparams(), backend=Reverse())
+    assert any(not torch.equal(coarse.grads[name], value) for name, value in fine.grads.items())
     for name, value in fine.grads.items():
         torch.testing.assert_close(coarse.grads[name], value, rtol=0.1, atol=0.05 * float(value.abs().max()))

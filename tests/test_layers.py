@@ -27,6 +27,7 @@ LAYERS = (
         "grad_mode",
         "live_memory",
         "exact_arithmetic",
+        "execution",
     ),
     ("derivatives", "inner_loss", "compilation", "compiler_mends"),
     ("dynamics", "linear_solvers"),

@@ -22,8 +22,6 @@ SGD = ht.dynamics.SGD
         ({"num_steps": -1}, "`num_steps` is -1.*at least 0"),
         ({"num_steps": 1.5}, "`num_steps` is 1.5"),
         ({"num_tasks": 0}, "`num_tasks` is 0.*Pass None"),
-        ({"task_route": "pmap"}, "`task_route` is 'pmap'.*Use 'auto'"),
-        ({"task_chunk": 0}, "`task_chunk` is 0.*Pass None"),
         ({"warm_start": True, "dynamics": SGD(lr=[0.1, 0.1])}, "`lr` of the dynamics is a schedule.*`warm_start`"),
         ({"warm_start": True, "dynamics": SGD(lr=ht.Hyper("lr", per="step"))}, "has no horizon"),
     ],

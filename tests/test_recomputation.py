@@ -260,23 +260,22 @@ def test_layers_inside_what_is_recomputed(layers: str, backend: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 2, None])
 def test_tasks_go_one_by_one(chunk: int | None) -> None:
     found, expected = (
-        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse()).grads
-        for made in (
-            task_problem(net(route), item=(3,), task_route="loop", task_chunk=chunk)
-            for route in (ROUTES["module"], None)
-        )
+        ht.hypergradient(
+            made, made.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="loop", chunk=chunk)
+        ).grads
+        for made in (task_problem(net(route), item=(3,)) for route in (ROUTES["module"], None))
     )
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
 
 def test_tasks_at_once_are_refused_and_a_measured_route_avoids_them() -> None:
-    made = task_problem(net(ROUTES["module"]), item=(3,), task_route="vmap")
-    with pytest.raises(IncompatibleBackendError, match="recomputes a part of itself .*`task_route='loop'`"):
-        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+    made = task_problem(net(ROUTES["module"]), item=(3,))
+    with pytest.raises(IncompatibleBackendError, match="recomputes a part of itself .*tasks='loop'"):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="vmap"))
     plain, measured = (task_problem(net(route), item=(3,)) for route in (None, ROUTES["module"]))
     for each in (plain, measured):
-        ht.hypergradient(each, each.init_hparams(), backend=backends.Reverse())
+        ht.hypergradient(each, each.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="vmap"))
 
 
 def test_mixed_mode_knows_no_hooks_and_is_refused() -> None:

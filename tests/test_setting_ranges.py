@@ -50,7 +50,7 @@ def sampler(**settings: Any) -> fewshot.EpisodeSampler:
 WHOLE: dict[str, tuple[Make, int]] = {
     "BilevelProblem.num_steps": (lambda n: bilevel(num_steps=n), 0),
     "BilevelProblem.num_tasks": (lambda n: bilevel(num_tasks=n), 1),
-    "BilevelProblem.task_chunk": (lambda n: bilevel(task_chunk=n), 1),
+    "Execution.chunk": (lambda n: ht.Execution(chunk=n), 1),
     "Minibatches.batch_size": (lambda n: ht.Minibatches(range(5), n), 1),
     "OuterLoop.log_every": (lambda n: loop(log_every=n), 1),
     "OuterLoop.run": (lambda n: loop().run(n), 1),

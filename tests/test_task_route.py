@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
-from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
+from hypertorch.tasks import TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 from tests.helpers.problems import one_by_one, task_problem
 
@@ -42,11 +42,12 @@ def test_auto_measures_once_and_takes_the_faster_route(monkeypatch: pytest.Monke
         clock["now"] += 1.0 if len(slices) == 1 else 0.5
 
     hparams = problem.init_hparams()
-    assert resolve_task_route(problem, "a stub", hparams, run) == "loop"
-    measured = len(calls)
-    assert resolve_task_route(problem, "a stub", hparams, run) == "loop"
-    assert len(calls) == measured
-    assert resolve_task_route(problem.with_task_route("vmap"), "a stub", hparams, run) == "vmap"
+    assert measured(ht.Execution(), problem, "a stub", hparams, run).tasks == "loop"
+    count = len(calls)
+    assert measured(ht.Execution(), problem, "a stub", hparams, run).tasks == "loop"
+    assert len(calls) == count
+    named = ht.Execution(tasks="vmap", chunk=2)
+    assert measured(named, problem, "a stub", hparams, run) == named
 
 
 @pytest.fixture
@@ -92,9 +93,9 @@ def test_a_run_measures_once_takes_the_faster_route_and_says_which_and_why(
     given = measured_as(monkeypatch, vmap=vmap, loop=loop)
     taken: list[str] = []
 
-    def recorded(problem: ht.BilevelProblem, chosen: str) -> Iterator[TaskSlice | None]:
-        taken.append(chosen)
-        return task_slices(problem, chosen)  # type: ignore[arg-type]
+    def recorded(num_tasks: int | None, execution: ht.Execution) -> list[TaskSlice | None]:
+        taken.append(execution.tasks)
+        return task_slices(num_tasks, execution)
 
     monkeypatch.setattr("hypertorch.hypergradients.api.task_slices", recorded)
     trainer = ht.OuterLoop(Source(num_tasks=6), optimizer=torch.optim.SGD, backend=Reverse())
@@ -113,8 +114,9 @@ def test_a_named_route_is_not_measured(monkeypatch: pytest.MonkeyPatch, caplog: 
     given = measured_as(monkeypatch, vmap=1.0, loop=2.0)
     with caplog.at_level("INFO", logger="hypertorch.tasks"):
         for route in ("vmap", "loop"):
-            source = Source(num_tasks=3, task_route=route)
-            ht.OuterLoop(source, optimizer=torch.optim.SGD, backend=Reverse()).run(num_outer_steps=2)
+            execution = ht.Execution(tasks=route)
+            loop = ht.OuterLoop(Source(num_tasks=3), optimizer=torch.optim.SGD, backend=Reverse(), execution=execution)
+            loop.run(num_outer_steps=2)
     assert not given and not caplog.records
 
 
@@ -124,7 +126,7 @@ def test_the_best_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> No
     seconds = iter([9.0, 0.2, 9.0, 0.2, 0.1, 9.0, 9.0, 9.0, 9.0, 9.0])
     monkeypatch.setattr("hypertorch.tasks._time", lambda run: next(seconds))
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
-    assert resolve_task_route(problem, "a stub", problem.init_hparams(), lambda slices: None) == "vmap"
+    assert measured(ht.Execution(), problem, "a stub", problem.init_hparams(), lambda slices: None).tasks == "vmap"
     assert next(seconds, None) is None
 
 
@@ -147,8 +149,8 @@ def test_what_is_won_on_a_few_tasks_by_little_is_measured_on_all(
         ran.append([(item.start, item.stop) for item in slices if item is not None])
 
     monkeypatch.setattr("hypertorch.tasks._time", timed)
-    problem = task_problem(network(), item=(1, 4, 4), num_tasks=6, task_chunk=chunk)
-    assert resolve_task_route(problem, "a stub", problem.init_hparams(), run) == route
+    problem = task_problem(network(), item=(1, 4, 4), num_tasks=6)
+    assert measured(ht.Execution(chunk=chunk), problem, "a stub", problem.init_hparams(), run).tasks == route
     whole = [(0, first), *([(first, 6)] if first < 6 else [])]
     each = [(task, task + 1) for task in range(6)]
     assert ran == [[(0, 4)], each[:4]] * 6 + [whole, each] * 2
@@ -159,14 +161,14 @@ def test_routes_are_measured_for_each_backend_and_horizon(monkeypatch: pytest.Mo
     given = measured_as(monkeypatch, vmap=1.0, loop=2.0)
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
     hparams = problem.init_hparams()
-    for backend, changes, measured in (
+    for backend, changes, times in (
         (Reverse(), {}, 10),
         (Reverse(), {}, 10),
         (Reverse(checkpoint_every=1), {}, 20),
         (Reverse(), {"num_steps": 5}, 30),
     ):
         ht.hypergradient(dataclasses.replace(problem, **changes), hparams, backend=backend)  # type: ignore[arg-type]
-        assert len(given) == measured
+        assert len(given) == times
 
 
 @pytest.mark.usefixtures("fresh_routes")
@@ -179,10 +181,10 @@ def test_plain_runs_are_measured_for_each_kind_of_problem(monkeypatch: pytest.Mo
         module = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), activation).double()
         return task_problem(module, item=(1, 4, 4), num_tasks=3)
 
-    for activation, measured in ((nn.Tanh(), 10), (nn.Tanh(), 10), (nn.Softmax(dim=1), 20)):
+    for activation, times in ((nn.Tanh(), 10), (nn.Tanh(), 10), (nn.Softmax(dim=1), 20)):
         chosen = problem(activation)
         ht.unroll(chosen, chosen.init_hparams())
-        assert len(given) == measured
+        assert len(given) == times
 
 
 @pytest.mark.usefixtures("fresh_routes")
@@ -206,7 +208,9 @@ def test_auto_takes_the_loop_where_an_operation_cannot_be_vectorised() -> None:
     )(inner.net.module, *inner.data)  # type: ignore[attr-defined]
     rerouted = ht.BilevelProblem(data_dependent, outer, dynamics=problem.dynamics, num_steps=2, num_tasks=3)
     result = ht.hypergradient(rerouted, problem.init_hparams(), backend=Reverse())
-    expected = ht.hypergradient(rerouted.with_task_route("loop"), problem.init_hparams(), backend=Reverse())
+    expected = ht.hypergradient(
+        rerouted, problem.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="loop")
+    )
     assert all(torch.equal(result.grads[name], expected.grads[name]) for name in expected.grads)
 
 

@@ -60,10 +60,10 @@ def test_no_norm_layer_gives_a_wrong_hypergradient_in_batched_maml(norm: str) ->
     hparams = problem.init_hparams()
     expected = one_by_one(problem, hparams)
     for route in ("vmap", "loop"):
-        actual = ht.hypergradient(problem.with_task_route(route), hparams, backend=Reverse()).grads
+        actual = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks=route)).grads
         for name in hparams:
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-13)
-    check = ht.check_hypergradient(problem.with_task_route("vmap"), hparams, Reverse(), num_directions=1)
+    check = ht.check_hypergradient(problem, hparams, Reverse(), num_directions=1, execution=ht.Execution(tasks="vmap"))
     assert check.passed, str(check)
 
 
@@ -95,13 +95,13 @@ def test_the_trap_that_the_route_avoids_is_still_there() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("chunk", [None, 1, 2, 3])
 def test_chunks_equal_the_loop(chunk: int | None, dtype: torch.dtype) -> None:
-    problem = task_problem(net("ours, episode"), item=(1, 4, 4), num_tasks=5, task_route="vmap", task_chunk=chunk)
+    problem = task_problem(net("ours, episode"), item=(1, 4, 4), num_tasks=5)
     hparams = {name: value.to(dtype) for name, value in problem.init_hparams().items()}
     for part in (problem.inner, problem.outer):
         part.data = (part.data[0].to(dtype), part.data[1])  # type: ignore[attr-defined]
     tolerance = 1e-12 if dtype == F64 else 1e-6  # relative to the largest entry
-    loop = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
-    chunked = ht.hypergradient(problem, hparams, backend=Reverse())
+    loop = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
+    chunked = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap", chunk=chunk))
     for actual, expected in (
         ({"": chunked.outer_loss}, {"": loop.outer_loss}),
         (chunked.grads, loop.grads),
@@ -115,14 +115,14 @@ def test_chunks_equal_the_loop(chunk: int | None, dtype: torch.dtype) -> None:
 def test_unroll_gives_a_figure_per_task_on_every_route() -> None:
     problem = task_problem(net("ours, running"), item=(1, 4, 4), num_tasks=4)
     hparams = problem.init_hparams()
-    vectorised = ht.unroll(problem.with_task_route("vmap"), hparams)
-    looped = ht.unroll(problem.with_task_route("loop"), hparams)
+    vectorised = ht.unroll(problem, hparams, execution=ht.Execution(tasks="vmap"))
+    looped = ht.unroll(problem, hparams, execution=ht.Execution(tasks="loop"))
     assert vectorised.outer_loss.shape == (4,)
     assert vectorised.inner_losses.shape == (4, 3)
     torch.testing.assert_close(vectorised.outer_loss, looped.outer_loss)
     torch.testing.assert_close(vectorised.inner_losses, looped.inner_losses)
     torch.testing.assert_close(vectorised.metrics["accuracy"], looped.metrics["accuracy"])
-    result = ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse())
+    result = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap"))
     torch.testing.assert_close(result.outer_loss, vectorised.outer_loss.mean())
 
 
@@ -157,13 +157,15 @@ def test_context_with_tasks_and_shared_entries() -> None:
         shared_context=("shift",),
     )
     results = {
-        "vmap": ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse()),
-        "loop": ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse(checkpoint_every=1)),
+        "vmap": ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap")),
+        "loop": ht.hypergradient(
+            problem, hparams, backend=Reverse(checkpoint_every=1), execution=ht.Execution(tasks="loop")
+        ),
     }
     for name in hparams:
         torch.testing.assert_close(results["vmap"].grads[name], results["loop"].grads[name], rtol=1e-13, atol=0)
     for route in ("vmap", "loop"):
-        check = ht.check_hypergradient(problem.with_task_route(route), hparams, Reverse())
+        check = ht.check_hypergradient(problem, hparams, Reverse(), execution=ht.Execution(tasks=route))
         assert check.passed, str(check)
 
 
@@ -171,7 +173,7 @@ def test_a_missing_tasks_axis_is_explained() -> None:
     problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=3)
     problem.inner.data = tuple(part[:2] for part in problem.inner.data)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"`InnerProblem.batch` has a tensor of shape \(2, .*`num_tasks` = 3"):
-        ht.hypergradient(problem.with_task_route("vmap"), problem.init_hparams(), backend=Reverse())
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="vmap"))
 
 
 def test_dropout_noise_differs_between_tasks_and_is_repeatable() -> None:
@@ -180,24 +182,28 @@ def test_dropout_noise_differs_between_tasks_and_is_repeatable() -> None:
     same = tuple(part[:1].expand_as(part) for part in problem.inner.data)  # type: ignore[attr-defined]
     problem.inner.data = problem.outer.data = same  # type: ignore[attr-defined]
     for route in ("vmap", "loop"):
-        first = ht.unroll(problem.with_task_route(route), problem.init_hparams()).outer_loss
-        again = ht.unroll(problem.with_task_route(route), problem.init_hparams()).outer_loss
+        first = ht.unroll(problem, problem.init_hparams(), execution=ht.Execution(tasks=route)).outer_loss
+        again = ht.unroll(problem, problem.init_hparams(), execution=ht.Execution(tasks=route)).outer_loss
         assert torch.equal(first, again)
         assert len(set(first.tolist())) == 3
 
 
 def test_slices_cover_the_tasks_in_order() -> None:
-    problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=5, task_chunk=2)
-    bounds = [(item.start, item.stop) for item in task_slices(problem, "vmap") if item is not None]
-    assert bounds == [(0, 2), (2, 4), (4, 5)]
-    assert [item.squeeze for item in task_slices(problem, "loop") if item is not None] == [True] * 5
+    together = task_slices(5, ht.Execution(tasks="vmap", chunk=2))
+    assert [(item.start, item.stop) for item in together if item is not None] == [(0, 2), (2, 4), (4, 5)]
+    one_by_one = task_slices(5, ht.Execution(tasks="loop"))
+    assert [item.squeeze for item in one_by_one if item is not None] == [True] * 5
 
 
 def test_batches_may_hold_what_is_no_tensor() -> None:
     problem = task_problem(net("none"), item=(1, 4, 4), num_tasks=2)
-    expected = ht.hypergradient(problem.with_task_route("loop"), problem.init_hparams(), backend=Reverse()).grads
+    expected = ht.hypergradient(
+        problem, problem.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="loop")
+    ).grads
     problem.inner.data = (*problem.inner.data, "a word", 3)  # type: ignore[attr-defined]
-    actual = ht.hypergradient(problem.with_task_route("vmap"), problem.init_hparams(), backend=Reverse()).grads
+    actual = ht.hypergradient(
+        problem, problem.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="vmap")
+    ).grads
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-13)
 
@@ -216,9 +222,16 @@ def test_warm_starts_give_every_task_its_own_state() -> None:
     names = [name for name in hparams if name != "lr"]
     allowed = dataclasses.replace(problem, allow_unused=tuple(names))
     for route, chunk in (("vmap", None), ("vmap", 3), ("loop", None)):
-        routed = dataclasses.replace(allowed, task_route=route, task_chunk=chunk)
-        first = ht.hypergradient(routed, hparams, backend=Reverse())
-        results[route, chunk] = ht.hypergradient(routed, hparams, backend=Reverse(), carry=first.carry, outer_step=1)
+        routed = dataclasses.replace(allowed)
+        first = ht.hypergradient(routed, hparams, backend=Reverse(), execution=ht.Execution(tasks=route, chunk=chunk))
+        results[route, chunk] = ht.hypergradient(
+            routed,
+            hparams,
+            backend=Reverse(),
+            carry=first.carry,
+            outer_step=1,
+            execution=ht.Execution(tasks=route, chunk=chunk),
+        )
     expected = results["vmap", None]
     assert int(expected.carry["index"]) == 4
     for other in results.values():
@@ -252,12 +265,10 @@ class _Weight(ht.OuterProblem):
 
 
 def test_the_hypergradients_of_tasks_one_by_one_are_not_kept_side_by_side() -> None:
-    problem = ht.BilevelProblem(
-        _Near(), _Weight(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=1, num_tasks=8, task_route="loop"
-    )
+    problem = ht.BilevelProblem(_Near(), _Weight(), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=1, num_tasks=8)
     hparams = problem.init_hparams()
     with ht.live_memory.PeakMemory() as memory:
-        result = ht.hypergradient(problem, hparams, backend=Reverse())
+        result = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
     # dE/dlong_i = mean over tasks of 0.2 task / 10,000 = 0.7 / 10,000
     torch.testing.assert_close(result.grads["long"], torch.full((10_000,), 0.7e-4))
     of_one = 10_000 * 4

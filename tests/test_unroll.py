@@ -62,10 +62,9 @@ def test_figures_of_tasks_have_the_tasks_first(route: str) -> None:
         PerTask(),
         dynamics=SGD,
         num_steps=2,
-        num_tasks=3,
-        task_route=route,  # type: ignore[arg-type]
+        num_tasks=3,  # type: ignore[arg-type]
     )
-    result = ht.unroll(problem, problem.init_hparams(), metrics_after=range(3))
+    result = ht.unroll(problem, problem.init_hparams(), metrics_after=range(3), execution=ht.Execution(tasks=route))
     expected = torch.tensor([1.0, 2.0, 3.0], dtype=F64)[:, None] * torch.tensor([1.0, 0.5, 0.25], dtype=F64)
     torch.testing.assert_close(result.metrics_after["first"], expected)
 

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import cast, get_args
 
 import torch
+from omegaconf import DictConfig
 
 import hypertorch as ht
 from experiments.common.failures import ExpectedFailure
-from hypertorch.problem import TaskRoute
+from experiments.common.readers import inner_dtype, one_of, optional, whole_number
+from experiments.common.typed_settings import setting
+from hypertorch.execution import TaskRoute
+
+
+def _task_route(config: DictConfig, key: str) -> TaskRoute:
+    return cast("TaskRoute", one_of(config, key, get_args(TaskRoute)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Execution:
+class ExecutionSettings:
     """How problems are run; what they are and how they are differentiated is said elsewhere.
 
     Args:
-        task_route: how the tasks of a batch are run: "vmap", "loop" or "auto".
-        task_chunk: how many tasks at once; None for all.
+        tasks: how the tasks of a batch are run: "vmap", "loop" or "auto".
+        chunk: how many tasks at once; None for all.
         inner_dtype: the type of the inner loss's products; None for that of everything else.
     """
 
-    task_route: TaskRoute
-    task_chunk: int | None
-    inner_dtype: torch.dtype | None
+    tasks: TaskRoute = setting(_task_route)
+    chunk: int | None = setting(optional(partial(whole_number, minimum=1, purpose="it is the most tasks run at once")))
+    inner_dtype: torch.dtype | None = setting(inner_dtype)
 
-    def keywords(self) -> Mapping[str, Any]:
-        """Returns the arguments of what makes problems with tasks, such as `Learner.on`."""
-        return {"task_route": self.task_route, "task_chunk": self.task_chunk, "inner_dtype": self.inner_dtype}
-
-    def of(self, problem: ht.BilevelProblem) -> ht.BilevelProblem:
-        """Returns a problem that is run as the configuration says.
+    def of(self, source: ht.ProblemSource) -> ht.Execution:
+        """Returns how the problems of a source are run.
 
         Raises:
-            ExpectedFailure: if it has no tasks, and the configuration says how tasks are run.
+            ExpectedFailure: if they have no tasks, and the configuration says how tasks are run.
         """
-        if problem.num_tasks is None:
-            for name, value, default in (
-                ("task_route", self.task_route, "auto"),
-                ("task_chunk", self.task_chunk, None),
-            ):
+        if isinstance(source, ht.BilevelProblem) and source.num_tasks is None:
+            for name, value, default in (("tasks", self.tasks, "auto"), ("chunk", self.chunk, None)):
                 if value != default:
                     raise ExpectedFailure(
-                        f"`{name}` is {value!r}, but the problem of this experiment is one inner problem, not a batch "
-                        "of tasks: it would have no effect. Leave it out."
+                        f"`execution.{name}` is {value!r}, but the problem of this experiment is one inner problem, "
+                        "not a batch of tasks: it would have no effect. Leave it out."
                     )
-        return replace(problem, **self.keywords())
+        return ht.Execution(tasks=self.tasks, chunk=self.chunk, inner_dtype=self.inner_dtype)

@@ -292,7 +292,7 @@ def _refuse_changes(config: DictConfig, folder: RunFolder, overrides: Sequence[s
     before, now = (dict(_flat(OmegaConf.to_container(item, resolve=True))) for item in (old, config))
     # A switch that an earlier version did not have, left as it is by default: what that version did.
     named = {item.lstrip("+~").split("=")[0] for item in overrides}
-    new = {key for key in now if "." not in key and key not in old and key not in named}
+    new = {key for key in now if key.split(".")[0] not in old and key not in named}
     changed = [
         key
         for key in {**before, **now}

@@ -7,12 +7,10 @@ from functools import partial
 
 import torch
 
-from experiments.common.execution import Execution
+from experiments.common.execution import ExecutionSettings
 from experiments.common.readers import (
-    as_given,
     device,
     dtype,
-    inner_dtype,
     listed_names,
     optional,
     package_names,
@@ -21,7 +19,6 @@ from experiments.common.readers import (
     whole_number,
 )
 from experiments.common.typed_settings import setting
-from hypertorch.problem import TaskRoute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +30,7 @@ class ProblemSettings:
         device: where to compute.
         dtype: of the tensors.
         threads: threads of PyTorch on the CPU; None for its own choice.
-        inner_dtype: the type of the inner loss's products; None for `dtype`.
-        task_route: how the tasks of a batch are run.
-        task_chunk: how many tasks at once; None for all.
+        execution: how the problems are run.
     """
 
     seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the first weights and the data"))
@@ -44,15 +39,7 @@ class ProblemSettings:
     threads: int | None = setting(
         optional(partial(whole_number, minimum=1, purpose="PyTorch computes on so many threads"))
     )
-
-    inner_dtype: torch.dtype | None = setting(inner_dtype)
-    task_route: TaskRoute = setting(as_given)
-    task_chunk: int | None = setting(as_given)
-
-    @property
-    def execution(self) -> Execution:
-        """How the problems are run: the one place where these settings are put together."""
-        return Execution(task_route=self.task_route, task_chunk=self.task_chunk, inner_dtype=self.inner_dtype)
+    execution: ExecutionSettings
 
     def set_threads(self) -> None:
         """Sets the number of threads that PyTorch computes on, where there is one."""

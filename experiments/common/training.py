@@ -58,6 +58,7 @@ def build_outer_loop(
         source,
         optimizer=build_outer_optimizer(config),
         backend=build(config, "hypergradient"),
+        execution=settings.execution.of(source),
         scheduler=build_scheduler(config),
         validation=ht.Validation(
             source=validated_on,

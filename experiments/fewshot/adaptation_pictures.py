@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,10 @@ def draw_adaptation(
     hparams: dict[str, Tensor],
     splits: Mapping[str, EpisodeSource],
     *,
-    on: Callable[[EpisodeSource], ht.ProblemSource],
     metric: str,
     num_episodes: int,
     path: Path,
+    execution: ht.Execution,
 ) -> bool:
     """Draws the figure after each inner step, and the queries of an episode before and after adaptation.
 
@@ -41,10 +41,10 @@ def draw_adaptation(
         learner: the learner.
         hparams: trained outer variables.
         splits: episodes by the name of their split; the queries drawn are those of the last one's first episode.
-        on: the learner's problems on episodes, their tasks run as in training.
         metric: the figure.
         num_episodes: episodes of each curve.
         path: the picture.
+        execution: how problems are run, as in training.
     """
     *_, (split, source) = splits.items()
     episode = tasks_of(source.at(0))[0]
@@ -56,8 +56,8 @@ def draw_adaptation(
     figure = Figure(figsize=(4.2 * columns, 3.6), layout="constrained")
     panels = list(figure.subplots(1, columns, squeeze=False).flat)
     if num_steps:
-        sources = {name: on(episodes) for name, episodes in splits.items()}
-        _draw_curves(panels.pop(0), hparams, sources, metric, num_episodes, num_steps)
+        sources = {name: learner.on(episodes) for name, episodes in splits.items()}
+        _draw_curves(panels.pop(0), hparams, sources, metric, num_episodes, num_steps, execution)
     if has_classes:
         embedding = learner.embed(hparams, episode)
         for axes, values, when in zip(panels, embedding, ("before", "after"), strict=True):
@@ -68,7 +68,13 @@ def draw_adaptation(
 
 
 def figures_after_steps(
-    source: ht.ProblemSource, hparams: dict[str, Tensor], *, metric: str, steps: Sequence[int], num_episodes: int
+    source: ht.ProblemSource,
+    hparams: dict[str, Tensor],
+    *,
+    metric: str,
+    steps: Sequence[int],
+    num_episodes: int,
+    execution: ht.Execution,
 ) -> list[ht.Estimate]:
     """Returns the mean of a figure over episodes after each of some numbers of inner steps.
 
@@ -78,12 +84,13 @@ def figures_after_steps(
         metric: the figure.
         steps: numbers of inner steps, ascending.
         num_episodes: episodes at least; whole batches are run.
+        execution: how problems are run.
     """
     rows: list[Tensor] = []
     while sum(map(len, rows)) < num_episodes:
         outer_step = len(rows)
-        figures = ht.unroll(source.at(outer_step), hparams, outer_step=outer_step, metrics_after=steps).metrics_after
-        rows.append(figures[metric].double().reshape(-1, len(steps)))
+        run = ht.unroll(source.at(outer_step), hparams, outer_step=outer_step, metrics_after=steps, execution=execution)
+        rows.append(run.metrics_after[metric].double().reshape(-1, len(steps)))
     values = torch.cat(rows).cpu().numpy()
     return [
         ht.Estimate.from_sums(mean=float(column.mean()), variance=float(column.var(ddof=1)), count=len(column))
@@ -105,10 +112,13 @@ def _draw_curves(
     metric: str,
     num_episodes: int,
     num_steps: int,
+    execution: ht.Execution,
 ) -> None:
     steps = shown_steps(num_steps)
     for split, source in sources.items():
-        curve = figures_after_steps(source, hparams, metric=metric, steps=steps, num_episodes=num_episodes)
+        curve = figures_after_steps(
+            source, hparams, metric=metric, steps=steps, num_episodes=num_episodes, execution=execution
+        )
         means = [point.mean for point in curve]
         axes.errorbar(steps, means, [point.half_width for point in curve], marker=".", capsize=2, label=split)
     if num_steps >= _MOST_POINTS:

@@ -97,9 +97,9 @@ class FewShot(Experiment):
             self.learner,
             hparams,
             {split: self.streams.evaluation(split) for split in ("meta_train", "meta_val")},
-            on=lambda episodes: self._on(self.learner, episodes),
             metric=self.metric,
             num_episodes=self.own.pictures.num_episodes,
+            execution=self.settings.execution.of(self.validation()),
             path=folder / "adaptation.png",
         )
 
@@ -110,4 +110,4 @@ class FewShot(Experiment):
         return self.evaluated_splits(chosen)[-1]
 
     def _on(self, learner: Learner, episodes: EpisodeSource) -> ht.ProblemSource:
-        return learner.on(episodes, **self.settings.execution.keywords())
+        return learner.on(episodes)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hypertorch import tree
 from hypertorch.checks import is_count
-from hypertorch.hypergradients import Hypergradient, hypergradient, hypergradient_task_route
+from hypertorch.execution import DEFAULT, Execution
+from hypertorch.hypergradients import Hypergradient, hypergradient, measured_execution
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -79,6 +81,7 @@ def check_hypergradient(
     tolerance: float = 1e-6,
     outer_step: int = 0,
     seed: int = 0,
+    execution: Execution = DEFAULT,
 ) -> HypergradientCheck:
     """Returns a comparison of a backend's hypergradient with central differences along random directions.
 
@@ -100,6 +103,7 @@ def check_hypergradient(
         tolerance: largest relative error that passes, at least 0.
         outer_step: chooses the outer data and the noise, the same for every evaluation.
         seed: of the directions.
+        execution: how the problem is run, the same for every evaluation.
 
     Raises:
         TypeError: if a hyperparameter is not float64.
@@ -107,10 +111,13 @@ def check_hypergradient(
     """
     _check_dtype(hparams)
     _check_numbers(num_directions, step_size, tolerance)
-    # One route for all evaluations: the noise that a model draws differs between routes.
-    route = hypergradient_task_route(problem, hparams, backend=backend, outer_step=outer_step)
-    problem = problem.with_task_route(route)
-    result = hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
+    # The noise that a model draws differs between tasks by `vmap` and by the loop.
+    execution = measured_execution(problem, hparams, backend=backend, outer_step=outer_step, execution=execution)
+    result = hypergradient(problem, hparams, backend=backend, outer_step=outer_step, execution=execution)
+
+    def outer_loss(moved: TensorDict) -> float:
+        return float(unroll(problem, moved, outer_step=outer_step, execution=execution).outer_loss.mean())
+
     generator = torch.Generator().manual_seed(seed)
     scale = float(result.outer_loss.abs())
     checks: list[DirectionalCheck] = []
@@ -118,7 +125,7 @@ def check_hypergradient(
         for _ in range(num_directions):
             direction = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
             direction = direction / direction.norm()
-            expected = _central_difference(problem, hparams, name, direction, step_size, outer_step)
+            expected = _central_difference(outer_loss, hparams, name, direction, step_size)
             actual = float((result.grads[name] * direction).sum())
             # Relative to a derivative of zero any error is infinite. The loss gives the scale then, because differences
             # of it are no finer than its own rounding.
@@ -130,20 +137,18 @@ def check_hypergradient(
 
 
 def _central_difference(
-    problem: BilevelProblem,
+    outer_loss: Callable[[TensorDict], float],
     hparams: TensorDict,
     name: str,
     direction: torch.Tensor,
     step_size: float,
-    outer_step: int,
 ) -> float:
-    def outer_loss(distance: float) -> float:
-        moved = {**tree.detach(hparams), name: hparams[name].detach() + distance * direction}
-        return float(unroll(problem, moved, outer_step=outer_step).outer_loss.mean())
+    def at(distance: float) -> float:
+        return outer_loss({**tree.detach(hparams), name: hparams[name].detach() + distance * direction})
 
     # Fourth order: with the default step a plain central difference has an error of 1e-6, as large as the tolerance.
-    near = outer_loss(step_size) - outer_loss(-step_size)
-    far = outer_loss(2 * step_size) - outer_loss(-2 * step_size)
+    near = at(step_size) - at(-step_size)
+    far = at(2 * step_size) - at(-2 * step_size)
     return (8 * near - far) / (12 * step_size)
 
 

@@ -16,12 +16,13 @@ from hypertorch.cost import Cost
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.text_table import aligned, in_bytes, in_seconds
 from hypertorch.errors import HypertorchError
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import (
     Hypergradient,
     HypergradientResult,
     Reverse,
     hypergradient,
-    hypergradient_task_route,
+    measured_execution,
 )
 from hypertorch.live_memory import PeakMemory
 from hypertorch.problem import BilevelProblem
@@ -119,13 +120,15 @@ def compare_backends(
     exact: Hypergradient = Reverse(),  # noqa: B008 (frozen, without state)
     outer_step: int = 0,
     repeats: int = 3,
+    execution: Execution = DEFAULT,
 ) -> BackendComparison:
     """Returns error, time, memory and counted cost of several backends for one hypergradient.
 
     Each backend runs once for its hypergradient, which warms it up; once more while live tensor bytes are counted; and
     then `repeats` times while time is taken. The backends take turns, so that other work on the machine delays all of
-    them. All run the tasks by the same route, because the noise that a model draws differs between routes. A backend
-    that draws noise of its own is compared at the draw of this outer step: its bias shows in the mean over several.
+    them. All run the tasks in the same way, because the noise that a model draws differs between `vmap` and the loop. A
+    backend that draws noise of its own is compared at the draw of this outer step: its bias shows in the mean over
+    several.
 
     Memory is counted from before the backend starts: it holds neither `hparams` nor data of the problem.
     `hypertorch.live_memory` describes what else it leaves out.
@@ -139,17 +142,17 @@ def compare_backends(
         exact: gives the hypergradient that the others are judged by.
         outer_step: chooses the outer data and the noise, the same for all.
         repeats: timed runs of each backend.
+        execution: how the problem is run, the same for all.
 
     Raises:
         ValueError: if there is no backend, or `repeats` is below 1.
         HypertorchError: if the exact backend cannot serve the problem. What others raise is their row's refusal.
     """
     _check_arguments(backends, repeats)
-    route = hypergradient_task_route(problem, hparams, backend=exact, outer_step=outer_step)
-    problem = problem.with_task_route(route)
+    execution = measured_execution(problem, hparams, backend=exact, outer_step=outer_step, execution=execution)
 
     def run(backend: Hypergradient) -> HypergradientResult:
-        return hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
+        return hypergradient(problem, hparams, backend=backend, outer_step=outer_step, execution=execution)
 
     reference = run(exact).grads
     results: dict[str, HypergradientResult] = {}

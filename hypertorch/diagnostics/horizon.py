@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeAlias
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.geometric_fit import GeometricFit, fit_geometric
 from hypertorch.diagnostics.text_table import aligned
-from hypertorch.hypergradients import Hypergradient, Reverse, Truncated, hypergradient, hypergradient_task_route
+from hypertorch.execution import DEFAULT, Execution
+from hypertorch.hypergradients import Hypergradient, Reverse, Truncated, hypergradient, measured_execution
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
@@ -88,6 +89,7 @@ def horizon_bias(
     implicit: Hypergradient | None = None,
     exact: Hypergradient = Reverse(checkpoint_every="sqrt"),  # noqa: B008 (frozen, without state)
     outer_step: int = 0,
+    execution: Execution = DEFAULT,
 ) -> HorizonBias:
     """Returns the errors of truncated and of implicit hypergradients as windows and runs grow longer.
 
@@ -109,6 +111,7 @@ def horizon_bias(
         implicit: `Implicit(...)` with the linear solver to use; None to look at unrolled runs only.
         exact: gives the exact hypergradient.
         outer_step: chooses the outer data and the noise.
+        execution: how the problem is run, the same for all.
 
     Raises:
         ValueError: if there is nothing to do, or a length is below 1.
@@ -124,12 +127,12 @@ def horizon_bias(
             "`windows` and `num_steps` are both empty: there is nothing to compare. Pass windows to look back through, "
             "lengths of runs, or both."
         )
-    # One route for all: the noise that a model draws differs between routes.
-    route = hypergradient_task_route(problem, hparams, backend=exact, outer_step=outer_step)
-    problem = problem.with_task_route(route)
+    # The noise that a model draws differs between tasks by `vmap` and by the loop.
+    execution = measured_execution(problem, hparams, backend=exact, outer_step=outer_step, execution=execution)
 
     def grads(steps: int, backend: Hypergradient) -> TensorDict:
-        return hypergradient(replace(problem, num_steps=steps), hparams, backend=backend, outer_step=outer_step).grads
+        run = replace(problem, num_steps=steps)
+        return hypergradient(run, hparams, backend=backend, outer_step=outer_step, execution=execution).grads
 
     series: dict[Series, tuple[HorizonPoint, ...]] = {}
     if windows:

@@ -15,7 +15,8 @@ from hypertorch.bound_problem import BoundProblem
 from hypertorch.derivatives import vjp
 from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
-from hypertorch.hypergradients import Reverse, hypergradient_task_route
+from hypertorch.execution import DEFAULT, Execution
+from hypertorch.hypergradients import Reverse, measured_execution
 from hypertorch.hypergradients.finiteness import first_non_finite
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
@@ -104,6 +105,7 @@ def spectral_radius(
     tolerance: float = 1e-8,
     outer_step: int = 0,
     seed: int = 0,
+    execution: Execution = DEFAULT,
 ) -> SpectralRadius:
     """Returns the largest eigenvalue of the inner map `J = dPhi/ds`, and the growth of `J_t ... J_0` up to a step.
 
@@ -134,6 +136,7 @@ def spectral_radius(
         tolerance: relative residual at which no more restarts are made.
         outer_step: chooses the outer data and the noise.
         seed: of the first vector.
+        execution: how the problem is run.
 
     Raises:
         ValueError: if there is no such step, or a number is out of range.
@@ -145,9 +148,11 @@ def spectral_radius(
     """
     step = _checked_step(step, problem.num_steps)
     _check_numbers(dimension, max_restarts)
-    # The route whose cost is like this function's: vjps of single steps.
-    route = hypergradient_task_route(problem, hparams, backend=Reverse(checkpoint_every=1), outer_step=outer_step)
-    bound = BoundProblem(problem.with_task_route(route), hparams, outer_step, None)
+    # The backend whose cost is like this function's: vjps of single steps.
+    execution = measured_execution(
+        problem, hparams, backend=Reverse(checkpoint_every=1), outer_step=outer_step, execution=execution
+    )
+    bound = BoundProblem(problem, hparams, outer_step, None, execution)
     constants = tree.detach(hparams)
     kind = kind_of(problem)
 
@@ -168,8 +173,8 @@ def spectral_radius(
         spectrum = leading_spectrum(apply, start, dimension=dimension, max_restarts=max_restarts, tolerance=tolerance)
         return spectrum, trajectory.growths(spectrum.vectors)
 
-    with bound.execution():
-        parts = [of_slice(item) for item in task_slices(problem, route)]
+    with bound.running():
+        parts = [of_slice(item) for item in task_slices(problem.num_tasks, execution)]
     has_tasks = problem.num_tasks is not None
 
     def joined(values: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Ways to compute the hypergradient: one file per backend, and the front door `hypergradient`."""
 
-from hypertorch.hypergradients.api import hypergradient, hypergradient_task_route
+from hypertorch.hypergradients.api import hypergradient, measured_execution
 from hypertorch.hypergradients.base import BackendResult, Hypergradient, HypergradientResult
 from hypertorch.hypergradients.evo_grad import EvoGrad
 from hypertorch.hypergradients.evolution_strategies import EvolutionStrategies
@@ -30,6 +30,6 @@ __all__ = [
     "Reversible",
     "Truncated",
     "hypergradient",
-    "hypergradient_task_route",
+    "measured_execution",
     "plan_memory",
 ]

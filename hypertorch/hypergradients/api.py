@@ -12,6 +12,7 @@ from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.cost import Cost
 from hypertorch.derivatives import vjp
 from hypertorch.errors import NonFiniteError
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergradient, HypergradientResult
 from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
@@ -22,8 +23,8 @@ from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
 from hypertorch.hypergradients.side_effects import refuse_side_effects
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
-from hypertorch.problem import BilevelProblem, TaskRoute
-from hypertorch.tasks import TaskSlice, resolve_task_route, task_slices
+from hypertorch.problem import BilevelProblem
+from hypertorch.tasks import TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 
 
@@ -34,6 +35,7 @@ def hypergradient(
     backend: Hypergradient,
     outer_step: int = 0,
     carry: TensorDict | None = None,
+    execution: Execution = DEFAULT,
 ) -> HypergradientResult:
     """Returns the hypergradient `df/dhparams` of a bilevel problem as a value.
 
@@ -55,6 +57,7 @@ def hypergradient(
         backend: how the hypergradient is computed.
         outer_step: chooses the outer data and the noise.
         carry: `carry` of the previous outer step's result; None or empty to start afresh.
+        execution: how the problem is run.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -64,8 +67,8 @@ def hypergradient(
         NonFiniteError: if NaN or infinity appears; names the inner step and the entry.
         ReplayError: if a function of the problem returns something else when it is evaluated again.
     """
-    run = _Run(problem, hparams, backend, outer_step, carry)
-    slices = list(task_slices(problem, run.task_route()))
+    run = _Run(problem, hparams, backend, outer_step, carry, execution)
+    slices = task_slices(problem.num_tasks, run.measured())
     run.refuse_side_effects(slices[0])
     found, parts = run.over(slices)
     check_reachability(backend, found, problem.allow_unused, run.probe(slices))
@@ -84,14 +87,26 @@ def hypergradient(
     )
 
 
-def hypergradient_task_route(
-    problem: BilevelProblem, hparams: TensorDict, *, backend: Hypergradient, outer_step: int = 0
-) -> TaskRoute:
-    """Returns the route by which `hypergradient` runs the tasks of this problem, measured if the problem says "auto".
+def measured_execution(
+    problem: BilevelProblem,
+    hparams: TensorDict,
+    *,
+    backend: Hypergradient,
+    outer_step: int = 0,
+    execution: Execution = DEFAULT,
+) -> Execution:
+    """Returns the execution by which `hypergradient` runs a problem, with `tasks` measured if they are "auto".
 
-    The outer loop asks once and writes the answer into its checkpoints, so that a resumed run takes the same route.
+    The outer loop asks once and writes the answer into its checkpoints, so that a resumed run is executed alike.
+
+    Args:
+        problem: the problem.
+        hparams: the outer variables.
+        backend: how the hypergradient is computed.
+        outer_step: chooses the outer data and the noise.
+        execution: what is asked for.
     """
-    return _Run(problem, hparams, backend, outer_step, None).task_route()
+    return _Run(problem, hparams, backend, outer_step, None, execution).measured()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,9 +132,10 @@ class _Run:
         backend: Hypergradient,
         outer_step: int,
         carry: TensorDict | None,
+        execution: Execution,
     ) -> None:
         _check_arguments(problem, backend)
-        self._bound = BoundProblem(problem, hparams, outer_step, carry)
+        self._bound = BoundProblem(problem, hparams, outer_step, carry, execution)
         _check_allow_unused(problem, hparams)
         self._hparams = hparams
         self._backend = backend
@@ -127,9 +143,10 @@ class _Run:
         self._carry = carry
         self._kind = kind_of(problem)
 
-    def task_route(self) -> TaskRoute:
-        """Returns the route that the problem names, or the measured one."""
-        return resolve_task_route(self._bound.problem, (repr(self._backend), self._kind), self._hparams, self.over)
+    def measured(self) -> Execution:
+        """Returns the execution, its `tasks` measured if need be."""
+        bound = self._bound
+        return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, self.over)
 
     def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, list[_Part]]:
         """Returns the mean of the hypergradients over the tasks of these slices, and what else each slice gives.
@@ -138,7 +155,7 @@ class _Run:
         """
         mean: Grads = dict.fromkeys(self._hparams)
         parts: list[_Part] = []
-        with self._bound.execution():
+        with self._bound.running():
             for item in slices:
                 grads, part = self._slice(item, self._backend)
                 parts.append(part)
@@ -168,7 +185,7 @@ class _Run:
         task = None if item is None else replace(item, stop=item.start + 1, squeeze=True, whole=False)
 
         def bind() -> tuple[InnerLoop, TensorDict]:
-            bound = BoundProblem(problem, self._hparams, self._outer_step, self._carry)
+            bound = BoundProblem(problem, self._hparams, self._outer_step, self._carry, self._bound.execution)
             leaves = tree.leaves_requiring_grad(self._hparams)
             context = bound.context(leaves, item)
             if item is not None and not item.squeeze:
@@ -177,12 +194,12 @@ class _Run:
             return bound.loop(task, context), {**leaves, **tree.leaves_requiring_grad(context)}
 
         kind = (self._kind, problem.num_steps > 0, tuple(self._hparams))
-        with self._bound.execution():
+        with self._bound.running():
             refuse_side_effects(kind, bind, by_values=isinstance(self._backend, BlackBox))
 
     def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
         reached: set[str] = set()
-        with self._bound.execution():
+        with self._bound.running():
             for item in slices:
                 if reached == self._hparams.keys():
                     break
@@ -236,7 +253,7 @@ class _Run:
         self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict
     ) -> NonFiniteError:
         """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
-        with self._bound.execution(), torch.no_grad():
+        with self._bound.running(), torch.no_grad():
             constants = tree.detach(self._hparams)
             for item in slices:
                 context = self._bound.context(constants, item)

@@ -97,7 +97,7 @@ def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskS
     Cost: one forward run, and one for every hyperparameter (more where a small move changes nothing); no derivative is
     taken, so losses may have none.
     """
-    with bound.execution(), torch.no_grad():
+    with bound.running(), torch.no_grad():
         constants = tree.detach(hparams)
 
         def end(values: TensorDict) -> list[torch.Tensor]:

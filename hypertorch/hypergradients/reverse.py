@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, compiled_whole, run_compiled
@@ -138,8 +139,16 @@ class Reverse(Hypergradient):
                     "`checkpoint_every` or `snapshots`."
                 )
 
-    def explain(self, problem: BilevelProblem, hparams: TensorDict, *, outer_step: int = 0) -> str:
+    def explain(
+        self, problem: BilevelProblem, hparams: TensorDict, *, outer_step: int = 0, execution: Execution = DEFAULT
+    ) -> str:
         """Returns what `memory_budget` makes of a problem, and why, to be printed; as `plan_memory` tells it.
+
+        Args:
+            problem: the problem.
+            hparams: the outer variables.
+            outer_step: chooses the outer data and the noise.
+            execution: how the problem is run.
 
         Raises:
             ValueError: if there is no `memory_budget`, and so nothing that was chosen.
@@ -150,7 +159,7 @@ class Reverse(Hypergradient):
                 f"`{self!r}` has no `memory_budget`: it runs as its settings say, and chooses nothing that could be "
                 "explained. Pass one, such as `Reverse(memory_budget='512MiB')`."
             )
-        plan = plan_memory(problem, hparams, self.memory_budget, outer_step=outer_step).explain()
+        plan = plan_memory(problem, hparams, self.memory_budget, outer_step=outer_step, execution=execution).explain()
         return f"{plan}\ncompiled steps keep states in place of graphs, and hold less" if self.compile else plan
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:

@@ -77,7 +77,8 @@ def refuse_wrong_vectorisation(
         raise NotVectorisableError(
             f"{difference} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "
             "result or derivative of an operation where tasks are vectorised, without a word",
-            "Run the tasks one by one with `task_route='loop'`, or write the operation out of simpler ones.",
+            "Run the tasks one by one with `execution=ht.Execution(tasks='loop')`, or write the operation out of "
+            "simpler ones.",
         )
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from hypertorch.checks import check_metrics, is_count
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.outer.progress import progress_display
 from hypertorch.outer.report import Estimate, Report
 from hypertorch.outer.scalars import to_floats
-from hypertorch.problem import BilevelProblem, ProblemSource, TaskRoute
+from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
 
@@ -25,8 +26,8 @@ def evaluate(
     *,
     num_episodes: int = 600,
     first_step: int = 0,
-    task_route: TaskRoute | None = None,
     progress: bool = False,
+    execution: Execution = DEFAULT,
 ) -> Report:
     """Returns the means of the problem's metrics and of its outer loss over episodes, with 95 % intervals.
 
@@ -41,8 +42,8 @@ def evaluate(
         hparams: the outer variables.
         num_episodes: how many, at least 1.
         first_step: the first step asked of `source`.
-        task_route: how tasks are run, "vmap" or "loop"; None for what the problems say.
         progress: show a progress bar.
+        execution: how the problems are run.
 
     Raises:
         ValueError: if `num_episodes` is below 1 or `first_step` below 0, or a metric is not one figure per episode or
@@ -63,10 +64,9 @@ def evaluate(
     with progress_display(enabled=progress, title="episodes", total=num_episodes, metric=None) as display:
         for step in _steps_from(first_step):
             problem = source.at(step)
-            problem = problem if task_route is None else problem.with_task_route(task_route)
             # All tasks of the last problem run; only as many count as are still missing.
             taken = min(problem.num_tasks or 1, num_episodes - count)
-            for name, values in _figures_of(problem, hparams, step).items():
+            for name, values in _figures_of(problem, hparams, step, execution).items():
                 figures.setdefault(name, []).append(values[:taken])
             count += taken
             display.advance(count)
@@ -79,9 +79,9 @@ def _steps_from(first: int) -> range:
     return range(first, first + 2**62)
 
 
-def _figures_of(problem: BilevelProblem, hparams: TensorDict, step: int) -> dict[str, Tensor]:
+def _figures_of(problem: BilevelProblem, hparams: TensorDict, step: int, execution: Execution) -> dict[str, Tensor]:
     """Returns every figure of one inner run, each of shape `(tasks,)`."""
-    result = unroll(problem, hparams, outer_step=step)
+    result = unroll(problem, hparams, outer_step=step, execution=execution)
     if OUTER_LOSS in result.metrics:
         raise ValueError(
             f"`OuterProblem.metrics` returned `{OUTER_LOSS}`, the name that the outer loss itself is reported under: "

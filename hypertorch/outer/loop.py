@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from torch import Tensor
 
 from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError
-from hypertorch.hypergradients import Hypergradient, hypergradient_task_route
+from hypertorch.execution import DEFAULT, Execution
+from hypertorch.hypergradients import Hypergradient, measured_execution
 from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
@@ -28,7 +29,7 @@ from hypertorch.outer.step import STEPS_PER_SECOND, VALIDATION, propose, refuse_
 from hypertorch.outer.stopwatch import Stopwatch
 from hypertorch.outer.validation import Validation
 from hypertorch.outer.zero_hypergradients import ZeroWatch
-from hypertorch.problem import BilevelProblem, ProblemSource
+from hypertorch.problem import ProblemSource
 from hypertorch.types import TensorDict, TensorMapping
 
 _HALF_WIDTH = "_half_width"
@@ -104,6 +105,7 @@ class OuterLoop:
         log_every: outer steps between two records, at least 1.
         checkpoints: where and how often to write checkpoints; None for never.
         progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
+        execution: how the problems are run, those of the validation too.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -122,10 +124,12 @@ class OuterLoop:
     log_every: int = 10
     checkpoints: Checkpoints | None = None
     progress: bool = False
+    execution: Execution = DEFAULT
 
     def __post_init__(self) -> None:
         _check_kind("source", self.source, ProblemSource, "a `BilevelProblem` or `learner.on(episodes)`")
         _check_kind("backend", self.backend, Hypergradient, "for example `ht.hypergradients.Reverse()`")
+        _check_kind("execution", self.execution, Execution, "for example `ht.Execution(tasks='loop')`")
         if not callable(self.optimizer):
             raise TypeError(
                 f"`optimizer` is a {type(self.optimizer).__name__}, which is made already: the loop owns the outer "
@@ -326,10 +330,10 @@ class _Run:
         # Measured once and kept in the checkpoint: a resumed run that measured again could take the other route, whose
         # rounding and dropout noise differ.
         if state.task_route is None and problem.num_tasks is not None:
-            state.task_route = hypergradient_task_route(
-                problem, state.hparams, backend=loop.backend, outer_step=state.step
-            )
-        refuse_reserved_metrics(self._routed(problem), state)
+            state.task_route = measured_execution(
+                problem, state.hparams, backend=loop.backend, outer_step=state.step, execution=loop.execution
+            ).tasks
+        refuse_reserved_metrics(problem, state, execution=self._execution)
         if loop.validation is not None:
             # One episode shows a misspelt metric now, not at the first validation hours later.
             report = self._evaluate(loop.validation, num_episodes=1)
@@ -353,8 +357,15 @@ class _Run:
         loop, state = self._loop, self._state
         done = state.step + 1
         to_log = done % loop.log_every == 0 or done == self._num_outer_steps
-        problem = self._routed(loop.source.at(state.step))
-        proposal = propose(problem, state, backend=loop.backend, clip_norm=loop.clip_norm, with_figures=to_log)
+        problem = loop.source.at(state.step)
+        proposal = propose(
+            problem,
+            state,
+            backend=loop.backend,
+            execution=self._execution,
+            clip_norm=loop.clip_norm,
+            with_figures=to_log,
+        )
         allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
         self._zeros.look(state.step, proposal.grads, allowed)
         self._losses = [*self._losses[:1], proposal.outer_loss]
@@ -381,12 +392,11 @@ class _Run:
                 stacklevel=5,  # the caller of `run`
             )
 
-    def _routed(self, problem: BilevelProblem) -> BilevelProblem:
-        """Returns the problem with its tasks run by the route of this run."""
-        # A route that the problem names itself is the user's wish.
-        if self._state.task_route is None or problem.task_route != "auto":
-            return problem
-        return problem.with_task_route(self._state.task_route)
+    @property
+    def _execution(self) -> Execution:
+        """How problems are run: as the loop says, and what was measured as it was in the run's first part."""
+        asked, measured = self._loop.execution, self._state.task_route
+        return asked if measured is None or asked.tasks != "auto" else replace(asked, tasks=measured)
 
     def _validate(self, display: ProgressDisplay) -> None:
         validation, state = self._loop.validation, self._state
@@ -402,11 +412,9 @@ class _Run:
             self._log(_validation_figures(report), display)
 
     def _evaluate(self, validation: Validation, *, num_episodes: int) -> Report:
-        # Rounding depends on the route, and the choice of the best may depend on rounding: a resumed run must evaluate
-        # by the route of its checkpoint.
-        return evaluate(
-            validation.source, self._state.hparams, num_episodes=num_episodes, task_route=self._state.task_route
-        )
+        # Rounding depends on how tasks are run, and the choice of the best may depend on rounding: a resumed run must
+        # evaluate as the run of its checkpoint did.
+        return evaluate(validation.source, self._state.hparams, num_episodes=num_episodes, execution=self._execution)
 
     def _log(self, figures: Mapping[str, float], display: ProgressDisplay) -> None:
         for logger in self._loop.loggers:

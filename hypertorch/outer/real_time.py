@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 import torch
 
 from hypertorch.constraints import Constraint
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
 from hypertorch.noise import preserved_generators
 from hypertorch.outer.checkpoints import Checkpoints
@@ -59,6 +60,7 @@ class RealTime:
         log_every: updates between two records, at least 1.
         checkpoints: where and how often (unit: updates) to write checkpoints; None for never.
         progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
+        execution: how the problems are run, those of the validation too.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -81,6 +83,7 @@ class RealTime:
     log_every: int = 10
     checkpoints: Checkpoints | None = None
     progress: bool = False
+    execution: Execution = DEFAULT
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, BilevelProblem):
@@ -147,5 +150,5 @@ class RealTime:
             hparams, match_constraints(hparams, chosen=self.constraints or {}, natural=problem.constraints())
         )
         # Reverse mode: forward mode answers zeros, not None, where there is no path.
-        hypergradient(problem, hparams, backend=Reverse(checkpoint_every="sqrt"))
+        hypergradient(problem, hparams, backend=Reverse(checkpoint_every="sqrt"), execution=self.execution)
         return tuple(hparams)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hypertorch.constraints import Constraint
 from hypertorch.errors import NonFiniteError
+from hypertorch.execution import Execution
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
 from hypertorch.outer.clipping import clip_to_norm, total_norm
 from hypertorch.outer.constraining import project_in_place
@@ -51,6 +52,7 @@ def propose(
     state: OuterState,
     *,
     backend: Hypergradient,
+    execution: Execution,
     clip_norm: float | None,
     with_figures: bool,
 ) -> Proposal:
@@ -60,6 +62,7 @@ def propose(
         problem: the problem of this outer step.
         state: where the run stands.
         backend: how the hypergradient is computed.
+        execution: how the problem is run.
         clip_norm: greatest norm of the hypergradient; None for no clipping.
         with_figures: also compute what is logged.
 
@@ -68,7 +71,12 @@ def propose(
     """
     try:
         result = hypergradient(
-            problem, state.hparams, backend=backend, outer_step=state.step, carry=state.carry or None
+            problem,
+            state.hparams,
+            backend=backend,
+            outer_step=state.step,
+            carry=state.carry or None,
+            execution=execution,
         )
     except NonFiniteError as error:
         raise NonFiniteError(f"outer step {state.step}: {error}") from error
@@ -76,7 +84,7 @@ def propose(
     norm = total_norm(result.grads) if with_figures or clip_norm is not None else None
     figures: dict[str, float | Tensor] = {}
     if with_figures and norm is not None:
-        figures = _figures(problem, state, result, norm)
+        figures = _figures(problem, state, result, norm, execution)
     grads = result.grads if clip_norm is None or norm is None else clip_to_norm(result.grads, norm, clip_norm)
     # A carry may share memory with the outer variables (an initialisation), which the optimizer changes in place.
     return Proposal(grads=grads, outer_loss=result.outer_loss, carry=state.own_carry(result.carry), figures=figures)
@@ -88,7 +96,7 @@ def take(proposal: Proposal, state: OuterState, constraints: Mapping[str, Constr
     project_in_place(state.hparams, constraints)
 
 
-def refuse_reserved_metrics(problem: BilevelProblem, state: OuterState) -> None:
+def refuse_reserved_metrics(problem: BilevelProblem, state: OuterState, *, execution: Execution) -> None:
     """Raises if a metric cannot be logged, before an outer step is taken.
 
     Cost: nothing for a problem without metrics. Else the first params, the outer loss there, and its metrics twice.
@@ -96,14 +104,21 @@ def refuse_reserved_metrics(problem: BilevelProblem, state: OuterState) -> None:
     Args:
         problem: the problem of the first outer step.
         state: where the run stands.
+        execution: how the problem is run.
 
     Raises:
         ValueError: if a metric has a name that the loop logs another figure under, or is not one figure per task.
     """
     if type(problem.outer).metrics is OuterProblem.metrics:
         return
-    at_start = unroll(replace(problem, num_steps=0), state.hparams, outer_step=state.step, carry=state.carry or None)
-    _check_names(outer_metrics(problem, at_start.params, state.hparams, outer_step=state.step))
+    at_start = unroll(
+        replace(problem, num_steps=0),
+        state.hparams,
+        outer_step=state.step,
+        carry=state.carry or None,
+        execution=replace(execution, inner_dtype=None),  # which is refused where there is no inner step
+    )
+    _check_names(outer_metrics(problem, at_start.params, state.hparams, outer_step=state.step, execution=execution))
 
 
 def _check_names(metrics: TensorMapping) -> None:
@@ -116,9 +131,9 @@ def _check_names(metrics: TensorMapping) -> None:
 
 
 def _figures(
-    problem: BilevelProblem, state: OuterState, result: HypergradientResult, norm: Tensor
+    problem: BilevelProblem, state: OuterState, result: HypergradientResult, norm: Tensor, execution: Execution
 ) -> dict[str, float | Tensor]:
-    metrics = outer_metrics(problem, result.params, state.hparams, outer_step=state.step)
+    metrics = outer_metrics(problem, result.params, state.hparams, outer_step=state.step, execution=execution)
     _check_names(metrics)
     return {
         OUTER_LOSS: result.outer_loss,

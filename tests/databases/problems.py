@@ -111,7 +111,7 @@ def sample_problem(
     hparams = {"weight": torch.tensor(1.1, dtype=F64)}
     if not one_hparam:
         hparams["shift"] = torch.zeros((), dtype=F64)
-    options: dict[str, Any] = {} if route is None else {"num_tasks": len(FACTORS), "task_route": route}
+    options: dict[str, Any] = {} if route is None else {"num_tasks": len(FACTORS)}
     return ht.BilevelProblem(
         (SampleInner if route is None else TaskInner)(sample),
         SampleOuter(sample, hparams),

@@ -102,6 +102,10 @@ def _as_pytorch_tests() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+def _execution(route: str | None) -> ht.Execution:
+    return ht.Execution() if route is None else ht.Execution(tasks=route)  # type: ignore[arg-type]
+
+
 class _Judge:
     """One sample with what is known of it."""
 
@@ -117,7 +121,9 @@ class _Judge:
             return Verdict("not judged", "too large for a Hessian to be written out")
         problem = self._problem(way.one_hparam, way.route)
         try:
-            result = ht.hypergradient(problem, problem.init_hparams(), backend=way.backend)
+            result = ht.hypergradient(
+                problem, problem.init_hparams(), backend=way.backend, execution=_execution(way.route)
+            )
         except HypertorchError as error:
             return Verdict("refused", str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is written down
@@ -141,7 +147,10 @@ class _Judge:
         """Returns the hypergradient by differences, of a single problem or of tasks."""
         if self.sample.is_random:  # whose noise the library seeds
             problem = self._problem(route=route)
-            return self._differences(route, lambda hparams: ht.unroll(problem, hparams).outer_loss.mean())
+            return self._differences(
+                route,
+                lambda hparams: ht.unroll(problem, hparams, execution=_execution(route)).outer_loss.mean(),
+            )
         problem = self._problem()
         tasks = [
             self._differences(factor, partial(written_out, problem, factor=factor))

@@ -135,7 +135,9 @@ def module(*extra: nn.Module) -> nn.Module:
 
 
 def test_tasks_by_either_route_and_each_on_its_own() -> None:
-    together, one_by_one = (measured(task_problem(module(), item=(4,), task_route=route)) for route in ("vmap", "loop"))
+    together, one_by_one = (
+        measured(task_problem(module(), item=(4,)), execution=ht.Execution(tasks=route)) for route in ("vmap", "loop")
+    )
     for name in ("eigenvalues", "step_growths"):
         torch.testing.assert_close(getattr(together, name).abs(), getattr(one_by_one, name).abs(), rtol=1e-6, atol=0)
     assert together.eigenvalues.shape == (3,)
@@ -161,14 +163,14 @@ def test_what_the_context_computes_is_part_of_the_map(route: str) -> None:
         num_steps=5,
         num_tasks=3,
         context=lambda hparams, batch: {"curvature": hparams["scale"] * batch},
-        task_route=route,  # type: ignore[arg-type]
     )
-    torch.testing.assert_close(measured(problem).eigenvalues.real, 1 - 0.1 * 2.0 * curvatures)
+    found = measured(problem, execution=ht.Execution(tasks=route))
+    torch.testing.assert_close(found.eigenvalues.real, 1 - 0.1 * 2.0 * curvatures)
 
 
 def test_running_statistics_are_part_of_the_state() -> None:
-    problem = task_problem(module(nn.BatchNorm1d(5)), item=(4,), task_route="loop")
-    result = measured(problem)
+    problem = task_problem(module(nn.BatchNorm1d(5)), item=(4,))
+    result = measured(problem, execution=ht.Execution(tasks="loop"))
     assert float(result.residuals.max()) < 1e-6
     assert bool(torch.isfinite(result.step_growths).all())
 

@@ -155,9 +155,9 @@ def test_each_task_has_a_norm_of_its_own(options: dict) -> None:
     problem = task_problem(module, item=(3,), num_tasks=3, num_steps=3, way=2)
     problem = replace(problem, dynamics=Clipped(SGD(lr=Hyper("lr"), momentum=0.5), **options))
     hparams = {**problem.init_hparams(), **(scalars(bound=0.3) if "bound" in str(options) else {})}
-    looped = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse()).grads
+    looped = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop")).grads
     for backend in (Reverse(), Reverse(derivative="mixed"), Forward(), Forward(chunk_size=1)):
-        vectorised = ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=backend).grads
+        vectorised = ht.hypergradient(problem, hparams, backend=backend, execution=ht.Execution(tasks="vmap")).grads
         for name in hparams:
             torch.testing.assert_close(vectorised[name], looped[name], rtol=1e-10, atol=1e-13)
 

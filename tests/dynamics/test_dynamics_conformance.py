@@ -189,8 +189,8 @@ def test_vectorised_tasks_equal_a_loop_over_tasks(learnt: Learnt) -> None:
     problem = task_problem(module, item=(3,), num_tasks=2, num_steps=3, way=2)
     problem = dataclasses.replace(problem, dynamics=dynamics)
     hparams = {name: value for name, value in problem.init_hparams().items() if name != "lr"} | extra
-    vectorised = ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse())
-    looped = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
+    vectorised = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap"))
+    looped = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
     for name in hparams:
         torch.testing.assert_close(vectorised.grads[name], looped.grads[name], rtol=1e-10, atol=1e-13)
 

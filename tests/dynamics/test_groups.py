@@ -109,8 +109,8 @@ def test_vectorised_tasks_equal_a_loop_over_tasks() -> None:
     problem = dataclasses.replace(problem, dynamics=rule)
     hparams = {**problem.init_hparams(), "b.bias": normal(2, seed=1), "w": torch.tensor(0.1, dtype=F64)}
     del hparams["lr"]
-    vectorised = ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse())
-    looped = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
+    vectorised = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap"))
+    looped = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
     for name in hparams:
         torch.testing.assert_close(vectorised.grads[name], looped.grads[name], rtol=1e-10, atol=1e-13)
 

@@ -94,11 +94,11 @@ def test_all_tasks_start_from_the_same_buffers() -> None:
     problem = task_problem(nn.Linear(3, 2).double(), item=(3,), num_tasks=2, way=2)
     problem = dataclasses.replace(problem, dynamics=LearnedBuffers(problem.dynamics))  # type: ignore[arg-type]
     hparams = {**problem.init_hparams(), "buffers.momentum.weight": normal(2, 3, seed=1)}
-    vectorised = ht.hypergradient(problem.with_task_route("vmap"), hparams, backend=Reverse())
-    looped = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
+    vectorised = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap"))
+    looped = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
     for name in hparams:
         torch.testing.assert_close(vectorised.grads[name], looped.grads[name], rtol=1e-10, atol=1e-13)
-    check = ht.check_hypergradient(problem.with_task_route("vmap"), hparams, Reverse())
+    check = ht.check_hypergradient(problem, hparams, Reverse(), execution=ht.Execution(tasks="vmap"))
     assert check.passed, str(check)
 
 

@@ -255,9 +255,10 @@ def test_tasks_vectorised_equal_a_loop(name: str) -> None:
             dynamics=LearnedUpdate(made(name), scale=ht.Hyper("lr")),
             num_steps=4,
             num_tasks=3,
-            task_route=route,
         )
-        results[route] = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=3)).grads
+        results[route] = ht.hypergradient(
+            problem, problem.init_hparams(), backend=Reverse(checkpoint_every=3), execution=ht.Execution(tasks=route)
+        ).grads
     assert_same(results["vmap"], results["loop"], rtol=1e-11)
 
 
@@ -500,7 +501,6 @@ class Bowls(ht.ProblemSource):
             dynamics=self.dynamics,
             num_steps=10,
             num_tasks=self.num_tasks,
-            task_route="vmap",
         )
 
 

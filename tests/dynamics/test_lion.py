@@ -182,7 +182,7 @@ def test_vectorised_tasks_equal_a_loop_over_tasks() -> None:
     problem = replace(problem, dynamics=Lion(lr=Hyper("lr"), weight_decay=0.1))
     hparams = problem.init_hparams()
     vectorised, looped = (
-        ht.hypergradient(problem.with_task_route(route), hparams, backend=backends.Reverse()).grads
+        ht.hypergradient(problem, hparams, backend=backends.Reverse(), execution=ht.Execution(tasks=route)).grads
         for route in ("vmap", "loop")
     )
     for name in hparams:

@@ -233,7 +233,8 @@ def test_vectorised_tasks_equal_a_loop_over_tasks() -> None:
     problem = replace(problem, dynamics=Muon(lr=Hyper("lr"), ns_a={"head*": 3.0, "*": torch.full((1, 1), 3.2)}))
     hparams = problem.init_hparams()
     vectorised, looped = (
-        ht.hypergradient(problem.with_task_route(route), hparams, backend=Reverse()).grads for route in ("vmap", "loop")
+        ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks=route)).grads
+        for route in ("vmap", "loop")
     )
     for name in hparams:
         torch.testing.assert_close(vectorised[name], looped[name], rtol=1e-10, atol=1e-13)
@@ -243,8 +244,15 @@ def test_all_else_is_served_by_groups() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     problem = task_problem(module, item=(3,), num_tasks=2, num_steps=3, way=2)
     rule = ht.dynamics.Groups({"*.weight": Muon(lr=Hyper("lr")), "*": ht.dynamics.AdamW(lr=0.05, eps=1e-3)})
-    problem = replace(problem, dynamics=rule, task_route="vmap")
-    check = ht.check_hypergradient(problem, problem.init_hparams(), Reverse(), step_size=1e-5, num_directions=1)
+    problem = replace(problem, dynamics=rule)
+    check = ht.check_hypergradient(
+        problem,
+        problem.init_hparams(),
+        Reverse(),
+        step_size=1e-5,
+        num_directions=1,
+        execution=ht.Execution(tasks="vmap"),
+    )
     assert check.passed, str(check)
 
 

@@ -253,9 +253,9 @@ def test_shapes_are_those_of_one_task(num_tasks: int) -> None:
     def run(lr: torch.Tensor, route: str) -> TensorDict:
         torch.manual_seed(0)
         module = nn.Linear(3, 2).double()
-        problem = task_problem(module, item=(3,), num_tasks=num_tasks, way=2, task_route=route)
+        problem = task_problem(module, item=(3,), num_tasks=num_tasks, way=2)
         problem = dataclasses.replace(problem, dynamics=SGD(lr={"weight": lr, "bias": 0.1}), allow_unused=("lr",))
-        return ht.unroll(problem, problem.init_hparams()).params
+        return ht.unroll(problem, problem.init_hparams(), execution=ht.Execution(tasks=route)).params
 
     fitting = normal(2, 3, seed=0).abs()
     vectorised, looped = run(fitting, "vmap"), run(fitting, "loop")

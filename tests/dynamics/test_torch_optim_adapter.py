@@ -265,11 +265,11 @@ def test_tasks_vectorised_equal_a_loop() -> None:
         module = torch.nn.Linear(4, 3, dtype=F64)
         torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
         torch.nn.init.zeros_(module.bias)
-        problem = task_problem(module, item=(4,), task_route=route)
-        problem = ht.BilevelProblem(
-            problem.inner, problem.outer, dynamics=dynamics, num_steps=4, num_tasks=3, task_route=route
+        problem = task_problem(module, item=(4,))
+        problem = ht.BilevelProblem(problem.inner, problem.outer, dynamics=dynamics, num_steps=4, num_tasks=3)
+        results[route] = ht.hypergradient(
+            problem, problem.init_hparams(), backend=Reverse(checkpoint_every=2), execution=ht.Execution(tasks=route)
         )
-        results[route] = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=2))
     for name, value in results["loop"].grads.items():
         torch.testing.assert_close(results["vmap"].grads[name], value, rtol=1e-12, atol=1e-14)
 

@@ -19,7 +19,7 @@ import hypertorch as ht
 from experiments import evaluate, train
 from experiments.common.run_folder import RunFolder
 from experiments.fewshot.streams import EpisodeStreams
-from hypertorch.fewshot import HyperRepresentation, Learner
+from hypertorch.fewshot import HyperRepresentation
 from hypertorch.outer.checkpoints import load_checkpoint
 from tests.experiments.commands import SINUSOID, TINY, Command
 
@@ -101,11 +101,13 @@ def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Comman
     assert command(*SINUSOID, "paths.run_dir=here")[0] == 0
     file = tmp_path / "here/config.yaml"
     text = file.read_text(encoding="utf-8")
-    file.write_text(text.replace("task_route: auto\n", ""), encoding="utf-8")
+    block = "execution:\n  tasks: auto\n  chunk: null\n  inner_dtype: null\n"
+    assert block in text
+    file.write_text(text.replace(block, ""), encoding="utf-8")
     assert command(*SINUSOID, "paths.run_dir=here", "resume=true")[0] == 0
-    code, error = command(*SINUSOID, "paths.run_dir=here", "task_route=loop", "resume=true")
+    code, error = command(*SINUSOID, "paths.run_dir=here", "execution.tasks=loop", "resume=true")
     assert code == 1
-    assert "`task_route` is 'loop', but the run in" in error
+    assert "`execution.tasks` is 'loop', but the run in" in error
 
 
 @pytest.mark.parametrize("change", ["evaluation.num_steps=3", "evaluation.num_queries=3", "evaluation.lr=0.5"])
@@ -307,7 +309,7 @@ NOISY_FAILURES = {
     ),
     "another experiment's setting": (("+evaluation.lr=1",), ["`evaluation.lr` is no setting"]),
     "unknown argument": (("experiment.labellers=3",), ["`experiment.labellers`", "experiment.num_labellers"]),
-    "way to run tasks": (("task_route=loop",), ["`task_route` is 'loop'", "not a batch of tasks"]),
+    "way to run tasks": (("execution.tasks=loop",), ["`execution.tasks` is 'loop'", "not a batch of tasks"]),
     "the same problem again": (("evaluation.num_episodes=3",), ["`evaluation.num_episodes` is 3", "repetitions"]),
     "the same problem validated on": (("validation.num_episodes=3",), ["`validation.num_episodes` is 3"]),
     "unknown split": (("evaluation.splits=[meta_test]",), ["lists 'meta_test'", "validation, test"]),
@@ -487,24 +489,24 @@ def test_the_number_of_threads_is_a_setting(command: Command) -> None:
 
 
 def test_how_tasks_are_run_is_a_setting(command: Command) -> None:
-    code, error = command("experiment=maml", *TINY, "task_route=fast")
+    code, error = command("experiment=maml", *TINY, "execution.tasks=fast")
     assert code == 1
-    assert "`task_route` is 'fast'" in error
+    assert "`execution.tasks` is 'fast'" in error
 
 
 def test_no_part_of_a_run_measures_where_the_route_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    routes = []
-    on = Learner.on
-    monkeypatch.setattr(
-        Learner, "on", lambda *given, **named: routes.append(named.get("task_route")) or on(*given, **named)
-    )
-    code, error = command("experiment=maml", *TINY, "task_route=loop")
+    measured: list[object] = []
+    monkeypatch.setattr("hypertorch.tasks._faster_route", lambda *_: measured.append(1) or "vmap")
+    code, error = command("experiment=maml", *TINY, "execution.tasks=loop")
     assert code == 0, error
-    assert set(routes) == {"loop"} and len(routes) >= 7  # training, validation, three splits and two curves
+    assert not measured
+    code, error = command("experiment=maml", *TINY, "seed=1")
+    assert code == 0, error
+    assert len(measured) == 2  # of the hypergradient and of a plain run; each was kept for the rest
 
 
 def test_the_backend_of_implicit_maml_is_a_choice(command: Command) -> None:
-    code, error = command("experiment=imaml", *TINY, "hypergradient=reverse", "task_route=loop")
+    code, error = command("experiment=imaml", *TINY, "hypergradient=reverse", "execution.tasks=loop")
     assert code == 0, error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ SGD = ht.dynamics.SGD
 F64 = torch.float64
 
 
-def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None) -> ht.HypergradientResult:
-    return ht.hypergradient(problem, problem.init_hparams(), backend=backend or Reverse())
+def compute(
+    problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None, **options: Any
+) -> ht.HypergradientResult:
+    return ht.hypergradient(problem, problem.init_hparams(), backend=backend or Reverse(), **options)
 
 
 def test_direct_term_is_included() -> None:
@@ -126,7 +129,7 @@ def test_tasks_name_the_step_too() -> None:
     )  # fmt: skip
     for route in ("vmap", "loop"):
         with pytest.raises(NonFiniteError, match="at inner step 2"):
-            compute(problem.with_task_route(route))
+            compute(problem, execution=ht.Execution(tasks=route))
 
 
 @pytest.mark.parametrize(

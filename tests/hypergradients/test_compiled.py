@@ -45,11 +45,11 @@ def programs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def assert_same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
+def assert_same(problem: ht.BilevelProblem, backend: Reverse, **options: Any) -> ht.HypergradientResult:
     """Asserts that a backend gives the eager number, and returns its result."""
     hparams = problem.init_hparams()
-    eager = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
-    result = ht.hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
+    eager = ht.hypergradient(problem, hparams, backend=Reverse(), **options)
+    result = ht.hypergradient(problem, hparams, backend=backend, **options)
     torch.testing.assert_close(result.outer_loss, eager.outer_loss, rtol=1e-10, atol=1e-13)
     for name in hparams:
         torch.testing.assert_close(result.grads[name], eager.grads[name], rtol=1e-10, atol=1e-13)
@@ -113,7 +113,8 @@ def test_a_short_horizon_is_one_program(route: str) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
     before = programs()
     for _ in range(2):
-        assert_same(task_problem(module, item=(4,), num_steps=2, task_route=route), Reverse(compile=True))
+        made = task_problem(module, item=(4,), num_steps=2)
+        assert_same(made, Reverse(compile=True), execution=ht.Execution(tasks=route))
     assert programs() - before == 1
 
 

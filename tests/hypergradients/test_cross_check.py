@@ -75,10 +75,12 @@ def problem(name: str, *, lr: float = 0.02, num_steps: int = 10) -> ht.BilevelPr
     return ht.BilevelProblem(Extra(name), outer, dynamics=ht.dynamics.SGD(lr=lr), num_steps=num_steps)
 
 
-def error(own: ht.BilevelProblem, backend: ht.Hypergradient) -> float:
+def error(own: ht.BilevelProblem, backend: ht.Hypergradient, **options: Any) -> float:
     """Returns the relative error beside `Reverse()`."""
     hparams = own.init_hparams()
-    found, exact = (ht.hypergradient(own, hparams, backend=each).grads["weight"] for each in (backend, Reverse()))
+    found, exact = (
+        ht.hypergradient(own, hparams, backend=each, **options).grads["weight"] for each in (backend, Reverse())
+    )
     return float((found - exact).norm() / exact.norm())
 
 
@@ -193,7 +195,10 @@ def test_functions_of_one_factory_are_told_apart() -> None:
         error(wrong, Reverse(derivative="mixed"))
 
 
-def module_problem(*layers: nn.Module, inner_dtype: torch.dtype | None = torch.bfloat16) -> ht.BilevelProblem:
+FEWER_BITS = ht.Execution(inner_dtype=torch.bfloat16)
+
+
+def module_problem(*layers: nn.Module) -> ht.BilevelProblem:
     torch.manual_seed(0)
     module = ht.FunctionalModule(nn.Sequential(*layers))
     inputs, labels = torch.randn(32, 8), torch.randint(3, (32,))
@@ -209,19 +214,18 @@ def module_problem(*layers: nn.Module, inner_dtype: torch.dtype | None = torch.b
         LambdaOuter({"weight": torch.zeros(32)}, lambda params, hparams, batch: losses(params).mean()),
         dynamics=ht.dynamics.SGD(lr=0.1),
         num_steps=12,
-        inner_dtype=inner_dtype,
     )
 
 
 def test_what_pytorch_cannot_do_in_fewer_bits_is_said_by_name_and_avoided_by_auto() -> None:
     own = module_problem(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     with pytest.raises(IncompatibleBackendError, match=r"mixed mode is not possible here: PyTorch says: .*dtype"):
-        ht.hypergradient(own, own.init_hparams(), backend=Reverse(derivative="mixed"))
-    assert error(own, Reverse(derivative="auto")) == 0.0
+        ht.hypergradient(own, own.init_hparams(), backend=Reverse(derivative="mixed"), execution=FEWER_BITS)
+    assert error(own, Reverse(derivative="auto"), execution=FEWER_BITS) == 0.0
 
 
 @pytest.mark.slow
 def test_fewer_bits_round_otherwise_in_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     own = module_problem(nn.Linear(8, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
-    assert error(own, COMPILED) < 0.05
+    assert error(own, COMPILED, execution=FEWER_BITS) < 0.05

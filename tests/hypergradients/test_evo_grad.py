@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ SGD, Hyper = ht.dynamics.SGD, ht.Hyper
 F64 = torch.float64
 
 
-def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient, **options: int) -> ht.HypergradientResult:
+def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient, **options: Any) -> ht.HypergradientResult:
     return ht.hypergradient(problem, problem.init_hparams(), backend=backend, **options)
 
 
@@ -140,12 +141,13 @@ def test_the_expectation_at_small_noise_is_a_step_of_gradient_descent(noise: str
         dynamics=SGD(lr=1.0),
         num_steps=0,
         num_tasks=num_tasks,
-        task_route="vmap",
     )
     backend = EvoGrad(num_copies=num_copies, sigma=sigma, temperature=tau, noise=noise)
-    estimate = compute(problem, backend).grads["lam"] / (sigma**2 / tau)
+    estimate = compute(problem, backend, execution=ht.Execution(tasks="vmap")).grads["lam"] / (sigma**2 / tau)
     expected = (1 - 1 / num_copies) * hessian @ slope
-    one_step = compute(replace(problem, num_steps=1), ht.hypergradients.OneStep()).grads["lam"]
+    one_step = compute(
+        replace(problem, num_steps=1), ht.hypergradients.OneStep(), execution=ht.Execution(tasks="vmap")
+    ).grads["lam"]
     torch.testing.assert_close(expected, (1 - 1 / num_copies) * one_step, rtol=1e-12, atol=0)
     variance = (num_copies - 1) / num_copies**2 * ((hessian @ slope) ** 2 + slope @ slope * hessian.square().sum(0))
     # 4.15 standard errors for each of three entries: 1e-4 together.
@@ -179,10 +181,11 @@ def scalar_estimates(num_copies: int, grid: Tensor, trials: int) -> Tensor:
         dynamics=SGD(lr=0.1),
         num_steps=0,
         num_tasks=len(strengths),
-        task_route="vmap",
         context=lambda hparams, batch: {"l": hparams["strengths"] * 1.0, "start": batch},
     )
-    result = compute(problem, EvoGrad(num_copies=num_copies, sigma=1.0, temperature=0.5))
+    result = compute(
+        problem, EvoGrad(num_copies=num_copies, sigma=1.0, temperature=0.5), execution=ht.Execution(tasks="vmap")
+    )
     return len(strengths) * result.grads["strengths"].reshape(len(grid), trials)
 
 
@@ -284,8 +287,10 @@ def test_vectorised_tasks_with_running_statistics_equal_a_loop(noise: str) -> No
     names = tuple(name for name in hparams if name != "penalty")
     problem = replace(plain, inner=PenalisedTasks(plain.inner), allow_unused=names)
     backend = EvoGrad(num_copies=3, sigma=0.05, noise=noise)
-    options = [{"task_route": "vmap"}, {"task_route": "vmap", "task_chunk": 2}, {"task_route": "loop"}]
-    whole, chunks, loop = (ht.hypergradient(replace(problem, **option), hparams, backend=backend) for option in options)
+    executions = [ht.Execution(tasks="vmap"), ht.Execution(tasks="vmap", chunk=2), ht.Execution(tasks="loop")]
+    whole, chunks, loop = (
+        ht.hypergradient(problem, hparams, backend=backend, execution=execution) for execution in executions
+    )
     assert whole.figures["effective_copies"].shape == (3,)
     for other in (chunks, loop):
         torch.testing.assert_close(other.grads["penalty"], whole.grads["penalty"], rtol=1e-9, atol=0)

@@ -196,8 +196,10 @@ def test_vectorised_tasks_with_running_statistics_equal_a_loop() -> None:
     problem = task_problem(module, item=(4,))
     hparams = problem.init_hparams()
     backend = EvolutionStrategies(num_pairs=3, sigma=0.02)
-    options = [{"task_route": "vmap"}, {"task_route": "vmap", "task_chunk": 2}, {"task_route": "loop"}]
-    whole, chunks, loop = (ht.hypergradient(replace(problem, **option), hparams, backend=backend) for option in options)
+    executions = [ht.Execution(tasks="vmap"), ht.Execution(tasks="vmap", chunk=2), ht.Execution(tasks="loop")]
+    whole, chunks, loop = (
+        ht.hypergradient(problem, hparams, backend=backend, execution=execution) for execution in executions
+    )
     for other in (chunks, loop):
         torch.testing.assert_close(other.grads, whole.grads, rtol=1e-8, atol=1e-11)
         torch.testing.assert_close(other.params, whole.params, rtol=1e-10, atol=1e-13)
@@ -267,12 +269,12 @@ def decay(outer_problem: ht.OuterProblem | None = None, **options: object) -> ht
 
 
 def windows(
-    problem: ht.BilevelProblem, backend: ht.Hypergradient, count: int = WINDOWS
+    problem: ht.BilevelProblem, backend: ht.Hypergradient, count: int = WINDOWS, **options: object
 ) -> list[ht.HypergradientResult]:
     results: list[ht.HypergradientResult] = []
     for step in range(count):
         carry = results[-1].carry if results else None
-        results.append(compute(problem, backend, outer_step=step, carry=carry))
+        results.append(compute(problem, backend, outer_step=step, carry=carry, **options))
     return results
 
 
@@ -390,8 +392,8 @@ class TaskDecay(Decay):
 def test_persistent_tasks_are_the_same_by_every_route(horizon: int | None) -> None:
     problem = replace(decay(HeightWithSteps(), num_tasks=3), inner=TaskDecay(), dynamics=SGD(lr=0.2, momentum=0.5))
     backend = EvolutionStrategies(num_pairs=2, sigma=0.3, persistent=True, horizon=horizon)
-    options = [{"task_route": "vmap"}, {"task_route": "vmap", "task_chunk": 2}, {"task_route": "loop"}]
-    whole, chunks, loop = (windows(replace(problem, **option), backend, 3) for option in options)
+    executions = [ht.Execution(tasks="vmap"), ht.Execution(tasks="vmap", chunk=2), ht.Execution(tasks="loop")]
+    whole, chunks, loop = (windows(problem, backend, 3, execution=execution) for execution in executions)
     assert whole[0].carry["particles.1.behind.dynamics.momentum.w"].shape == (3,)
     assert whole[0].carry["shared.perturbations.1.lam"].shape == ()
     for other in (chunks, loop):
@@ -399,7 +401,7 @@ def test_persistent_tasks_are_the_same_by_every_route(horizon: int | None) -> No
             torch.testing.assert_close(theirs.grads, ours.grads, rtol=1e-10, atol=1e-13)
             torch.testing.assert_close(theirs.carry, ours.carry, rtol=1e-10, atol=1e-13)
     # A carry does not say by which route it was made.
-    backwards = compute(replace(problem, task_route="loop"), backend, outer_step=2, carry=whole[1].carry)
+    backwards = compute(problem, backend, outer_step=2, carry=whole[1].carry, execution=executions[2])
     torch.testing.assert_close(backwards.grads, whole[2].grads, rtol=1e-10, atol=1e-13)
 
 
@@ -438,7 +440,7 @@ class DecaySource(ht.ProblemSource):
         return Height().init_hparams()
 
     def at(self, outer_step: int) -> ht.BilevelProblem:
-        problem = decay(HeightWithSteps(), num_tasks=3, task_route="vmap")
+        problem = decay(HeightWithSteps(), num_tasks=3)
         return replace(problem, inner=TaskDecay(), dynamics=SGD(lr=0.2, momentum=0.5))
 
 
@@ -452,6 +454,7 @@ def test_a_run_with_particles_resumes_bit_for_bit(tmp_path: Path, stop: int) -> 
             optimizer=partial(torch.optim.Adam, lr=0.05),
             backend=EvolutionStrategies(num_pairs=2, sigma=0.1, persistent=True, horizon=3 * WINDOW),
             checkpoints=None if folder is None else outer.Checkpoints(folder, every=100),
+            execution=ht.Execution(tasks="vmap"),
         )
 
     straight = loop(None).run(8)

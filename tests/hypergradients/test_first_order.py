@@ -164,7 +164,8 @@ def test_maml_is_the_mean_of_the_outer_gradients_by_either_route_with_running_st
     )
     hparams = problem.init_hparams()
     vmap, loop = (
-        ht.hypergradient(problem.with_task_route(route), hparams, backend=FirstOrder()) for route in ("vmap", "loop")
+        ht.hypergradient(problem, hparams, backend=FirstOrder(), execution=ht.Execution(tasks=route))
+        for route in ("vmap", "loop")
     )
     inputs, labels = problem.outer.batch(0)
     expected = {name: torch.zeros_like(value) for name, value in hparams.items()}

@@ -141,12 +141,13 @@ def test_params_that_are_hyperparameters_or_each_other(chunk_size: int | None, c
 def test_no_norm_layer_gives_a_wrong_hypergradient(norm: str, route: str) -> None:
     problem = task_problem(net(norm), item=(1, 4, 4), num_tasks=2, num_steps=2)
     hparams = problem.init_hparams()
-    expected = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
-    assert_equal(problem.with_task_route(route), Forward(), expected, hparams)
+    expected = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
+    execution = ht.Execution(tasks=route)  # type: ignore[arg-type]
+    assert_equal(problem, Forward(), expected, hparams, execution=execution)
     some = {name: hparams[name] for name in ("0.bias", "lr")}
-    by_duals = _with_constants(problem, hparams, set(hparams) - set(some)).with_task_route(route)
-    expected = ht.hypergradient(by_duals.with_task_route("loop"), some, backend=Reverse())
-    assert_equal(by_duals, Forward(chunk_size=1), expected, some)
+    by_duals = _with_constants(problem, hparams, set(hparams) - set(some))
+    expected = ht.hypergradient(by_duals, some, backend=Reverse(), execution=ht.Execution(tasks="loop"))
+    assert_equal(by_duals, Forward(chunk_size=1), expected, some, execution=execution)
 
 
 def _with_constants(problem: ht.BilevelProblem, hparams: TensorDict, names: set[str]) -> ht.BilevelProblem:
@@ -172,8 +173,8 @@ def _with_constants(problem: ht.BilevelProblem, hparams: TensorDict, names: set[
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_dropout_is_that_of_reverse_on_every_route(route: str, chunk_size: int | None) -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Dropout(0.5), nn.Tanh(), nn.Linear(3, 3)).double()
-    problem = task_problem(module, item=(4,), num_tasks=3, num_steps=2, task_route=route)
-    assert_equals_reverse(problem, Forward(chunk_size=chunk_size))
+    problem = task_problem(module, item=(4,), num_tasks=3, num_steps=2)
+    assert_equals_reverse(problem, Forward(chunk_size=chunk_size), execution=ht.Execution(tasks=route))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5, 1])
@@ -240,9 +241,8 @@ def test_context_with_tasks_shared_and_integer_entries(route: str, chunk_size: i
             "label": b["x"][:, 0].long(),
         },
         shared_context=("shift",),
-        task_route=route,
     )
-    assert_equals_reverse(problem, Forward(chunk_size=chunk_size))
+    assert_equals_reverse(problem, Forward(chunk_size=chunk_size), execution=ht.Execution(tasks=route))  # type: ignore[arg-type]
 
 
 def test_a_complex_context_is_refused() -> None:

@@ -86,8 +86,8 @@ def problem(
     return ht.BilevelProblem(LambdaInner(init, loss), judge, **settings)
 
 
-def compute(own: ht.BilevelProblem, backend: ht.Hypergradient) -> ht.HypergradientResult:
-    return ht.hypergradient(own, own.init_hparams(), backend=backend)
+def compute(own: ht.BilevelProblem, backend: ht.Hypergradient, **options: Any) -> ht.HypergradientResult:
+    return ht.hypergradient(own, own.init_hparams(), backend=backend, **options)
 
 
 PATHS = {
@@ -147,10 +147,10 @@ class Offsets(LambdaOuter):
 OFFSETS = torch.tensor([0.0, 0.1, -0.2], dtype=F64)
 
 
-def with_tasks(own: ht.BilevelProblem, route: Literal["vmap", "loop"], num_tasks: int = 2) -> ht.BilevelProblem:
+def with_tasks(own: ht.BilevelProblem, num_tasks: int = 2) -> ht.BilevelProblem:
     judge = Offsets(own.init_hparams(), lambda p, h, b: (p["w"] - b).square().sum() + h["scale"])
     judge.num_tasks = num_tasks
-    return replace(own, outer=judge, num_tasks=num_tasks, context=lambda h, b: {"task": b}, task_route=route)
+    return replace(own, outer=judge, num_tasks=num_tasks, context=lambda h, b: {"task": b})
 
 
 @pytest.mark.parametrize("route", ["vmap", "loop"])
@@ -158,12 +158,13 @@ def with_tasks(own: ht.BilevelProblem, route: Literal["vmap", "loop"], num_tasks
 def test_a_wrong_forward_derivative_is_noticed_with_tasks(
     route: Literal["vmap", "loop"], chunk_size: int | None
 ) -> None:
-    own = with_tasks(problem("loss"), route)
+    execution = ht.Execution(tasks=route)
+    own = with_tasks(problem("loss"))
     with pytest.raises(IncompatibleBackendError, match="differs by"):
-        compute(own, Forward(chunk_size=chunk_size))
-    right = with_tasks(problem("loss", torch.sin), route)
-    found = compute(right, Forward(chunk_size=chunk_size)).grads
-    torch.testing.assert_close(found, compute(right, Reverse()).grads, rtol=1e-11, atol=1e-13)
+        compute(own, Forward(chunk_size=chunk_size), execution=execution)
+    right = with_tasks(problem("loss", torch.sin))
+    found = compute(right, Forward(chunk_size=chunk_size), execution=execution).grads
+    torch.testing.assert_close(found, compute(right, Reverse(), execution=execution).grads, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -242,16 +243,22 @@ def test_it_is_made_once_for_every_kind_of_problem(references: list[list[weakref
     kinds = {
         "two steps and more": [own, replace(own, num_steps=2), replace(own, num_steps=5), problem("nowhere")],
         "one step": [replace(own, num_steps=1)],
-        "tasks together": [with_tasks(own, "vmap"), with_tasks(own, "vmap", num_tasks=3)],
-        "tasks one by one": [with_tasks(own, "loop"), with_tasks(own, "loop", num_tasks=3)],
+        "tasks together": [with_tasks(own), with_tasks(own, num_tasks=3)],
+        "tasks one by one": [with_tasks(own), with_tasks(own, num_tasks=3)],
         "single precision": [problem("nowhere", dtype=torch.float32)],
-        "products of fewer bits": [problem("nowhere", dtype=torch.float32, inner_dtype=torch.bfloat16)],
+        "products of fewer bits": [problem("nowhere", dtype=torch.float32)],
         "another rule": [replace(own, dynamics=ht.dynamics.Adam(lr=ht.Hyper("rate")))],
         "another loss": [problem("nowhere", torch.tanh)],
     }
+    executions = {
+        "tasks together": ht.Execution(tasks="vmap"),
+        "tasks one by one": ht.Execution(tasks="loop"),
+        "products of fewer bits": ht.Execution(inner_dtype=torch.bfloat16),
+    }
     for backend in (Forward(), Forward(chunk_size=1)):
         for kind, problems in kinds.items():
-            made = [comparisons(references, partial(compute, each, backend)) for each in problems]
+            execution = executions.get(kind, ht.Execution())
+            made = [comparisons(references, partial(compute, each, backend, execution=execution)) for each in problems]
             assert made == [1] + [0] * (len(problems) - 1), kind
     assert comparisons(references, lambda: compute(own, ForwardGradient(num_samples=4))) == 0
 

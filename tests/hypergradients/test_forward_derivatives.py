@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -154,20 +154,22 @@ def problem(case: Case, entries: int, **options: object) -> ht.BilevelProblem:
     )
 
 
-def grads(own: ht.BilevelProblem, backend: ht.Hypergradient) -> Tensor:
-    return ht.hypergradient(own, own.init_hparams(), backend=backend).grads["a"]
+def grads(own: ht.BilevelProblem, backend: ht.Hypergradient, **options: Any) -> Tensor:
+    return ht.hypergradient(own, own.init_hparams(), backend=backend, **options).grads["a"]
 
 
 WRONG_IN_PYTORCH = ("scatter_reduce with prod",)  # forwards, on every route
 
 
-def assert_right(own: ht.BilevelProblem, backend: ht.Hypergradient, right: Tensor, *, refused: bool) -> None:
+def assert_right(
+    own: ht.BilevelProblem, backend: ht.Hypergradient, right: Tensor, *, refused: bool, **options: Any
+) -> None:
     """Asserts the hypergradient; or a refusal by name, and that following its advice gives it."""
     if refused:
         with pytest.raises(IncompatibleBackendError, match=r"cannot serve this problem.*differs by.*`Reverse\(\)`"):
-            grads(own, backend)
+            grads(own, backend, **options)
         backend = Reverse()
-    torch.testing.assert_close(grads(own, backend), right, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(grads(own, backend, **options), right, rtol=1e-9, atol=1e-12)
 
 
 BACKENDS = {
@@ -245,7 +247,7 @@ def test_with_tasks(name: str, route: str, backend: str) -> None:
         def batch(self, outer_step: int) -> Batch:
             return {"start": starts}
 
-    own = problem(case, 2, num_tasks=2, context=lambda h, b: {"start": b["start"]}, task_route=route)
+    own = problem(case, 2, num_tasks=2, context=lambda h, b: {"start": b["start"]})
     own = replace(
         own,
         inner=LambdaInner(lambda h: {"w": h["start"]}, lambda p, h, b: inner_loss(case.torch, p["w"], h["a"])),
@@ -253,7 +255,8 @@ def test_with_tasks(name: str, route: str, backend: str) -> None:
     )
     right = torch.stack([expected(case, 2, start.clone()) for start in starts]).mean(0)
     refused = name in WRONG_IN_PYTORCH and backend != "auto"
-    assert_right(own, TASKS[backend], right, refused=refused)
+    execution = ht.Execution(tasks=route)  # type: ignore[arg-type]
+    assert_right(own, TASKS[backend], right, refused=refused, execution=execution)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])

@@ -157,9 +157,12 @@ def test_every_route_moves_all_tasks_along_the_same_directions(distribution: str
     problem = task_problem(torch.nn.Linear(2, 3).double(), item=(2,), num_tasks=3, num_steps=2)
     hparams = problem.init_hparams()
     backend = ForwardGradient(num_samples=3, distribution=distribution)
-    routes = [ht.hypergradient(problem.with_task_route(route), hparams, backend=backend) for route in ("vmap", "loop")]
+    routes = [
+        ht.hypergradient(problem, hparams, backend=backend, execution=ht.Execution(tasks=route))
+        for route in ("vmap", "loop")
+    ]
     torch.testing.assert_close(flat(routes[0].grads), flat(routes[1].grads), rtol=1e-10, atol=1e-13)
-    exact = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=Reverse())
+    exact = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
     torch.testing.assert_close(routes[0].outer_loss, exact.outer_loss, rtol=1e-12, atol=0)
 
 
@@ -176,10 +179,9 @@ def test_a_context_is_estimated_without_bias(distribution: str) -> None:
         num_steps=2,
         num_tasks=2,
         context=lambda h, b: {"centre": torch.arange(1.0, 3.0, dtype=F64) * h["theta"], "kind": torch.arange(2)},
-        task_route="vmap",
     )
-    exact = ht.hypergradient(problem, values, backend=Reverse()).grads["theta"]
-    bound, whole = BoundProblem(problem, values, 0, None), next(iter(task_slices(problem, "vmap")))
+    exact = ht.hypergradient(problem, values, backend=Reverse(), execution=ht.Execution(tasks="vmap")).grads["theta"]
+    bound, whole = BoundProblem(problem, values, 0, None), task_slices(problem.num_tasks, ht.Execution(tasks="vmap"))[0]
     variables = tree.leaves_requiring_grad({**values, **bound.context(values, whole)})
     parts = Reverse().compute(bound.loop(whole, {"centre": values["theta"], "kind": values["theta"]}), variables).grads
     a = torch.cat([torch.zeros(1, dtype=F64), parts["scale"].reshape(1), parts["centre"]])
@@ -189,7 +191,7 @@ def test_a_context_is_estimated_without_bias(distribution: str) -> None:
     if distribution == "rademacher":
         variance = variance - 2 * (a * b).square().sum()
     backend = ForwardGradient(num_samples=4_000, distribution=distribution)
-    found = ht.hypergradient(problem, values, backend=backend).grads["theta"]
+    found = ht.hypergradient(problem, values, backend=backend, execution=ht.Execution(tasks="vmap")).grads["theta"]
     assert abs(float(found - exact)) < 4.0 * math.sqrt(float(variance) / 4_000)
 
 

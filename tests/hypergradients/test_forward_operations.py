@@ -196,9 +196,11 @@ def test_auto_takes_the_loop_where_tasks_cannot_be_vectorised(chunk_size: int | 
 
     rerouted = dataclasses.replace(problem, inner=DataDependent(inner.net.module, *inner.data))
     hparams = problem.init_hparams()
-    expected = ht.hypergradient(rerouted.with_task_route("loop"), hparams, backend=Reverse())
+    expected = ht.hypergradient(rerouted, hparams, backend=Reverse(), execution=ht.Execution(tasks="loop"))
     assert_equal(rerouted, Forward(chunk_size=chunk_size), expected, hparams)
-    with pytest.raises(IncompatibleBackendError, match=r"vmap.*over tasks.*task_route='loop'") as caught:
-        ht.hypergradient(rerouted.with_task_route("vmap"), hparams, backend=Forward(chunk_size=chunk_size))
+    with pytest.raises(IncompatibleBackendError, match=r"vmap.*over tasks.*tasks='loop'") as caught:
+        ht.hypergradient(
+            rerouted, hparams, backend=Forward(chunk_size=chunk_size), execution=ht.Execution(tasks="vmap")
+        )
     # It is the tasks that cannot be vectorised: pushing one tangent at a time would not help.
     assert "chunk_size" not in str(caught.value)

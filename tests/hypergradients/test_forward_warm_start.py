@@ -59,16 +59,26 @@ def test_kept_tangents_reach_back_to_the_start(chunk_size: int | None) -> None:
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 @pytest.mark.parametrize("task_chunk", [None, 2])
 def test_kept_tangents_with_tasks_and_statistics(route: str, task_chunk: int | None) -> None:
-    cold = task_problem(net("ours, running"), item=(1, 4, 4), num_steps=1, task_route=route, task_chunk=task_chunk)
+    cold = task_problem(net("ours, running"), item=(1, 4, 4), num_steps=1)
     warm = dataclasses.replace(cold, warm_start=True)
     hparams = warm.init_hparams()
     carry: TensorDict = {}
     for outer_step in range(2):
         result = ht.hypergradient(
-            warm, hparams, backend=Forward(keep_tangents=True, chunk_size=40), carry=carry, outer_step=outer_step
+            warm,
+            hparams,
+            backend=Forward(keep_tangents=True, chunk_size=40),
+            carry=carry,
+            outer_step=outer_step,
+            execution=ht.Execution(tasks=route, chunk=task_chunk),
         )
         carry = result.carry
-    expected = ht.hypergradient(dataclasses.replace(cold, num_steps=2), hparams, backend=Reverse())
+    expected = ht.hypergradient(
+        dataclasses.replace(cold, num_steps=2),
+        hparams,
+        backend=Reverse(),
+        execution=ht.Execution(tasks=route, chunk=task_chunk),
+    )
     for name in hparams:
         torch.testing.assert_close(result.grads[name], expected.grads[name], rtol=1e-10, atol=1e-13)
     entries = sum(value.numel() for value in hparams.values())

@@ -213,11 +213,13 @@ def test_tasks_and_running_statistics(route: str) -> None:
     module = torch.nn.Sequential(
         torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 3)
     ).double()
-    problem = task_problem(module, item=(4,), num_steps=7, task_route=route)
+    problem = task_problem(module, item=(4,), num_steps=7)
     hparams = problem.init_hparams()
-    whole = ht.hypergradient(problem, hparams, backend=Reverse())
+    whole = ht.hypergradient(problem, hparams, backend=Reverse(), execution=ht.Execution(tasks=route))
     for budget, _ in plans(problem):
-        result = ht.hypergradient(problem, hparams, backend=Reverse(memory_budget=budget))
+        result = ht.hypergradient(
+            problem, hparams, backend=Reverse(memory_budget=budget), execution=ht.Execution(tasks=route)
+        )
         for name in hparams:
             torch.testing.assert_close(result.grads[name], whole.grads[name], rtol=1e-12, atol=1e-14)
 

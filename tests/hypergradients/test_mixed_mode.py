@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -61,11 +62,11 @@ FAMILIES = {
 }
 
 
-def assert_same(problem: ht.BilevelProblem, backend: Reverse, *, outer_step: int = 0) -> ht.HypergradientResult:
+def assert_same(problem: ht.BilevelProblem, backend: Reverse, **options: Any) -> ht.HypergradientResult:
     """Asserts that a backend gives the whole graph's number, and returns its result."""
     hparams = problem.init_hparams()
-    whole = ht.hypergradient(problem, hparams, backend=Reverse(), outer_step=outer_step)
-    mixed = ht.hypergradient(problem, hparams, backend=backend, outer_step=outer_step)
+    whole = ht.hypergradient(problem, hparams, backend=Reverse(), **options)
+    mixed = ht.hypergradient(problem, hparams, backend=backend, **options)
     torch.testing.assert_close(mixed.outer_loss, whole.outer_loss, rtol=1e-12, atol=1e-14)
     for name in hparams:
         torch.testing.assert_close(mixed.grads[name], whole.grads[name], rtol=1e-10, atol=1e-13)
@@ -90,7 +91,8 @@ def test_equals_reverse_over_reverse_with_noise_and_terms_at_steps(kept: dict, f
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 def test_equals_reverse_over_reverse_with_tasks(route: str) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
-    assert_same(task_problem(module.double(), item=(4,), task_route=route), Reverse(derivative="mixed"))
+    made = task_problem(module.double(), item=(4,))
+    assert_same(made, Reverse(derivative="mixed"), execution=ht.Execution(tasks=route))
 
 
 def test_statistics_keep_their_path() -> None:

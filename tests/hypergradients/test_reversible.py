@@ -134,28 +134,27 @@ def test_equals_central_differences(rule: str) -> None:
     assert {entry.name for entry in check.checks} == set(problem.init_hparams())
 
 
-def small_tasks(route: str, **options: Any) -> ht.BilevelProblem:
+def small_tasks() -> ht.BilevelProblem:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Dropout(0.2), nn.Linear(3, 3)).double()
     plain = task_problem(module, item=(2,))
     dynamics = ReversibleMomentum(lr=Hyper("lr"), momentum=Hyper("m"))
     plain.outer.init_hparams = lambda: {**plain_hparams, "m": torch.tensor(0.8, dtype=F64)}  # type: ignore[method-assign]
     plain_hparams = {**type(plain.outer).init_hparams(plain.outer), "lr": torch.tensor(0.5, dtype=F64)}
-    return ht.BilevelProblem(
-        plain.inner, plain.outer, dynamics=dynamics, num_steps=50, num_tasks=3, task_route=route, **options
-    )
+    return ht.BilevelProblem(plain.inner, plain.outer, dynamics=dynamics, num_steps=50, num_tasks=3)
 
 
 @pytest.mark.parametrize(("route", "chunk"), [("vmap", None), ("vmap", 2), ("loop", None)])
 def test_equals_reverse_on_tasks(route: str, chunk: int | None) -> None:
-    result = assert_equals_reverse(small_tasks(route, task_chunk=chunk))
+    result = assert_equals_reverse(small_tasks(), execution=ht.Execution(tasks=route, chunk=chunk))  # type: ignore[arg-type]
     information = result.figures["information_bits"]
     assert information.shape == (3,)
     torch.testing.assert_close(information, torch.full((3,), -50.0 * math.log2(0.8), dtype=F64), rtol=0.2, atol=0.0)
 
 
 def test_every_task_has_information_of_its_own() -> None:
-    whole = ht.hypergradient(small_tasks("vmap"), small_tasks("vmap").init_hparams(), backend=Reversible())
+    execution = ht.Execution(tasks="vmap")
+    whole = ht.hypergradient(small_tasks(), small_tasks().init_hparams(), backend=Reversible(), execution=execution)
     information = whole.figures["information_bits"]
     assert len(set(information.tolist())) == 3
 
@@ -181,9 +180,8 @@ def test_equals_reverse_with_a_context_with_tasks_shared_and_integer_entries(rou
             "label": 1 + b["x"][:, 0].long(),
         },
         shared_context=("shift",),
-        task_route=route,
     )
-    assert_equals_reverse(problem, outer_step=1)
+    assert_equals_reverse(problem, outer_step=1, execution=ht.Execution(tasks=route))  # type: ignore[arg-type]
 
 
 def test_a_warm_started_run_goes_on_and_back_to_where_it_was() -> None:

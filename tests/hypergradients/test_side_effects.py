@@ -391,9 +391,9 @@ def test_buffers_may_be_carried_along_under_other_names() -> None:
 
 
 def test_tasks_with_buffers_are_looked_at_by_the_first_of_them() -> None:
-    made = task_problem(spectral_classifier(), item=(3,), task_route="vmap")
+    made = task_problem(spectral_classifier(), item=(3,))
     with pytest.raises(IncompatibleBackendError, match="_[uv]` is updated"):
-        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="vmap"))
 
 
 def spectral_classifier() -> nn.Module:

@@ -218,7 +218,7 @@ def test_vectorised_tasks_with_running_statistics_equal_a_loop(window: int) -> N
     problem = task_problem(module, item=(4,), allow_unused=names)
     hparams = problem.init_hparams()
     vmap, loop = (
-        ht.hypergradient(problem.with_task_route(route), hparams, backend=Truncated(window=window))
+        ht.hypergradient(problem, hparams, backend=Truncated(window=window), execution=ht.Execution(tasks=route))
         for route in ("vmap", "loop")
     )
     assert_equal(vmap.grads, loop.grads)

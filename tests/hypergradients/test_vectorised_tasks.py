@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,20 +56,24 @@ class Judge(LambdaOuter):
         return FACTORS
 
 
-def problem_of(loss: Callable[[Tensor], Tensor], route: str, **options: object) -> ht.BilevelProblem:
+def problem_of(loss: Callable[[Tensor], Tensor], **options: object) -> ht.BilevelProblem:
     return ht.BilevelProblem(
         Scaled(loss),
         Judge(),
         dynamics=ht.dynamics.SGD(lr=0.1),
         num_steps=2,
         num_tasks=2,
-        task_route=route,  # type: ignore[arg-type]
         **options,  # type: ignore[arg-type]
     )
 
 
-def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None) -> Tensor:
-    return ht.hypergradient(problem, problem.init_hparams(), backend=backend or backends.Reverse()).grads["c"]
+def compute(problem: ht.BilevelProblem, route: str, backend: ht.Hypergradient | None = None) -> Tensor:
+    return ht.hypergradient(
+        problem,
+        problem.init_hparams(),
+        backend=backend or backends.Reverse(),
+        execution=ht.Execution(tasks=route),  # type: ignore[arg-type]
+    ).grads["c"]
 
 
 @pytest.mark.parametrize(
@@ -82,15 +87,16 @@ def compute(problem: ht.BilevelProblem, backend: ht.Hypergradient | None = None)
     ids=lambda backend: type(backend).__name__,
 )
 def test_a_wrong_batching_rule_is_refused(backend: ht.Hypergradient) -> None:
-    with pytest.raises(IncompatibleBackendError, match=r"differs between vectorised.*task_route='loop'"):
-        compute(problem_of(selected, "vmap"), backend)
+    with pytest.raises(IncompatibleBackendError, match=r"differs between vectorised.*tasks='loop'"):
+        compute(problem_of(selected), "vmap", backend)
 
 
 def test_what_is_recommended_is_right() -> None:
-    problem = problem_of(selected, "loop")
-    assert ht.check_hypergradient(problem, problem.init_hparams(), backends.Reverse())
-    for other in (problem_of(selected, "auto"), problem_of(where, "vmap"), problem_of(where, "loop")):
-        torch.testing.assert_close(compute(other), compute(problem))
+    problem = problem_of(selected)
+    loop = ht.Execution(tasks="loop")
+    assert ht.check_hypergradient(problem, problem.init_hparams(), backends.Reverse(), execution=loop)
+    for other, route in ((problem, "auto"), (problem_of(where), "vmap"), (problem_of(where), "loop")):
+        torch.testing.assert_close(compute(other, route), compute(problem, "loop"))
 
 
 def test_pytorch_is_still_wrong() -> None:
@@ -108,10 +114,10 @@ def test_a_context_has_a_row_for_each_task() -> None:
         "shared_context": ("both",),
     }
     torch.testing.assert_close(
-        compute(problem_of(where, "vmap", **options)), compute(problem_of(where, "loop", **options))
+        compute(problem_of(where, **options), "vmap"), compute(problem_of(where, **options), "loop")
     )
     with pytest.raises(IncompatibleBackendError, match="differs between vectorised"):
-        compute(problem_of(selected, "vmap", **options))
+        compute(problem_of(selected, **options), "vmap")
 
 
 def test_tasks_that_cannot_be_vectorised_are_refused_with_the_same_advice() -> None:
@@ -119,28 +125,28 @@ def test_tasks_that_cannot_be_vectorised_are_refused_with_the_same_advice() -> N
         return where(w) if w.detach().sum() < 1e9 else w.sum()
 
     with pytest.raises(
-        IncompatibleBackendError, match=r"over tasks. PyTorch says: vmap.*works for a task alone.*task_route='loop'"
+        IncompatibleBackendError, match=r"over tasks. PyTorch says: vmap.*works for a task alone.*tasks='loop'"
     ):
-        compute(problem_of(looked_at, "vmap"))
-    torch.testing.assert_close(compute(problem_of(looked_at, "auto")), compute(problem_of(where, "loop")))
+        compute(problem_of(looked_at), "vmap")
+    torch.testing.assert_close(compute(problem_of(looked_at), "auto"), compute(problem_of(where), "loop"))
 
 
 def test_an_error_of_the_user_is_left_alone() -> None:
     with pytest.raises(RuntimeError, match="cannot be multiplied|Expected size") as caught:
-        compute(problem_of(lambda w: (w @ w[:2]).sum(), "vmap"))
+        compute(problem_of(lambda w: (w @ w[:2]).sum()), "vmap")
     assert not isinstance(caught.value, IncompatibleBackendError)
 
 
 @pytest.mark.parametrize("draw", [lambda w: F.dropout(w, 0.5), lambda w: w * normal(3, 3, seed=7)])
 def test_noise_is_not_taken_for_a_fault(draw: Callable[[Tensor], Tensor]) -> None:
-    assert compute(problem_of(lambda w: where(draw(w)), "vmap")).isfinite()
+    assert compute(problem_of(lambda w: where(draw(w))), "vmap").isfinite()
 
 
 def test_a_problem_without_steps_says_nothing_of_one_with_steps() -> None:
-    problem = problem_of(lambda w: selected(w), "vmap", allow_unused=("c",))
-    assert float(compute(replace(problem, num_steps=0))) == 0.0
+    problem = problem_of(lambda w: selected(w), allow_unused=("c",))
+    assert float(compute(replace(problem, num_steps=0), "vmap")) == 0.0
     with pytest.raises(IncompatibleBackendError, match="differs between vectorised"):
-        compute(problem)
+        compute(problem, "vmap")
 
 
 def test_it_is_asked_once() -> None:
@@ -153,30 +159,34 @@ def test_it_is_asked_once() -> None:
     numbers = []
     for _ in range(3):
         calls[0] = 0
-        compute(problem_of(counted, "vmap"))
+        compute(problem_of(counted), "vmap")
         numbers.append(calls[0])
     assert numbers[0] > numbers[1] == numbers[2] == 2
 
 
 SAME = scalars(c=-1.5)
-ENTRIES: dict[str, Callable[[ht.BilevelProblem], object]] = {
-    "unroll": lambda problem: ht.unroll(problem, SAME),
-    "evaluate": lambda problem: ht.evaluate(problem, SAME, num_episodes=2),
-    "spectral_radius": lambda problem: ht.spectral_radius(problem, SAME),
-    "check_hypergradient": lambda problem: ht.check_hypergradient(problem, SAME, backends.Reverse()),
+ENTRIES: dict[str, Callable[..., object]] = {
+    "unroll": lambda problem, **how: ht.unroll(problem, SAME, **how),
+    "evaluate": lambda problem, **how: ht.evaluate(problem, SAME, num_episodes=2, **how),
+    "spectral_radius": lambda problem, **how: ht.spectral_radius(problem, SAME, **how),
+    "check_hypergradient": lambda problem, **how: ht.check_hypergradient(problem, SAME, backends.Reverse(), **how),
 }
+
+
+def unrolled(problem: ht.BilevelProblem, route: str) -> Tensor:
+    return ht.unroll(problem, SAME, execution=ht.Execution(tasks=route)).outer_loss  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_function_that_vectorises_tasks_refuses_it(entry: str) -> None:
-    with pytest.raises(IncompatibleBackendError, match=r"differs between vectorised.*task_route='loop'"):
-        ENTRIES[entry](problem_of(selected, "vmap"))
+    with pytest.raises(IncompatibleBackendError, match=r"differs between vectorised.*tasks='loop'"):
+        ENTRIES[entry](problem_of(selected), execution=ht.Execution(tasks="vmap"))
 
 
 def test_a_plain_run_by_auto_takes_the_loop() -> None:
-    expected = ht.unroll(problem_of(selected, "loop"), SAME)
-    torch.testing.assert_close(ht.unroll(problem_of(selected, "auto"), SAME).outer_loss, expected.outer_loss)
-    torch.testing.assert_close(ht.unroll(problem_of(where, "vmap"), SAME).outer_loss, expected.outer_loss)
+    expected = unrolled(problem_of(selected), "loop")
+    torch.testing.assert_close(unrolled(problem_of(selected), "auto"), expected)
+    torch.testing.assert_close(unrolled(problem_of(where), "vmap"), expected)
 
 
 @dataclass(frozen=True)
@@ -223,18 +233,16 @@ PARTS = {
 def test_every_vectorised_function_of_a_problem_is_compared(name: str, backend: ht.Hypergradient) -> None:
     part = PARTS[name]
 
-    def problem(route: str) -> ht.BilevelProblem:
-        return replace(
-            problem_of(where, route, context=lambda hparams, batch: {"own": hparams["c"] * batch}),
-            inner=part.inner(where),
-            outer=part.outer(),
-            num_steps=part.num_steps,
-        )
-
+    problem = replace(
+        problem_of(where, context=lambda hparams, batch: {"own": hparams["c"] * batch}),
+        inner=part.inner(where),
+        outer=part.outer(),
+        num_steps=part.num_steps,
+    )
     with pytest.raises(IncompatibleBackendError, match=r"the derivative of the .* differs between vectorised"):
-        compute(problem("vmap"), backend)
-    torch.testing.assert_close(compute(problem("auto"), backend), compute(problem("loop"), backend))
-    assert ht.unroll(problem("vmap"), SAME).outer_loss.isfinite().all()  # its values are right
+        compute(problem, "vmap", backend)
+    torch.testing.assert_close(compute(problem, "auto", backend), compute(problem, "loop", backend))
+    assert unrolled(problem, "vmap").isfinite().all()  # its values are right
 
 
 def in_channels_last(w: Tensor) -> Tensor:
@@ -242,13 +250,13 @@ def in_channels_last(w: Tensor) -> Tensor:
     return images.to(memory_format=torch.channels_last).sin().sum()
 
 
-@pytest.mark.parametrize("entry", [compute, lambda problem: ht.unroll(problem, SAME).outer_loss])
-def test_an_operation_that_cannot_be_vectorised_is_named(entry: Callable[[ht.BilevelProblem], Tensor]) -> None:
+@pytest.mark.parametrize("entry", [compute, unrolled])
+def test_an_operation_that_cannot_be_vectorised_is_named(entry: Callable[[ht.BilevelProblem, str], Tensor]) -> None:
     with pytest.raises(
-        IncompatibleBackendError, match=r"`torch.Tensor.to`, which works for a task alone.*task_route='loop'"
+        IncompatibleBackendError, match=r"`torch.Tensor.to`, which works for a task alone.*tasks='loop'"
     ):
-        entry(problem_of(in_channels_last, "vmap"))
-    torch.testing.assert_close(entry(problem_of(in_channels_last, "auto")), entry(problem_of(in_channels_last, "loop")))
+        entry(problem_of(in_channels_last), "vmap")
+    torch.testing.assert_close(entry(problem_of(in_channels_last), "auto"), entry(problem_of(in_channels_last), "loop"))
 
 
 class ChannelsJudge(Judge):
@@ -257,13 +265,14 @@ class ChannelsJudge(Judge):
 
 
 def test_a_metric_that_cannot_be_vectorised_is_named() -> None:
-    def problem(route: str) -> ht.BilevelProblem:
-        return replace(problem_of(where, route), outer=ChannelsJudge())
+    problem = replace(problem_of(where), outer=ChannelsJudge())
+
+    def figure(route: Any) -> Tensor:
+        return ht.unroll(problem, SAME, execution=ht.Execution(tasks=route)).metrics["figure"]
 
     with pytest.raises(IncompatibleBackendError, match=r"`torch.Tensor.to`, which works for a task alone"):
-        ht.unroll(problem("vmap"), SAME)
-    expected = ht.unroll(problem("loop"), SAME).metrics["figure"]
-    torch.testing.assert_close(ht.unroll(problem("auto"), SAME).metrics["figure"], expected)
+        figure("vmap")
+    torch.testing.assert_close(figure("auto"), figure("loop"))
 
 
 def fails_backwards(w: Tensor) -> Tensor:
@@ -293,9 +302,9 @@ def fails_backwards(w: Tensor) -> Tensor:
 
 def test_a_gradient_that_cannot_be_vectorised_is_explained() -> None:
     with pytest.raises(IncompatibleBackendError, match=r"the gradient of a loss, which works for a task alone"):
-        compute(problem_of(fails_backwards, "vmap"))
+        compute(problem_of(fails_backwards), "vmap")
     torch.testing.assert_close(
-        compute(problem_of(fails_backwards, "auto")), compute(problem_of(fails_backwards, "loop"))
+        compute(problem_of(fails_backwards), "auto"), compute(problem_of(fails_backwards), "loop")
     )
 
 
@@ -305,7 +314,8 @@ def test_first_derivatives_need_no_second_to_be_compared() -> None:
         targets = torch.tensor([0, 2, 1])
         return F.linear_cross_entropy(START, w, targets, reduction="none", options=options).sum()
 
-    together, one_by_one = (replace(problem_of(once, route), outer=DirectJudge()) for route in ("vmap", "loop"))
-    torch.testing.assert_close(compute(together, backends.FirstOrder()), compute(one_by_one, backends.FirstOrder()))
+    direct = replace(problem_of(once), outer=DirectJudge())
+    together, one_by_one = (compute(direct, route, backends.FirstOrder()) for route in ("vmap", "loop"))
+    torch.testing.assert_close(together, one_by_one)
     with pytest.raises(IncompatibleBackendError, match="`linear_cross_entropy` in chunks"):
-        compute(problem_of(once, "vmap"))
+        compute(problem_of(once), "vmap")

@@ -59,7 +59,6 @@ class Quadratics(ht.ProblemSource):
     num_steps: int = 3
     lr: float = 0.1
     metric: str = "distance"
-    task_route: str = "vmap"
     offset: int = 0
     fail_at: int | None = None
     failure: BaseException | None = None
@@ -79,7 +78,6 @@ class Quadratics(ht.ProblemSource):
             dynamics=ht.dynamics.SGD(lr=self.lr),
             num_steps=self.num_steps,
             num_tasks=self.num_tasks,
-            task_route=self.task_route,
         )
 
     def formula(self, hparams: TensorDict, outer_step: int) -> tuple[Tensor, TensorDict]:

@@ -22,6 +22,7 @@ def make_loop(source: ht.ProblemSource | None = None, **options: Any) -> outer.O
         "optimizer": partial(torch.optim.SGD, lr=0.1),
         "backend": ht.hypergradients.Reverse(),
         "log_every": 1,
+        "execution": ht.Execution(tasks="vmap"),
         **options,
     }
     return outer.OuterLoop(source or Quadratics(), **settings)

@@ -56,10 +56,10 @@ def test_the_task_route_can_be_named(route: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         evaluation,
         "unroll",
-        lambda problem, *args, **named: seen.append(problem.task_route) or original(problem, *args, **named),
+        lambda *args, execution, **named: seen.append(execution.tasks) or original(*args, **named),
     )
-    source = Quadratics(task_route="auto")
-    evaluate(source, source.init_hparams(), num_episodes=4, task_route=route)
+    source = Quadratics()
+    evaluate(source, source.init_hparams(), num_episodes=4, execution=ht.Execution(tasks=route))  # type: ignore[arg-type]
     assert seen == [route]
 
 

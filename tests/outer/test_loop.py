@@ -474,7 +474,9 @@ def test_refused_validations() -> None:
         outer.Validation(**settings, mode="best")
 
 
-# Task routes
+# How tasks are run
+
+LOOP = ht.Execution(tasks="loop")
 
 
 def test_the_task_route_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,17 +484,17 @@ def test_the_task_route_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None
 
     seen: list[str] = []
     original = step_module.hypergradient
-    monkeypatch.setattr(loop_module, "hypergradient_task_route", lambda *args, **named: "loop")
+    monkeypatch.setattr(loop_module, "measured_execution", lambda *args, **named: LOOP)
     monkeypatch.setattr(
         step_module,
         "hypergradient",
-        lambda problem, *args, **named: seen.append(problem.task_route) or original(problem, *args, **named),
+        lambda *args, execution, **named: seen.append(execution.tasks) or original(*args, **named),
     )
-    make_loop(Quadratics(num_tasks=2, task_route="auto")).run(2)
+    make_loop(Quadratics(num_tasks=2), execution=ht.Execution()).run(2)
     assert seen == ["loop", "loop"]
-    make_loop(Quadratics(num_tasks=2, task_route="vmap")).run(1)
+    make_loop(Quadratics(num_tasks=2), execution=ht.Execution(tasks="vmap")).run(1)
     assert seen[2:] == ["vmap"]
-    make_loop(Quadratics(num_tasks=None, task_route="auto")).run(1)
+    make_loop(Quadratics(num_tasks=None), execution=ht.Execution()).run(1)
     assert seen[3:] == ["auto"]
 
 

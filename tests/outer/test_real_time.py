@@ -197,17 +197,20 @@ def test_tasks_are_runs_of_their_own_on_every_route() -> None:
     """By hand: the mean of the hypergradients of each task's own run; the routes agree."""
     results = []
     for route, chunk in (("vmap", None), ("vmap", 2), ("loop", None)):
-        problem = regression(num_tasks=3, task_route=route, task_chunk=chunk)
-        results.append(ht.RealTime(problem, optimizer=partial(torch.optim.SGD, lr=0.02), every=2).run(12).hparams)
+        execution = ht.Execution(tasks=route, chunk=chunk)  # type: ignore[arg-type]
+        loop = ht.RealTime(
+            regression(num_tasks=3), optimizer=partial(torch.optim.SGD, lr=0.02), every=2, execution=execution
+        )
+        results.append(loop.run(12).hparams)
     for other in results[1:]:
         for name, value in results[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-11, atol=1e-13)
 
     memory = outer.MemoryLogger()
-    problem = regression(num_tasks=3, task_route="vmap")
-    ht.RealTime(problem, optimizer=FROZEN, every=3, loggers=[memory], log_every=1).run(9)
+    problem, execution = regression(num_tasks=3), ht.Execution(tasks="vmap")
+    ht.RealTime(problem, optimizer=FROZEN, every=3, loggers=[memory], log_every=1, execution=execution).run(9)
     exact = ht.hypergradient(
-        replace(problem, num_steps=9), problem.init_hparams(), backend=ht.hypergradients.Reverse()
+        replace(problem, num_steps=9), problem.init_hparams(), backend=ht.hypergradients.Reverse(), execution=execution
     ).grads
     norm = torch.stack([value.square() for value in exact.values()]).sum().sqrt()
     assert memory.records[-1]["hypergradient_norm"] == pytest.approx(float(norm), rel=1e-11)
@@ -250,7 +253,7 @@ def stop_at(step: int) -> Callable[[int], None]:
 
 def full(folder: Path, inner: ht.InnerProblem, num_tasks: int | None) -> ht.RealTime:
     return ht.RealTime(
-        regression(Decaying(), inner=inner, num_tasks=num_tasks, task_route="loop" if num_tasks else "auto"),
+        regression(Decaying(), inner=inner, num_tasks=num_tasks),
         optimizer=partial(torch.optim.Adam, lr=0.05),
         every=2,
         scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.7),
@@ -259,6 +262,7 @@ def full(folder: Path, inner: ht.InnerProblem, num_tasks: int | None) -> ht.Real
         loggers=[outer.JsonLinesLogger(folder / "metrics.jsonl")],
         log_every=2,
         checkpoints=outer.Checkpoints(folder / "checkpoints", every=3),
+        execution=ht.Execution(tasks="loop" if num_tasks else "auto"),
     )
 
 

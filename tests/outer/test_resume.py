@@ -284,11 +284,10 @@ def test_every_scheduler_resumes(tmp_path: Path, scheduler: Any) -> None:
 def test_the_task_route_is_that_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hypertorch.outer import loop as loop_module
 
-    answers = iter(["loop"])
-    monkeypatch.setattr(loop_module, "hypergradient_task_route", lambda *args, **named: next(answers))
-    source = Quadratics(task_route="auto")
-    full_loop(tmp_path, source).run(5)
-    full_loop(tmp_path, source).run(7, resume=True)
+    answers = iter([ht.Execution(tasks="loop")])
+    monkeypatch.setattr(loop_module, "measured_execution", lambda *args, **named: next(answers))
+    full_loop(tmp_path, Quadratics(), execution=ht.Execution()).run(5)
+    full_loop(tmp_path, Quadratics(), execution=ht.Execution()).run(7, resume=True)
     newest = outer.Checkpoints(tmp_path / "checkpoints").newest()
     assert newest is not None
     assert outer.Checkpoints(tmp_path).load(newest).task_route == "loop"
@@ -299,11 +298,13 @@ def test_validations_take_the_same_route(tmp_path: Path, monkeypatch: pytest.Mon
 
     routes: list[str] = []
     original = loop_module.evaluate
-    monkeypatch.setattr(loop_module, "hypergradient_task_route", lambda *args, **named: "loop")
+    monkeypatch.setattr(loop_module, "measured_execution", lambda *args, **named: ht.Execution(tasks="loop"))
     monkeypatch.setattr(
-        loop_module, "evaluate", lambda *args, **named: routes.append(named["task_route"]) or original(*args, **named)
+        loop_module,
+        "evaluate",
+        lambda *args, execution, **named: routes.append(execution.tasks) or original(*args, **named),
     )
-    full_loop(tmp_path, Quadratics(task_route="auto")).run(6)
+    full_loop(tmp_path, Quadratics(), execution=ht.Execution()).run(6)
     assert routes == ["loop", "loop"]
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 from hypertorch.fewshot.learners.episode_checks import EpisodeCheck
-from hypertorch.problem import BilevelProblem, ProblemSource, TaskRoute
+from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict
 
 
@@ -74,14 +73,7 @@ class Learner(ABC):
         inputs = episode.query.inputs
         return Embedding(inputs.flatten(1), self.adapt(hparams, episode.support)(inputs))
 
-    def on(
-        self,
-        episodes: EpisodeSource,
-        *,
-        task_route: TaskRoute = "auto",
-        task_chunk: int | None = None,
-        inner_dtype: torch.dtype | None = None,
-    ) -> ProblemSource:
+    def on(self, episodes: EpisodeSource) -> ProblemSource:
         """Returns this learner's problems on a stream of episodes, for an outer loop or an evaluation.
 
         Cost: one adaptation to the first episode, to see that network and episodes fit, and to the first of every
@@ -89,16 +81,11 @@ class Learner(ABC):
 
         Args:
             episodes: the episodes.
-            task_route: how the episodes of a batch are run: as `BilevelProblem.task_route` says; "auto" measures.
-                The two agree up to rounding; name one where runs must be equal to the last bit.
-            task_chunk: episodes run at once under "vmap" (memory is proportional to it); None for all.
-            inner_dtype: `torch.bfloat16` computes the products of the inner loss in it; see `BilevelProblem`.
 
         Raises:
             TypeError: if `episodes` are no source of episodes, or their labels are of a wrong type.
-            ValueError: if the network cannot take the inputs, has not one output per class, `task_chunk` or
-                `task_route` cannot be, or `inner_dtype` would do nothing. The problems of later outer steps raise the
-                same for episodes that differ from the first.
+            ValueError: if the network cannot take the inputs, or has not one output per class. The problems of later
+                outer steps raise the same for episodes that differ from the first.
         """
         if not isinstance(episodes, EpisodeSource):
             raise TypeError(
@@ -108,14 +95,8 @@ class Learner(ABC):
         check = EpisodeCheck(self, episodes.num_tasks)
         batch = episodes.at(0)
         check(batch, 0)
-        source = LearnerOnEpisodes(self, episodes, check, task_route, task_chunk, inner_dtype)
-        problem = source.with_settings(self.problem(batch, episodes.num_tasks))
-        if inner_dtype is not None and problem.num_steps == 0:
-            raise ValueError(
-                f"`inner_dtype` is {inner_dtype}, but {type(self).__name__} takes no inner step: there is no inner "
-                "loss to compute in it, and nothing would change. Leave `inner_dtype` out."
-            )
-        return source
+        self.problem(batch, episodes.num_tasks)
+        return LearnerOnEpisodes(self, episodes, check)
 
 
 @dataclass(frozen=True)
@@ -126,17 +107,11 @@ class LearnerOnEpisodes(ProblemSource):
         learner: the learner.
         episodes: the episodes.
         check: sees that a batch of episodes is what the learner was built for.
-        task_route: how the episodes of a batch are run.
-        task_chunk: episodes run at once.
-        inner_dtype: of the products of the inner loss.
     """
 
     learner: Learner
     episodes: EpisodeSource
     check: EpisodeCheck = field(compare=False, repr=False)
-    task_route: TaskRoute = "auto"
-    task_chunk: int | None = None
-    inner_dtype: torch.dtype | None = None
 
     def init_hparams(self) -> TensorDict:
         """Returns the learner's outer variables before training."""
@@ -151,8 +126,4 @@ class LearnerOnEpisodes(ProblemSource):
         """
         batch = self.episodes.at(outer_step)
         self.check(batch, outer_step)
-        return self.with_settings(self.learner.problem(batch, self.episodes.num_tasks))
-
-    def with_settings(self, problem: BilevelProblem) -> BilevelProblem:
-        """Returns the problem of a batch of episodes, with its tasks run as is set here."""
-        return replace(problem, task_route=self.task_route, task_chunk=self.task_chunk, inner_dtype=self.inner_dtype)
+        return self.learner.problem(batch, self.episodes.num_tasks)

@@ -45,6 +45,7 @@ class Program(NamedTuple):
         per_task: names in variables (entries of the context) that have a tasks axis.
         outer_batch: the outer data of these tasks.
         device: of the tensors.
+        inner_dtype: of the inner loss's products; None for that of the params.
     """
 
     problem: BilevelProblem
@@ -52,11 +53,12 @@ class Program(NamedTuple):
     per_task: frozenset[str]
     outer_batch: Batch
     device: torch.device
+    inner_dtype: torch.dtype | None
 
     @classmethod
     def of(cls, loop: InnerLoop) -> Program:
         """Returns the program of a loop."""
-        return cls(loop.problem, loop.num_tasks, loop.per_task, loop.outer_batch, loop.device)
+        return cls(loop.problem, loop.num_tasks, loop.per_task, loop.outer_batch, loop.device, loop.inner_dtype)
 
     @property
     def key(self) -> Hashable:
@@ -78,6 +80,7 @@ class Program(NamedTuple):
             noise_key=None,
             device=self.device,
             carry={},
+            inner_dtype=self.inner_dtype,
             draw=draw,
         )
 

@@ -10,6 +10,7 @@ from typing import Literal
 from hypertorch import tree
 from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import IncompatibleBackendError
+from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps, states_alive
 from hypertorch.hypergradients.reverse_mode.step_memory import StepMemory, measure_step
 from hypertorch.inner_loop import InnerLoop
@@ -89,11 +90,18 @@ class PlanReasons:
         ]
 
 
-def plan_memory(problem: BilevelProblem, hparams: TensorDict, budget: int | str, *, outer_step: int = 0) -> MemoryPlan:
+def plan_memory(
+    problem: BilevelProblem,
+    hparams: TensorDict,
+    budget: int | str,
+    *,
+    outer_step: int = 0,
+    execution: Execution = DEFAULT,
+) -> MemoryPlan:
     """Returns how `Reverse(memory_budget=budget)` runs a problem, without running it.
 
     With tasks, the plan is that of the first slice of them that is run together, and what the results of the others
-    hold is not in it; `task_route="auto"` is planned as "vmap". Neither is a context, with its graph.
+    hold is not in it; `tasks="auto"` is planned as "vmap". Neither is a context, with its graph.
 
     Cost: the context, and one step with its vjp, slowed down by counting.
 
@@ -102,6 +110,7 @@ def plan_memory(problem: BilevelProblem, hparams: TensorDict, budget: int | str,
         hparams: the outer variables.
         budget: bytes, or a string such as "512MiB".
         outer_step: chooses the outer data and the noise.
+        execution: how the problem is run.
 
     Raises:
         ValueError: if the budget is no number of bytes, or the problem has no step to plan.
@@ -112,10 +121,10 @@ def plan_memory(problem: BilevelProblem, hparams: TensorDict, budget: int | str,
             "`problem` has `num_steps` = 0: there is no inner loop whose states could be kept or not. Plan a problem "
             "of at least one step."
         )
-    bound = BoundProblem(problem, hparams, outer_step, None)
+    bound = BoundProblem(problem, hparams, outer_step, None, execution)
     constants = tree.detach(hparams)
-    first = next(task_slices(problem, "loop" if problem.task_route == "loop" else "vmap"))
-    with bound.execution():
+    first = task_slices(problem.num_tasks, execution)[0]
+    with bound.running():
         context = tree.detach(bound.context(constants, first))
         variables = tree.leaves_requiring_grad({**constants, **context})
         return plan_loop(bound.loop(first, context), variables, parse_bytes(budget, "budget"))
@@ -161,7 +170,7 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         raise IncompatibleBackendError(
             f"`memory_budget` is {budget} bytes ({format_bytes(budget)}): one kept state and the graph of one inner "
             f"step take {least} bytes ({format_bytes(least)}) already. Allow at least that, or make a step smaller (a "
-            "smaller minibatch; with tasks, a smaller `task_chunk`)."
+            "smaller minibatch; with tasks, a smaller `chunk` of the execution)."
         )
     return MemoryPlan(
         method="revolve",

@@ -136,9 +136,10 @@ def test_tasks_together_equal_tasks_one_by_one(statistics: str) -> None:
     source = learner("imaml", statistics).on(Blobs())
     together, alone = (
         ht.hypergradient(
-            source.at(0).with_task_route(route),  # type: ignore[arg-type]
+            source.at(0),  # type: ignore[arg-type]
             source.init_hparams(),
             backend=ht.hypergradients.Reverse(),
+            execution=ht.Execution(tasks=route),
         ).grads
         for route in ("vmap", "loop")
     )

@@ -209,7 +209,9 @@ def test_tasks_together_equal_tasks_one_by_one(statistics: Rule) -> None:
     source = learner("MAML", statistics).on(episodes(num_tasks=2))
     hparams = source.init_hparams()
     grads = [
-        ht.hypergradient(source.at(0).with_task_route(route), hparams, backend=ht.hypergradients.Reverse()).grads
+        ht.hypergradient(
+            source.at(0), hparams, backend=ht.hypergradients.Reverse(), execution=ht.Execution(tasks=route)
+        ).grads
         for route in ("vmap", "loop")
     ]
     for name, value in grads[1].items():

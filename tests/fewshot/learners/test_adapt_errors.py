@@ -7,7 +7,6 @@ import torch
 
 import hypertorch as ht
 from hypertorch.fewshot import MAML, MLP, Examples, Learner, ProtoNet, StrokeCharacters
-from tests.fewshot.learners.test_learners import Blobs
 
 SGD = ht.dynamics.SGD
 
@@ -63,18 +62,6 @@ def test_what_is_no_support_set_is_refused(make: object) -> None:
         learner.adapt(hparams, Examples(IMAGES[:0], torch.arange(0)))
     with pytest.raises(TypeError, match="`support` has inputs of type ndarray"):
         learner.adapt(hparams, Examples(IMAGES.numpy(), torch.arange(3)))  # type: ignore[arg-type]
-
-
-def test_how_tasks_are_run_is_said_where_learner_and_episodes_meet() -> None:
-    source = maml().on(Blobs(), task_route="vmap", task_chunk=2)
-    problem = source.at(0)
-    assert isinstance(problem, ht.BilevelProblem)
-    assert (problem.task_route, problem.task_chunk) == ("vmap", 2)
-    assert maml().on(Blobs()).at(0).task_route == "auto"
-    with pytest.raises(ValueError, match="`task_chunk` is 0"):
-        maml().on(Blobs(), task_chunk=0)
-    with pytest.raises(ValueError, match="`task_route` is 'fast'"):
-        maml().on(Blobs(), task_route="fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [maml, proto_net])

@@ -56,8 +56,8 @@ UNBIASED: dict[str, ht.Hypergradient] = {
 
 def compute(name: str, backend: ht.Hypergradient, route: str = "vmap") -> TensorDict:
     source = LEARNERS[name]().on(Blobs())
-    problem = source.at(0).with_task_route(route)  # type: ignore[arg-type]
-    return ht.hypergradient(problem, source.init_hparams(), backend=backend).grads
+    execution = ht.Execution(tasks=route)  # type: ignore[arg-type]
+    return ht.hypergradient(source.at(0), source.init_hparams(), backend=backend, execution=execution).grads
 
 
 @pytest.mark.parametrize("backend", SERVING)

@@ -98,8 +98,9 @@ def test_a_module_with_a_lock_is_learnt_from() -> None:
 
     def outcome(network: nn.Module, kind: str) -> ht.HypergradientResult:
         learner = MAML(network, dynamics=SGD(lr=0.1), num_steps=2) if kind == "maml" else ProtoNet(network, way=3)
-        source = learner.on(Blobs(), task_route="loop")
-        return ht.hypergradient(source.at(0), source.init_hparams(), backend=ht.hypergradients.Reverse())
+        source = learner.on(Blobs())
+        backend, execution = ht.hypergradients.Reverse(), ht.Execution(tasks="loop")
+        return ht.hypergradient(source.at(0), source.init_hparams(), backend=backend, execution=execution)
 
     for kind in ("maml", "proto_net"):
         ours, expected = outcome(Locked(), kind), outcome(Doubled(), kind)

@@ -106,8 +106,8 @@ def learner(name: str, network: nn.Module) -> Learner:
 
 
 def grads(made: Learner, backend: ht.Hypergradient, route: str) -> dict[str, Tensor]:
-    problem = made.on(Episodes(), task_route=route).at(0)  # type: ignore[arg-type]
-    return ht.hypergradient(problem, problem.init_hparams(), backend=backend).grads
+    problem, execution = made.on(Episodes()).at(0), ht.Execution(tasks=route)  # type: ignore[arg-type]
+    return ht.hypergradient(problem, problem.init_hparams(), backend=backend, execution=execution).grads
 
 
 @pytest.mark.parametrize(("name", "backend"), [(name, backend) for name in LEARNERS for backend in FOLLOWS[name]])
@@ -184,9 +184,14 @@ def test_spectral_norm_is_exact_in_evaluation_mode_and_refused_in_training_mode(
     with pytest.raises(IncompatibleBackendError, match="in training mode, .*call `.eval"):
         learner(name, with_spectral_norm(wrap))
     made = learner(name, with_spectral_norm(wrap).eval())
-    problem = made.on(Episodes(), task_route="loop").at(0)
+    problem = made.on(Episodes()).at(0)
     # The old implementation starts from vectors that fit badly, so that the function is steep.
     verdict = ht.check_hypergradient(
-        problem, problem.init_hparams(), backends.Reverse(), num_directions=1, step_size=1e-4
+        problem,
+        problem.init_hparams(),
+        backends.Reverse(),
+        num_directions=1,
+        step_size=1e-4,
+        execution=ht.Execution(tasks="loop"),
     )
     assert verdict.passed, str(verdict)

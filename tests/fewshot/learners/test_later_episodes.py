@@ -164,8 +164,13 @@ def test_a_network_that_ends_in_infinity_is_no_misfit() -> None:
 
 @pytest.mark.parametrize("name", ["ProtoNet", "R2D2"])
 def test_a_precision_of_the_inner_loss_is_refused_where_there_is_none(name: str) -> None:
-    with pytest.raises(ValueError, match=f"`inner_dtype` is torch.bfloat16, but {name} takes no inner step"):
-        LEARNERS[name]().on(Blobs(), inner_dtype=torch.bfloat16)
+    source = LEARNERS[name]().on(Blobs())
+    execution = ht.Execution(inner_dtype=torch.bfloat16)
+    message = "`inner_dtype` of the execution is torch.bfloat16, but the problem takes no inner step"
+    with pytest.raises(ValueError, match=message):
+        ht.evaluate(source, source.init_hparams(), num_episodes=1, execution=execution)
+    with pytest.raises(ValueError, match=message):
+        ht.hypergradient(source.at(0), source.init_hparams(), backend=ht.hypergradients.Reverse(), execution=execution)
 
 
 def test_classification_needs_labels() -> None:

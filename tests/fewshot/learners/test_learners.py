@@ -73,8 +73,14 @@ def learner(kind: str, statistics: str = "episode", learn_lr: str | None = "step
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 def test_hypergradients_equal_central_differences(kind: str, statistics: str, route: str) -> None:
     source = learner(kind, statistics).on(Blobs())
-    problem = source.at(0).with_task_route(route)  # type: ignore[arg-type]
-    check = ht.check_hypergradient(problem, source.init_hparams(), Reverse(), num_directions=1, step_size=1e-5)
+    check = ht.check_hypergradient(
+        source.at(0),
+        source.init_hparams(),
+        Reverse(),
+        num_directions=1,
+        step_size=1e-5,
+        execution=ht.Execution(tasks=route),  # type: ignore[arg-type]
+    )
     assert check.passed, str(check)
 
 
@@ -83,10 +89,11 @@ def test_hypergradients_equal_central_differences(kind: str, statistics: str, ro
 def test_checkpoints_and_routes_agree(kind: str, statistics: str) -> None:
     source = learner(kind, statistics).on(Blobs())
     hparams = source.init_hparams()
-    reference = ht.hypergradient(source.at(1).with_task_route("vmap"), hparams, backend=Reverse()).grads
+    reference = ht.hypergradient(source.at(1), hparams, backend=Reverse(), execution=ht.Execution(tasks="vmap")).grads
     for route in ("vmap", "loop"):
-        problem = source.at(1).with_task_route(route)  # type: ignore[arg-type]
-        grads = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=1)).grads
+        execution = ht.Execution(tasks=route)
+        backend = Reverse(checkpoint_every=1)
+        grads = ht.hypergradient(source.at(1), hparams, backend=backend, execution=execution).grads
         for name in hparams:
             torch.testing.assert_close(grads[name], reference[name], rtol=1e-10, atol=1e-13)
 
@@ -114,9 +121,9 @@ def test_the_representation_is_computed_once_per_episode(monkeypatch: pytest.Mon
     forward = Conv4.forward
     monkeypatch.setattr(Conv4, "forward", lambda self, images: (calls.append(len(images)), forward(self, images))[1])
     source = learner("hyper_representation").on(Blobs(num_tasks=2))
-    problem = source.at(0).with_task_route("loop")
+    problem = source.at(0)
     calls.clear()
-    ht.hypergradient(problem, source.init_hparams(), backend=Reverse())
+    ht.hypergradient(problem, source.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="loop"))
     assert calls == [18, 18]  # support and query of each episode together, whatever the number of inner steps
 
 

@@ -54,8 +54,8 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
 
 def compute(learner: Learner, backend: ht.Hypergradient, route: str = "vmap") -> ht.HypergradientResult:
     source = learner.on(Blobs())
-    problem = source.at(0).with_task_route(route)  # type: ignore[arg-type]
-    return ht.hypergradient(problem, source.init_hparams(), backend=backend)
+    execution = ht.Execution(tasks=route)  # type: ignore[arg-type]
+    return ht.hypergradient(source.at(0), source.init_hparams(), backend=backend, execution=execution)
 
 
 def test_every_learner_is_listed() -> None:

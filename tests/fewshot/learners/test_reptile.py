@@ -125,9 +125,9 @@ def test_the_hypergradient_is_that_of_a_hand_written_loop(batch_size: int, route
         for name, value in module.named_parameters():
             expected[name] += (hparams[name] - value.detach()) / len(episode.support.inputs)
 
-    problem = source.at(0).with_task_route(route)  # type: ignore[arg-type]
+    execution = ht.Execution(tasks=route)  # type: ignore[arg-type]
     for backend in (backends.Reverse(), backends.FirstOrder(), backends.Truncated(window=1)):
-        assert_same(ht.hypergradient(problem, hparams, backend=backend).grads, expected)
+        assert_same(ht.hypergradient(source.at(0), hparams, backend=backend, execution=execution).grads, expected)
 
 
 def test_adapting_takes_the_same_minibatches() -> None:

@@ -87,7 +87,7 @@ def test_adapted_learners_answer_for_tokens(name: str) -> None:
     support, query = (Examples(part.inputs[0], part.targets[0]) for part in episode)
     hparams = learner.init_hparams()
     logits = learner.adapt(hparams, support)(query.inputs)
-    result = ht.unroll(learner.problem(episode, 2).with_task_route("loop"), hparams)
+    result = ht.unroll(learner.problem(episode, 2), hparams, execution=ht.Execution(tasks="loop"))
     accuracy = (logits.argmax(-1) == query.targets).double().mean()
     torch.testing.assert_close(result.metrics["accuracy"][0], accuracy)
 

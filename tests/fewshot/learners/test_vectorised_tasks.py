@@ -146,14 +146,14 @@ def assert_routes_agree(
 ) -> None:
     """Fails if the routes differ by more than the tolerance, or than the loop's own distance from `exact` explains."""
     dtype = next(iter(hparams.values())).dtype
-    loop = ht.hypergradient(problem.with_task_route("loop"), hparams, backend=backend)
+    loop = ht.hypergradient(problem, hparams, backend=backend, execution=ht.Execution(tasks="loop"))
     tolerance = TOLERANCE[dtype]
     if exact is not None:
         rounded = {name: value.to(F64) for name, value in loop.grads.items()}
         tolerance += 3.0 * largest_error(rounded, exact, over_all=True)
     for chunk in (None, 2):
-        together = dataclasses.replace(problem, task_route="vmap", task_chunk=chunk)
-        result = ht.hypergradient(together, hparams, backend=backend)
+        together = dataclasses.replace(problem)
+        result = ht.hypergradient(together, hparams, backend=backend, execution=ht.Execution(tasks="vmap", chunk=chunk))
         assert result.outer_loss.dtype == dtype
         assert largest_error(result.grads, loop.grads, over_all=dtype != F64) <= tolerance
         assert largest_error({"": result.outer_loss}, {"": loop.outer_loss}, over_all=True) <= tolerance
@@ -170,16 +170,18 @@ def test_tasks_together_in_chunks_and_one_by_one_agree(learner: str, backend: st
 @cache
 def whole_graph(learner: str, rule: str) -> TensorDict:
     source = source_of(learner, rule, F64)
-    problem = source.at(0).with_task_route("vmap")
-    return ht.hypergradient(problem, source.init_hparams(), backend=backends.Reverse()).grads
+    return ht.hypergradient(
+        source.at(0), source.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="vmap")
+    ).grads
 
 
 @pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_exact_backends_agree_on_every_learner(learner: str, backend: str) -> None:
     source = source_of(learner, backend, F64)
-    problem = source.at(0).with_task_route("vmap")
-    grads = ht.hypergradient(problem, source.init_hparams(), backend=EXACT[backend]).grads
+    grads = ht.hypergradient(
+        source.at(0), source.init_hparams(), backend=EXACT[backend], execution=ht.Execution(tasks="vmap")
+    ).grads
     expected = whole_graph(learner, "reversible" if backend == "reversible" else "whole graph")
     assert largest_error(grads, expected, over_all=False) <= 1e-10
 
@@ -226,28 +228,30 @@ def test_conv4_on_augmented_images(learner: str, statistics: str, size: int) -> 
     hparams = single.init_hparams()
     in_double = {name: value.to(F64) for name, value in hparams.items()}
     assert_routes_agree(double.at(3), in_double, backends.Reverse())
-    exact = ht.hypergradient(double.at(3).with_task_route("loop"), in_double, backend=backends.Reverse()).grads
+    exact = ht.hypergradient(
+        double.at(3), in_double, backend=backends.Reverse(), execution=ht.Execution(tasks="loop")
+    ).grads
     assert_routes_agree(single.at(3), hparams, backends.Reverse(), exact=exact)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_all_tasks_of_a_step_run_at_once(learner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted: the network is called as often for many tasks as for one, and `task_chunk` times less in chunks."""
+    """Counted: the network is called as often for many tasks as for one, and `chunk` times less in chunks."""
     calls: list[int] = []
     forward = MLP.forward
     monkeypatch.setattr(MLP, "forward", lambda self, inputs: (calls.append(1), forward(self, inputs))[1])
 
-    def counted(problem: ht.BilevelProblem, **changes: object) -> int:
+    def counted(**execution: object) -> int:
         calls.clear()
-        ht.hypergradient(dataclasses.replace(problem, **changes), hparams, backend=backends.Reverse())  # type: ignore[arg-type]
+        ht.hypergradient(problem, hparams, backend=backends.Reverse(), execution=ht.Execution(**execution))  # type: ignore[arg-type]
         return len(calls)
 
     source = source_of(learner, "whole graph", F64)
     hparams, problem = source.init_hparams(), source.at(0)
-    together = counted(problem, task_route="vmap")
+    together = counted(tasks="vmap")
     assert together > 0
-    assert counted(problem, task_route="vmap", task_chunk=2) == 2 * together
-    assert counted(problem, task_route="loop") == NUM_TASKS * together
+    assert counted(tasks="vmap", chunk=2) == 2 * together
+    assert counted(tasks="loop") == NUM_TASKS * together
 
 
 def test_the_noise_is_there() -> None:
@@ -287,5 +291,7 @@ def test_noise_must_be_used_as_a_tensor_of_all_tasks() -> None:
     )
     for route in ("vmap", "loop"):
         noise.clear()
-        ht.hypergradient(source.at(0).with_task_route(route), source.init_hparams(), backend=backends.Reverse())  # type: ignore[arg-type]
+        ht.hypergradient(
+            source.at(0), source.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks=route)
+        )  # type: ignore[arg-type]
         assert {value.shape[0] for value in noise} == {NUM_TASKS}

@@ -78,7 +78,9 @@ def test_the_scalar_problem_equals_its_formula(backend: str, penalty: float) -> 
 def test_implicit_maml_equals_the_closed_form(backend: str, route: str) -> None:
     """The shared weights are the centre of the proximal term; their part as the initialisation is forgotten."""
     family = Proximal(num_tasks=4)
-    result = ht.hypergradient(family.problem(task_route=route), family.hparams, backend=BACKENDS[backend])
+    result = ht.hypergradient(
+        family.problem(), family.hparams, backend=BACKENDS[backend], execution=ht.Execution(tasks=route)
+    )
     assert_close(result.grads, family.expected(), 1e-9)
     assert result.figures["linear_residual"].shape == result.figures["stationarity"].shape == (4,)
 
@@ -100,8 +102,8 @@ def test_vectorised_tasks_equal_single_tasks_even_where_the_solver_stops_early(s
     backend = Implicit(solver=solver, residual_tolerance=None, stationarity_tolerance=None)
     family = Proximal(num_tasks=5)
     results = [
-        ht.hypergradient(family.problem(num_steps=12, **options), family.hparams, backend=backend)
-        for options in ({"task_route": "loop"}, {"task_route": "vmap"}, {"task_route": "vmap", "task_chunk": 2})
+        ht.hypergradient(family.problem(num_steps=12), family.hparams, backend=backend, execution=execution)
+        for execution in (ht.Execution(tasks="loop"), ht.Execution(tasks="vmap"), ht.Execution(tasks="vmap", chunk=2))
     ]
     for result in results[1:]:
         assert_close(result.grads, results[0].grads, 1e-11)

@@ -181,12 +181,19 @@ def test_a_curvature_that_is_not_finite_is_not_the_solvers_fault() -> None:
 
 def test_one_task_that_is_badly_solved_is_enough_for_a_warning() -> None:
     family = Proximal(num_tasks=3)
-    problem = family.problem(task_route="vmap")
+    problem = family.problem()
     backend = Implicit(solver=ConjugateGradient(max_iterations=4, tolerance=1e-12), residual_tolerance=None)
-    residuals = ht.hypergradient(problem, family.hparams, backend=backend).figures["linear_residual"]
+    residuals = ht.hypergradient(
+        problem, family.hparams, backend=backend, execution=ht.Execution(tasks="vmap")
+    ).figures["linear_residual"]
     between = float(residuals.sort().values[1:].mean())
     with pytest.warns(LinearSolveWarning) as caught:
-        ht.hypergradient(problem, family.hparams, backend=replace(backend, residual_tolerance=between))
+        ht.hypergradient(
+            problem,
+            family.hparams,
+            backend=replace(backend, residual_tolerance=between),
+            execution=ht.Execution(tasks="vmap"),
+        )
     assert caught[0].message.residual == float(residuals.max())  # type: ignore[union-attr]
 
 
@@ -227,9 +234,11 @@ def test_a_cold_run_carries_nothing() -> None:
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 def test_warm_started_tasks_keep_their_own_measure(route: str) -> None:
     family = Proximal(num_tasks=3)
-    problem = family.problem(task_route=route, warm_start=True, num_steps=60)
-    first = ht.hypergradient(problem, family.hparams, backend=SILENT["gradient"])
-    second = ht.hypergradient(problem, family.hparams, backend=SILENT["gradient"], carry=first.carry)
+    problem = family.problem(warm_start=True, num_steps=60)
+    first = ht.hypergradient(problem, family.hparams, backend=SILENT["gradient"], execution=ht.Execution(tasks=route))
+    second = ht.hypergradient(
+        problem, family.hparams, backend=SILENT["gradient"], carry=first.carry, execution=ht.Execution(tasks=route)
+    )
     assert first.carry["stationarity.first"].shape == (3,)
     assert torch.equal(second.carry["stationarity.first"], first.carry["stationarity.first"])
     assert bool((second.figures["stationarity"] < first.figures["stationarity"]).all())
