@@ -1,6 +1,6 @@
 """hypertorch: bilevel optimisation and meta-learning in PyTorch, with hypergradients whose numbers can be trusted."""
 
-from hypertorch import constraints, dynamics, errors, hypergradients, linear_solvers, live_memory, tree
+from hypertorch import constraints, dynamics, errors, hypergradients, linear_solvers, live_memory, memo, tree
 from hypertorch.constraints import BoundedSum, Box, Constraint, Positive, Simplex
 from hypertorch.diagnostics import (
     Accuracy,
@@ -98,6 +98,7 @@ __all__ = [
     "linear_solvers",
     "live_memory",
     "load_hparams",
+    "memo",
     "save_hparams",
     "spectral_radius",
     "tree",

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from hypertorch import memo
 from hypertorch.errors import HypertorchError
 
 # The argument of this name is a whole number that changes from call to call: it never makes a new program.
@@ -27,7 +28,7 @@ BACKEND = "inductor"
 # seconds: more of them is a mistake.
 _MOST_PROGRAMS = 16
 
-_compiled: dict[Hashable, Callable[..., Any]] = {}
+PROGRAMS = "compiled programs"
 
 
 class NotCompilableError(HypertorchError):
@@ -55,12 +56,14 @@ def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) 
             with stays short.
         device: that the tensors are on.
     """
-    if (function, key, device.type) not in _compiled:
+
+    def make() -> Callable[..., Any]:
         # A list of programs belongs to a code object.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device))
-        _compiled[function, key, device.type] = _copied(program) if device.type == "cuda" else program
-    return _compiled[function, key, device.type]
+        return _copied(program) if device.type == "cuda" else program
+
+    return memo.recall(PROGRAMS, (function, key, device.type), make)
 
 
 def _make_code(backend: str, device: torch.device, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.execution import Execution
 from hypertorch.missing_derivatives import NotVectorisableError
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import Batch, TensorDict
 
 _logger = logging.getLogger(__name__)
+
+TASKS = "how tasks are run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +207,6 @@ _CLEARLY = 2.0
 # It must win by this at least: it holds the memory of all tasks at once.
 _WORTH_ITS_MEMORY = 1.2
 _REPEATS_OF_ALL = 2
-_measured_routes: dict[Hashable, Literal["vmap", "loop"]] = {}
 
 
 def measured(
@@ -235,9 +236,8 @@ def measured(
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
     sizes = (problem.num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)
-    if key not in _measured_routes:
-        _measured_routes[key] = _faster_route(problem.num_tasks, execution.chunk, run)
-    return replace(execution, tasks=_measured_routes[key])
+    num_tasks, chunk = problem.num_tasks, execution.chunk
+    return replace(execution, tasks=memo.recall(TASKS, key, lambda: _faster_route(num_tasks, chunk, run)))
 
 
 def _faster_route(

@@ -27,6 +27,7 @@ LAYERS = (
         "grad_mode",
         "live_memory",
         "exact_arithmetic",
+        "memo",
         "execution",
     ),
     ("derivatives", "inner_loss", "compilation", "compiler_mends"),

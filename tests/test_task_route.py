@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
-from hypertorch.tasks import TaskSlice, measured, task_slices
+from hypertorch.tasks import TASKS, TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
+from tests.helpers.memo import set_aside
 from tests.helpers.problems import one_by_one, task_problem
 
 Reverse = ht.hypergradients.Reverse
@@ -53,7 +54,7 @@ def test_auto_measures_once_and_takes_the_faster_route(monkeypatch: pytest.Monke
 @pytest.fixture
 def fresh_routes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forgets what earlier tests measured."""
-    monkeypatch.setattr("hypertorch.tasks._measured_routes", {})
+    set_aside(monkeypatch, TASKS)
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, *, vmap: float, loop: float) -> list[float]:

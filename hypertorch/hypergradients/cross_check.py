@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.derivatives import vjp
 from hypertorch.errors import ForwardModeError, IncompatibleBackendError
 from hypertorch.hypergradients.jacobian_identity import CoarsestPrecision, Products, by_name, generic_cotangents
@@ -28,8 +28,7 @@ from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
 
-# What was found out, by kind of problem and way: what is wrong, in words; None for nothing. No tensor among it.
-_verdicts: dict[tuple[Hashable, str], Fault | None] = {}
+FAULTS = "what is wrong with ways to differentiate a step"
 
 
 class Fault(NamedTuple):
@@ -111,18 +110,20 @@ def fault_of(loop: InnerLoop, variables: TensorDict, case: Hashable, way: str, f
         ReplayError: if a step is another one when it is run again.
         RuntimeError: (PyTorch's own) if reverse over reverse fails.
     """
-    if (case, way) not in _verdicts:
+
+    def compare() -> Fault | None:
         fault = _first(faults, _reference(loop.uncounted(), tree.leaves_requiring_grad(variables)))
         if fault is not None:
             _logger.info("%s is not taken: %s", way, fault.reason)
-        _verdicts[case, way] = fault
-    return _verdicts[case, way]
+        return fault
+
+    return memo.recall(FAULTS, (case, way), compare)
 
 
 def forget(case: Hashable, ways: Iterable[str]) -> None:
     """Forgets what was found out, after a refusal: following its advice may change the answer (a switch of PyTorch)."""
     for way in ways:
-        _verdicts.pop((case, way), None)
+        memo.forget(FAULTS, (case, way))
 
 
 def vjp_faults(products: Products, grads: Grads, cotangents: Cotangents, departure: InnerState) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.types import TensorDict
@@ -66,7 +66,7 @@ FAULTS = (
         _differentiates_a_bias_alone,
     ),
 )
-_known: dict[Hashable, Fault | None] = {}
+OPERATIONS = "operations with a wrong second derivative"
 
 
 def refuse_faulty_operations(kind: Hashable, loop: InnerLoop, variables: TensorDict) -> None:
@@ -86,9 +86,7 @@ def refuse_faulty_operations(kind: Hashable, loop: InnerLoop, variables: TensorD
     Raises:
         IncompatibleBackendError: naming the operation.
     """
-    if kind not in _known:
-        _known[kind] = _first_fault(loop, tree.detach(variables))
-    fault = _known[kind]
+    fault = memo.recall(OPERATIONS, kind, lambda: _first_fault(loop, tree.detach(variables)))
     if fault is not None:
         raise IncompatibleBackendError(f"`InnerProblem.loss` uses {fault.operation}, {fault.reason}. {fault.advice}")
 

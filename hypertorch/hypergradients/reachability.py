@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from weakref import WeakKeyDictionary
 
 import torch
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.hypergradients.base import BlackBox, Hypergradient, PathBlind, RandomDirections
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
-from hypertorch.problem import BilevelProblem, InnerProblem
+from hypertorch.problem import BilevelProblem
 from hypertorch.scan import scan
 from hypertorch.tasks import TaskSlice
 from hypertorch.types import TensorDict
@@ -24,8 +23,7 @@ Probe = Callable[[], frozenset[str]]
 # By which the black-box probe moves a hyperparameter, relative to its size and at least this much, until something
 # changes: values that are constant in pieces, such as an accuracy, change with large moves only.
 _MOVES = (1e-3, -1e-3, 0.1, -0.1, 1.0, -1.0)
-# The answers, each with the parts of the problem whose identity is in its key: held, so that none is used again.
-_known: WeakKeyDictionary[InnerProblem, dict[tuple, tuple[frozenset[str], tuple]]] = WeakKeyDictionary()
+REACHED = "hyperparameters that reach the outer loss"
 
 
 def check_reachability(
@@ -79,16 +77,10 @@ def _says_nothing(backend: Hypergradient, value: torch.Tensor) -> bool:
 
 def cached_probe(problem: BilevelProblem, kind: str, hparams: TensorDict, probe: Probe) -> Probe:
     """Returns a probe that is run once for each problem, kind of probe and set of names."""
-
-    def ask() -> frozenset[str]:
-        answers = _known.setdefault(problem.inner, {})
-        parts = (problem.outer, problem.context, problem.dynamics)
-        key = (kind, *map(id, parts), problem.num_steps, *hparams)
-        if key not in answers:
-            answers[key] = probe(), parts
-        return answers[key][0]
-
-    return ask
+    # What is reached may depend on values, a weight of zero say: another problem of the kind is asked for itself.
+    parts = (problem.inner, problem.outer, problem.context, problem.dynamics)
+    key = (kind, memo.Same(*(part for part in parts if part is not None)), problem.num_steps, *hparams)
+    return lambda: memo.recall(REACHED, key, probe)
 
 
 def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskSlice | None]) -> frozenset[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable
 
+from hypertorch import memo
 from hypertorch.compilation import NotCompilableError, TooManyProgramsError
 
 # Each attempt takes a second: problems of a family of which so many were refused are not tried any more.
 _MOST_ATTEMPTS = 3
 
-_refused: set[tuple[Hashable, Hashable]] = set()
-_attempts: Counter[Hashable] = Counter()
-_warned: set[Hashable] = set()
+REFUSED = "problems that cannot be compiled"
+ATTEMPTS = "failed compilations"
+WARNED = "warnings of what cannot be compiled"
 
 
 def may_compile(family: Hashable, kind: Callable[[], Hashable]) -> bool:
@@ -23,9 +23,8 @@ def may_compile(family: Hashable, kind: Callable[[], Hashable]) -> bool:
         family: what problems that share programs have in common.
         kind: tells what problems that run the same code have in common; asked only after a refusal.
     """
-    if not _attempts[family]:
-        return True
-    return _attempts[family] < _MOST_ATTEMPTS and (family, kind()) not in _refused
+    attempts = memo.get(ATTEMPTS, family, 0)
+    return not attempts or (attempts < _MOST_ATTEMPTS and not memo.get(REFUSED, (family, kind()), False))
 
 
 def refuse(family: Hashable, kind: Hashable, what: str, error: NotCompilableError) -> None:
@@ -33,14 +32,15 @@ def refuse(family: Hashable, kind: Hashable, what: str, error: NotCompilableErro
 
     Where there were too many programs those that there are go on being used, by the problems that they belong to.
     """
-    _refused.add((family, kind))
-    # None more than one, so that others of the family are still looked at.
-    _attempts[family] += 0 if isinstance(error, TooManyProgramsError) and _attempts[family] else 1
-    last = _attempts[family] == _MOST_ATTEMPTS
-    note = " Others of its class are not tried any more." if last else ""
+    memo.note(REFUSED, (family, kind), True)
+    attempts = memo.get(ATTEMPTS, family, 0)
+    # Too many programs count once, so that others of the family are still looked at.
+    attempts += 0 if isinstance(error, TooManyProgramsError) and attempts else 1
+    memo.note(ATTEMPTS, family, attempts)
+    note = " Others of its class are not tried any more." if attempts == _MOST_ATTEMPTS else ""
     key = (family, TooManyProgramsError) if isinstance(error, TooManyProgramsError) else (family, kind)
-    if key not in _warned:
-        _warned.add(key)
+    if not memo.get(WARNED, key, False):
+        memo.note(WARNED, key, True)
         warnings.warn(
             f"`compile=True`: {what} cannot be compiled, and runs without compilation, with the same numbers: "
             f"{error}{note}",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from hypertorch import memo
 from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.kinds import kind_of
@@ -26,8 +26,7 @@ from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)
 
-# The variables to which a path was found, of problems with a derivative that was exactly zero in mixed mode.
-_followed: dict[Hashable, frozenset[str]] = {}
+FOLLOWED = "variables with a path, of problems with a zero derivative in mixed mode"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,13 +225,16 @@ def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: Backe
     if all(value is None or bool(value.any()) for value in result.grads.values()):
         return result
     key = (kind_of(loop.problem), loop.num_steps, *variables)
-    if key not in _followed:
+
+    def follow() -> frozenset[str]:
         own = loop.uncounted()
         steps = EagerSteps(own, variables, mixed=False)
         known = sweep(own, variables, keep.segments(own, variables, steps, with_graphs=not keep.whole_graph), steps.vjp)
-        _followed[key] = frozenset(name for name, value in known.grads.items() if value is not None)
+        return frozenset(name for name, value in known.grads.items() if value is not None)
+
+    followed = memo.recall(FOLLOWED, key, follow)
     grads = {
-        name: value if name in _followed[key] or (value is not None and bool(value.any())) else None
+        name: value if name in followed or (value is not None and bool(value.any())) else None
         for name, value in result.grads.items()
     }
     return replace(result, grads=grads)

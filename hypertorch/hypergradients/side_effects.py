@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.errors import IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients.statistics import refuse_dropped_buffers
 from hypertorch.inner_loop import InnerLoop
@@ -18,10 +18,9 @@ from hypertorch.types import TensorDict
 Bind = Callable[[], tuple[InnerLoop, TensorDict]]
 """Draws the outer data and computes the context anew; returns the loop of the first task, and its variables."""
 
-_MOST_KINDS = 1024
 _TOLERANCE = 100.0  # in units of machine epsilon, relative to the largest entry: some kernels differ in the last bits
 
-_clean: dict[Hashable, None] = {}
+CLEAN = "problems without side effects"
 
 
 def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
@@ -40,18 +39,18 @@ def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
         ReplayError: if something differs when it is evaluated again.
         IncompatibleBackendError: if a derivative would miss a path.
     """
-    key = (kind, by_values)
-    if key in _clean:
-        return
+    memo.recall(CLEAN, (kind, by_values), lambda: _look(bind, by_values=by_values))
+
+
+def _look(bind: Bind, *, by_values: bool) -> bool:
+    """Returns True, or raises what `refuse_side_effects` does."""
     first = _results(*bind())
     loop, variables = bind()
     _refuse_difference(_results(loop, variables), first, loop.inner_eps)
     if not by_values:
         _refuse_late_reads(loop, variables)
         refuse_dropped_buffers(loop, variables)
-    if len(_clean) == _MOST_KINDS:
-        _clean.clear()
-    _clean[key] = None
+    return True
 
 
 def _results(loop: InnerLoop, variables: TensorDict) -> dict[str, list[Tensor]]:

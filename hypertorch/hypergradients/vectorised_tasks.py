@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.bound_problem import BoundProblem
 from hypertorch.derivatives import vjp
 from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
@@ -24,7 +24,7 @@ from hypertorch.types import TensorDict
 Use: TypeAlias = Literal["values", "first", "second"]
 """What a run takes of the losses beside the inner gradient: values, first derivatives, or second ones too."""
 
-_known: dict[Hashable, str | None] = {}
+VECTORISED = "what differs between vectorised tasks and one alone"
 
 
 class _Bound(NamedTuple):
@@ -65,14 +65,15 @@ def refuse_wrong_vectorisation(
     """
     if task_slice is None or task_slice.squeeze:
         return
-    # A problem without steps says nothing of the same one with some.
-    key = (kind, use, bound.problem.num_steps > 0)
-    if key not in _known:
+
+    def compare() -> str | None:
         together, alone = _together_and_alone(bound, task_slice, variables, frozenset(context))
         if use == "second" and alone.loop.num_steps:
             refuse_faulty_operations(kind, alone.loop, alone.variables)  # nothing right to compare with
-        _known[key] = _difference(together, alone, use)
-    difference = _known[key]
+        return _difference(together, alone, use)
+
+    # A problem without steps says nothing of the same one with some.
+    difference = memo.recall(VECTORISED, (kind, use, bound.problem.num_steps > 0), compare)
     if difference is not None:
         raise NotVectorisableError(
             f"{difference} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from hypertorch import tasks
+from tests.helpers.memo import set_aside
 
 
 def routes_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the measured routes "vmap" and "loop" by turns, as on a busy machine."""
     turns = cycle(("vmap", "loop"))
-    monkeypatch.setattr(tasks, "_measured_routes", {})
+    set_aside(monkeypatch, tasks.TASKS)
     monkeypatch.setattr(tasks, "_faster_route", lambda *_: next(turns))
 
 

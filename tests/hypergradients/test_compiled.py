@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,11 +13,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import hypertorch as ht
-from hypertorch import compilation
+from hypertorch import compilation, memo
 from hypertorch.compilation import NotCompilableError
 from hypertorch.errors import DetachedHyperparameterError, ReplayError
 from hypertorch.hypergradients import refusals
 from hypertorch.types import Batch, TensorDict
+from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem
 
 Reverse, Reversible = ht.hypergradients.Reverse, ht.hypergradients.Reversible
@@ -32,10 +32,7 @@ SCHEDULE = {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}
 @pytest.fixture(autouse=True)
 def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces functions and their derivatives, but makes no machine code of them; what is slow does that too."""
-    monkeypatch.setattr(compilation, "_compiled", {})
-    monkeypatch.setattr(refusals, "_refused", set())
-    monkeypatch.setattr(refusals, "_attempts", Counter())
-    monkeypatch.setattr(refusals, "_warned", set())
+    set_aside(monkeypatch, compilation.PROGRAMS, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
@@ -154,7 +151,7 @@ def test_an_error_of_the_problem_is_no_word_on_compilation() -> None:
     problem = sum_problem(loss)
     with warnings.catch_warnings(), pytest.raises(KeyError, match="a mistake"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
-    assert not refusals._refused
+    assert not memo.entries(refusals.REFUSED)
 
 
 def test_a_hyperparameter_that_does_nothing_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from hypertorch.hypergradients import cross_check, refusals
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.reverse_mode import derivative_choice
 from hypertorch.types import TensorDict
+from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
 
 Reverse = ht.hypergradients.Reverse
@@ -87,13 +87,16 @@ def error(own: ht.BilevelProblem, backend: ht.Hypergradient, **options: Any) -> 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces functions, but makes no machine code of them."""
-    monkeypatch.setattr(compilation, "_compiled", {})
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
-    monkeypatch.setattr(refusals, "_refused", set())
-    monkeypatch.setattr(refusals, "_attempts", Counter())
-    monkeypatch.setattr(refusals, "_warned", set())
-    monkeypatch.setattr(derivative_choice, "_wins", {})
-    monkeypatch.setattr(cross_check, "_verdicts", {})
+    set_aside(
+        monkeypatch,
+        compilation.PROGRAMS,
+        refusals.REFUSED,
+        refusals.ATTEMPTS,
+        refusals.WARNED,
+        derivative_choice.DERIVATIVE,
+        cross_check.FAULTS,
+    )
 
 
 @pytest.mark.parametrize("name", ["slogdet", "solve"])

@@ -18,6 +18,7 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import cross_check, tangent_choice
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.types import Batch, TensorDict
+from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, scalars
 
 Forward, ForwardGradient, Reverse = (
@@ -30,7 +31,7 @@ F64 = torch.float64
 
 @pytest.fixture(autouse=True)
 def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_check, "_verdicts", {})
+    set_aside(monkeypatch, cross_check.FAULTS)
 
 
 class Bent(torch.autograd.Function):

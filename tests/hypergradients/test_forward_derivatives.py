@@ -21,6 +21,7 @@ import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import cross_check
 from hypertorch.types import Batch
+from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
 
 Forward, ForwardGradient, Reverse = (
@@ -189,7 +190,7 @@ BACKENDS = {
 def test_equals_the_loss_written_out(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cross_check, "_verdicts", {})
+    set_aside(monkeypatch, cross_check.FAULTS)
     how, entries = BACKENDS[backend]
     refused = name in WRONG_IN_PYTORCH and not isinstance(how, Reverse)
     with caplog.at_level(logging.INFO, logger="hypertorch"):

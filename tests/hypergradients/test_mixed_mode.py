@@ -19,6 +19,7 @@ from hypertorch.inner_loss import InnerLoss
 from hypertorch.inner_state import InnerState
 from hypertorch.live_memory import PeakMemory
 from hypertorch.types import Batch, TensorDict
+from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
 
 Reverse = ht.hypergradients.Reverse
@@ -209,7 +210,7 @@ def test_an_operation_without_forward_derivative_is_named_and_avoided_by_auto() 
 
 @pytest.mark.parametrize("faster", ["reverse", "mixed"])
 def test_auto_takes_the_faster_and_measures_once(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derivative_choice, "_wins", {})
+    set_aside(monkeypatch, derivative_choice.DERIVATIVE)
     asked: list[EagerSteps] = []
 
     def seconds(loop: object, steps: EagerSteps) -> float:
@@ -259,7 +260,7 @@ def test_what_is_measured_is_the_vjp_of_the_whole_state_after_a_warm_up(monkeypa
 
 
 def test_the_measurement_itself_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derivative_choice, "_wins", {})
+    set_aside(monkeypatch, derivative_choice.DERIVATIVE)
     problem = net_problem(*FAMILIES["sgd"], dropout=0.4)
     result = assert_same(problem, Reverse(derivative="auto", checkpoint_every=1))
     assert result.stats.vjps == 7 and result.stats.steps in (13, 14)

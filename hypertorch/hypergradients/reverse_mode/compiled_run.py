@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.compilation import NotCompilableError, compilation, compiled
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.kinds import kind_of
@@ -25,7 +25,7 @@ from hypertorch.types import Batch, TensorDict
 # Steps in one program: each is compiled anew, which takes seconds.
 LONGEST_PROGRAM = 8
 
-_noisy: set[Hashable] = set()
+NOISY = "steps that draw noise"
 
 
 def check_compile(compile: object) -> None:  # noqa: A002 (the setting's name)
@@ -75,7 +75,7 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     """
     program = Program.of(loop)
     key = (program.key, "whole")
-    if loop.num_steps > LONGEST_PROGRAM or loop.carry or key in _noisy:
+    if loop.num_steps > LONGEST_PROGRAM or loop.carry or memo.get(NOISY, key, False):
         return None
     try_dynamics(loop, tree.detach(variables))
     batches = tuple(loop.draw(step) for step in range(loop.num_steps))
@@ -86,7 +86,7 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     with torch.no_grad():
         grads, outer_loss, state, losses = compiled(_whole, key, loop.device)(program, moving, fixed, batches)
     if draws(before, loop.device):
-        _noisy.add(key)
+        memo.note(NOISY, key, True)
         return None
     for step, value in losses.items():
         loop.record.add_step(step, value)

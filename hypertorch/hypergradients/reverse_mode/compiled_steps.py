@@ -6,14 +6,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.compilation import compiled
-from hypertorch.dynamics import Dynamics
 from hypertorch.hypergradients.replay import check_values
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
 from hypertorch.hypergradients.reverse_mode.mixed import through_gradients
@@ -33,7 +31,7 @@ from hypertorch.problem import BilevelProblem
 from hypertorch.tasks import TaskSlice
 from hypertorch.types import Batch, TensorDict
 
-_tried: WeakValueDictionary[int, Dynamics] = WeakValueDictionary()
+TRIED = "dynamics that took a step"
 
 
 class Program(NamedTuple):
@@ -203,11 +201,13 @@ def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
     What an object computes at first need and keeps cannot be computed while a function is compiled, and what is wrong
     with a problem is better said without a compiler. That step is not counted.
     """
-    dynamics = loop.dynamics
-    if _tried.get(id(dynamics)) is not dynamics:
+
+    def take_one() -> bool:
         with torch.no_grad():
             loop.transition(loop.initial(constants), constants, 0)
-        _tried[id(dynamics)] = dynamics
+        return True
+
+    memo.recall(TRIED, memo.Same(loop.dynamics), take_one)
 
 
 def draws(before: tuple[Tensor, ...], device: torch.device) -> bool:

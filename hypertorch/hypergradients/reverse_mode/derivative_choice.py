@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
 import torch
 
-from hypertorch import tree
+from hypertorch import memo, tree
 from hypertorch.compilation import NotCompilableError, compiler_errors
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.cross_check import Reference, case_of, fault_of, forget, vjp_faults
@@ -25,7 +25,7 @@ Derivative: TypeAlias = Literal["reverse", "mixed", "auto"]
 
 _REPEATS = 3  # the fastest of each counts
 _HANDICAP = 1.1  # a mixed step holds no graph of a backward pass, and wins if it is not much slower
-_wins: dict[tuple[Hashable, bool], bool] = {}
+DERIVATIVE = "whether mixed mode is the faster"
 
 StepsOf: TypeAlias = Callable[[InnerLoop, TensorDict, bool], Steps]
 """`(loop, variables, mixed) -> steps`."""
@@ -82,10 +82,10 @@ def is_mixed(
         return True
     if fault is not None:
         return False
-    if (case, compiled) not in _wins:
-        own = loop.uncounted()
-        _wins[case, compiled] = _mixed_wins(own, lambda mixed: steps_of(own, variables, mixed))
-    return _wins[case, compiled]
+    own = loop.uncounted()
+    return memo.recall(
+        DERIVATIVE, (case, compiled), lambda: _mixed_wins(own, lambda mixed: steps_of(own, variables, mixed))
+    )
 
 
 def _faults(reference: Reference, steps_of: StepsOf, *, compiled: bool) -> Iterator[str]:
