@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,20 +10,18 @@ from hypertorch import memo
 from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
 from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, compiled_whole, run_compiled
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
 from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, check_derivative, is_mixed
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
-from hypertorch.hypergradients.reverse_mode.memory_plan import plan_loop, plan_memory
-from hypertorch.hypergradients.reverse_mode.segments import Keep, whole_run
+from hypertorch.hypergradients.reverse_mode.memory_plan import plan_memory
+from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.steps import EagerSteps, Steps
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner_loop import InnerLoop
-from hypertorch.live_memory import parse_bytes
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
-
-_logger = logging.getLogger(__name__)
 
 FOLLOWED = "variables with a path, of problems with a zero derivative in mixed mode"
 
@@ -114,29 +111,20 @@ class Reverse(Hypergradient):
     def __post_init__(self) -> None:
         check_derivative(self.derivative)
         check_compile(self.compile)
-        kept = {
-            "checkpoint_every": self.checkpoint_every,
-            "snapshots": self.snapshots,
-            "memory_budget": self.memory_budget,
-        }
-        given = [name for name, value in kept.items() if value is not None]
-        if len(given) > 1:
+        _ = self.checkpointing  # which checks the settings
+        if self.memory_budget is not None and self.derivative != "reverse":
             raise ValueError(
-                f"`{given[0]}` and `{given[1]}` are both given: each says what is kept, and they would contradict each "
-                "other. Pass one of `checkpoint_every`, `snapshots` and `memory_budget`, or none for the whole graph."
+                f"`memory_budget` is given with `derivative={self.derivative!r}`: what is planned is reverse over "
+                "reverse, and mixed mode would not keep the budget. Leave `derivative` out, or say what is kept by "
+                "`checkpoint_every` or `snapshots`."
             )
-        if self.checkpoint_every not in (None, "sqrt"):
-            _check_count("checkpoint_every", self.checkpoint_every, "states are kept every so many steps", ", 'sqrt',")
-        if self.snapshots is not None:
-            _check_count("snapshots", self.snapshots, "so many states are kept, the first one included", "")
-        if self.memory_budget is not None:
-            parse_bytes(self.memory_budget, "memory_budget")
-            if self.derivative != "reverse":
-                raise ValueError(
-                    f"`memory_budget` is given with `derivative={self.derivative!r}`: what is planned is reverse over "
-                    "reverse, and mixed mode would not keep the budget. Leave `derivative` out, or say what is kept by "
-                    "`checkpoint_every` or `snapshots`."
-                )
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What is kept of a run, by the first three settings."""
+        return Checkpointing(
+            checkpoint_every=self.checkpoint_every, snapshots=self.snapshots, memory_budget=self.memory_budget
+        )
 
     def explain(
         self, problem: BilevelProblem, hparams: TensorDict, *, outer_step: int = 0, execution: Execution = DEFAULT
@@ -167,45 +155,37 @@ class Reverse(Hypergradient):
         The recursion of the class docstring is `sweep`; the settings choose the segments that it goes back through,
         and how each of them is differentiated.
         """
-        keep = self._keep(loop, variables)
+        kept = self.checkpointing.planned(loop, variables)
         if loop.num_steps == 0:
             return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         if self.compile:
             return run_compiled(
                 loop,
                 self.derivative,
-                run=lambda trial: self._compiled(trial, variables, keep),
-                otherwise=lambda: self._eager(loop, variables, keep),
+                run=lambda trial: self._compiled(trial, variables, kept),
+                otherwise=lambda: self._eager(loop, variables, kept),
             )
-        return self._eager(loop, variables, keep)
+        return self._eager(loop, variables, kept)
 
-    def _keep(self, loop: InnerLoop, variables: TensorDict) -> Keep:
-        """Returns what is kept of a run, by the settings or by a plan for the memory budget."""
-        if loop.num_steps == 0 or self.memory_budget is None:
-            return Keep(every=self.checkpoint_every, snapshots=self.snapshots)
-        plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
-        _logger.debug("%s", plan)
-        return Keep(every=plan.checkpoint_every, snapshots=plan.snapshots)
-
-    def _eager(self, loop: InnerLoop, variables: TensorDict, keep: Keep) -> BackendResult:
+    def _eager(self, loop: InnerLoop, variables: TensorDict, kept: Checkpointing) -> BackendResult:
         mixed = is_mixed(self.derivative, loop, variables, _eager_steps, compiled=False)
-        if keep.whole_graph and not mixed:
+        if kept.whole_graph and not mixed:
             return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         steps = EagerSteps(loop, variables, mixed=mixed)
-        segments = keep.segments(loop, variables, steps, with_graphs=not mixed)
+        segments = kept.segments(loop, variables, steps, with_graphs=not mixed)
         result = sweep(loop, variables, segments, steps.vjp)
-        return _without_missing_paths(loop, variables, result, keep) if mixed else result
+        return _without_missing_paths(loop, variables, result, kept) if mixed else result
 
-    def _compiled(self, loop: InnerLoop, variables: TensorDict, keep: Keep) -> BackendResult:
-        if keep.whole_graph and self.derivative == "reverse":
+    def _compiled(self, loop: InnerLoop, variables: TensorDict, kept: Checkpointing) -> BackendResult:
+        if kept.whole_graph and self.derivative == "reverse":
             result = compiled_whole(loop, variables)
             if result is not None:
                 return result
         mixed = is_mixed(self.derivative, loop, variables, _compiled_steps, compiled=True)
         steps = CompiledSteps(loop, variables, mixed=mixed)
-        result = sweep(loop, variables, keep.segments(loop, variables, steps, with_graphs=False), steps.vjp)
+        result = sweep(loop, variables, kept.segments(loop, variables, steps, with_graphs=False), steps.vjp)
         steps.check_replays()
-        return _without_missing_paths(loop, variables, result, keep) if mixed else result
+        return _without_missing_paths(loop, variables, result, kept) if mixed else result
 
 
 def _eager_steps(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:
@@ -216,7 +196,9 @@ def _compiled_steps(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Step
     return CompiledSteps(loop, variables, mixed=mixed)
 
 
-def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: BackendResult, keep: Keep) -> BackendResult:
+def _without_missing_paths(
+    loop: InnerLoop, variables: TensorDict, result: BackendResult, kept: Checkpointing
+) -> BackendResult:
     """Returns the result with None for zero where there is no path, of which forward mode knows nothing.
 
     Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory and not
@@ -229,7 +211,7 @@ def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: Backe
     def follow() -> frozenset[str]:
         own = loop.uncounted()
         steps = EagerSteps(own, variables, mixed=False)
-        known = sweep(own, variables, keep.segments(own, variables, steps, with_graphs=not keep.whole_graph), steps.vjp)
+        known = sweep(own, variables, kept.segments(own, variables, steps, with_graphs=not kept.whole_graph), steps.vjp)
         return frozenset(name for name, value in known.grads.items() if value is not None)
 
     followed = memo.recall(FOLLOWED, key, follow)
@@ -238,10 +220,3 @@ def _without_missing_paths(loop: InnerLoop, variables: TensorDict, result: Backe
         for name, value in result.grads.items()
     }
     return replace(result, grads=grads)
-
-
-def _check_count(name: str, value: object, meaning: str, word: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"`{name}` is {value!r}: {meaning}, at least 1. Pass a whole number{word} or None to keep the whole graph."
-        )

@@ -1,15 +1,11 @@
-"""Which segments a run is differentiated in, from the last to the first, and which states are kept for them."""
+"""The segments that a run is differentiated in, from the last to the first, and the states kept for them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode import revolve
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
@@ -104,56 +100,6 @@ def revolving(loop: InnerLoop, variables: TensorDict, steps: Steps, snapshots: i
                 yield Segment(step, step + 1, state, arrival)
                 arrival = state
     yield initialisation(loop, variables, arrival)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """What is kept of a run: its whole graph, a state every so many steps, or the states of the binomial schedule.
-
-    Args:
-        every: steps between kept states; "sqrt" for the number with the least memory.
-        snapshots: most states kept at once.
-    """
-
-    every: int | Literal["sqrt"] | None = None
-    snapshots: int | None = None
-
-    @property
-    def whole_graph(self) -> bool:
-        """Whether neither is given."""
-        return self.every is None and self.snapshots is None
-
-    def segments(self, loop: InnerLoop, variables: TensorDict, steps: Steps, *, with_graphs: bool) -> Iterator[Segment]:
-        """Returns the segments of a run; single steps of which every state is kept, unless a setting says less.
-
-        Args:
-            loop: the inner loop, of at least one step.
-            variables: hyperparameters and context, as leaves.
-            steps: its steps.
-            with_graphs: whether a segment is held with the graph of its steps; else as states alone.
-
-        Raises:
-            IncompatibleBackendError: if there are more steps between kept states than the horizon has.
-        """
-        if self.snapshots is not None:
-            return revolving(loop, variables, steps, self.snapshots)
-        by = kept_every if with_graphs else single_steps
-        return by(loop, variables, steps, self._interval(loop.num_steps, with_graphs=with_graphs))
-
-    def _interval(self, num_steps: int, *, with_graphs: bool) -> int:
-        """Returns the steps between kept states."""
-        if self.every is None:
-            return 1
-        if self.every == "sqrt":
-            # A graph holds the state after a step and its gradient at least.
-            states_per_step = 2 if with_graphs else 1
-            return max(1, round(math.sqrt(num_steps / states_per_step)))
-        if self.every > num_steps:
-            raise IncompatibleBackendError(
-                f"`Reverse(checkpoint_every={self.every})` got a problem with `num_steps` = {num_steps}: no state "
-                "would be kept between segments. Use at most that many steps, or `Reverse()` for the whole graph."
-            )
-        return self.every
 
 
 def _connected_initial(loop: InnerLoop, variables: TensorDict) -> InnerState:

@@ -1,0 +1,114 @@
+"""What reverse mode keeps of a run: all graphs, states at a distance, a number of states, or what a budget allows."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hypertorch.errors import IncompatibleBackendError
+from hypertorch.hypergradients.reverse_mode.memory_plan import plan_loop
+from hypertorch.hypergradients.reverse_mode.segments import kept_every, revolving, single_steps
+from hypertorch.hypergradients.reverse_mode.steps import Steps
+from hypertorch.hypergradients.reverse_mode.sweep import Segment
+from hypertorch.inner_loop import InnerLoop
+from hypertorch.live_memory import parse_bytes
+from hypertorch.types import TensorDict
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """The choice between the three settings of `Reverse` that say what is kept; without one, the whole graph.
+
+    Args:
+        checkpoint_every: steps between kept states; "sqrt" for the number with the least memory.
+        snapshots: most states kept at once.
+        memory_budget: bytes, or a string such as "512MiB"; what is kept follows from a plan for each loop.
+
+    Raises:
+        ValueError: if a setting is out of its range, or more than one is given.
+    """
+
+    checkpoint_every: int | Literal["sqrt"] | None = None
+    snapshots: int | None = None
+    memory_budget: int | str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"`{given[0]}` and `{given[1]}` are both given: each says what is kept, and they would contradict each "
+                "other. Pass one of `checkpoint_every`, `snapshots` and `memory_budget`, or none for the whole graph."
+            )
+        if self.checkpoint_every not in (None, "sqrt"):
+            _check_count("checkpoint_every", self.checkpoint_every, "states are kept every so many steps", ", 'sqrt',")
+        if self.snapshots is not None:
+            _check_count("snapshots", self.snapshots, "so many states are kept, the first one included", "")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, "memory_budget")
+
+    @property
+    def whole_graph(self) -> bool:
+        """Whether none is given."""
+        return self == Checkpointing()
+
+    def planned(self, loop: InnerLoop, variables: TensorDict) -> Checkpointing:
+        """Returns what a memory budget makes of a loop; without one, itself.
+
+        Cost: with a budget, one step and one vjp.
+
+        Args:
+            loop: the inner loop.
+            variables: hyperparameters and context, as leaves.
+
+        Raises:
+            IncompatibleBackendError: if nothing fits the budget.
+        """
+        if self.memory_budget is None or loop.num_steps == 0:
+            return self
+        plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
+        _logger.debug("%s", plan)
+        return Checkpointing(checkpoint_every=plan.checkpoint_every, snapshots=plan.snapshots)
+
+    def segments(self, loop: InnerLoop, variables: TensorDict, steps: Steps, *, with_graphs: bool) -> Iterator[Segment]:
+        """Returns the segments of a run; single steps of which every state is kept, unless a setting says less.
+
+        Args:
+            loop: the inner loop, of at least one step.
+            variables: hyperparameters and context, as leaves.
+            steps: its steps.
+            with_graphs: whether a segment is held with the graph of its steps; else as states alone.
+
+        Raises:
+            IncompatibleBackendError: if there are more steps between kept states than the horizon has.
+        """
+        if self.snapshots is not None:
+            return revolving(loop, variables, steps, self.snapshots)
+        by = kept_every if with_graphs else single_steps
+        return by(loop, variables, steps, self._interval(loop.num_steps, with_graphs=with_graphs))
+
+    def _interval(self, num_steps: int, *, with_graphs: bool) -> int:
+        """Returns the steps between kept states."""
+        if self.checkpoint_every is None:
+            return 1
+        if self.checkpoint_every == "sqrt":
+            # A graph holds the state after a step and its gradient at least.
+            states_per_step = 2 if with_graphs else 1
+            return max(1, round(math.sqrt(num_steps / states_per_step)))
+        if self.checkpoint_every > num_steps:
+            raise IncompatibleBackendError(
+                f"`Reverse(checkpoint_every={self.checkpoint_every})` got a problem with `num_steps` = {num_steps}: no "
+                "state would be kept between segments. Use at most that many steps, or `Reverse()` for the whole graph."
+            )
+        return self.checkpoint_every
+
+
+def _check_count(name: str, value: object, meaning: str, word: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"`{name}` is {value!r}: {meaning}, at least 1. Pass a whole number{word} or None to keep the whole graph."
+        )
