@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.parameter_slots import ParameterSlots, is_plain, thread
+from hypertorch.parameter_slots import ParameterSlots, thread
 from hypertorch.recomputation import hold_while_recomputing
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -71,7 +71,9 @@ class FunctionalModule:
             inputs: passed on.
             options: passed on by name.
         """
-        return self._run(params, inputs, options, is_returned=False)[0]
+        if self.buffers:
+            return self._moving(params, inputs, options, is_returned=False)[0]
+        return self._call(dict(params), inputs, options)
 
     def with_buffers(self, params: TensorMapping, *inputs: Any, **options: Any) -> tuple[Any, TensorDict]:
         """Returns the module's outputs and the new values of its buffers.
@@ -81,14 +83,15 @@ class FunctionalModule:
             inputs: passed on.
             options: passed on by name.
         """
-        return self._run(params, inputs, options, is_returned=True)
+        if self.buffers:
+            return self._moving(params, inputs, options, is_returned=True)
+        return self._call(dict(params), inputs, options), {}
 
-    def _run(
+    def _moving(
         self, params: TensorMapping, inputs: tuple, options: dict[str, Any], *, is_returned: bool
     ) -> tuple[Any, TensorDict]:
+        """Returns the outputs of a module with buffers, and their new values."""
         values = dict(params)
-        if not self.buffers:
-            return self._call(values, inputs, options), {}
         watch = None if torch.compiler.is_compiling() else thread.watch
         starts = {name: values.get(name, own) for name, own in self.module.named_buffers()}
         if watch is not None:
@@ -108,7 +111,7 @@ class FunctionalModule:
         slots = self._slots
         if slots is None or slots.module is not self.module or not slots.is_current():
             slots = self._slots = ParameterSlots(self.module)
-        if not is_plain(self.module) or not slots.has(values):
+        if not slots.serves(values):
             with slots.under_way():
                 return functional_call(self.module, values, inputs, options)
         with slots.holding(values):

@@ -81,6 +81,7 @@ class InnerLoop:
         functions: the functions of the problem.
         record: what was run so far.
         inner_dtype: of the inner loss's products; None for that of the params.
+        has_terms: whether the outer loss has terms at inner steps.
     """
 
     problem: BilevelProblem
@@ -95,6 +96,7 @@ class InnerLoop:
     functions: LoopFunctions
     record: Record
     inner_dtype: torch.dtype | None
+    has_terms: bool
 
     @property
     def num_steps(self) -> int:
@@ -105,11 +107,6 @@ class InnerLoop:
     def dynamics(self) -> Dynamics:
         """The inner optimiser."""
         return self.problem.dynamics
-
-    @property
-    def has_step_loss(self) -> bool:
-        """Whether the outer loss has terms at inner steps."""
-        return self.problem.outer.has_step_loss
 
     @property
     def has_buffers(self) -> bool:
@@ -178,7 +175,7 @@ class InnerLoop:
         """Returns the state after a step of the horizon, the inner loss before it and the outer term after it."""
         new_state, loss = self.transition(state, variables, step, route)
         self.record.add_step(step, loss.value, loss.tracked_buffers)
-        return Step(new_state, loss.value, self.term(new_state, variables, step))
+        return Step(new_state, loss.value, self.term(new_state, variables, step) if self.has_terms else None)
 
     def outer(self, params: TensorDict, variables: TensorDict) -> Tensor:
         """Returns the outer loss at the last params, a scalar: the mean over tasks."""
@@ -202,7 +199,7 @@ class InnerLoop:
         problem, index = self.problem, self.first_index + step
         names = problem.inner.buffers
         params = state.params
-        buffers = {name: params[name] for name in names}
+        buffers = {name: params[name] for name in names} if names else {}
         loss = InnerLoss(
             self.functions.inner,
             buffers,
@@ -232,10 +229,9 @@ class InnerLoop:
 
     def terms(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
         """Returns the term of the outer loss after a step, shape `()` or `(tasks,)`; None if there are none."""
-        outer = self.problem.outer
-        if not outer.has_step_loss:
+        if not self.has_terms:
             return None
-        index = self.first_index + step
+        outer, index = self.problem.outer, self.first_index + step
 
         def at_index(params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
             loss = stopping_tangents(outer.step_loss, params, variables, batch, index)
@@ -393,6 +389,7 @@ def inner_loop(
         functions=functions,
         record=Record(),
         inner_dtype=inner_dtype,
+        has_terms=problem.outer.has_step_loss,
     )
 
 

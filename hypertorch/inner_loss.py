@@ -206,8 +206,9 @@ class InnerLoss:
             )
         if self.value is None:
             self.value = value.detach()
-            self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
-            self.new_buffers = new_buffers if keep_path else tree.detach(new_buffers)
+            if new_buffers:
+                self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
+                self.new_buffers = new_buffers if keep_path else tree.detach(new_buffers)
         return {
             name: torch.zeros_like(value) if gradient is None else gradient
             for (name, value), gradient in zip(variables.items(), gradients, strict=True)

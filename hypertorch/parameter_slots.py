@@ -111,13 +111,14 @@ class ParameterSlots:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._is_plain = not isinstance(module, torch.jit.ScriptModule | nn.DataParallel)
         self._slots: dict[str, list[_Place]] = {}
-        self._modules: list[_Place] = []
+        modules: list[_Place] = []
         self._buffers: dict[str, list[_Place]] = {}
         names: dict[int, str] = {}
         for prefix, part in module.named_modules():
             children: dict[str, Any] = part._modules
-            self._modules.extend(_Place(children, key, child) for key, child in children.items())
+            modules.extend(_Place(children, key, child) for key, child in children.items())
             for holder in (part._parameters, part._buffers):
                 for key, value in holder.items():
                     if value is not None:
@@ -126,17 +127,22 @@ class ParameterSlots:
                         places.append(_Place(holder, key, value))
                         if holder is part._buffers:
                             self._buffers[name] = places
-        self._places = [place for places in self._slots.values() for place in places]
+        self._held = [*(place for places in self._slots.values() for place in places), *modules]
 
     def is_current(self) -> bool:
         """Returns whether every place still holds what it held: no sub-module, weight or tie was exchanged since."""
-        return all(holder.get(key) is value for holder, key, value in self._places) and all(
-            holder.get(key) is value for holder, key, value in self._modules
-        )
+        # At every call of the module: a generator would be resumed for every place.
+        for holder, key, value in self._held:  # noqa: SIM110
+            if holder.get(key) is not value:
+                return False
+        return True
 
-    def has(self, names: Mapping[str, Tensor]) -> bool:
-        """Returns whether these are all names of places."""
-        return names.keys() <= self._slots.keys()
+    def serves(self, names: Mapping[str, Tensor]) -> bool:
+        """Returns whether the module can be called with values of these names written to their places.
+
+        Not those of compiled and replicated modules.
+        """
+        return self._is_plain and names.keys() <= self._slots.keys()
 
     @contextmanager
     def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -145,23 +151,25 @@ class ParameterSlots:
         Args:
             values: by the names of the places. A buffer that the module replaces by a new tensor is replaced here too.
         """
-        places = [(place, value) for name, value in values.items() for place in self._slots[name]]
-        kept = [place.holder[place.key] for place, _ in places]
+        kept: list[tuple[dict[str, Any], str, Any]] = []
         calls = thread.calls
         calls.append(self)
         if thread.watch is not None:
             thread.watch.calls.append((self, list(values)))
         try:
-            for (holder, key, _), value in places:
-                holder[key] = value
+            for name, value in values.items():
+                for holder, key, _ in self._slots[name]:
+                    kept.append((holder, key, holder[key]))
+                    holder[key] = value
             yield
             for name, buffers in self._buffers.items():
                 if name in values:
                     values[name] = buffers[0].holder[buffers[0].key]
         finally:
             calls.pop()
-            for (place, _), value in zip(places, kept, strict=True):
-                place.holder[place.key] = value
+            # From the last to the first: values that two names give to one place were written over each other.
+            for holder, key, value in reversed(kept):
+                holder[key] = value
 
     @contextmanager
     def under_way(self) -> Iterator[None]:
@@ -232,8 +240,3 @@ def _write(places: list[_Place], modes: list[tuple[nn.Module, bool]]) -> None:
         holder[key] = value
     for part, mode in modes:
         part.training = mode
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Returns whether a module's places can be written to: not those of compiled and replicated modules."""
-    return not isinstance(module, torch.jit.ScriptModule | nn.DataParallel)

@@ -224,15 +224,13 @@ def measured(
 
     Args:
         execution: what is asked for.
-        problem: the problem.
+        problem: the problem; without tasks there is nothing to measure.
         kind: what is run (a backend, or a plain unroll) and the kind of problem: routes are measured for each.
         hparams: the outer variables.
         run: runs the given slices.
     """
-    if execution.tasks != "auto":
+    if execution.tasks != "auto" or problem.num_tasks is None:
         return execution
-    if problem.num_tasks is None:
-        return replace(execution, tasks="vmap")
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
     sizes = (problem.num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)

@@ -17,7 +17,7 @@ from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergrad
 from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
 from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.reachability import Probe, cached_probe, check_reachability, moved_by_values
+from hypertorch.hypergradients.reachability import check_reachability, known_reach, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
 from hypertorch.hypergradients.side_effects import refuse_side_effects
@@ -71,7 +71,7 @@ def hypergradient(
     slices = task_slices(problem.num_tasks, run.measured())
     run.refuse_side_effects(slices[0])
     found, parts = run.over(slices)
-    check_reachability(backend, found, problem.allow_unused, run.probe(slices))
+    check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / _total_weight(slices)
     figures = join_tasks([part.figures for part in parts], slices)
@@ -166,14 +166,14 @@ class _Run:
                 )
         return mean, parts
 
-    def probe(self, slices: list[TaskSlice | None]) -> Probe:
-        """Returns what finds out which hyperparameters reach the outer loss."""
+    def reached(self, slices: list[TaskSlice | None]) -> frozenset[str]:
+        """Returns the names of the hyperparameters that reach the outer loss."""
         problem = self._bound.problem
         if isinstance(self._backend, BlackBox):
-            return cached_probe(
+            return known_reach(
                 problem, "values", self._hparams, lambda: moved_by_values(self._bound, self._hparams, slices)
             )
-        return cached_probe(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
+        return known_reach(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
 
     def refuse_side_effects(self, item: TaskSlice | None) -> None:
         """Raises if the problem's functions are not functions of their arguments, or do what a derivative misses.

@@ -113,7 +113,7 @@ class Implicit(Hypergradient):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` at the inner solution, direct term included."""
-        if loop.has_step_loss:
+        if loop.has_terms:
             raise IncompatibleBackendError(
                 "`Implicit` got an outer problem with `step_loss`: terms at inner steps are about the way to the "
                 "solution, which implicit differentiation forgets. Use `Reverse()`, or judge the last params alone."

@@ -75,12 +75,12 @@ def _says_nothing(backend: Hypergradient, value: torch.Tensor) -> bool:
     return isinstance(backend, PathBlind) and not bool(value.any())
 
 
-def cached_probe(problem: BilevelProblem, kind: str, hparams: TensorDict, probe: Probe) -> Probe:
-    """Returns a probe that is run once for each problem, kind of probe and set of names."""
+def known_reach(problem: BilevelProblem, kind: str, hparams: TensorDict, probe: Probe) -> frozenset[str]:
+    """Returns what a probe finds, which is run once for each problem, kind of probe and set of names."""
     # What is reached may depend on values, a weight of zero say: another problem of the kind is asked for itself.
     parts = (problem.inner, problem.outer, problem.context, problem.dynamics)
     key = (kind, memo.Same(*(part for part in parts if part is not None)), problem.num_steps, *hparams)
-    return lambda: memo.recall(REACHED, key, probe)
+    return memo.recall(REACHED, key, probe)
 
 
 def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskSlice | None]) -> frozenset[str]:
