@@ -12,7 +12,7 @@ from torch import Tensor
 from hypertorch.checks import is_count
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics import Dynamics
-from hypertorch.dynamics.hyper import Setting, is_schedule
+from hypertorch.dynamics.settings import Setting, is_schedule
 from hypertorch.types import Batch, TensorDict
 
 Context: TypeAlias = Callable[[TensorDict, Batch], TensorDict]

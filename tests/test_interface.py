@@ -29,6 +29,7 @@ BY_PLACE = {
     "LearnerOnEpisodes": ("learner", "episodes", "check"),
     "Minibatches": ("dataset", "batch_size", "seed"),
     "OuterLoop": ("source",),
+    "Range": ("lower", "upper", "natural", "reason"),
     "RealTime": ("problem",),
     "TorchOptim": ("optimizer",),
     "_Fitted": ("network", "params"),
@@ -77,6 +78,7 @@ COMPARED = [
     "OneStep",
     "PlanReasons",
     "Positive",
+    "Range",
     "Regression",
     "Report",
     "Reverse",
@@ -87,6 +89,7 @@ COMPARED = [
     "TangentRoute",
     "TaskSlice",
     "Truncated",
+    "_Declaration",
 ]
 
 

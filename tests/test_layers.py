@@ -26,7 +26,6 @@ LAYERS = (
         "noise",
         "grad_mode",
         "live_memory",
-        "exact_arithmetic",
         "memo",
         "execution",
     ),

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.declared import EPS, NON_NEGATIVE, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
 from hypertorch.dynamics.elementwise import decayed, descend_quotient, safe_sqrt
-from hypertorch.dynamics.hyper import Setting, check_range, is_active, is_schedule, resolve
-from hypertorch.dynamics.natural_constraints import NON_NEGATIVE, POSITIVE, natural_constraints
+from hypertorch.dynamics.settings import Setting, resolve
 from hypertorch.types import TensorDict
+
+_LR_DECAY = Range(0.0, math.inf, NON_NEGATIVE, "A negative one would turn the step around.")
+_SUM = Range(0.0, math.inf, NON_NEGATIVE, "It is a sum of squares.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,47 +51,12 @@ class Adagrad(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting = 1e-2
-    lr_decay: Setting = 0.0
-    weight_decay: Setting = 0.0
-    initial_accumulator_value: Setting = 0.0
-    eps: Setting = 1e-10
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-2)
+    lr_decay: Setting = setting(_LR_DECAY, 0.0)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
+    initial_accumulator_value: Setting = setting(_SUM, 0.0, read_once=True)
+    eps: Setting = setting(EPS, 1e-10)
     maximize: bool = False
-
-    def __post_init__(self) -> None:
-        check_range("Adagrad", "lr", self.lr, 0.0, math.inf, "A step size is positive; to ascend, pass maximize=True.")
-        check_range("Adagrad", "lr_decay", self.lr_decay, 0.0, math.inf, "A negative one would turn the step around.")
-        check_range(
-            "Adagrad", "weight_decay", self.weight_decay, 0.0, math.inf, "A negative one makes the weights explode."
-        )
-        check_range(
-            "Adagrad",
-            "initial_accumulator_value",
-            self.initial_accumulator_value,
-            0.0,
-            math.inf,
-            "It is a sum of squares.",
-        )
-        check_range("Adagrad", "eps", self.eps, 0.0, math.inf, "It keeps the denominator away from 0.")
-        if is_schedule(self.initial_accumulator_value):
-            raise ValueError(
-                f"`initial_accumulator_value` of `Adagrad` is {self.initial_accumulator_value!r}, a schedule over "
-                "steps: it is read once, before the first one. Give one value, or `Hyper(name)` to learn one."
-            )
-
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {
-            "lr": self.lr,
-            "lr_decay": self.lr_decay,
-            "weight_decay": self.weight_decay,
-            "initial_accumulator_value": self.initial_accumulator_value,
-            "eps": self.eps,
-        }
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0, and all others >= 0, where they are learnt directly."""
-        return natural_constraints(self.settings(), {**dict.fromkeys(self.settings(), NON_NEGATIVE), "lr": POSITIVE})
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the sums of squares, `sum.{parameter}`, at `initial_accumulator_value`."""
@@ -104,25 +69,16 @@ class Adagrad(GradientDynamics):
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and sums of squares after one step along `grads`."""
+        lr, lr_decay, weight_decay, eps = self.values(params, hparams, index)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
-            direction = -grads[name] if self.maximize else grads[name]
-            if self._has_weight_decay:
-                direction = decayed(direction, param, resolve(self.weight_decay, hparams, name, index))
-            total = torch.addcmul(state[f"sum.{name}"], direction, direction)
-            new_state[f"sum.{name}"] = total
-            denominator = safe_sqrt(total) + resolve(self.eps, hparams, name, index)
-            step_size = resolve(self.lr, hparams, name, index)
-            if self._has_lr_decay:
-                step_size = step_size / (1.0 + index * resolve(self.lr_decay, hparams, name, index))
-            new_params[name] = descend_quotient(param, direction, denominator, step_size)
+        for name, w in params.items():
+            d = -grads[name] if self.maximize else grads[name]
+            if "weight_decay" in self.active:
+                d = decayed(d, w, weight_decay[name])
+            s = new_state[f"sum.{name}"] = torch.addcmul(state[f"sum.{name}"], d, d)
+            step_size = lr[name]
+            if "lr_decay" in self.active:
+                step_size = step_size / (1.0 + index * lr_decay[name])
+            new_params[name] = descend_quotient(w, d, safe_sqrt(s) + eps[name], step_size)
         return new_params, new_state
-
-    @cached_property
-    def _has_lr_decay(self) -> bool:
-        return is_active(self.lr_decay)
-
-    @cached_property
-    def _has_weight_decay(self) -> bool:
-        return is_active(self.weight_decay)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
-from hypertorch.dynamics.adam_family import AdamFamily
-from hypertorch.dynamics.elementwise import decayed
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import EPS, MEAN_DECAY, SQUARE_DECAY, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, setting
+from hypertorch.dynamics.elementwise import decayed, descend_quotient, running_mean, running_square, safe_sqrt
+from hypertorch.dynamics.settings import Setting
+from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Adam(AdamFamily):
+class Adam(GradientDynamics):
     """Adam, with weight decay as an L2 penalty whose slope enters the moments; every setting can be learnt.
 
     With `g` the gradient of the inner loss, moments `m` and `v` that are zero at first, and `t = index + 1`:
@@ -50,8 +53,35 @@ class Adam(AdamFamily):
 
     separate_params: ClassVar[bool] = True
 
-    def decay(
-        self, param: Tensor, gradient: Tensor, weight_decay: float | Tensor, lr: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the parameter as it is, and `g + weight_decay * w`."""
-        return param, decayed(gradient, param, weight_decay)
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-3)
+    beta1: Setting = setting(MEAN_DECAY, 0.9)
+    beta2: Setting = setting(SQUARE_DECAY, 0.999)
+    eps: Setting = setting(EPS, 1e-8)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
+    amsgrad: bool = False
+    maximize: bool = False
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        """Returns the moments `exp_avg.{parameter}`, `exp_avg_sq.{parameter}` and with `amsgrad` the largest, zero."""
+        return zero_buffers(params, "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        """Returns params and moments after one step along `grads`."""
+        lr, beta1, beta2, eps, weight_decay = self.values(params, hparams, index)
+        t = index + 1
+        new_params: TensorDict = {}
+        new_state: TensorDict = {}
+        for name, w in params.items():
+            d = -grads[name] if self.maximize else grads[name]
+            if "weight_decay" in self.active:
+                d = decayed(d, w, weight_decay[name])
+            m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
+            v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
+            if self.amsgrad:
+                v = new_state[f"max_exp_avg_sq.{name}"] = torch.maximum(state[f"max_exp_avg_sq.{name}"], v)
+            # The moments start at zero. What that takes from the mean goes into the step size, which is one number.
+            root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
+            new_params[name] = descend_quotient(w, m, root + eps[name], lr[name] / (1.0 - beta1[name] ** t))
+        return new_params, new_state

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
-from hypertorch.dynamics.adam_family import AdamFamily
-from hypertorch.dynamics.hyper import Setting
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import EPS, MEAN_DECAY, SQUARE_DECAY, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, setting
+from hypertorch.dynamics.elementwise import descend_quotient, running_mean, running_square, safe_sqrt
+from hypertorch.dynamics.settings import Setting
+from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class AdamW(AdamFamily):
+class AdamW(GradientDynamics):
     """Adam with weight decay that acts on the weights alone, not on the moments; every setting can be learnt.
 
     With `g` the gradient of the inner loss, moments `m` and `v` that are zero at first, and `t = index + 1`:
@@ -45,10 +48,35 @@ class AdamW(AdamFamily):
 
     separate_params: ClassVar[bool] = True
 
-    weight_decay: Setting = 1e-2
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-3)
+    beta1: Setting = setting(MEAN_DECAY, 0.9)
+    beta2: Setting = setting(SQUARE_DECAY, 0.999)
+    eps: Setting = setting(EPS, 1e-8)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 1e-2)
+    amsgrad: bool = False
+    maximize: bool = False
 
-    def decay(
-        self, param: Tensor, gradient: Tensor, weight_decay: float | Tensor, lr: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns `(1 - lr * weight_decay) * w`, and the gradient as it is."""
-        return (1.0 - lr * weight_decay) * param, gradient
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        """Returns the moments, named as those of `Adam`, zero."""
+        return zero_buffers(params, "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+
+    def update(
+        self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        """Returns params and moments after one step along `grads`."""
+        lr, beta1, beta2, eps, weight_decay = self.values(params, hparams, index)
+        t = index + 1
+        new_params: TensorDict = {}
+        new_state: TensorDict = {}
+        for name, w in params.items():
+            g = -grads[name] if self.maximize else grads[name]
+            if "weight_decay" in self.active:
+                # The one difference to Adam: the decay acts on the weights, and no moment sees it.
+                w = (1.0 - lr[name] * weight_decay[name]) * w
+            m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], g, beta1[name])
+            v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], g, beta2[name])
+            if self.amsgrad:
+                v = new_state[f"max_exp_avg_sq.{name}"] = torch.maximum(state[f"max_exp_avg_sq.{name}"], v)
+            root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
+            new_params[name] = descend_quotient(w, m, root + eps[name], lr[name] / (1.0 - beta1[name] ** t))
+        return new_params, new_state

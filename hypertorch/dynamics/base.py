@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import ClassVar
 
+from torch import Tensor
+
+from hypertorch import tree
 from hypertorch.constraints import Constraint
-from hypertorch.dynamics.hyper import Setting
-from hypertorch.dynamics.setting_checks import check_settings
+from hypertorch.dynamics.declared import check_declared, check_settings, declared, natural_constraints
+from hypertorch.dynamics.settings import Setting, is_active, resolve_all
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -17,7 +21,8 @@ class Dynamics(ABC):
     """One step of the inner optimiser, `s_t = Phi_t(s_{t-1}, hparams)`, as a pure function.
 
     The inner state is the trained parameters and the optimiser's own buffers, both flat dictionaries of tensors.
-    Leaves are frozen dataclasses of settings; a setting may be a number, a schedule, or an outer variable (`Hyper`).
+    Leaves are frozen dataclasses of settings. A setting that may be learnt is declared once, by `setting`, with the
+    range of its numbers; it may be a number, a schedule, a tensor, an outer variable (`Hyper`), or a group of these.
 
     Attributes:
         separate_params: whether the params that `step` returns are new tensors, none computed from another, so that the
@@ -47,12 +52,54 @@ class Dynamics(ABC):
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        # What a rule returns is known of the class that wrote it, not of those that change it.
+        # A subclass may return other params than its base does, so the base cannot answer for it.
         cls.separate_params = vars(cls).get("separate_params", False)
 
+    def __post_init__(self) -> None:
+        """Checks the declared settings; a leaf with checks of its own calls it too."""
+        check_declared(type(self).__name__, self._declared, declared(type(self)))
+
+    @cached_property
+    def _declared(self) -> dict[str, Setting]:
+        """The declared settings by name, without those that are left out (None)."""
+        declarations = declared(type(self))
+        values: dict[str, Setting] = {name: getattr(self, name) for name in declarations}
+        return {name: value for name, value in values.items() if value is not None or not declarations[name].optional}
+
+    @cached_property
+    def active(self) -> frozenset[str]:
+        """Names of the declared settings that can differ from zero: a rule leaves out the terms of all others."""
+        return frozenset(name for name, value in self._declared.items() if is_active(value))
+
+    @cached_property
+    def _read_at_steps(self) -> tuple[Setting, ...]:
+        declarations = declared(type(self))
+        return tuple(value for name, value in self._declared.items() if not declarations[name].read_once)
+
+    def values(
+        self, parameters: Iterable[str], hparams: TensorMapping, index: int
+    ) -> list[Mapping[str, float | Tensor]]:
+        """Returns the values of the declared settings at a step, in the order of their declarations.
+
+        Those that are left out (None) or read once are not among them.
+
+        Args:
+            parameters: names of the inner parameters.
+            hparams: the outer variables.
+            index: the step (unit: steps, from 0).
+
+        Returns:
+            For each setting, its value by the name of the parameter.
+        """
+        # Most settings are numbers, and every inner step pays for a call.
+        return [
+            dict.fromkeys(parameters, value) if type(value) is float else resolve_all(value, hparams, parameters, index)
+            for value in self._read_at_steps
+        ]
+
     def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {}
+        """Returns the settings by name, those of dynamics that this one holds among them."""
+        return self._declared
 
     def init_hparams(self) -> TensorDict:
         """Returns outer variables that the dynamics itself owns, such as the weights of a learnt update rule."""
@@ -60,12 +107,13 @@ class Dynamics(ABC):
 
     def constraints(self) -> dict[str, Constraint]:
         """Returns the natural constraints of learnt settings, by name or pattern of the outer variable."""
-        return {}
+        natural = {name: declaration.allowed.natural for name, declaration in declared(type(self)).items()}
+        return natural_constraints(self._declared, natural)
 
     def check(self, params: TensorMapping, hparams: TensorMapping, num_steps: int) -> None:
         """Raises `ValueError` if the settings do not fit a problem; called once a run, before `init`.
 
-        Dynamics that wrap others pass on to each what concerns it.
+        Dynamics that hold others pass on to each what concerns it.
 
         Args:
             params: the trained parameters of one task: no tasks axis, since settings are shared by all tasks.
@@ -89,3 +137,22 @@ class GradientDynamics(Dynamics):
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and buffers after one step: the gradient of the loss, then `update`."""
         return self.update(loss.gradient(params, hparams), params, state, hparams, index)
+
+
+def zero_buffers(params: TensorMapping, *names: str) -> TensorDict:
+    """Returns zeros called `{name}.{parameter}` of every parameter's shape, name by name."""
+    return {key: value for name in names for key, value in tree.with_prefix(name, tree.zeros_like(params)).items()}
+
+
+def flattened(buffers: Mapping[str, TensorMapping]) -> TensorDict:
+    """Returns `{buffer}.{parameter}` from the buffers of every parameter; a buffer's own name has no dot."""
+    return {f"{name}.{parameter}": value for parameter, own in buffers.items() for name, value in own.items()}
+
+
+def by_parameter(state: TensorMapping) -> dict[str, TensorDict]:
+    """Returns the buffers of every parameter that has any, from `{buffer}.{parameter}`."""
+    buffers: dict[str, TensorDict] = {}
+    for key, value in state.items():
+        name, _, parameter = key.partition(".")
+        buffers.setdefault(parameter, {})[name] = value
+    return buffers

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.constraints import Constraint
+from hypertorch.constraints import Constraint, Positive
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
+from hypertorch.dynamics.declared import Range, check_settings, intersections, setting
 from hypertorch.dynamics.elementwise import safe_sqrt
-from hypertorch.dynamics.hyper import Hyper, Setting, UngroupedSetting, check_range, resolve
-from hypertorch.dynamics.natural_constraints import POSITIVE, intersections, natural_constraints
-from hypertorch.dynamics.setting_checks import check_settings
+from hypertorch.dynamics.settings import Hyper, Setting, UngroupedSetting, resolve
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import TensorDict, TensorMapping
 
 _EPS = 1e-6  # of `torch.nn.utils.clip_grad_norm_`
+_NORM = Range(0.0, math.inf, Positive(), "It bounds a norm.")
+_MAGNITUDE = Range(0.0, math.inf, Positive(), "It bounds a magnitude.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +57,8 @@ class Clipped(Dynamics):
 
     rule: GradientDynamics
     _: KW_ONLY
-    max_norm: UngroupedSetting | None = None
-    max_value: Setting | None = None
+    max_norm: UngroupedSetting | None = setting(_NORM, None)
+    max_value: Setting | None = setting(_MAGNITUDE, None)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, GradientDynamics):
@@ -71,22 +72,19 @@ class Clipped(Dynamics):
                 "`Clipped` got neither `max_norm` nor `max_value`: it would change nothing. Give one, or use the rule "
                 "alone."
             )
-        if self.max_value is not None:
-            check_range("Clipped", "max_value", self.max_value, 0.0, math.inf, "It bounds a magnitude.")
         if self.max_norm is not None:
             _check_one_for_all(self.max_norm)
-            check_range("Clipped", "max_norm", self.max_norm, 0.0, math.inf, "It bounds a norm.")
-        # Params are made by the rule; a frozen dataclass sets what it derives by this.
+        super().__post_init__()
+        # The rule makes the params, so it is the rule that knows; a frozen dataclass sets what it derives by this.
         object.__setattr__(self, "separate_params", self.rule.separate_params)
 
     def settings(self) -> Mapping[str, Setting]:
         """Returns the settings of the rule, and the bounds."""
-        return {**self.rule.settings(), **self._bounds()}
+        return {**self.rule.settings(), **super().settings()}
 
     def constraints(self) -> dict[str, Constraint]:
         """Returns the natural constraints of the rule, and bounds > 0 where they are learnt directly."""
-        bounds = self._bounds()
-        return intersections([self.rule.constraints(), natural_constraints(bounds, dict.fromkeys(bounds, POSITIVE))])
+        return intersections([self.rule.constraints(), super().constraints()])
 
     def init_hparams(self) -> TensorDict:
         """Returns the outer variables that the rule owns."""
@@ -95,7 +93,7 @@ class Clipped(Dynamics):
     def check(self, params: TensorMapping, hparams: TensorMapping, num_steps: int) -> None:
         """Raises `ValueError` if the rule or the bounds do not fit."""
         self.rule.check(params, hparams, num_steps)
-        check_settings("Clipped", self._bounds(), params, hparams, num_steps)
+        check_settings("Clipped", super().settings(), params, hparams, num_steps)
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the rule's buffers."""
@@ -113,13 +111,9 @@ class Clipped(Dynamics):
         if self.max_norm is not None:
             # The loss is one number for each task, if there are tasks.
             tasks_axis = loss.value is not None and loss.value.dim() > 0
-            # The same for all params, so that it may be read for none.
-            grads = _shortened(grads, resolve(self.max_norm, hparams, "", index), tasks_axis=tasks_axis)
+            bound = resolve(self.max_norm, hparams, "", index)  # one for all params, so no name is needed
+            grads = _shortened(grads, bound, tasks_axis=tasks_axis)
         return self.rule.update(grads, params, state, hparams, index)
-
-    def _bounds(self) -> dict[str, Setting]:
-        bounds = {"max_norm": self.max_norm, "max_value": self.max_value}
-        return {name: setting for name, setting in bounds.items() if setting is not None}
 
 
 def _check_one_for_all(max_norm: Setting) -> None:
@@ -131,7 +125,7 @@ def _check_one_for_all(max_norm: Setting) -> None:
     if differs:
         raise ValueError(
             f"`max_norm` of `Clipped` is {max_norm!r}, which differs between params: there is one norm, over all of "
-            "them. Give one number, a schedule, or a `Hyper` with `per=None` or `per='step'`."
+            "them. Give one number, a schedule, or a `Hyper` with `per='one'` or `per='step'`."
         )
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
-from hypertorch.dynamics.hyper import Setting
-from hypertorch.dynamics.natural_constraints import intersections
-from hypertorch.dynamics.patterns import belonging, check_patterns
+from hypertorch.dynamics.declared import intersections
+from hypertorch.dynamics.settings import Setting, belonging, check_patterns
 from hypertorch.types import TensorDict, TensorMapping
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
-from hypertorch.dynamics.hyper import Setting
+from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict, TensorMapping
 
 

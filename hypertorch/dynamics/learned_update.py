@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypertorch import tree
-from hypertorch.constraints import Constraint
-from hypertorch.dynamics.base import GradientDynamics
-from hypertorch.dynamics.buffers import by_parameter, flattened
-from hypertorch.dynamics.hyper import Setting, check_range, resolve
-from hypertorch.dynamics.natural_constraints import POSITIVE, natural_constraints
-from hypertorch.dynamics.update_rules import UpdateRule
+from hypertorch.constraints import Positive
+from hypertorch.dynamics.base import GradientDynamics, by_parameter, flattened
+from hypertorch.dynamics.declared import Range, setting
+from hypertorch.dynamics.settings import Setting
 from hypertorch.functional import FunctionalModule
 from hypertorch.types import TensorDict
+
+_SCALE = Range(0.0, math.inf, Positive(), "The rule itself learns the sign.")
+
+
+class UpdateRule(nn.Module, ABC):
+    """A network that maps gradients to updates, one coordinate at a time, with a recurrent state per coordinate.
+
+    All coordinates of all parameters share its weights, so that a rule learnt on small problems can train large ones.
+    """
+
+    @abstractmethod
+    def initial_state(self, like: Tensor) -> TensorDict:
+        """Returns the state before the first step: constants, named without dots.
+
+        Args:
+            like: an inner parameter, for its shape, dtype and device.
+
+        Returns:
+            Tensors of shape `(*like.shape, ...)`; none for a rule without memory.
+        """
+
+    @abstractmethod
+    def forward(self, gradient: Tensor, state: TensorDict) -> tuple[Tensor, TensorDict]:
+        """Returns the update, of the gradient's shape, and the next state.
+
+        Must be elementwise in the coordinates of `gradient` (any number of axes, a tasks axis among them), and twice
+        differentiable: recurrent modules of PyTorch are not, and have to be written out.
+
+        Args:
+            gradient: of the inner loss in one parameter.
+            state: the state of that parameter.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +91,7 @@ class LearnedUpdate(GradientDynamics):
     rule: UpdateRule
     _: KW_ONLY
     name: str = "update_rule"
-    scale: Setting = 0.1
+    scale: Setting = setting(_SCALE, 0.1)
     gradient_is_constant: bool = False
 
     def __post_init__(self) -> None:
@@ -69,15 +100,7 @@ class LearnedUpdate(GradientDynamics):
                 f"`rule` is a {type(self.rule).__name__}, not an `UpdateRule`: it has no state per coordinate. Pass an "
                 "instance of a subclass, such as `ht.dynamics.CoordinatewiseLSTM()`."
             )
-        check_range("LearnedUpdate", "scale", self.scale, 0.0, float("inf"), "The rule itself learns the sign.")
-
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {"scale": self.scale}
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns scale > 0, where it is learnt directly."""
-        return natural_constraints(self.settings(), {"scale": POSITIVE})
+        super().__post_init__()
 
     def init_hparams(self) -> TensorDict:
         """Returns copies of the rule's trainable weights, as `{name}.{weight}`."""
@@ -102,6 +125,7 @@ class LearnedUpdate(GradientDynamics):
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and the rule's state after one step."""
         weights = self._weights(hparams)
+        (scale,) = self.values(params, hparams, index)
         buffers = by_parameter(state)
         new_params: TensorDict = {}
         new_buffers: dict[str, TensorDict] = {}
@@ -109,7 +133,7 @@ class LearnedUpdate(GradientDynamics):
             gradient = grads[name].detach() if self.gradient_is_constant else grads[name]
             update, new_buffers[name] = self._function(weights, _with_axis(gradient), buffers.get(name, {}))
             self._check_update(update, name, _with_axis(param))
-            new_params[name] = param + resolve(self.scale, hparams, name, index) * update.reshape(param.shape)
+            new_params[name] = param + scale[name] * update.reshape(param.shape)
         return new_params, flattened(new_buffers)
 
     @cached_property

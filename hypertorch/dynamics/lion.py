@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
-from hypertorch import tree
-from hypertorch.constraints import Constraint
-from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
 from hypertorch.dynamics.elementwise import decayed, descend, running_mean
-from hypertorch.dynamics.hyper import Setting, check_not_learnt, check_range, is_active, resolve
-from hypertorch.dynamics.natural_constraints import NON_NEGATIVE, POSITIVE, natural_constraints
+from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
 
+_SHARE = Range(0.0, 1.0, None, "It interpolates between gradient and momentum.")
 _ONLY_A_SIGN = "it acts through the sign of the interpolated momentum alone, which is constant between jumps"
 
 
@@ -56,51 +52,30 @@ class Lion(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting = 1e-4
-    beta1: Setting = 0.9
-    beta2: Setting = 0.99
-    weight_decay: Setting = 0.0
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-4)
+    beta1: Setting = setting(_SHARE, 0.9, never_learnt=_ONLY_A_SIGN)
+    beta2: Setting = setting(_SHARE, 0.99, never_learnt=_ONLY_A_SIGN)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     maximize: bool = False
-
-    def __post_init__(self) -> None:
-        check_range("Lion", "lr", self.lr, 0.0, math.inf, "A step size is positive; to ascend, pass maximize=True.")
-        check_range("Lion", "beta1", self.beta1, 0.0, 1.0, "It interpolates between gradient and momentum.")
-        check_range("Lion", "beta2", self.beta2, 0.0, 1.0, "It interpolates between gradient and momentum.")
-        check_range(
-            "Lion", "weight_decay", self.weight_decay, 0.0, math.inf, "A negative one makes the weights explode."
-        )
-        check_not_learnt("Lion", "beta1", self.beta1, _ONLY_A_SIGN)
-        check_not_learnt("Lion", "beta2", self.beta2, _ONLY_A_SIGN)
-
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings by name; `lr` and `weight_decay` may be outer variables."""
-        return {"lr": self.lr, "beta1": self.beta1, "beta2": self.beta2, "weight_decay": self.weight_decay}
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0 and weight_decay >= 0, where they are learnt directly."""
-        return natural_constraints(self.settings(), {"lr": POSITIVE, "weight_decay": NON_NEGATIVE})
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the momenta, `exp_avg.{parameter}`, zero."""
-        return tree.with_prefix("exp_avg", tree.zeros_like(params))
+        return zero_buffers(params, "exp_avg")
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and momenta after one step along `grads`."""
+        lr, beta1, beta2, weight_decay = self.values(params, hparams, index)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
+        for name, w in params.items():
             # Cut, so that what acts through the sign alone has no path, instead of a path with a silent zero.
-            gradient, momentum = grads[name].detach(), state[f"exp_avg.{name}"].detach()
-            gradient = -gradient if self.maximize else gradient
-            direction = running_mean(momentum, gradient, resolve(self.beta1, hparams, name, index)).sign()
-            if self._has_weight_decay:
-                direction = decayed(direction, param, resolve(self.weight_decay, hparams, name, index))
-            new_state[f"exp_avg.{name}"] = running_mean(momentum, gradient, resolve(self.beta2, hparams, name, index))
-            new_params[name] = descend(param, direction, resolve(self.lr, hparams, name, index))
+            g, m = grads[name].detach(), state[f"exp_avg.{name}"].detach()
+            g = -g if self.maximize else g
+            direction = running_mean(m, g, beta1[name]).sign()
+            if "weight_decay" in self.active:
+                direction = decayed(direction, w, weight_decay[name])
+            new_state[f"exp_avg.{name}"] = running_mean(m, g, beta2[name])
+            new_params[name] = descend(w, direction, lr[name])
         return new_params, new_state
-
-    @cached_property
-    def _has_weight_decay(self) -> bool:
-        return is_active(self.weight_decay)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from hypertorch import tree
-from hypertorch.constraints import Constraint
-from hypertorch.dynamics.adam_family import BELOW_ONE
-from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import MEAN_DECAY, NON_NEGATIVE, STEP_SIZE, WEIGHT_DECAY, Range, setting
 from hypertorch.dynamics.elementwise import descend, running_mean
-from hypertorch.dynamics.hyper import Setting, check_not_learnt, check_range, is_active, resolve
-from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, natural_constraints
+from hypertorch.dynamics.settings import Setting, resolve
 from hypertorch.types import TensorDict, TensorMapping
 
+_COEFFICIENT = Range(-math.inf, math.inf, None, "A coefficient is a number.")
+_EPS = Range(0.0, math.inf, NON_NEGATIVE, "It keeps the norm in the denominator away from 0.")
 _OF_A_MATRIX = ("ns_a", "ns_b", "ns_c", "eps")
 
 
@@ -70,27 +67,19 @@ class Muon(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting = 1e-3
-    momentum: Setting = 0.95
-    weight_decay: Setting = 0.1
-    ns_a: Setting = 3.4445
-    ns_b: Setting = -4.7750
-    ns_c: Setting = 2.0315
-    eps: Setting = 1e-7
+    lr: Setting = setting(STEP_SIZE, 1e-3)
+    momentum: Setting = setting(MEAN_DECAY, 0.95)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.1)
+    ns_a: Setting = setting(_COEFFICIENT, 3.4445)
+    ns_b: Setting = setting(_COEFFICIENT, -4.7750)
+    ns_c: Setting = setting(_COEFFICIENT, 2.0315)
+    eps: Setting = setting(_EPS, 1e-7, never_learnt="no step depends on it, unless a matrix has a norm below it")
     ns_steps: int = 5
     nesterov: bool = True
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original"
 
     def __post_init__(self) -> None:
-        check_range("Muon", "lr", self.lr, 0.0, math.inf, "A step size is positive.")
-        check_range("Muon", "momentum", self.momentum, 0.0, BELOW_ONE, "At 1 the mean never learns of a gradient.")
-        check_range(
-            "Muon", "weight_decay", self.weight_decay, 0.0, math.inf, "A negative one makes the weights explode."
-        )
-        for name in ("ns_a", "ns_b", "ns_c"):
-            check_range("Muon", name, getattr(self, name), -math.inf, math.inf, "A coefficient is a number.")
-        check_range("Muon", "eps", self.eps, 0.0, math.inf, "It keeps the norm in the denominator away from 0.")
-        check_not_learnt("Muon", "eps", self.eps, "no step depends on it, unless a matrix has a norm below it")
+        super().__post_init__()
         if isinstance(self.ns_steps, bool) or not isinstance(self.ns_steps, int) or not 0 <= self.ns_steps < 100:
             raise ValueError(
                 f"`ns_steps` of `Muon` is {self.ns_steps!r}: the Newton-Schulz iteration takes a whole number of "
@@ -102,23 +91,6 @@ class Muon(GradientDynamics):
                 "'original' or 'match_rms_adamw'."
             )
 
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings by name; all but `eps` may be outer variables."""
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "weight_decay": self.weight_decay,
-            "ns_a": self.ns_a,
-            "ns_b": self.ns_b,
-            "ns_c": self.ns_c,
-            "eps": self.eps,
-        }
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0, momentum in [0, 1) and weight_decay >= 0, where they are learnt directly."""
-        natural = {"lr": POSITIVE, "momentum": DECAY, "weight_decay": NON_NEGATIVE}
-        return natural_constraints({name: self.settings()[name] for name in natural}, natural)
-
     def check(self, params: TensorMapping, hparams: TensorMapping, num_steps: int) -> None:
         """Raises `ValueError` if a parameter is no matrix, or the settings do not fit."""
         for name, param in params.items():
@@ -129,36 +101,35 @@ class Muon(GradientDynamics):
                     "in `Groups({'*.weight': Muon(), '*': AdamW()})`, where a name or pattern covers matrices alone."
                 )
         super().check(params, hparams, num_steps)
-        for setting in _OF_A_MATRIX if num_steps else ():
+        for own in _OF_A_MATRIX if num_steps else ():
             for name in params:
-                value = resolve(self.settings()[setting], hparams, name, 0)
+                value = resolve(self.settings()[own], hparams, name, 0)
                 if isinstance(value, Tensor) and value.numel() != 1:
                     raise ValueError(
-                        f"`{setting}` of `Muon` has shape {tuple(value.shape)} for the inner parameter `{name}`: it "
+                        f"`{own}` of `Muon` has shape {tuple(value.shape)} for the inner parameter `{name}`: it "
                         "acts on a matrix as a whole, so an entry of its own for each weight has no meaning. Give one "
                         "number for each matrix."
                     )
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the momenta, `momentum_buffer.{parameter}`, zero."""
-        return tree.with_prefix("momentum_buffer", tree.zeros_like(params))
+        return zero_buffers(params, "momentum_buffer")
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and momenta after one step along `grads`; the last two axes are those of the matrix."""
+        lr, momentum, weight_decay, ns_a, ns_b, ns_c, eps = self.values(params, hparams, index)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
-            lr, momentum = resolve(self.lr, hparams, name, index), resolve(self.momentum, hparams, name, index)
-            buffer = running_mean(state[f"momentum_buffer.{name}"], grads[name], momentum)
-            new_state[f"momentum_buffer.{name}"] = buffer
-            direction = running_mean(buffer, grads[name], momentum) if self.nesterov else buffer
-            a, b, c, eps = (resolve(getattr(self, of), hparams, name, index) for of in _OF_A_MATRIX)
-            if self._has_weight_decay:
-                param = (1.0 - lr * resolve(self.weight_decay, hparams, name, index)) * param
-            orthogonal = _orthogonalised(direction, (a, b, c), eps, self.ns_steps)
-            new_params[name] = descend(param, orthogonal, lr * self._adjustment(param))
+        for name, w in params.items():
+            b = running_mean(state[f"momentum_buffer.{name}"], grads[name], momentum[name])
+            new_state[f"momentum_buffer.{name}"] = b
+            u = running_mean(b, grads[name], momentum[name]) if self.nesterov else b
+            if "weight_decay" in self.active:
+                w = (1.0 - lr[name] * weight_decay[name]) * w
+            x = _orthogonalised(u, (ns_a[name], ns_b[name], ns_c[name]), eps[name], self.ns_steps)
+            new_params[name] = descend(w, x, lr[name] * self._adjustment(w))
         return new_params, new_state
 
     def _adjustment(self, param: Tensor) -> float:
@@ -167,10 +138,6 @@ class Muon(GradientDynamics):
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
         return math.sqrt(max(1.0, rows / columns))
-
-    @cached_property
-    def _has_weight_decay(self) -> bool:
-        return is_active(self.weight_decay)
 
 
 def _orthogonalised(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hypertorch import tree
-from hypertorch.constraints import Constraint
-from hypertorch.dynamics.adam_family import BELOW_ONE
-from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import EPS, MEAN_DECAY, SQUARE_DECAY, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, setting
 from hypertorch.dynamics.elementwise import (
     decayed,
     descend,
@@ -23,8 +18,7 @@ from hypertorch.dynamics.elementwise import (
     running_square,
     safe_sqrt,
 )
-from hypertorch.dynamics.hyper import Setting, check_range, is_active, resolve
-from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, natural_constraints
+from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
 
 
@@ -72,82 +66,47 @@ class RAdam(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting = 1e-3
-    beta1: Setting = 0.9
-    beta2: Setting = 0.999
-    eps: Setting = 1e-8
-    weight_decay: Setting = 0.0
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-3)
+    beta1: Setting = setting(MEAN_DECAY, 0.9)
+    beta2: Setting = setting(SQUARE_DECAY, 0.999)
+    eps: Setting = setting(EPS, 1e-8)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     decoupled_weight_decay: bool = False
     maximize: bool = False
 
-    def __post_init__(self) -> None:
-        check_range("RAdam", "lr", self.lr, 0.0, math.inf, "A step size is positive; to ascend, pass maximize=True.")
-        check_range("RAdam", "beta1", self.beta1, 0.0, BELOW_ONE, "At 1 the mean never learns of a gradient.")
-        check_range("RAdam", "beta2", self.beta2, 0.0, BELOW_ONE, "At 1 the mean square never learns of a gradient.")
-        check_range("RAdam", "eps", self.eps, 0.0, math.inf, "It keeps the denominator away from 0.")
-        check_range(
-            "RAdam", "weight_decay", self.weight_decay, 0.0, math.inf, "A negative one makes the weights explode."
-        )
-
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {
-            "lr": self.lr,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-        }
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0, eps and weight_decay >= 0, and betas in [0, 1), where they are learnt directly."""
-        return natural_constraints(
-            self.settings(),
-            {"lr": POSITIVE, "beta1": DECAY, "beta2": DECAY, "eps": NON_NEGATIVE, "weight_decay": NON_NEGATIVE},
-        )
-
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the moments `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`, zero."""
-        return {
-            **tree.with_prefix("exp_avg", tree.zeros_like(params)),
-            **tree.with_prefix("exp_avg_sq", tree.zeros_like(params)),
-        }
+        return zero_buffers(params, "exp_avg", "exp_avg_sq")
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and moments after one step along `grads`."""
+        lr, beta1, beta2, eps, weight_decay = self.values(params, hparams, index)
+        t = index + 1
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
-            direction = -grads[name] if self.maximize else grads[name]
-            lr = resolve(self.lr, hparams, name, index)
-            beta1, beta2 = resolve(self.beta1, hparams, name, index), resolve(self.beta2, hparams, name, index)
-            if self._has_weight_decay:
-                weight_decay = resolve(self.weight_decay, hparams, name, index)
+        for name, w in params.items():
+            d = -grads[name] if self.maximize else grads[name]
+            if "weight_decay" in self.active:
                 if self.decoupled_weight_decay:
-                    param = (1.0 - lr * weight_decay) * param
+                    w = (1.0 - lr[name] * weight_decay[name]) * w
                 else:
-                    direction = decayed(direction, param, weight_decay)
-            mean = running_mean(state[f"exp_avg.{name}"], direction, beta1)
-            square = running_square(state[f"exp_avg_sq.{name}"], direction, beta2)
-            new_state[f"exp_avg.{name}"], new_state[f"exp_avg_sq.{name}"] = mean, square
-            step_size = lr / (1.0 - beta1 ** (index + 1))
-            denominator = safe_sqrt(square) + resolve(self.eps, hparams, name, index)
-            if isinstance(beta2, Tensor):
-                trusted, factor = _rectified(beta2, index + 1)
+                    d = decayed(d, w, weight_decay[name])
+            m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
+            v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
+            step_size, root = lr[name] / (1.0 - beta1[name] ** t), safe_sqrt(v) + eps[name]
+            own_beta2 = beta2[name]
+            if isinstance(own_beta2, Tensor):
+                trusted, r = _rectified(own_beta2, t)
                 # Both are 1 where the root is not trusted: dividing by a zero that is not taken would make a NaN.
-                denominator = torch.where(trusted, denominator, 1.0)
-                new_params[name] = descend_quotient(param, factor.to(param.dtype) * mean, denominator, step_size)
-            elif (factor := _rectification(beta2, index + 1)) is None:
-                new_params[name] = descend(param, mean, step_size)
+                root = torch.where(trusted, root, 1.0)
+                new_params[name] = descend_quotient(w, r.to(w.dtype) * m, root, step_size)
+            elif (r := _rectification(own_beta2, t)) is None:
+                new_params[name] = descend(w, m, step_size)
             else:
-                new_params[name] = descend_quotient(param, mean, denominator, factor * step_size)
+                new_params[name] = descend_quotient(w, m, root, r * step_size)
         return new_params, new_state
-
-    @cached_property
-    def _has_weight_decay(self) -> bool:
-        return is_active(self.weight_decay)
 
 
 def _rectification(beta2: float, step: int) -> float | None:

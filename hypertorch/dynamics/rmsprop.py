@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
-from hypertorch import tree
-from hypertorch.constraints import Constraint
-from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import (
+    EPS,
+    MOMENTUM,
+    PROPORTION,
+    STEP_SIZE_EITHER_WAY,
+    WEIGHT_DECAY,
+    Range,
+    setting,
+)
 from hypertorch.dynamics.elementwise import (
     decayed,
     descend,
@@ -19,9 +23,11 @@ from hypertorch.dynamics.elementwise import (
     running_square,
     safe_sqrt,
 )
-from hypertorch.dynamics.hyper import Setting, check_range, is_active, resolve
-from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, PROPORTION, natural_constraints
+from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
+
+# PyTorch allows 1, at which the mean square keeps its first value; so does this range.
+_ALPHA = Range(0.0, 1.0, PROPORTION, "At 1 the mean square never learns of a gradient.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,84 +68,41 @@ class RMSprop(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting = 1e-2
-    alpha: Setting = 0.99
-    eps: Setting = 1e-8
-    weight_decay: Setting = 0.0
-    momentum: Setting = 0.0
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-2)
+    alpha: Setting = setting(_ALPHA, 0.99)
+    eps: Setting = setting(EPS, 1e-8)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
+    momentum: Setting = setting(MOMENTUM, 0.0)
     centered: bool = False
     maximize: bool = False
-
-    def __post_init__(self) -> None:
-        check_range("RMSprop", "lr", self.lr, 0.0, math.inf, "A step size is positive; to ascend, pass maximize=True.")
-        check_range("RMSprop", "alpha", self.alpha, 0.0, 1.0, "At 1 the mean square never learns of a gradient.")
-        check_range("RMSprop", "eps", self.eps, 0.0, math.inf, "It keeps the denominator away from 0.")
-        check_range(
-            "RMSprop", "weight_decay", self.weight_decay, 0.0, math.inf, "A negative one makes the weights explode."
-        )
-        check_range("RMSprop", "momentum", self.momentum, 0.0, 1.0, "At 1 the buffer never forgets; 0.9 is usual.")
-
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {
-            "lr": self.lr,
-            "alpha": self.alpha,
-            "eps": self.eps,
-            "weight_decay": self.weight_decay,
-            "momentum": self.momentum,
-        }
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0, eps and weight_decay >= 0, alpha in [0, 1] and momentum in [0, 1), where learnt directly."""
-        return natural_constraints(
-            self.settings(),
-            {
-                "lr": POSITIVE,
-                "alpha": PROPORTION,
-                "eps": NON_NEGATIVE,
-                "weight_decay": NON_NEGATIVE,
-                "momentum": DECAY,
-            },
-        )
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns `square_avg.{parameter}`, and `grad_avg` and `momentum_buffer` where they are used, zero."""
         names = ["square_avg"]
         names += ["grad_avg"] if self.centered else []
-        names += ["momentum_buffer"] if self._has_momentum else []
-        return {key: value for name in names for key, value in tree.with_prefix(name, tree.zeros_like(params)).items()}
+        names += ["momentum_buffer"] if "momentum" in self.active else []
+        return zero_buffers(params, *names)
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and buffers after one step along `grads`."""
+        lr, alpha, eps, weight_decay, momentum = self.values(params, hparams, index)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
-            direction = -grads[name] if self.maximize else grads[name]
-            if self._has_weight_decay:
-                direction = decayed(direction, param, resolve(self.weight_decay, hparams, name, index))
-            lr, alpha = resolve(self.lr, hparams, name, index), resolve(self.alpha, hparams, name, index)
-            square = running_square(state[f"square_avg.{name}"], direction, alpha)
-            new_state[f"square_avg.{name}"] = square
+        for name, w in params.items():
+            d = -grads[name] if self.maximize else grads[name]
+            if "weight_decay" in self.active:
+                d = decayed(d, w, weight_decay[name])
+            v = new_state[f"square_avg.{name}"] = running_square(state[f"square_avg.{name}"], d, alpha[name])
             if self.centered:
-                mean = running_mean(state[f"grad_avg.{name}"], direction, alpha)
-                new_state[f"grad_avg.{name}"] = mean
-                square = square - mean.square()
-            denominator = safe_sqrt(square) + resolve(self.eps, hparams, name, index)
-            if self._has_momentum:
-                momentum = resolve(self.momentum, hparams, name, index)
-                buffer = momentum * state[f"momentum_buffer.{name}"] + direction / denominator
-                new_state[f"momentum_buffer.{name}"] = buffer
-                new_params[name] = descend(param, buffer, lr)
+                a = new_state[f"grad_avg.{name}"] = running_mean(state[f"grad_avg.{name}"], d, alpha[name])
+                v = v - a.square()
+            root = safe_sqrt(v) + eps[name]
+            if "momentum" in self.active:
+                b = momentum[name] * state[f"momentum_buffer.{name}"] + d / root
+                new_state[f"momentum_buffer.{name}"] = b
+                new_params[name] = descend(w, b, lr[name])
             else:
-                new_params[name] = descend_quotient(param, direction, denominator, lr)
+                new_params[name] = descend_quotient(w, d, root, lr[name])
         return new_params, new_state
-
-    @cached_property
-    def _has_momentum(self) -> bool:
-        return is_active(self.momentum)
-
-    @cached_property
-    def _has_weight_decay(self) -> bool:
-        return is_active(self.weight_decay)

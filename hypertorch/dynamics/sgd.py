@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
-from torch import Tensor
-
-from hypertorch import tree
-from hypertorch.constraints import Constraint
-from hypertorch.dynamics.base import GradientDynamics
+from hypertorch.dynamics.base import GradientDynamics, zero_buffers
+from hypertorch.dynamics.declared import MOMENTUM, PROPORTION, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
 from hypertorch.dynamics.elementwise import decayed, descend
-from hypertorch.dynamics.hyper import Setting, check_range, is_active, resolve
-from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, PROPORTION, natural_constraints
+from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
+
+_DAMPENING = Range(0.0, 1.0, PROPORTION, "It scales what enters the momentum buffer.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,84 +49,45 @@ class SGD(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting
-    momentum: Setting = 0.0
-    dampening: Setting = 0.0
-    weight_decay: Setting = 0.0
+    lr: Setting = setting(STEP_SIZE_EITHER_WAY)
+    momentum: Setting = setting(MOMENTUM, 0.0)
+    dampening: Setting = setting(_DAMPENING, 0.0)
+    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     nesterov: bool = False
     maximize: bool = False
     dampen_first: bool = False
 
     def __post_init__(self) -> None:
-        check_range("SGD", "lr", self.lr, 0.0, float("inf"), "A step size is positive; to ascend, pass maximize=True.")
-        check_range("SGD", "momentum", self.momentum, 0.0, 1.0, "At 1 the buffer never forgets; 0.9 is usual.")
-        check_range("SGD", "dampening", self.dampening, 0.0, 1.0, "It scales what enters the momentum buffer.")
-        check_range(
-            "SGD", "weight_decay", self.weight_decay, 0.0, float("inf"), "A negative one makes the weights explode."
-        )
-        if self.nesterov and (not is_active(self.momentum) or is_active(self.dampening)):
+        super().__post_init__()
+        if self.nesterov and ("momentum" not in self.active or "dampening" in self.active):
             raise ValueError(
                 f"`nesterov` is True with momentum {self.momentum} and dampening {self.dampening}: Nesterov's form "
                 "looks ahead along the momentum buffer, undamped. Set a momentum above 0 and leave `dampening` at 0."
             )
 
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {
-            "lr": self.lr,
-            "momentum": self.momentum,
-            "dampening": self.dampening,
-            "weight_decay": self.weight_decay,
-        }
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0, weight_decay >= 0, momentum in [0, 1) and dampening in [0, 1], where learnt directly."""
-        return natural_constraints(
-            self.settings(),
-            {"lr": POSITIVE, "momentum": DECAY, "dampening": PROPORTION, "weight_decay": NON_NEGATIVE},
-        )
-
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the momentum buffers, `momentum.{parameter}`, zero; none without momentum."""
-        return tree.with_prefix("momentum", tree.zeros_like(params)) if self._has_momentum else {}
+        return zero_buffers(params, "momentum") if "momentum" in self.active else {}
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and momentum buffers after one step along `grads`."""
+        lr, momentum, dampening, weight_decay = self.values(params, hparams, index)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
-            direction = -grads[name] if self.maximize else grads[name]
-            if self._has_weight_decay:
-                direction = decayed(direction, param, resolve(self.weight_decay, hparams, name, index))
-            if self._has_momentum:
-                momentum = resolve(self.momentum, hparams, name, index)
-                buffer = self._buffer(direction, state[f"momentum.{name}"], momentum, hparams, name, index)
-                new_state[f"momentum.{name}"] = buffer
-                direction = direction + momentum * buffer if self.nesterov else buffer
-            new_params[name] = descend(param, direction, resolve(self.lr, hparams, name, index))
+        for name, w in params.items():
+            d = -grads[name] if self.maximize else grads[name]
+            if "weight_decay" in self.active:
+                d = decayed(d, w, weight_decay[name])
+            if "momentum" in self.active:
+                if "dampening" not in self.active:
+                    v = momentum[name] * state[f"momentum.{name}"] + d
+                elif index == 0 and not self.dampen_first:
+                    v = d
+                else:
+                    v = momentum[name] * state[f"momentum.{name}"] + (1.0 - dampening[name]) * d
+                new_state[f"momentum.{name}"] = v
+                d = d + momentum[name] * v if self.nesterov else v
+            new_params[name] = descend(w, d, lr[name])
         return new_params, new_state
-
-    def _buffer(
-        self, direction: Tensor, buffer: Tensor, momentum: float | Tensor, hparams: TensorDict, name: str, index: int
-    ) -> Tensor:
-        if not self._has_dampening:
-            return momentum * buffer + direction
-        if index == 0 and not self.dampen_first:
-            return direction
-        return momentum * buffer + (1.0 - resolve(self.dampening, hparams, name, index)) * direction
-
-    # Whether a term is there at all is asked of every parameter at every step, and schedules are long.
-
-    @cached_property
-    def _has_momentum(self) -> bool:
-        return is_active(self.momentum)
-
-    @cached_property
-    def _has_dampening(self) -> bool:
-        return is_active(self.dampening)
-
-    @cached_property
-    def _has_weight_decay(self) -> bool:
-        return is_active(self.weight_decay)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from hypertorch.constraints import Box, Constraint, Positive
-from hypertorch.dynamics.base import GradientDynamics
-from hypertorch.dynamics.buffers import by_parameter, flattened
+from hypertorch.dynamics.base import GradientDynamics, by_parameter, flattened
+from hypertorch.dynamics.declared import DECAY, NON_NEGATIVE, PROPORTION, natural_constraints
 from hypertorch.dynamics.elementwise import decayed
-from hypertorch.dynamics.hyper import Setting, is_active, resolve
-from hypertorch.dynamics.natural_constraints import DECAY, NON_NEGATIVE, POSITIVE, PROPORTION, natural_constraints
+from hypertorch.dynamics.settings import Setting, is_active, resolve
 from hypertorch.dynamics.torch_optim_options import (
     DIFFERENTIABILITY,
     Numeric,
@@ -37,8 +36,8 @@ with warnings.catch_warnings():
     import higher.optim
 
 _NATURAL: dict[str, Positive | Box] = {
-    "lr": POSITIVE,
-    "eps": POSITIVE,
+    "lr": Positive(),
+    "eps": Positive(),
     "lr_decay": NON_NEGATIVE,
     "weight_decay": NON_NEGATIVE,
     "dampening": PROPORTION,
@@ -109,9 +108,7 @@ class TorchOptim(GradientDynamics):
 
     def constraints(self) -> dict[str, Constraint]:
         """Returns the natural ranges of settings learnt directly: lr and eps > 0, decay factors below 1, and so on."""
-        return natural_constraints(
-            {name: setting for name, setting in self.settings().items() if name in _NATURAL}, _NATURAL
-        )
+        return natural_constraints(self.settings(), _NATURAL)
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the optimiser's buffers, `{buffer}.{parameter}`: zeros, but for the sum of Adagrad.

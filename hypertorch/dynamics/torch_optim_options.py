@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from hypertorch.dynamics.hyper import Hyper, Setting, check_range, parts
+from hypertorch.dynamics.declared import Range, check_range
+from hypertorch.dynamics.settings import Hyper, Setting, parts
 
 Option: TypeAlias = Setting | tuple[Setting, ...] | bool | None
 """What an optimiser takes by name: a setting, a pair of settings (such as `betas`), or a flag."""
@@ -54,6 +55,7 @@ _OWN_ONLY = ("AdamW", "Muon", "NAdam", "RAdam")
 """Classes of `torch.optim` that `higher` does not know, and we have dynamics of."""
 
 _WITHOUT_EFFECT = ("foreach", "fused", "capturable", "differentiable")
+_ANY_NUMBER = Range(-math.inf, math.inf, None, "A setting is a number.")
 _STAND_IN = 0.5  # for a learnt setting, where PyTorch checks the others: a value that every one of them can have
 
 
@@ -124,7 +126,7 @@ def numeric_options(optimizer: type[torch.optim.Optimizer], options: Mapping[str
             numeric[name] = list(option) if isinstance(option, tuple) else option  # type: ignore[assignment]
     facts = DIFFERENTIABILITY.get(optimizer)
     for name, setting in flattened_settings(numeric).items():
-        check_range(owner, name, setting, -math.inf, math.inf, "A setting is a number.")
+        check_range(owner, name, setting, _ANY_NUMBER)
         if facts is not None and name not in facts.exact and not isinstance(setting, (int, float)):
             raise _no_derivative(owner, name, setting, facts)
     return numeric

@@ -163,7 +163,7 @@ class _FirstTask:
         self.parts = [
             *(["first state"] if not loop.carry else []),
             *(["inner loss", "state after a step"] if loop.num_steps else []),
-            *(["term of the outer loss"] if loop.num_steps and loop.has_step_loss else []),
+            *(["term of the outer loss"] if loop.num_steps and loop.has_terms else []),
             "outer loss",
         ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hypertorch as ht
 from hypertorch.dynamics import CoordinatewiseLSTM, CoordinatewiseMLP, LearnedUpdate, UpdateRule
-from hypertorch.dynamics.update_rules import log_and_sign
+from hypertorch.dynamics.coordinatewise_rules import log_and_sign
 from hypertorch.errors import DetachedHyperparameterError
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem

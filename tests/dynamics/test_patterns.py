@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypertorch.dynamics.patterns import belonging, check_patterns, first_match
+from hypertorch.dynamics.settings import belonging, check_patterns, first_match
 
 NAMES = ["body.weight", "body.bias", "head.weight", "head.bias"]
 

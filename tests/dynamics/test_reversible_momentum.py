@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypertorch as ht
 from hypertorch.dynamics.reversible import ExactState, reversible_rule
-from hypertorch.exact_arithmetic import LARGEST_NUMBER, LEAST_FACTOR
+from hypertorch.dynamics.reversible.exact_arithmetic import LARGEST_NUMBER, LEAST_FACTOR
 from hypertorch.types import TensorDict
 from tests.helpers.problems import normal
 
@@ -267,16 +267,16 @@ def test_other_wrong_settings_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.3, 1e-6, math.nan])
-@pytest.mark.parametrize("per", [None, "parameter", "step"])
+@pytest.mark.parametrize("per", ["one", "parameter", "step"])
 def test_a_learnt_momentum_that_cannot_be_reversed_is_refused(value: float, per: Any) -> None:
     rule = ReversibleMomentum(lr=0.1, momentum=Hyper("m", per=per))
     schedule = torch.tensor([0.5, 0.5, value, 0.5], dtype=F64)
     hparams = {
-        None: {"m": torch.tensor(value, dtype=F64)},
+        "one": {"m": torch.tensor(value, dtype=F64)},
         "parameter": {"m.bias": torch.tensor([0.5, value, 0.5]), "m.matrix": torch.tensor(0.5)},
         "step": {"m": schedule},
     }[per]
-    where = {None: "step 0", "parameter": "`bias` at inner step 0", "step": "step 2"}[per]
+    where = {"one": "step 0", "parameter": "`bias` at inner step 0", "step": "step 2"}[per]
     with pytest.raises(ValueError, match=f"`momentum` of `ReversibleMomentum` is .*{where}, .*Learn it through a tran"):
         started(rule, hparams, 4)
 

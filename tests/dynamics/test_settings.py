@@ -11,8 +11,8 @@ from torch import nn
 
 import hypertorch as ht
 from hypertorch.constraints import Box, Positive
-from hypertorch.dynamics.hyper import is_active, is_schedule, resolve
-from hypertorch.dynamics.natural_constraints import intersections
+from hypertorch.dynamics.declared import intersections
+from hypertorch.dynamics.settings import is_active, is_schedule, resolve
 from hypertorch.types import TensorDict
 from tests.helpers.problems import net_problem, normal, task_problem
 
@@ -149,7 +149,7 @@ def test_settings_of_no_known_kind_are_explained(leaf: type[ht.Dynamics], settin
 
 
 def test_an_unknown_kind_of_hyper_is_explained() -> None:
-    with pytest.raises(ValueError, match=r"`per` of `Hyper\('lr'\)` is 'layer'.*Use None"):
+    with pytest.raises(ValueError, match=r"`per` of `Hyper\('lr'\)` is 'layer'.*Use 'one'"):
         ht.Hyper("lr", per="layer")  # type: ignore[arg-type]
 
 

@@ -69,13 +69,13 @@ def with_pairs(optimizer: type[optim.Optimizer], options: Mapping[str, Any]) -> 
     return whole
 
 
-def learnt_problem(row: str, per: ht.dynamics.hyper.Per | None = None) -> ht.BilevelProblem:
+def learnt_problem(row: str, per: ht.dynamics.settings.Per = "one") -> ht.BilevelProblem:
     """The two-layer net trained by an optimiser all of whose accepted settings are learnt."""
     optimizer, fixed, values = LEARNT[row]
     options = with_pairs(optimizer, {**fixed, **{name: Hyper(name, per=per) for name in values}})
     entries: TensorDict = {}
     for position, (name, value) in enumerate(values.items()):
-        if per is None:
+        if per == "one":
             entries[name] = torch.tensor(value, dtype=F64)
         elif per == "step":
             entries[name] = value * (1.0 + 0.2 * normal(NUM_STEPS, seed=50 + position).tanh())
@@ -185,9 +185,9 @@ def test_single_precision_stays_single() -> None:
 # Hypergradients
 
 
-@pytest.mark.parametrize("per", [None, "step", "parameter"])
+@pytest.mark.parametrize("per", ["one", "step", "parameter"])
 @pytest.mark.parametrize("row", LEARNT)
-def test_hypergradient_of_every_accepted_setting(row: str, per: ht.dynamics.hyper.Per | None) -> None:
+def test_hypergradient_of_every_accepted_setting(row: str, per: ht.dynamics.settings.Per) -> None:
     problem = learnt_problem(row, per)
     hparams = problem.init_hparams()
     check = ht.check_hypergradient(problem, hparams, Reverse(), num_directions=1, step_size=1e-5)

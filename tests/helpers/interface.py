@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -79,7 +80,7 @@ def _class(path: str, value: type) -> Iterator[str]:
 
 def _member(path: str, member: Any) -> Iterator[str]:
     abstract = ", abstract" if getattr(member, "__isabstractmethod__", False) else ""
-    if isinstance(member, property):
+    if isinstance(member, (property, functools.cached_property)):
         yield f"{path}: property{abstract}"
     elif isinstance(member, (classmethod, staticmethod)):
         yield f"{path}{_parameters(member.__func__)}: {type(member).__name__}{abstract}"

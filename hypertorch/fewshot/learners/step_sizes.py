@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 
 from hypertorch.dynamics import Dynamics, Hyper
+from hypertorch.dynamics.settings import Per
 from hypertorch.types import TensorDict, TensorMapping
 
-LearnLR: TypeAlias = Literal["one", "step", "parameter", "step,parameter"] | None
+LearnLR: TypeAlias = Per | None
+"""Whether a step size is learnt: None, or what its outer variable holds, in the words of `ht.Hyper`."""
+
 LOG_LR = "log_lr"
 
 
@@ -23,8 +26,8 @@ def learnt_step_size(
 
     Args:
         dynamics: with a numeric field `lr`.
-        learn: None, not learnt; "one" for all; "step", one per inner step; "parameter", one per weight (Meta-SGD);
-            "step,parameter", both.
+        learn: None for a step size that is not learnt; else `per` of the `Hyper` that takes its place: "one" for all,
+            one per "step", one per "parameter" (Meta-SGD), or "step,parameter".
         params: the inner parameters, for their names and shapes.
         num_steps: the horizon (unit: steps).
 
@@ -33,7 +36,7 @@ def learnt_step_size(
     """
     if learn is None:
         return dynamics, {}
-    if learn not in ("one", "step", "parameter", "step,parameter"):
+    if learn not in get_args(Per):
         raise ValueError(
             f"`learn_lr` is {learn!r}, which names no way to learn a step size. Use None, 'one', 'step', 'parameter' "
             "or 'step,parameter'."
@@ -49,16 +52,11 @@ def learnt_step_size(
             f"`lr` of the dynamics is {start!r}, but `learn_lr` is {learn!r}: learning starts from a positive number. "
             "Give one, or `learn_lr=None` to keep your own `Hyper` or schedule."
         )
-    per = None if learn == "one" else learn
-    return replace(dynamics, lr=Hyper(LOG_LR, torch.exp, per)), _log_values(float(start), per, params, num_steps)
-
-
-def _log_values(start: float, per: str | None, params: TensorMapping, num_steps: int) -> TensorDict:
+    lr = Hyper(LOG_LR, torch.exp, learn)
     some = next(iter(params.values()))
-    log = torch.tensor(start, dtype=some.dtype, device=some.device).log()
-    if per is None:
-        return {LOG_LR: log}
-    if per == "step":
-        return {LOG_LR: log.expand(num_steps).clone()}
-    axes = (num_steps,) if per == "step,parameter" else ()
-    return {f"{LOG_LR}.{name}": log.expand(*axes, *value.shape).clone() for name, value in params.items()}
+    log = torch.tensor(float(start), dtype=some.dtype, device=some.device).log()
+    steps = (num_steps,) if lr.per_step else ()
+    shapes = {
+        lr.entry_name(name): (*steps, *(value.shape if lr.per_parameter else ())) for name, value in params.items()
+    }
+    return replace(dynamics, lr=lr), {entry: log.expand(shape).clone() for entry, shape in shapes.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from hypertorch.dynamics.hyper import Setting, UngroupedSetting, is_schedule, own_setting, resolve
-from hypertorch.exact_arithmetic import GREATEST_FACTOR, LEAST_FACTOR, Factor, factor_of, factors_of
+from hypertorch.dynamics.reversible.exact_arithmetic import GREATEST_FACTOR, LEAST_FACTOR, Factor, factor_of, factors_of
+from hypertorch.dynamics.settings import Setting, UngroupedSetting, is_schedule, own_setting, resolve
 from hypertorch.types import TensorMapping
 
 
@@ -38,8 +38,7 @@ class FactorSchedule:
         indices: range,
     ) -> None:
         self._settings: dict[str, UngroupedSetting] = {
-            parameter: own_setting(setting, parameter) if isinstance(setting, Mapping) else setting
-            for parameter in parameters
+            parameter: own_setting(setting, parameter) for parameter in parameters
         }
         self._scheduled = {parameter for parameter, own in self._settings.items() if is_schedule(own)}
         self._constant: dict[str, Factor] = {}

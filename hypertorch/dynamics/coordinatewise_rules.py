@@ -1,45 +1,15 @@
-"""Update rules that are networks: from the gradient of a coordinate, and what is remembered of it, to its update."""
+"""Networks that serve as learnt update rules: they see one coordinate at a time."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hypertorch.dynamics.learned_update import UpdateRule
 from hypertorch.types import TensorDict
-
-
-class UpdateRule(nn.Module, ABC):
-    """A network that maps gradients to updates, one coordinate at a time, with a recurrent state per coordinate.
-
-    All coordinates of all parameters share its weights, so that a rule learnt on small problems can train large ones.
-    """
-
-    @abstractmethod
-    def initial_state(self, like: Tensor) -> TensorDict:
-        """Returns the state before the first step: constants, named without dots.
-
-        Args:
-            like: an inner parameter, for its shape, dtype and device.
-
-        Returns:
-            Tensors of shape `(*like.shape, ...)`; none for a rule without memory.
-        """
-
-    @abstractmethod
-    def forward(self, gradient: Tensor, state: TensorDict) -> tuple[Tensor, TensorDict]:
-        """Returns the update, of the gradient's shape, and the next state.
-
-        Must be elementwise in the coordinates of `gradient` (any number of axes, a tasks axis among them), and twice
-        differentiable: recurrent modules of PyTorch are not, and have to be written out.
-
-        Args:
-            gradient: of the inner loss in one parameter.
-            state: the state of that parameter.
-        """
 
 
 class CoordinatewiseLSTM(UpdateRule):

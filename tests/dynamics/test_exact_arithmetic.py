@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypertorch.exact_arithmetic import (
+from hypertorch.dynamics.reversible.exact_arithmetic import (
     GREATEST_FACTOR,
     LARGEST_NUMBER,
     LEAST_FACTOR,

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
-from hypertorch.dynamics.factor_schedule import FactorSchedule
-from hypertorch.dynamics.joint_entries import JointEntries
 from hypertorch.dynamics.learned_buffers import LearnedBuffers
-from hypertorch.exact_arithmetic import LARGEST_NUMBER, Factor, InformationBuffer, decode, encode, largest
+from hypertorch.dynamics.reversible.exact_arithmetic import (
+    LARGEST_NUMBER,
+    Factor,
+    InformationBuffer,
+    decode,
+    encode,
+    largest,
+)
+from hypertorch.dynamics.reversible.factor_schedule import FactorSchedule
+from hypertorch.dynamics.reversible.joint_entries import JointEntries
 from hypertorch.types import TensorDict, TensorMapping
 
 GradientFunction: TypeAlias = Callable[[TensorDict], TensorDict]

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hypertorch import tree
-from hypertorch.constraints import Box, Constraint
-from hypertorch.dynamics.factor_schedule import FactorSchedule
-from hypertorch.dynamics.hyper import Setting, check_range, one_for_all, resolve
-from hypertorch.dynamics.joint_entries import JointEntries, blocks_of
-from hypertorch.dynamics.natural_constraints import POSITIVE, natural_constraints
-from hypertorch.dynamics.reversible import ExactState, GradientFunction, ReversibleDynamics
-from hypertorch.exact_arithmetic import GREATEST_FACTOR, LEAST_FACTOR, decode, encode
+from hypertorch.constraints import Box
+from hypertorch.dynamics.base import zero_buffers
+from hypertorch.dynamics.declared import STEP_SIZE, Range, setting
+from hypertorch.dynamics.reversible.base import ExactState, GradientFunction, ReversibleDynamics
+from hypertorch.dynamics.reversible.exact_arithmetic import GREATEST_FACTOR, LEAST_FACTOR, decode, encode
+from hypertorch.dynamics.reversible.factor_schedule import FactorSchedule
+from hypertorch.dynamics.reversible.joint_entries import JointEntries, blocks_of
+from hypertorch.dynamics.settings import Hyper, Setting, own_setting, resolve
 from hypertorch.types import TensorDict
 
-_LEARNT_MOMENTUM = Box(lower=LEAST_FACTOR, upper=1.0 - 1e-6)
+_MOMENTUM = Range(
+    LEAST_FACTOR,
+    GREATEST_FACTOR,
+    Box(lower=LEAST_FACTOR, upper=1.0 - 1e-6),
+    "At 0 a step forgets the velocity and cannot be reversed, at 1 it never learns of a gradient. 0.9 is usual; for "
+    "plain gradient descent take `SGD` and a backend that does not reverse.",
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,44 +63,24 @@ class ReversibleMomentum(ReversibleDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting
-    momentum: Setting = 0.9
-
-    def __post_init__(self) -> None:
-        check_range("ReversibleMomentum", "lr", self.lr, 0.0, math.inf, "A step size is positive.")
-        check_range(
-            "ReversibleMomentum",
-            "momentum",
-            self.momentum,
-            LEAST_FACTOR,
-            GREATEST_FACTOR,
-            "At 0 a step forgets the velocity and cannot be reversed, at 1 it never learns of a gradient. 0.9 is "
-            "usual; for plain gradient descent take `SGD` and a backend that does not reverse.",
-        )
-
-    def settings(self) -> Mapping[str, Setting]:
-        """Returns the settings that may be outer variables, by name."""
-        return {"lr": self.lr, "momentum": self.momentum}
-
-    def constraints(self) -> dict[str, Constraint]:
-        """Returns lr > 0 and momentum in (0, 1), where they are learnt directly."""
-        return natural_constraints(self.settings(), {"lr": POSITIVE, "momentum": _LEARNT_MOMENTUM})
+    lr: Setting = setting(STEP_SIZE)
+    momentum: Setting = setting(_MOMENTUM, 0.9)
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the velocities, `velocity.{parameter}`, zero."""
-        return tree.with_prefix("velocity", tree.zeros_like(params))
+        return zero_buffers(params, "velocity")
 
     def update(
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and velocities after one step along `grads`, in floating point."""
+        lr, momentum = self.values(params, hparams, index)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
-        for name, param in params.items():
-            lr, momentum = resolve(self.lr, hparams, name, index), resolve(self.momentum, hparams, name, index)
-            velocity = momentum * state[f"velocity.{name}"] - (1.0 - momentum) * grads[name]
-            new_state[f"velocity.{name}"] = velocity
-            new_params[name] = param + lr * velocity
+        for name, w in params.items():
+            v = momentum[name] * state[f"velocity.{name}"] - (1.0 - momentum[name]) * grads[name]
+            new_state[f"velocity.{name}"] = v
+            new_params[name] = w + lr[name] * v
         return new_params, new_state
 
     def factors(self, params: TensorDict, hparams: TensorDict, indices: range) -> FactorSchedule:
@@ -120,7 +105,7 @@ class ReversibleMomentum(ReversibleDynamics):
 
     def _settings_of(self, name: str, params: TensorDict, hparams: TensorDict) -> Hashable:
         """Returns what params that can be held side by side have in common; None for one that cannot."""
-        keys = [one_for_all(setting, name, hparams) for setting in (self.lr, self.momentum)]
+        keys = [_shared_value(setting, name, hparams) for setting in (self.lr, self.momentum)]
         return None if None in keys else (params[name].dtype, *keys)
 
     @torch.no_grad()
@@ -151,3 +136,15 @@ class ReversibleMomentum(ReversibleDynamics):
         """Returns `lr * v`, in double precision."""
         lr = resolve(self.lr, hparams, name, index)
         return (lr.double() if isinstance(lr, Tensor) else lr) * decode(exact.buffers[f"velocity.{name}"])
+
+
+def _shared_value(setting: Setting, parameter: str, hparams: TensorDict) -> Hashable:
+    """Returns a key that parameters with the same value of a setting share; None if the value is for one alone.
+
+    A value of its own by the parameter's name, or a tensor of several values, is for one parameter alone.
+    """
+    own = own_setting(setting, parameter)
+    if isinstance(own, Hyper) and own.per_parameter:
+        return None
+    value = resolve(own, hparams, parameter, 0)
+    return None if isinstance(value, Tensor) and value.dim() else id(own)
