@@ -15,7 +15,7 @@ from tests.helpers.interface import described
 
 RECORD = Path(__file__).with_name("interface.txt")
 # Filled while something runs.
-MUTABLE = ("Cost", "_Support")
+MUTABLE = ("Cost",)
 BY_PLACE = {
     "BilevelProblem": ("inner", "outer"),
     "Checkpoints": ("directory",),
@@ -33,10 +33,6 @@ BY_PLACE = {
     "RealTime": ("problem",),
     "TorchOptim": ("optimizer",),
     "_Fitted": ("network", "params"),
-    "_Head": ("learner", "objective"),
-    "_HeldOut": ("learner", "objective", "episode", "initial"),
-    "_Query": ("learner", "network", "objective", "query", "initial"),
-    "_Support": ("learner", "network", "objective", "support", "initial", "rows"),
 }
 # Those without tensors, which compare by their fields.
 COMPARED = [
@@ -88,6 +84,7 @@ COMPARED = [
     "StepMemory",
     "TangentRoute",
     "TaskSlice",
+    "TaskSpec",
     "Truncated",
     "_Declaration",
 ]

@@ -12,14 +12,16 @@ from hypertorch.fewshot.datasets import (
     StrokeCharacters,
     TensorClasses,
 )
-from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
+from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples, TaskSpec
 from hypertorch.fewshot.learners import (
     ANIL,
     IMAML,
     MAML,
     R2D2,
     Classification,
+    ClosedFormHead,
     Embedding,
+    FeatureLearner,
     HeadLearner,
     HyperRepresentation,
     Learner,
@@ -42,12 +44,14 @@ __all__ = [
     "Augmentation",
     "BatchNorm",
     "Classification",
+    "ClosedFormHead",
     "Conv4",
     "Embedding",
     "Episode",
     "EpisodeSampler",
     "EpisodeSource",
     "Examples",
+    "FeatureLearner",
     "FeatureNorm",
     "HeadLearner",
     "HyperRepresentation",
@@ -66,5 +70,6 @@ __all__ = [
     "ResNet12",
     "Sinusoid",
     "StrokeCharacters",
+    "TaskSpec",
     "TensorClasses",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -35,6 +37,26 @@ class Episode(NamedTuple):
     query: Examples
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """What a network must know of the tasks that it is to learn.
+
+    Args:
+        item_shape: shape of one input, `(channels, height, width)` for images.
+        outputs: outputs of a network: the `way` of classification, the values of one target of regression.
+        is_classification: whether targets are labels of classes, and not values.
+    """
+
+    item_shape: tuple[int, ...]
+    outputs: int
+    is_classification: bool
+
+    @property
+    def in_features(self) -> int:
+        """Numbers in one input."""
+        return math.prod(self.item_shape)
+
+
 class EpisodeSource(ABC):
     """A stream of episode batches in which batch `step` is a pure function of `step`.
 
@@ -57,3 +79,14 @@ class EpisodeSource(ABC):
         Returns:
             An `Episode` whose tensors all start with a `tasks` axis of length `num_tasks`.
         """
+
+    def task_spec(self) -> TaskSpec:
+        """Returns what a network must know of these tasks, read off the first batch.
+
+        Cost: one batch; a source that knows the answer overrides it.
+        """
+        inputs, targets = self.at(0).query
+        is_classification = not targets.is_floating_point()
+        # Every class of an episode has a query, and values have an axis of their own behind tasks and examples.
+        outputs = int(targets.max()) + 1 if is_classification else math.prod(targets.shape[2:])
+        return TaskSpec(item_shape=tuple(inputs.shape[2:]), outputs=outputs, is_classification=is_classification)

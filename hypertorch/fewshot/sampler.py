@@ -19,7 +19,7 @@ from hypertorch.fewshot._checks import (
 from hypertorch.fewshot.augmentation import Augmentation, Normalisation
 from hypertorch.fewshot.datasets.classes import Classes
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
-from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
+from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples, TaskSpec
 from hypertorch.noise import mix, random_words
 
 _AUGMENTATION = 1  # keeps its random stream apart from that of the classes and images
@@ -115,6 +115,10 @@ class EpisodeSampler(EpisodeSource):
         inputs = self._changed(self.dataset.inputs(order, self.dtype), step)
         support, query = inputs.split([part.size for part in parts])
         return Episode(self._examples(support, self.shot), self._examples(query, self.num_queries))
+
+    def task_spec(self) -> TaskSpec:
+        """Returns what a network must know: the shape of an item, and one output per class."""
+        return TaskSpec(item_shape=self.dataset.item_shape, outputs=self.way, is_classification=True)
 
     def rows(self, step: int) -> np.ndarray:
         """Returns which rows of the data set make up batch `step`.

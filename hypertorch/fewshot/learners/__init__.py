@@ -2,6 +2,8 @@
 
 from hypertorch.fewshot.learners.anil import ANIL
 from hypertorch.fewshot.learners.base import Embedding, Learner
+from hypertorch.fewshot.learners.closed_form_head import ClosedFormHead
+from hypertorch.fewshot.learners.feature_learner import FeatureLearner
 from hypertorch.fewshot.learners.head_learner import HeadLearner
 from hypertorch.fewshot.learners.hyper_representation import HyperRepresentation
 from hypertorch.fewshot.learners.imaml import IMAML
@@ -19,7 +21,9 @@ __all__ = [
     "MAML",
     "R2D2",
     "Classification",
+    "ClosedFormHead",
     "Embedding",
+    "FeatureLearner",
     "HeadLearner",
     "HyperRepresentation",
     "Learner",

@@ -27,7 +27,8 @@ class ANIL(HeadLearner):
         way: outputs of the head.
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
-        learn_lr: None, or learn the step size: "one", or per "step", "parameter" or "step,parameter".
+        learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one", "step", "parameter" or
+            "step,parameter".
         objective: loss and figures of support and query; classification by default.
         normalise: centre and scale features by the support set.
 

@@ -31,7 +31,7 @@ class HyperRepresentation(HeadLearner):
         way: outputs of the head.
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
-        learn_lr: None, or learn the step size: "one", or per "step".
+        learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one" or "step".
         objective: loss and figures of support and query; classification by default.
 
     Raises:

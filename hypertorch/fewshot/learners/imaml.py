@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
-from hypertorch.fewshot.learners.network_learner import NetworkLearner
+from hypertorch.fewshot.episodes import Episode, Examples
+from hypertorch.fewshot.learners.network_learner import NetworkLearner, SupportProblem
 from hypertorch.fewshot.learners.objectives import Objective
+from hypertorch.problem import BilevelProblem, InnerProblem
 from hypertorch.types import TensorDict
 
 
@@ -50,14 +53,36 @@ class IMAML(NetworkLearner):
                 f"`proximity` is {proximity}: without a proximal term the solution forgets the shared weights. Pass a "
                 "number above 0; 2 is the paper's."
             )
-        super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr=None, objective=objective)
+        super().__init__(network, dynamics=dynamics, num_steps=num_steps, objective=objective)
         self._proximity = proximity
 
-    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the support set and the proximal term."""
-        distance = sum((value - hparams[name]).square().sum() for name, value in params.items())
-        return loss + 0.5 * self._proximity * distance
+    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem: the support set's loss with the proximal term, below that of the query set."""
+        inner = _NearSharedWeights(support=self.support_problem(episode), proximity=self._proximity)
+        return self.bilevel(inner, self.query_problem(episode), num_tasks)
 
-    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the query set."""
-        return loss
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _NearSharedWeights(InnerProblem):
+    """The support set's loss and `proximity / 2 |w - theta|^2`."""
+
+    support: SupportProblem
+    proximity: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buffers", self.support.buffers)
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return self.support.init_params(hparams)
+
+    def batch(self, step: int) -> Examples:
+        return self.support.batch(step)
+
+    def full_batch(self) -> Examples:
+        return self.support.full_batch()
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
+        loss, new_buffers = self.support.loss(params, hparams, batch)
+        # The shared weights are outer variables of the same names; buffers are no weights.
+        distances = [(params[name] - hparams[name]).square().sum() for name in params if name not in self.buffers]
+        return loss + 0.5 * self.proximity * sum(distances), new_buffers

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.network_learner import NetworkLearner
-from hypertorch.fewshot.learners.objectives import Objective
-from hypertorch.fewshot.learners.step_sizes import LearnLR
-from hypertorch.types import TensorDict
+from hypertorch.problem import BilevelProblem
 
 
 class MAML(NetworkLearner):
@@ -24,7 +20,8 @@ class MAML(NetworkLearner):
         network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
-        learn_lr: None, or learn the step size: "one", per "step", per "parameter", or "step,parameter".
+        learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one", "step", "parameter" or
+            "step,parameter".
         objective: loss and figures of support and query; classification by default.
 
     Raises:
@@ -36,21 +33,6 @@ class MAML(NetworkLearner):
         Storkey (2019), section 4 (step sizes per step).
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        dynamics: Dynamics,
-        num_steps: int,
-        learn_lr: LearnLR = None,
-        objective: Objective | None = None,
-    ) -> None:
-        super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr=learn_lr, objective=objective)
-
-    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the support set."""
-        return loss
-
-    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the query set."""
-        return loss
+    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem: the loss of the support set below that of the query set."""
+        return self.bilevel(self.support_problem(episode), self.query_problem(episode), num_tasks)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.network_learner import NetworkLearner
 from hypertorch.fewshot.learners.objectives import Objective
-from hypertorch.types import TensorDict
+from hypertorch.problem import BilevelProblem
 
 
 class MetaSGD(NetworkLearner):
@@ -37,10 +38,6 @@ class MetaSGD(NetworkLearner):
     ) -> None:
         super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr="parameter", objective=objective)
 
-    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the support set."""
-        return loss
-
-    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the query set."""
-        return loss
+    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem: the loss of the support set below that of the query set."""
+        return self.bilevel(self.support_problem(episode), self.query_problem(episode), num_tasks)

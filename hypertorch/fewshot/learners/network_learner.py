@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,17 +30,21 @@ class NetworkLearner(Learner):
     """Abstract: all weights of a network are trained on the support set, from weights that all episodes share.
 
     Outer variables: the network's weights `theta`, and step sizes where `learn_lr` says so. Inner variables: a copy
-    of the weights per episode, `w_0 = theta`, trained on the support set for `num_steps` steps. A subclass says what
-    the inner and the outer loss are, given those of the objective. The network fits in training mode and predicts in
-    evaluation mode; its buffers are carried through the inner loop. A norm layer with running statistics, or a
-    spectral norm, must be handed over in evaluation mode, and keeps what it has stored as constants.
+    of the weights per episode, `w_0 = theta`, trained on the support set for `num_steps` steps. The network fits in
+    training mode and predicts in evaluation mode; its buffers are carried through the inner loop. A norm layer with
+    running statistics, or a spectral norm, must be handed over in evaluation mode, and keeps what it has stored as
+    constants.
+
+    A subclass writes `problem`. It joins an inner and an outer problem by `bilevel`: `support_problem` and
+    `query_problem`, or others made of these.
 
     Args:
         network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
-        learn_lr: None, or learn the step size: "one", per "step", per "parameter", or "step,parameter".
-        objective: loss and figures of support and query; classification by default.
+        learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one", "step", "parameter" or
+            "step,parameter".
+        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if `learn_lr` does not fit the dynamics, a name is used twice, or the network has nothing to train.
@@ -49,7 +52,13 @@ class NetworkLearner(Learner):
     """
 
     def __init__(
-        self, network: nn.Module, *, dynamics: Dynamics, num_steps: int, learn_lr: LearnLR, objective: Objective | None
+        self,
+        network: nn.Module,
+        *,
+        dynamics: Dynamics,
+        num_steps: int,
+        learn_lr: LearnLR = None,
+        objective: Objective | None = None,
     ) -> None:
         self._fit, self._predict = fit_and_predict(network)
         self._objective = objective or Classification()
@@ -72,49 +81,38 @@ class NetworkLearner(Learner):
         some = next(iter(initialisation.values()))
         self._owned = {name: value.to(some) for name, value in self._dynamics.init_hparams().items()}
 
-    @abstractmethod
-    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns what an episode's weights minimise.
-
-        Args:
-            loss: of the support set at these weights, a scalar.
-            params: the episode's weights.
-            hparams: the outer variables, the shared weights among them under the same names.
-        """
-
-    @abstractmethod
-    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns what the outer variables minimise.
-
-        Args:
-            loss: of the query set at the fitted weights, a scalar.
-            params: the fitted weights.
-            hparams: the outer variables, the shared weights among them under the same names.
-        """
-
-    def inner_batch(self, support: Examples, rows: int, step: int) -> Examples:
-        """Returns the support examples that an inner step fits: all of them, unless a learner says otherwise.
-
-        Args:
-            support: the support set, with a leading tasks axis or without.
-            rows: the dimension that counts examples.
-            step: which inner step; the answer is a pure function of it.
-        """
-        return support
-
     def init_hparams(self) -> TensorDict:
         """Returns the network's weights, by their names in the module, learnt step sizes, and those of the dynamics."""
         return {name: value.clone() for name, value in {**self._initial, **self._owned}.items()}
 
-    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
-        """Returns the bilevel problem of a batch of episodes."""
-        return BilevelProblem(
-            _Support(self, self._fit, self._objective, episode.support, self._initial, int(num_tasks is not None)),
-            _Query(self, self._predict, self._objective, episode.query, self._initial),
-            dynamics=self._dynamics,
-            num_steps=self._num_steps,
-            num_tasks=num_tasks,
+    def support_problem(
+        self, episode: Episode, *, minibatch: Callable[[Examples, int], Examples] | None = None
+    ) -> SupportProblem:
+        """Returns the inner problem: the loss of the support set, from the shared weights.
+
+        Args:
+            episode: the batch of episodes.
+            minibatch: from the support set and the inner step to the examples that the step fits, with the axes of the
+                support set; a pure function. None fits all of them.
+        """
+        return SupportProblem(
+            owner=type(self).__name__,
+            network=self._fit,
+            objective=self._objective,
+            support=episode.support,
+            expected=self._initial,
+            minibatch=minibatch,
         )
+
+    def query_problem(self, episode: Episode) -> QueryProblem:
+        """Returns the outer problem: the loss of the query set at the fitted weights."""
+        return QueryProblem(
+            network=self._predict, objective=self._objective, query=episode.query, initial=self._initial
+        )
+
+    def bilevel(self, inner: InnerProblem, outer: OuterProblem, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem of an inner and an outer problem, with this learner's dynamics and horizon."""
+        return BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self._num_steps, num_tasks=num_tasks)
 
     def adapt(self, hparams: TensorDict, support: Examples) -> Callable[[Tensor], Tensor]:
         """Returns the network with weights fitted to the support set.
@@ -184,61 +182,80 @@ def _features(network: FunctionalModule, params: TensorDict, inputs: Tensor) -> 
     return seen[0].flatten(1) if seen else outputs
 
 
-@dataclass(eq=False)
-class _Support(InnerProblem):
-    """Fits the network's weights to support examples, from the learnt initialisation."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SupportProblem(InnerProblem):
+    """Fits a network's weights to support examples, from the weights that all episodes share.
 
-    learner: NetworkLearner
+    Args:
+        owner: name of the learner, for messages.
+        network: the network as it fits.
+        objective: its loss.
+        support: the support set of all tasks.
+        expected: the outer variables of the learner, for their names and shapes.
+        minibatch: from the support set and the inner step to the examples of the step; None for all of them.
+    """
+
+    owner: str
     network: FunctionalModule
     objective: Objective
     support: Examples
-    initial: TensorDict
-    rows: int
+    expected: TensorDict
+    minibatch: Callable[[Examples, int], Examples] | None = None
 
     def __post_init__(self) -> None:
-        self.buffers = self.network.buffers
+        """Takes over the network's buffers, which are carried along untrained."""
+        object.__setattr__(self, "buffers", self.network.buffers)
 
     def init_params(self, hparams: TensorDict) -> TensorDict:
-        check_hparams_of(type(self.learner).__name__, hparams, self.initial)
+        """Returns the shared weights and the buffers that the network has stored."""
+        check_hparams_of(self.owner, hparams, self.expected)
         trained = {name: hparams[name] for name in self.network.trained_names()}
         some = next(iter(trained.values()))
         stored = {name: value.to(some.device) for name, value in self.network.module.named_buffers()}
         return {**trained, **stored}
 
     def batch(self, step: int) -> Examples:
-        return self.learner.inner_batch(self.support, self.rows, step)
+        """Returns the examples of an inner step."""
+        return self.support if self.minibatch is None else self.minibatch(self.support, step)
 
     def full_batch(self) -> Examples:
+        """Returns the whole support set."""
         return self.support
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
+        """Returns the loss of the examples, and the new buffers."""
         outputs, new_buffers = self.network.with_buffers(params, batch.inputs)
-        loss = self.objective.loss(outputs, batch.targets)
-        return self.learner.inner_loss(loss, self._trained(params), hparams), new_buffers
-
-    def _trained(self, params: TensorDict) -> TensorDict:
-        return {name: value for name, value in params.items() if name not in self.buffers}
+        return self.objective.loss(outputs, batch.targets), new_buffers
 
 
-@dataclass(frozen=True, eq=False)
-class _Query(OuterProblem):
-    """Judges fitted weights on query examples."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QueryProblem(OuterProblem):
+    """Judges fitted weights on query examples.
 
-    learner: NetworkLearner
+    Args:
+        network: the network as it predicts.
+        objective: loss and metrics.
+        query: the query set of all tasks.
+        initial: the outer variables before training.
+    """
+
     network: FunctionalModule
     objective: Objective
     query: Examples
     initial: TensorDict
 
     def init_hparams(self) -> TensorDict:
+        """Returns the outer variables before training."""
         return self.initial
 
     def batch(self, outer_step: int) -> Examples:
+        """Returns the query set, the same at every outer step: an episode belongs to one step."""
         return self.query
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
-        loss = self.objective.loss(self.network(params, batch.inputs), batch.targets)
-        return self.learner.outer_loss(loss, params, hparams)
+        """Returns the loss of the query set."""
+        return self.objective.loss(self.network(params, batch.inputs), batch.targets)
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:
+        """Returns what the objective reports of the query set."""
         return self.objective.metrics(self.network(params, batch.inputs), batch.targets)

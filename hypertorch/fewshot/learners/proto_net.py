@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hypertorch.dynamics import SGD
-from hypertorch.fewshot.learners.head_learner import HeadLearner
+from hypertorch.fewshot.learners.closed_form_head import ClosedFormHead
 from hypertorch.types import TensorDict
 
 
-class ProtoNet(HeadLearner):
+class ProtoNet(ClosedFormHead):
     """Each class is represented by the mean of its support features; logits are negative squared distances to them.
 
     With features `h(x)` and prototypes `p_k = mean_{i: y_i = k} h(x_i)`, the logit of class `k` is
@@ -33,17 +32,9 @@ class ProtoNet(HeadLearner):
     """
 
     def __init__(self, backbone: nn.Module, *, way: int = 5) -> None:
-        super().__init__(
-            backbone,
-            way=way,
-            dynamics=SGD(lr=0.0),
-            num_steps=0,
-            objective=None,
-            normalise=False,
-            own_hparams={},
-        )
+        super().__init__(backbone, way=way)
 
-    def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
+    def solve(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
         """Returns `prototypes`, the mean support feature of each class, shape `(way, features)`."""
         members = F.one_hot(targets, self.way).to(support.dtype)
         return {"prototypes": members.T @ support / members.sum(dim=0)[:, None]}

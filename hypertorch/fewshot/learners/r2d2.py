@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hypertorch.dynamics import SGD
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
-from hypertorch.fewshot.learners.head_learner import HeadLearner
+from hypertorch.fewshot.learners.closed_form_head import ClosedFormHead
 from hypertorch.types import TensorDict
 
 
-class R2D2(HeadLearner):
+class R2D2(ClosedFormHead):
     """The head is the ridge regression of one-hot labels on support features, solved exactly.
 
     With support features `X` (a constant 1 appended), labels `Y` and `n` examples, by Woodbury's identity
@@ -51,10 +50,6 @@ class R2D2(HeadLearner):
         super().__init__(
             backbone,
             way=way,
-            dynamics=SGD(lr=0.0),
-            num_steps=0,
-            objective=None,
-            normalise=False,
             own_hparams={
                 "log_ridge": some.new_tensor(ridge).log().detach(),
                 "log_scale": some.new_tensor(scale).log().detach(),
@@ -62,7 +57,7 @@ class R2D2(HeadLearner):
             },
         )
 
-    def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
+    def solve(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
         """Returns `weight`, the ridge solution, shape `(features + 1, way)`."""
         labels = F.one_hot(targets, self.way).to(support.dtype)
         features = _with_ones(support)

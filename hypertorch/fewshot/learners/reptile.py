@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot._checks import check_integer
-from hypertorch.fewshot.episodes import Examples
-from hypertorch.fewshot.learners.network_learner import NetworkLearner
+from hypertorch.fewshot.episodes import Episode, Examples
+from hypertorch.fewshot.learners.network_learner import NetworkLearner, QueryProblem
 from hypertorch.fewshot.learners.objectives import Objective
+from hypertorch.problem import BilevelProblem, OuterProblem
 from hypertorch.types import TensorDict
 
 
@@ -65,22 +68,39 @@ class Reptile(NetworkLearner):
                 advice="use 1 or more, or None for the whole support set",
             )
         self._batch_size = batch_size
-        super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr=None, objective=objective)
+        super().__init__(network, dynamics=dynamics, num_steps=num_steps, objective=objective)
 
-    def inner_batch(self, support: Examples, rows: int, step: int) -> Examples:
-        """Returns the step's minibatch: every m-th example, from number `step % m` on."""
-        if self._batch_size is None:
-            return support
+    def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
+        """Returns the bilevel problem: the support set's loss in minibatches, below the distance to the weights."""
+        minibatch = None if self._batch_size is None else partial(self._minibatch, int(num_tasks is not None))
+        inner = self.support_problem(episode, minibatch=minibatch)
+        return self.bilevel(inner, _Distance(query=self.query_problem(episode)), num_tasks)
+
+    def _minibatch(self, rows: int, support: Examples, step: int) -> Examples:
+        """Returns every m-th example, from number `step % m` on; `rows` is the dimension that counts examples."""
+        assert self._batch_size is not None
         num_batches = math.ceil(support.targets.shape[rows] / self._batch_size)
         chosen = (slice(None),) * rows + (slice(step % num_batches, None, num_batches),)
         return Examples(support.inputs[chosen], support.targets[chosen])
 
-    def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns the loss of the support set."""
-        return loss
 
-    def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-        """Returns half the squared distance from the shared weights to the fitted ones."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Distance(OuterProblem):
+    """Half the squared distance from the shared weights to the fitted ones; the query set is for metrics alone."""
+
+    query: QueryProblem
+
+    def init_hparams(self) -> TensorDict:
+        return self.query.init_hparams()
+
+    def batch(self, outer_step: int) -> Examples:
+        return self.query.batch(outer_step)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
         shared = {name: value for name, value in hparams.items() if name in params}
+        # Constant: with the path through the inner loop it would be the gradient of another loss than the paper's step.
         distances = [(value - params[name].detach()).square().sum() for name, value in shared.items()]
         return 0.5 * torch.stack(distances).sum()
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:
+        return self.query.metrics(params, hparams, batch)

@@ -7,7 +7,7 @@ import torch
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.fewshot import HeadLearner, Learner
+from hypertorch.fewshot import ClosedFormHead, Learner
 from hypertorch.types import TensorDict
 from tests.fewshot.learners.test_learners import Blobs
 from tests.fewshot.learners.test_methods import LEARNERS, assert_same
@@ -112,8 +112,7 @@ def test_every_backend_is_here() -> None:
 @pytest.mark.parametrize("name", LEARNERS)
 def test_which_learners_are_in_closed_form(name: str) -> None:
     learner: Learner = LEARNERS[name]()
-    closed = isinstance(learner, HeadLearner) and learner.is_closed_form
-    assert closed == (name in CLOSED_FORM)
+    assert isinstance(learner, ClosedFormHead) == (name in CLOSED_FORM)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORM)

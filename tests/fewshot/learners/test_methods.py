@@ -16,8 +16,9 @@ from hypertorch.fewshot import (
     MAML,
     MLP,
     R2D2,
+    ClosedFormHead,
+    Episode,
     Examples,
-    HeadLearner,
     HyperRepresentation,
     Learner,
     MetaSGD,
@@ -25,7 +26,7 @@ from hypertorch.fewshot import (
     ProtoNet,
     Reptile,
 )
-from hypertorch.types import TensorDict
+from hypertorch.types import Batch, TensorDict
 from tests.fewshot.learners.test_learners import Blobs, with_smooth_activations
 from tests.helpers.problems import normal
 
@@ -230,12 +231,11 @@ def test_first_order_maml_is_the_outer_gradient_at_the_fitted_weights() -> None:
 
 
 def test_a_head_of_ones_own_is_a_few_lines() -> None:
-    class Cosine(HeadLearner):
+    class Cosine(ClosedFormHead):
         def __init__(self, backbone: nn.Module, way: int) -> None:
-            super().__init__(backbone, way=way, dynamics=SGD(lr=0.1), num_steps=0, objective=None, normalise=False,
-                             own_hparams={"scale": torch.tensor(5.0, dtype=F64)})  # fmt: skip
+            super().__init__(backbone, way=way, own_hparams={"scale": torch.tensor(5.0, dtype=F64)})
 
-        def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
+        def solve(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
             members = F.one_hot(targets, self.way).to(support)
             return {"mean": F.normalize(members.T @ support, dim=-1)}
 
@@ -248,14 +248,26 @@ def test_a_head_of_ones_own_is_a_few_lines() -> None:
 
 
 def test_a_network_learner_of_ones_own_is_a_few_lines() -> None:
+    class Penalised(ht.InnerProblem):
+        def __init__(self, support: ht.InnerProblem) -> None:
+            self.support = support
+
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            return self.support.init_params(hparams)
+
+        def batch(self, step: int) -> Batch:
+            return self.support.batch(step)
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> tuple[Tensor, TensorDict]:
+            loss, buffers = self.support.loss(params, hparams, batch)
+            return loss + 0.1 * sum(value.square().sum() for value in params.values()), buffers
+
     class Regularised(NetworkLearner):
-        def inner_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-            return loss + 0.1 * sum(value.square().sum() for value in params.values())
+        def problem(self, episode: Episode, num_tasks: int | None) -> ht.BilevelProblem:
+            inner = Penalised(self.support_problem(episode))
+            return self.bilevel(inner, self.query_problem(episode), num_tasks)
 
-        def outer_loss(self, loss: Tensor, params: TensorDict, hparams: TensorDict) -> Tensor:
-            return loss
-
-    learner = Regularised(network(), dynamics=SGD(lr=0.1), num_steps=2, learn_lr="one", objective=None)
+    learner = Regularised(network(), dynamics=SGD(lr=0.1), num_steps=2, learn_lr="one")
     source = learner.on(Blobs())
     check = ht.check_hypergradient(source.at(0), source.init_hparams(), backends.Reverse(), step_size=1e-4)
     assert check.passed, str(check)

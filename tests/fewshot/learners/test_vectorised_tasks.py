@@ -28,6 +28,7 @@ from hypertorch.fewshot import (
     ImageClasses,
     Learner,
     MetaSGD,
+    NetworkLearner,
     ProtoNet,
     Reptile,
 )
@@ -46,10 +47,14 @@ WAY = 3
 TOLERANCE = {F64: 1e-12, torch.float32: 1e-6}
 
 
-class NoisyMAML(MAML):
+class NoisyMAML(NetworkLearner):
     """Draws noise for its inputs in `batch`, for all tasks at once."""
 
-    def inner_batch(self, support: Examples, rows: int, step: int) -> Examples:
+    def problem(self, episode: Episode, num_tasks: int | None) -> ht.BilevelProblem:
+        inner = self.support_problem(episode, minibatch=self.noisy)
+        return self.bilevel(inner, self.query_problem(episode), num_tasks)
+
+    def noisy(self, support: Examples, step: int) -> Examples:
         generator = torch.Generator(support.inputs.device).manual_seed(step)
         noise = torch.randn(support.inputs.shape, generator=generator, dtype=support.inputs.dtype)
         return Examples(support.inputs + 0.2 * noise, support.targets)
@@ -281,8 +286,8 @@ def test_noise_must_be_used_as_a_tensor_of_all_tasks() -> None:
     noise: list[Tensor] = []
 
     class Recorded(NoisyMAML):
-        def inner_batch(self, support: Examples, rows: int, step: int) -> Examples:
-            batch = super().inner_batch(support, rows, step)
+        def noisy(self, support: Examples, step: int) -> Examples:
+            batch = super().noisy(support, step)
             noise.append(batch.inputs)
             return batch
 
