@@ -16,6 +16,7 @@ import torch
 
 import hypertorch as ht
 from hypertorch.types import TensorDict
+from tests.helpers.leaves import first_values, leaves, rules
 from tests.helpers.problems import net_problem, normal, task_problem
 
 F64 = torch.float64
@@ -46,7 +47,9 @@ ESTIMATES: dict[type[ht.Hypergradient], str] = {
     backends.EvoGrad: "tests/hypergradients/test_evo_grad.py",
     backends.EvolutionStrategies: "tests/hypergradients/test_evolution_strategies.py",
 }
-
+# A new backend is held to be exact, unless it is named above.
+_LISTED = {*map(type, [*EXACT.values(), *REVERSIBLE.values()]), *ESTIMATES}
+EXACT |= {name: leaf() for name, leaf in leaves(backends, ht.Hypergradient).items() if leaf not in _LISTED}
 
 OF_A_MATRIX = {"ns_a", "ns_b", "ns_c"}  # of Muon: numbers that act on a matrix as a whole
 
@@ -114,6 +117,8 @@ FLOATS: dict[str, tuple[Callable[..., ht.Dynamics], dict[str, float]]] = {
     ),
     "ReversibleMomentum": (dynamics.ReversibleMomentum, {"lr": 0.3, "momentum": 0.7}),
 }
+# A new rule that is made of declared settings alone is taken in with all of them.
+FLOATS |= {name: (leaf, first_values(leaf)) for name, leaf in rules().items() if name not in FLOATS}
 # Refused where they are to be learnt: their hypergradient is zero by nature.
 NEVER_LEARNT = {"Lion": {"beta1", "beta2"}, "Muon": {"eps"}}
 # Outer variables that act through the gradient alone, of which nothing depends smoothly.
@@ -286,19 +291,10 @@ def test_exact_backends_agree_on_a_context(backend: str) -> None:
     assert_equal(ht.hypergradient(problem, hparams, backend=EXACT[backend]).grads, expected.grads, 1e-10)
 
 
-def _leaves(module: object, base: type) -> set[type]:
-    exported = {getattr(module, name) for name in module.__all__}  # type: ignore[attr-defined]
-    return {
-        item
-        for item in exported
-        if isinstance(item, type) and issubclass(item, base) and not getattr(item, "__abstractmethods__", None)
-    }
-
-
 def test_every_backend_and_every_dynamics_is_in_the_matrix() -> None:
     exact = {type(backend) for backend in [*EXACT.values(), *REVERSIBLE.values()]}
-    assert _leaves(backends, ht.Hypergradient) == exact | set(ESTIMATES)
-    assert _leaves(dynamics, ht.Dynamics) == {type(rule) for rule, _ in CASES.values()}
+    assert set(leaves(backends, ht.Hypergradient).values()) == exact | set(ESTIMATES)
+    assert set(leaves(dynamics, ht.Dynamics).values()) == {type(rule) for rule, _ in CASES.values()}
 
 
 def test_every_float_setting_is_in_the_matrix() -> None:

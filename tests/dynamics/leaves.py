@@ -10,6 +10,7 @@ import torch
 
 import hypertorch as ht
 from hypertorch.types import TensorDict
+from tests.helpers.leaves import rules
 from tests.helpers.problems import normal
 
 SGD, Adam, AdamW = ht.dynamics.SGD, ht.dynamics.Adam, ht.dynamics.AdamW
@@ -122,6 +123,12 @@ OWN_TESTS: dict[str, str] = {
     "Muon": "tests/dynamics/test_muon.py",
     "ReversibleMomentum": "tests/dynamics/test_reversible_momentum.py",
     "TorchOptim": "tests/dynamics/test_torch_optim_adapter.py",
+}
+# A new rule that is made of declared settings alone is found there.
+OWN_TESTS |= {
+    name: "tests/conformance/test_leaves.py"
+    for name, leaf in rules().items()
+    if name not in OWN_TESTS and leaf not in TORCH_OPTIM
 }
 
 

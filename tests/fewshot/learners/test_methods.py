@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from hypertorch.fewshot import (
 )
 from hypertorch.types import Batch, TensorDict
 from tests.fewshot.learners.test_learners import Blobs, with_smooth_activations
+from tests.helpers.leaves import learner_of, leaves
 from tests.helpers.problems import normal
 
 F64 = torch.float64
@@ -51,6 +53,12 @@ LEARNERS: dict[str, Callable[[], Learner]] = {
     "ProtoNet": lambda: ProtoNet(network(None), way=WAY),
     "R2D2": lambda: R2D2(network(None), way=WAY, ridge=0.5, scale=2.0),
 }
+# A new learner is made by the arguments that it takes.
+LEARNERS |= {
+    name: partial(learner_of, leaf, 16, WAY, SGD(lr=0.2), F64)
+    for name, leaf in leaves(ht.fewshot, Learner).items()
+    if name not in LEARNERS
+}
 
 
 def compute(learner: Learner, backend: ht.Hypergradient, route: str = "vmap") -> ht.HypergradientResult:
@@ -60,13 +68,7 @@ def compute(learner: Learner, backend: ht.Hypergradient, route: str = "vmap") ->
 
 
 def test_every_learner_is_listed() -> None:
-    exported = {getattr(ht.fewshot, name) for name in ht.fewshot.__all__}
-    leaves = {
-        item.__name__
-        for item in exported
-        if isinstance(item, type) and issubclass(item, Learner) and not getattr(item, "__abstractmethods__", None)
-    }
-    assert leaves == set(LEARNERS)
+    assert set(leaves(ht.fewshot, Learner)) == set(LEARNERS)
 
 
 @pytest.mark.parametrize("name", sorted(set(LEARNERS) - {"Reptile"}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from hypertorch.fewshot import (
 )
 from hypertorch.types import TensorDict
 from tests.fewshot.learners.test_learners import Blobs, with_smooth_activations
+from tests.helpers.leaves import learner_of, leaves
 
 F64 = torch.float64
 backends = ht.hypergradients
@@ -77,6 +78,12 @@ LEARNERS: dict[str, Made] = {
     "ANIL": lambda rule, dtype: ANIL(mlp(None, dtype), way=WAY, dynamics=rule, num_steps=NUM_STEPS, learn_lr="one"),
     "ProtoNet": lambda rule, dtype: ProtoNet(mlp(None, dtype), way=WAY),
     "R2D2": lambda rule, dtype: R2D2(mlp(None, dtype), way=WAY, ridge=0.5),
+}
+# A new learner is made by the arguments that it takes.
+LEARNERS |= {
+    name: partial(learner_of, leaf, 4, WAY)
+    for name, leaf in leaves(fewshot, Learner).items()
+    if leaf not in {type(make(dynamics.SGD(lr=0.1), F64)) for make in LEARNERS.values()}
 }
 EXACT: dict[str, ht.Hypergradient] = {
     "whole graph": backends.Reverse(),
@@ -272,14 +279,8 @@ def test_the_noise_is_there() -> None:
 
 
 def test_every_learner_is_here() -> None:
-    exported = {getattr(fewshot, name) for name in fewshot.__all__}
-    leaves = {
-        item
-        for item in exported
-        if isinstance(item, type) and issubclass(item, Learner) and not getattr(item, "__abstractmethods__", None)
-    }
     made = {type(make(dynamics.SGD(lr=0.1), F64)) for make in LEARNERS.values()}
-    assert leaves == made - {NoisyMAML}
+    assert set(leaves(fewshot, Learner).values()) == made - {NoisyMAML}
 
 
 def test_noise_must_be_used_as_a_tensor_of_all_tasks() -> None:
