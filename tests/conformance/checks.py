@@ -75,15 +75,17 @@ def check_backend(backend: ht.Hypergradient) -> None:
     learnt = {"lr": torch.tensor(0.3, dtype=F64), "momentum": torch.tensor(0.6, dtype=F64)}
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)).double()
-    problems = [
-        net_problem(sgd, learnt, num_steps=NUM_STEPS),
-        net_problem(sgd, learnt, num_steps=NUM_STEPS, dropout=0.4, step_terms=True),
-        *(task_problem(module, item=(2,), num_steps=NUM_STEPS, task_route=route) for route in ("vmap", "loop")),
+    tasks = task_problem(module, item=(2,), num_steps=NUM_STEPS)
+    runs = [
+        (net_problem(sgd, learnt, num_steps=NUM_STEPS), ht.Execution()),
+        (net_problem(sgd, learnt, num_steps=NUM_STEPS, dropout=0.4, step_terms=True), ht.Execution()),
+        (tasks, ht.Execution(tasks="vmap")),
+        (tasks, ht.Execution(tasks="loop")),
     ]
-    for problem in problems:
+    for problem, execution in runs:
         hparams = problem.init_hparams()
-        expected = ht.hypergradient(problem, hparams, backend=backends.Reverse())
-        result = ht.hypergradient(problem, hparams, backend=backend)
+        expected = ht.hypergradient(problem, hparams, backend=backends.Reverse(), execution=execution)
+        result = ht.hypergradient(problem, hparams, backend=backend, execution=execution)
         assert_equal(result.grads, expected.grads, 1e-10)
         torch.testing.assert_close(result.outer_loss, expected.outer_loss)
         assert_equal(result.params, expected.params, 1e-12)
@@ -131,12 +133,12 @@ def check_learner(learner: Learner, episodes: EpisodeSource, *, differentiable: 
     if differentiable:
         check = ht.check_hypergradient(problem, hparams, backends.Reverse(), num_directions=1, step_size=1e-4)
         assert check.passed, str(check)
-    grads = {
-        route: ht.hypergradient(problem.with_task_route(route), hparams, backend=backends.Reverse()).grads
-        for route in ("vmap", "loop")
-    }
-    for name, value in grads["vmap"].items():
-        torch.testing.assert_close(value, grads["loop"][name], rtol=1e-10, atol=1e-13)
+    together, one_by_one = (
+        ht.hypergradient(problem, hparams, backend=backends.Reverse(), execution=execution).grads
+        for execution in (ht.Execution(tasks="vmap"), ht.Execution(tasks="loop"))
+    )
+    for name, value in together.items():
+        torch.testing.assert_close(value, one_by_one[name], rtol=1e-10, atol=1e-13)
     # What a caller does to the outer variables must not reach the learner.
     next(iter(hparams.values())).add_(1.0)
     assert not torch.equal(next(iter(hparams.values())), next(iter(learner.init_hparams().values())))

@@ -17,10 +17,10 @@ class WholeRun(ht.Hypergradient):
             state = loop.initial(variables)
             terms = []
             for step in range(loop.num_steps):
-                state = loop.step(state, variables, step)
-                if loop.has_step_loss:
-                    terms.append(loop.step_loss(state.params, variables, step))
-            outer_loss = loop.outer_loss(state.params, variables) + sum(terms)
+                state, _, term = loop.step(state, variables, step)
+                if term is not None:  # of the outer loss, after this step
+                    terms.append(term)
+            outer_loss = loop.outer(state.params, variables) + sum(terms)
         wanted = {name: value for name, value in variables.items() if value.requires_grad}
         grads = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
         # None stays None: it says that there is no path, and the library refuses it where a number is expected.

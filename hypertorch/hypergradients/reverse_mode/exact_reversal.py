@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.dynamics.reversible import ExactState, GradientFunction, ReversibleDynamics
-from hypertorch.errors import NonFiniteError, ReplayError
+from hypertorch.dynamics.reversible import ExactState, ReversibleDynamics
+from hypertorch.dynamics.reversible.base import GradientFunction
 from hypertorch.dynamics.reversible.exact_arithmetic import LARGEST_NUMBER, encode
+from hypertorch.errors import NonFiniteError, ReplayError
 from hypertorch.hypergradients.finiteness import first_non_finite
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
