@@ -90,8 +90,9 @@ def _refuse_once_differentiable() -> None:
     delayed_error = _functions.DelayedError
 
     @functools.wraps(delayed_error)
-    def raise_at_once(message: bytes, count: int) -> Any:
-        if in_run():
+    def raise_at_once(message: Any, count: int) -> Any:
+        # `torch.compile` makes errors of this class too, to stand for the graphs of its arguments.
+        if in_run() and "once_differentiable" in str(message):
             raise IncompatibleBackendError(
                 "the inner loss uses a `torch.autograd.Function` whose backward pass is marked `once_differentiable`: "
                 "it has no second derivative, which the hypergradient of an unrolled gradient step needs. Compute the "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
@@ -292,3 +293,23 @@ def test_a_function_that_is_compiled_already_is_named() -> None:
     )
     with pytest.raises(IncompatibleBackendError, match=r"compiled already.*plain one.*`Reverse\(compile=True\)`"):
         ht.hypergradient(problem, problem.init_hparams(), backend=ht.hypergradients.Reverse())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_outer_loss_may_call_a_compiled_function() -> None:
+    """It is differentiated once; its params, after a step, are no leaves."""
+    torch.compiler.reset()
+    judged = torch.compile(lambda w: w.tanh().square().sum(), backend="aot_eager")
+
+    def problem(judge: Callable[[Tensor], Tensor]) -> ht.BilevelProblem:
+        return ht.BilevelProblem(
+            LambdaInner(lambda h: {"w": 1.0 * h["c"]}, lambda p, h, b: (p["w"] - h["c"].sin()).square().sum()),
+            LambdaOuter({"c": normal(2, seed=0)}, lambda p, h, b: judge(p["w"])),
+            dynamics=ht.dynamics.SGD(lr=0.1),
+            num_steps=2,
+        )
+
+    made, plain = problem(judged), problem(lambda w: w.tanh().square().sum())
+    found = ht.hypergradient(made, made.init_hparams(), backend=ht.hypergradients.Reverse()).grads["c"]
+    expected = ht.hypergradient(plain, plain.init_hparams(), backend=ht.hypergradients.Reverse()).grads["c"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
