@@ -20,7 +20,7 @@ from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.reachability import check_reachability, known_reach, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
-from hypertorch.hypergradients.side_effects import refuse_side_effects
+from hypertorch.hypergradients.side_effects import arguments_kept, refuse_side_effects
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.problem import BilevelProblem
@@ -65,7 +65,8 @@ def hypergradient(
         DetachedHyperparameterError: if a hyperparameter has no path to the outer loss and is not in `allow_unused`.
         IncompatibleBackendError: if the backend cannot serve the problem, or drops every path from a hyperparameter.
         NonFiniteError: if NaN or infinity appears; names the inner step and the entry.
-        ReplayError: if a function of the problem returns something else when it is evaluated again.
+        ReplayError: if a function of the problem returns something else when it is evaluated again, or changes its
+            arguments.
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
     slices = task_slices(problem.num_tasks, run.measured())
@@ -187,7 +188,10 @@ class _Run:
         def bind() -> tuple[InnerLoop, TensorDict]:
             bound = BoundProblem(problem, self._hparams, self._outer_step, self._carry, self._bound.execution)
             leaves = tree.leaves_requiring_grad(self._hparams)
-            context = bound.context(leaves, item)
+            # Copies: PyTorch would object to a change of leaves in words of its own.
+            given = {name: value.clone() for name, value in leaves.items()}
+            with arguments_kept("context", hparams=given):
+                context = bound.context(given, item)
             if item is not None and not item.squeeze:
                 own = context.keys() - set(problem.shared_context)
                 context = {name: value[0] if name in own else value for name, value in context.items()}

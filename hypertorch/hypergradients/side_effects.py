@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from hypertorch import memo, tree
 from hypertorch.errors import IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients.statistics import refuse_dropped_buffers
 from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner_loss import InnerLoss
+from hypertorch.inner_state import InnerState
 from hypertorch.parameter_slots import watching
-from hypertorch.types import TensorDict
+from hypertorch.types import Batch, TensorDict
 
 Bind = Callable[[], tuple[InnerLoop, TensorDict]]
 """Draws the outer data and computes the context anew; returns the loop of the first task, and its variables."""
@@ -26,9 +28,9 @@ CLEAN = "problems without side effects"
 def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
     """Raises if functions of a problem are not functions of their arguments, or do what a derivative misses.
 
-    Cost: nothing for a kind of problem that was found to have none. Else, on the first task: two steps and outer
-    losses, which must agree; and unless the backend works by values alone two inner gradients, and eight evaluations
-    of losses with four derivatives of them.
+    Cost: nothing for a kind of problem that was found to have none. Else, on the first task: one evaluation of each
+    loss; two steps and outer losses, which must agree; and unless the backend works by values alone two inner
+    gradients, and eight evaluations of losses with four derivatives of them.
 
     Args:
         kind: what is the same for problems that run the same code.
@@ -36,7 +38,7 @@ def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
         by_values: whether the backend takes no derivative, which then can miss nothing.
 
     Raises:
-        ReplayError: if something differs when it is evaluated again.
+        ReplayError: if something differs when it is evaluated again, or a function changes its arguments.
         IncompatibleBackendError: if a derivative would miss a path.
     """
     memo.recall(CLEAN, (kind, by_values), lambda: _look(bind, by_values=by_values))
@@ -44,6 +46,7 @@ def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
 
 def _look(bind: Bind, *, by_values: bool) -> bool:
     """Returns True, or raises what `refuse_side_effects` does."""
+    _refuse_changed_arguments(*bind())
     first = _results(*bind())
     loop, variables = bind()
     _refuse_difference(_results(loop, variables), first, loop.inner_eps)
@@ -51,6 +54,69 @@ def _look(bind: Bind, *, by_values: bool) -> bool:
         _refuse_late_reads(loop, variables)
         refuse_dropped_buffers(loop, variables)
     return True
+
+
+def _refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:
+    """Raises if `init_params`, `dynamics.step` or a loss changes the dicts or the tensors that it is handed."""
+    hparams = _copies(variables)
+    with arguments_kept("InnerProblem.init_params", hparams=hparams):
+        state = loop.initial(hparams).detached()
+    params = {**state.params, **_copies(loop.trained(state.params))}
+    if loop.num_steps:
+        batch = loop.draw(loop.first_index)
+        buffers = {name: state.params[name] for name in loop.problem.inner.buffers}
+        loss = InnerLoss(loop.functions.inner, buffers, batch)
+        loop.seed(loop.first_index)
+        with arguments_kept("InnerProblem.loss", params=params, hparams=hparams, batch=_named(batch)):
+            loss(loop.trained(params), hparams)
+        trained, values = loop.trained(state.params), tree.detach(hparams)
+        with torch.no_grad(), arguments_kept("dynamics.step", params=trained, state=state.dynamics, hparams=values):
+            loop.dynamics.step(loss, trained, state.dynamics, values, loop.first_index)
+        if loop.has_terms:
+            with arguments_kept("OuterProblem.step_loss", params=params, hparams=hparams):
+                loop.terms(InnerState(params, {}), hparams, 0)
+    with arguments_kept("OuterProblem.loss", params=params, hparams=hparams, batch=_named(loop.outer_batch)):
+        loop.outer(params, hparams)
+
+
+def _copies(values: TensorDict) -> TensorDict:
+    """Returns copies that ask for a derivative, and that PyTorch lets a function change in place."""
+    return {name: value.clone() for name, value in tree.leaves_requiring_grad(values).items()}
+
+
+def _named(batch: Batch) -> TensorDict:
+    return {str(position): value for position, value in enumerate(tree.batch_tensors(batch))}
+
+
+@contextmanager
+def arguments_kept(function: str, **arguments: TensorDict) -> Iterator[None]:
+    """Raises `ReplayError` at the end if a function has changed its arguments: the run would go on with what it left.
+
+    Args:
+        function: its name, for the message.
+        arguments: the dicts that it is handed, by the names of its arguments.
+    """
+    before = {
+        which: {name: (value, value.detach().clone()) for name, value in arguments[which].items()}
+        for which in arguments
+    }
+    yield
+    for which, entries in arguments.items():
+        for name in {**before[which], **entries}:
+            if not _is_kept(entries, name, before[which]):
+                raise ReplayError(
+                    f"`{function}` changes its argument `{which}[{name!r}]`: the run would go on with the changed "
+                    "value, and steps that are run again would start from it. Leave arguments as they are: make a new "
+                    f"dict, such as `{{**{which}, {name!r}: ...}}`, and new tensors, by operations that do not work "
+                    "in place (no `clamp_`, no `.data`, no assignment to an index); or change a copy (`.clone()`)."
+                )
+
+
+def _is_kept(entries: TensorDict, name: str, before: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    if name not in entries or name not in before or entries[name] is not before[name][0]:
+        return False
+    value, kept = entries[name].detach(), before[name][1]
+    return bool(((value == kept) | ((value != value) & (kept != kept))).all())  # NaN is kept where it was
 
 
 def _results(loop: InnerLoop, variables: TensorDict) -> dict[str, list[Tensor]]:

@@ -543,3 +543,115 @@ def test_outside_of_a_run_it_is_pytorchs_to_judge() -> None:
 def test_a_value_without_its_history_is_what_the_check_is_for() -> None:
     """No graph tells it from a constant; central differences do."""
     assert not check(cubed(Leaky)).passed
+
+
+def set_entry(entries: TensorDict, name: str) -> None:
+    entries[name] = 2.0 * entries[name]
+
+
+CHANGES: dict[str, Callable[[TensorDict, str], Any]] = {
+    "entry": set_entry,
+    "in place": lambda entries, name: entries[name].mul_(2.0),
+    "without a gradient": lambda entries, name: entries[name].data.clamp_(max=0.25),
+}
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("place", ["init_params", "loss", "outer loss", "step_loss", "context"])
+def test_a_function_that_changes_its_hparams_is_refused(place: str, change: str, backend: str) -> None:
+    def at(here: str, entries: TensorDict, name: str) -> None:
+        if here == place:
+            CHANGES[change](entries, name)
+
+    class Changing(Impure):
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            at("init_params", hparams, "c")
+            return {"w": 0.5 * hparams["c"]}
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            at("loss", hparams, "c")
+            return (params["w"] - hparams["c"]).square()
+
+    class Terms(LambdaOuter):
+        def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+            at("step_loss", hparams, "c")
+            return 0.0 * params["w"]
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        at("outer loss", hparams, "c")
+        return params["w"].square() + hparams["c"]
+
+    def context(hparams: TensorDict, batch: Batch) -> TensorDict:
+        at("context", hparams, "c")
+        return {"seen": torch.zeros(1, dtype=F64)}
+
+    rule = impure("", counter(), EVERY[backend]).dynamics
+    made = ht.BilevelProblem(
+        Changing("", counter()),
+        (Terms if place == "step_loss" else LambdaOuter)(scalars(c=1.0), loss),
+        dynamics=rule,
+        num_steps=2,
+        context=context if place == "context" else None,
+    )
+    function = "OuterProblem.loss" if place == "outer loss" else rf"[A-Za-z.]*{place}"
+    with pytest.raises(ReplayError, match=rf"`{function}` changes its argument `hparams\['c'\]`"):
+        ht.hypergradient(made, made.init_hparams(), backend=EVERY[backend])
+
+
+@pytest.mark.parametrize("change", [*CHANGES][1:])
+@pytest.mark.parametrize("argument", ["params", "batch"])
+@pytest.mark.parametrize("place", ["InnerProblem", "OuterProblem"])
+def test_a_loss_that_changes_its_params_or_its_data_is_refused(place: str, argument: str, change: str) -> None:
+    def loss(here: str) -> Callable[[TensorDict, TensorDict, Batch], Tensor]:
+        def value(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            if here == place:
+                CHANGES[change](params if argument == "params" else {"w": batch[0]}, "w")
+            return (params["w"] - hparams["c"] + batch[0]).square().sum()
+
+        return value
+
+    data = torch.ones(3, dtype=F64)
+
+    class Inner(LambdaInner):
+        def batch(self, step: int) -> Batch:
+            return (data, [3])
+
+    class Outer(LambdaOuter):
+        def batch(self, outer_step: int) -> Batch:
+            return (data, [3])
+
+    made = ht.BilevelProblem(
+        Inner(lambda h: {"w": torch.ones(3, dtype=F64)}, loss("InnerProblem")),
+        Outer(scalars(c=1.0), loss("OuterProblem")),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=2,
+    )
+    with pytest.raises(ReplayError, match=rf"`{place}.loss` changes its argument `{argument}\["):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse())
+
+
+def test_a_rule_that_changes_its_state_is_refused() -> None:
+    class Heavy(ht.GradientDynamics):
+        def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+            return {"m": torch.zeros((), dtype=F64)}
+
+        def update(
+            self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+        ) -> tuple[TensorDict, TensorDict]:
+            state["m"].mul_(0.9).add_(grads["w"])
+            return {"w": params["w"] - 0.1 * state["m"]}, state
+
+    problem = scalar_problem(inner=lambda p, h, b: (p["w"] - h["c"]).square(), num_steps=2)
+    made = ht.BilevelProblem(problem.inner, problem.outer, dynamics=Heavy(), num_steps=2)
+    with pytest.raises(ReplayError, match=r"`dynamics.step` changes its argument `state\['m'\]`"):
+        ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse(checkpoint_every=1))
+
+
+def test_a_loss_may_change_copies_and_its_own_dict_and_keep_nan() -> None:
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        hparams = {**hparams, "c": hparams["c"].exp()}
+        return (params["w"].clone().mul_(2.0) - hparams["c"]).square()
+
+    made = scalar_problem(inner=loss, num_steps=2)
+    assert ht.check_hypergradient(made, made.init_hparams(), backends.Reverse()).passed
