@@ -14,6 +14,7 @@ from hypertorch.checks import check_metrics
 from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
+from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
 from hypertorch.problem import BilevelProblem
 from hypertorch.scan import scan
@@ -111,7 +112,7 @@ def _unroll_slice(
 
     def look(state: InnerState, steps_done: int) -> None:
         if steps_done in metrics_after:
-            figures.append(loop.metrics(state.params, variables))
+            figures.append(_metrics(loop, state.params, variables))
 
     state = scan(advance, loop.initial(variables), range(loop.num_steps), look)
     look(state, loop.num_steps)
@@ -120,12 +121,20 @@ def _unroll_slice(
     return UnrollResult(
         params=state.params,
         outer_loss=outer_loss,
-        metrics=loop.metrics(state.params, variables),
+        metrics=_metrics(loop, state.params, variables),
         inner_losses=torch.stack(losses, dim=-1) if losses else outer_loss.new_empty((*outer_loss.shape, 0)),
         metrics_after={name: torch.stack([row[name] for row in figures], dim=-1) for name in figures[0]}
         if figures
         else {},
         carry=loop.carry_after(state),
+    )
+
+
+def _metrics(loop: InnerLoop, params: TensorDict, variables: TensorDict) -> TensorDict:
+    """Returns the figures at copies: what `OuterProblem.metrics` changes is not the run's."""
+    return loop.metrics(
+        {name: value.clone() for name, value in params.items()},
+        {name: value.clone() for name, value in variables.items()},
     )
 
 
@@ -169,7 +178,7 @@ def outer_metrics(
         for item in slices:
             context = bound.context(hparams, item)
             own = params if item is None else item.take(params)
-            parts.append(bound.loop(item, context).metrics(own, {**hparams, **context}))
+            parts.append(_metrics(bound.loop(item, context), own, {**hparams, **context}))
     metrics = join_tasks(parts, slices)
     check_metrics(metrics, () if problem.num_tasks is None else (problem.num_tasks,))
     return {name: value.to(torch.get_default_dtype()).mean() for name, value in metrics.items()}

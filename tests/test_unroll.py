@@ -74,3 +74,31 @@ def test_steps_that_there_are_not_are_refused(asked: tuple[int, ...]) -> None:
     problem = ht.BilevelProblem(Decay(), Size(), dynamics=SGD, num_steps=2)
     with pytest.raises(ValueError, match=r"`metrics_after` is .* after 0 to 2 steps.*ascending"):
         ht.unroll(problem, problem.init_hparams(), metrics_after=asked)
+
+
+def test_figures_that_change_their_arguments_change_no_run() -> None:
+    class Changing(ht.OuterProblem):
+        def init_hparams(self) -> TensorDict:
+            return {"start": torch.ones(2, dtype=F64)}
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: None) -> Tensor:
+            return params["w"].square().sum() + hparams["start"].sum()
+
+        def metrics(self, params: TensorDict, hparams: TensorDict, batch: None) -> TensorDict:
+            size = params["w"].mul_(2.0).sum() + hparams["start"].clamp_(max=0.5).sum()
+            params["w"] = hparams["start"] = torch.zeros(3)
+            return {"size": size}
+
+    problem = ht.BilevelProblem(Decay(), Changing(), dynamics=ht.dynamics.SGD(lr=0.5), num_steps=2)
+    hparams = problem.init_hparams()
+    result = ht.unroll(problem, hparams, metrics_after=(0, 1))
+    torch.testing.assert_close(result.params["w"], torch.full((2,), 0.25, dtype=F64))
+    torch.testing.assert_close(result.outer_loss, torch.tensor(2.125, dtype=F64))
+    torch.testing.assert_close(result.metrics_after["size"], torch.tensor([5.0, 3.0], dtype=F64))
+    assert torch.equal(hparams["start"], torch.ones(2, dtype=F64))
+
+    def sgd(variables: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(variables, lr=0.0)
+
+    loop = ht.OuterLoop(problem, optimizer=sgd, backend=ht.hypergradients.Reverse(), log_every=1)
+    assert torch.equal(loop.run(2).hparams["start"], torch.ones(2, dtype=F64))
