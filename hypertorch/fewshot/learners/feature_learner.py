@@ -23,7 +23,7 @@ from hypertorch.fewshot.learners.episode_checks import (
     check_hparams_of,
     integers_explained,
 )
-from hypertorch.fewshot.learners.objectives import Classification, Objective
+from hypertorch.fewshot.learners.objectives import Objective, chosen_objective
 from hypertorch.problem import InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -71,7 +71,7 @@ class FeatureLearner(Learner):
         first_parameter(backbone)  # raises if there is none, whatever a subclass learns beside
         self._fit, self._predict = fit_and_predict(backbone)
         self.way = way
-        self._objective = objective or Classification()
+        self._objective = chosen_objective(objective)
         self._normalise = normalise
         self._names = self._fit.trained_names()
         own = own_hparams or {}

@@ -18,7 +18,7 @@ from hypertorch.fewshot.learners.episode_checks import (
     check_hparams_of,
     integers_explained,
 )
-from hypertorch.fewshot.learners.objectives import Classification, Objective
+from hypertorch.fewshot.learners.objectives import Objective, chosen_objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
 from hypertorch.functional import FunctionalModule
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
@@ -61,7 +61,7 @@ class NetworkLearner(Learner):
         objective: Objective | None = None,
     ) -> None:
         self._fit, self._predict = fit_and_predict(network)
-        self._objective = objective or Classification()
+        self._objective = chosen_objective(objective)
         self._num_steps = num_steps
         initial = self._fit.init_params()
         initialisation = {name: initial[name] for name in self._fit.trained_names()}

@@ -97,6 +97,22 @@ class Regression(Objective):
         return {"mse": self.loss(outputs, targets)}
 
 
+def chosen_objective(objective: Objective | None) -> Objective:
+    """Returns the objective of a learner, classification by default.
+
+    Raises:
+        TypeError: if it is no `Objective`.
+    """
+    if objective is None:
+        return Classification()
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"`objective` is {objective!r}, not an `Objective`: a learner takes its losses and figures from it. Pass "
+            "`Classification()`, `Regression()`, an instance of a subclass of yours, or None for classification."
+        )
+    return objective
+
+
 def _no_labels(outputs: Tensor, targets: Tensor) -> Exception:
     """Returns the error for targets that are not one label per row of logits."""
     if outputs.dim() == 2 and targets.shape == outputs.shape and targets.dtype.is_floating_point:

@@ -114,3 +114,13 @@ def regressors() -> dict[str, Learner]:
 def test_a_learner_does_not_learn_the_mean_of_targets_without_an_axis(name: str) -> None:
     with pytest.raises(ValueError, match=r"`outputs` have shape \(6, 1\) and `targets` \(6,\)"):
         regressors()[name].on(Lines())
+
+
+@pytest.mark.parametrize("objective", [3, "accuracy", Classification])
+@pytest.mark.parametrize("learner", [MAML, HyperRepresentation])
+def test_what_is_no_objective_is_refused(learner: type[Learner], objective: Any) -> None:
+    options: dict[str, Any] = {"dynamics": SGD(lr=0.1), "num_steps": 1, "objective": objective}
+    if learner is HyperRepresentation:
+        options["way"] = 3
+    with pytest.raises(TypeError, match=r"`objective` is .*, not an `Objective`.*Pass `Classification\(\)`"):
+        learner(nn.Linear(2, 3), **options)
