@@ -279,6 +279,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda file: file.write_text("- a"), "holds no settings"),
     "a word": (lambda file: file.write_text("word"), "has no `experiment`"),
     "nothing": (lambda file: file.write_text(""), "has no `experiment`"),
+    "no number for a seed": (lambda file: swap(file, "seed: 0", "seed: abc"), "`seed` is 'abc'"),
     "another command's": (lambda file: file.write_text("works: {}"), "has no `experiment`"),
 }
 
