@@ -57,6 +57,10 @@ class BoundProblem:
         if problem.num_tasks is not None:
             check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
 
+    def drawn_again(self, hparams: TensorDict) -> BoundProblem:
+        """Returns the same problem at the same outer step, with its outer data drawn anew."""
+        return BoundProblem(self.problem, hparams, self._outer_step, self._carry, self.execution)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Surrounds a run: differentiable attention, and torch's generators left as they were found."""

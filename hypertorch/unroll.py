@@ -13,6 +13,7 @@ from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.checks import check_metrics
 from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.side_effects import FirstTask, refuse_changed_arguments
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_state import InnerState
@@ -71,6 +72,7 @@ def unroll(
     Raises:
         ValueError: if `metrics_after` is out of range or not ascending, or the problem's functions return what they
             must not (each message names the function).
+        ReplayError: if a function of the problem changes its arguments.
         IncompatibleBackendError: if tasks are vectorised, and an operation differs from a task alone or cannot be.
     """
     asked = tuple(metrics_after)
@@ -82,6 +84,9 @@ def unroll(
     bound = BoundProblem(problem, hparams, outer_step, carry, execution)
     constants = tree.detach(hparams)
     kind = kind_of(problem)
+    first = None if problem.num_tasks is None else TaskSlice(start=0, stop=1, squeeze=True)
+    with bound.running():
+        refuse_changed_arguments(kind, FirstTask(bound, hparams, first))
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
         with bound.running(), torch.no_grad():

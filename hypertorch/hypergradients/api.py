@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.reachability import check_reachability, known_reach, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
-from hypertorch.hypergradients.side_effects import arguments_kept, refuse_side_effects
+from hypertorch.hypergradients.side_effects import FirstTask, refuse_side_effects
 from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.problem import BilevelProblem
@@ -182,24 +182,9 @@ class _Run:
         Args:
             item: the first slice of the tasks, of which the first task is looked at.
         """
-        problem = self._bound.problem
-        task = None if item is None else replace(item, stop=item.start + 1, squeeze=True, whole=False)
-
-        def bind() -> tuple[InnerLoop, TensorDict]:
-            bound = BoundProblem(problem, self._hparams, self._outer_step, self._carry, self._bound.execution)
-            leaves = tree.leaves_requiring_grad(self._hparams)
-            # Copies: PyTorch would object to a change of leaves in words of its own.
-            given = {name: value.clone() for name, value in leaves.items()}
-            with arguments_kept("context", hparams=given):
-                context = bound.context(given, item)
-            if item is not None and not item.squeeze:
-                own = context.keys() - set(problem.shared_context)
-                context = {name: value[0] if name in own else value for name, value in context.items()}
-            return bound.loop(task, context), {**leaves, **tree.leaves_requiring_grad(context)}
-
-        kind = (self._kind, problem.num_steps > 0, tuple(self._hparams))
+        first = FirstTask(self._bound, self._hparams, item)
         with self._bound.running():
-            refuse_side_effects(kind, bind, by_values=isinstance(self._backend, BlackBox))
+            refuse_side_effects(self._kind, first, by_values=isinstance(self._backend, BlackBox))
 
     def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
         reached: set[str] = set()

@@ -4,28 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hypertorch import memo, tree
+from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients.statistics import refuse_dropped_buffers
 from hypertorch.inner_loop import InnerLoop
 from hypertorch.inner_loss import InnerLoss
 from hypertorch.inner_state import InnerState
 from hypertorch.parameter_slots import watching
+from hypertorch.tasks import TaskSlice
 from hypertorch.types import Batch, TensorDict
-
-Bind = Callable[[], tuple[InnerLoop, TensorDict]]
-"""Draws the outer data and computes the context anew; returns the loop of the first task, and its variables."""
 
 _TOLERANCE = 100.0  # in units of machine epsilon, relative to the largest entry: some kernels differ in the last bits
 
 CLEAN = "problems without side effects"
+KEPT = "problems that leave their arguments as they are"
 
 
-def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
+@dataclass(frozen=True)
+class FirstTask:
+    """The first task of a problem, which is looked at for all.
+
+    Attributes:
+        bound: the problem.
+        hparams: the outer variables.
+        item: the tasks that its context is computed with, by itself or together; None for a problem without tasks.
+    """
+
+    bound: BoundProblem
+    hparams: TensorDict
+    item: TaskSlice | None
+
+    def key(self, kind: Hashable) -> Hashable:
+        """Returns what is the same for problems of which this task tells as much."""
+        return kind, self.bound.problem.num_steps > 0, tuple(self.hparams)
+
+    def loop(self) -> tuple[InnerLoop, TensorDict]:
+        """Returns its loop and variables, with the outer data drawn and the context computed anew."""
+        bound, item = self.bound.drawn_again(self.hparams), self.item
+        leaves = tree.leaves_requiring_grad(self.hparams)
+        # Copies: PyTorch would object to a change of leaves in words of its own.
+        given = {name: value.clone() for name, value in leaves.items()}
+        with arguments_kept("context", hparams=given):
+            context = bound.context(given, item)
+        if item is not None and not item.squeeze:
+            own = context.keys() - set(bound.problem.shared_context)
+            context = {name: value[0] if name in own else value for name, value in context.items()}
+        task = None if item is None else replace(item, stop=item.start + 1, squeeze=True, whole=False)
+        return bound.loop(task, context), {**leaves, **tree.leaves_requiring_grad(context)}
+
+
+def refuse_changed_arguments(kind: Hashable, first: FirstTask) -> None:
+    """Raises if a function of a problem changes the dicts or the tensors that it is handed.
+
+    Cost: nothing for a kind of problem that was found to change none. Else, on the first task, one evaluation of each.
+
+    Args:
+        kind: what is the same for problems that run the same code.
+        first: the first task.
+
+    Raises:
+        ReplayError: naming the function and the argument.
+    """
+    memo.recall(KEPT, first.key(kind), lambda: _refuse_changed_arguments(*first.loop()))
+
+
+def refuse_side_effects(kind: Hashable, first: FirstTask, *, by_values: bool) -> None:
     """Raises if functions of a problem are not functions of their arguments, or do what a derivative misses.
 
     Cost: nothing for a kind of problem that was found to have none. Else, on the first task: one evaluation of each
@@ -34,26 +83,24 @@ def refuse_side_effects(kind: Hashable, bind: Bind, *, by_values: bool) -> None:
 
     Args:
         kind: what is the same for problems that run the same code.
-        bind: makes the loop.
+        first: the first task.
         by_values: whether the backend takes no derivative, which then can miss nothing.
 
     Raises:
         ReplayError: if something differs when it is evaluated again, or a function changes its arguments.
         IncompatibleBackendError: if a derivative would miss a path.
     """
-    memo.recall(CLEAN, (kind, by_values), lambda: _look(bind, by_values=by_values))
+    refuse_changed_arguments(kind, first)
+    memo.recall(CLEAN, (first.key(kind), by_values), lambda: _look(first, by_values=by_values))
 
 
-def _look(bind: Bind, *, by_values: bool) -> bool:
-    """Returns True, or raises what `refuse_side_effects` does."""
-    _refuse_changed_arguments(*bind())
-    first = _results(*bind())
-    loop, variables = bind()
-    _refuse_difference(_results(loop, variables), first, loop.inner_eps)
+def _look(first: FirstTask, *, by_values: bool) -> None:
+    once = _results(*first.loop())
+    loop, variables = first.loop()
+    _refuse_difference(_results(loop, variables), once, loop.inner_eps)
     if not by_values:
         _refuse_late_reads(loop, variables)
         refuse_dropped_buffers(loop, variables)
-    return True
 
 
 def _refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:
