@@ -46,7 +46,7 @@ from experiments.common.readers import (
 from experiments.common.reads import Reads, check_settings_are_read, given_settings
 from experiments.common.run_folder import command, open_folder
 from experiments.common.typed_settings import parse, setting
-from hypertorch.live_memory import parse_bytes
+from hypertorch.autodiff.live_memory import parse_bytes
 
 MAIN_CONFIG = Path(__file__).resolve().with_suffix(".yaml")
 failures = Failures(MAIN_CONFIG)

@@ -1,6 +1,7 @@
 """hypertorch: bilevel optimisation and meta-learning in PyTorch, with hypergradients whose numbers can be trusted."""
 
-from hypertorch import constraints, dynamics, errors, hypergradients, linear_solvers, live_memory, memo, tree
+from hypertorch import constraints, dynamics, errors, hypergradients, inner, linear_solvers, tree
+from hypertorch.autodiff import live_memory
 from hypertorch.constraints import BoundedSum, Box, Constraint, Positive, Simplex
 from hypertorch.diagnostics import (
     Accuracy,
@@ -18,11 +19,12 @@ from hypertorch.diagnostics import (
     spectral_radius,
 )
 from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
-from hypertorch.execution import Execution
-from hypertorch.functional import FunctionalModule
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
+from hypertorch.inner import memo
+from hypertorch.inner.execution import Execution
 from hypertorch.linear_solvers import LinearSolver
 from hypertorch.minibatches import Minibatches
+from hypertorch.nn.functional_module import FunctionalModule
 from hypertorch.outer import (
     Checkpoint,
     Checkpoints,
@@ -95,6 +97,7 @@ __all__ = [
     "horizon_bias",
     "hypergradient",
     "hypergradients",
+    "inner",
     "linear_solvers",
     "live_memory",
     "load_hparams",

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
+from hypertorch.autodiff.noise import random_permutation
 from hypertorch.checks import is_count
-from hypertorch.noise import random_permutation
 from hypertorch.types import Batch
 
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.bound_problem import BoundProblem, join_tasks
 from hypertorch.checks import check_metrics
-from hypertorch.execution import DEFAULT, Execution
-from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.side_effects import FirstTask, refuse_changed_arguments
-from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
+from hypertorch.hypergradients.guards.side_effects import FirstTask, refuse_changed_arguments
+from hypertorch.hypergradients.guards.vectorised_tasks import refuse_wrong_vectorisation
+from hypertorch.inner.bound_problem import BoundProblem, join_tasks
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.kinds import kind_of
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
+from hypertorch.inner.tasks import TaskSlice, measured, task_slices
 from hypertorch.problem import BilevelProblem
-from hypertorch.scan import scan
-from hypertorch.tasks import TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 
 
@@ -86,7 +86,7 @@ def unroll(
     kind = kind_of(problem)
     first = None if problem.num_tasks is None else TaskSlice(start=0, stop=1, squeeze=True)
     with bound.running():
-        refuse_changed_arguments(kind, FirstTask(bound, hparams, first))
+        refuse_changed_arguments(kind, FirstTask(bound=bound, hparams=hparams, item=first))
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
         with bound.running(), torch.no_grad():

@@ -13,39 +13,25 @@ PACKAGE = ROOT / "hypertorch"
 
 # Lowest first; modules of one layer may import each other, but for those kept apart below.
 LAYERS = (
-    (
-        "types",
-        "errors",
-        "checks",
-        "tree",
-        "missing_derivatives",
-        "parameter_slots",
-        "recomputation",
-        "functional",
-        "constraints",
-        "noise",
-        "grad_mode",
-        "live_memory",
-        "memo",
-        "execution",
-    ),
-    ("derivatives", "inner_loss", "compilation", "compiler_mends"),
+    ("types", "errors", "checks", "tree", "constraints"),
+    ("autodiff", "nn"),
     ("dynamics", "linear_solvers"),
     ("problem",),
-    ("cost", "tasks", "inner_precision", "inner_state", "inner_loop", "bound_problem", "scan"),
+    ("inner",),
     ("hypergradients",),
     ("unroll",),
     ("diagnostics", "outer"),
 )
+BELOW = (*LAYERS[0], *LAYERS[1])
 BESIDE = {
-    "minibatches": LAYERS[0],
-    "fewshot.episodes": LAYERS[0],
-    "fewshot.sampler": LAYERS[0],
-    "fewshot.datasets": LAYERS[0],
-    "fewshot.backbones": LAYERS[0],
-    "fewshot.augmentation": LAYERS[0],
-    "fewshot._checks": LAYERS[0],
-    "fewshot._random": LAYERS[0],
+    "minibatches": BELOW,
+    "fewshot.episodes": BELOW,
+    "fewshot.sampler": BELOW,
+    "fewshot.datasets": BELOW,
+    "fewshot.backbones": BELOW,
+    "fewshot.augmentation": BELOW,
+    "fewshot._checks": BELOW,
+    "fewshot._random": BELOW,
     "fewshot.learners": (*sum(LAYERS[:5], ()), "unroll"),
 }
 # Within fewshot: learners are built on episodes, never the other way round.

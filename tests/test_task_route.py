@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
-from hypertorch.tasks import TASKS, TaskSlice, measured, task_slices
+from hypertorch.inner.tasks import TASKS, TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import one_by_one, task_problem
@@ -36,7 +36,7 @@ def test_auto_measures_once_and_takes_the_faster_route(monkeypatch: pytest.Monke
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
     clock = {"now": 0.0}
     calls: list[int] = []
-    monkeypatch.setattr("hypertorch.tasks.time.perf_counter", lambda: clock["now"])
+    monkeypatch.setattr("hypertorch.inner.tasks.time.perf_counter", lambda: clock["now"])
 
     def run(slices: list[TaskSlice | None]) -> None:
         calls.append(len(slices))
@@ -67,7 +67,7 @@ def measured_as(monkeypatch: pytest.MonkeyPatch, *, vmap: float, loop: float) ->
         given.append(loop if len(given) % 2 else vmap)
         return given[-1]
 
-    monkeypatch.setattr("hypertorch.tasks._time", timed)
+    monkeypatch.setattr("hypertorch.inner.tasks._time", timed)
     return given
 
 
@@ -100,9 +100,9 @@ def test_a_run_measures_once_takes_the_faster_route_and_says_which_and_why(
 
     monkeypatch.setattr("hypertorch.hypergradients.api.task_slices", recorded)
     trainer = ht.OuterLoop(Source(num_tasks=6), optimizer=torch.optim.SGD, backend=Reverse())
-    with caplog.at_level("INFO", logger="hypertorch.tasks"):
+    with caplog.at_level("INFO", logger="hypertorch.inner.tasks"):
         trainer.run(num_outer_steps=5)
-    messages = [record.getMessage() for record in caplog.records if record.name == "hypertorch.tasks"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "hypertorch.inner.tasks"]
     assert messages == [
         f"4 tasks took {1e3 * vmap:.1f} ms vectorised and {1e3 * loop:.1f} ms one by one: tasks run by {route!r}"
     ]
@@ -113,7 +113,7 @@ def test_a_run_measures_once_takes_the_faster_route_and_says_which_and_why(
 @pytest.mark.usefixtures("fresh_routes")
 def test_a_named_route_is_not_measured(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     given = measured_as(monkeypatch, vmap=1.0, loop=2.0)
-    with caplog.at_level("INFO", logger="hypertorch.tasks"):
+    with caplog.at_level("INFO", logger="hypertorch.inner.tasks"):
         for route in ("vmap", "loop"):
             execution = ht.Execution(tasks=route)
             loop = ht.OuterLoop(Source(num_tasks=3), optimizer=torch.optim.SGD, backend=Reverse(), execution=execution)
@@ -125,7 +125,7 @@ def test_a_named_route_is_not_measured(monkeypatch: pytest.MonkeyPatch, caplog: 
 def test_the_best_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine makes single times several times too long, at random."""
     seconds = iter([9.0, 0.2, 9.0, 0.2, 0.1, 9.0, 9.0, 9.0, 9.0, 9.0])
-    monkeypatch.setattr("hypertorch.tasks._time", lambda run: next(seconds))
+    monkeypatch.setattr("hypertorch.inner.tasks._time", lambda run: next(seconds))
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
     assert measured(ht.Execution(), problem, "a stub", problem.init_hparams(), lambda slices: None).tasks == "vmap"
     assert next(seconds, None) is None
@@ -149,7 +149,7 @@ def test_what_is_won_on_a_few_tasks_by_little_is_measured_on_all(
     def run(slices: list[TaskSlice | None]) -> None:
         ran.append([(item.start, item.stop) for item in slices if item is not None])
 
-    monkeypatch.setattr("hypertorch.tasks._time", timed)
+    monkeypatch.setattr("hypertorch.inner.tasks._time", timed)
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=6)
     assert measured(ht.Execution(chunk=chunk), problem, "a stub", problem.init_hparams(), run).tasks == route
     whole = [(0, first), *([(first, 6)] if first < 6 else [])]
@@ -191,10 +191,10 @@ def test_plain_runs_are_measured_for_each_kind_of_problem(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("fresh_routes")
 def test_the_loop_of_what_cannot_be_vectorised_says_so(caplog: pytest.LogCaptureFixture) -> None:
     problem = task_problem(Recurrent().double(), item=(3, 4))
-    with caplog.at_level("INFO", logger="hypertorch.tasks"):
+    with caplog.at_level("INFO", logger="hypertorch.inner.tasks"):
         for _ in range(3):
             ht.hypergradient(problem, problem.init_hparams(), backend=Reverse())
-    messages = [record.getMessage() for record in caplog.records if record.name == "hypertorch.tasks"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "hypertorch.inner.tasks"]
     assert len(messages) == 1
     assert messages[0].startswith("tasks run one by one: an operation cannot be vectorised (")
 

@@ -13,7 +13,7 @@ import hypertorch as ht
 from experiments.common.failures import ExpectedFailure
 from experiments.common.readers import inner_dtype, one_of, optional, whole_number
 from experiments.common.typed_settings import setting
-from hypertorch.execution import TaskRoute
+from hypertorch.inner.execution import TaskRoute
 
 
 def _task_route(config: DictConfig, key: str) -> TaskRoute:

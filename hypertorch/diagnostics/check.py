@@ -10,8 +10,8 @@ import torch
 
 from hypertorch import tree
 from hypertorch.checks import is_count
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import Hypergradient, hypergradient, measured_execution
+from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from hypertorch.cost import Cost
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.text_table import aligned, in_bytes, in_seconds
 from hypertorch.errors import HypertorchError
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import (
     Hypergradient,
     HypergradientResult,
@@ -24,7 +23,8 @@ from hypertorch.hypergradients import (
     hypergradient,
     measured_execution,
 )
-from hypertorch.live_memory import PeakMemory
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.record import Cost
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
@@ -131,7 +131,7 @@ def compare_backends(
     several.
 
     Memory is counted from before the backend starts: it holds neither `hparams` nor data of the problem.
-    `hypertorch.live_memory` describes what else it leaves out.
+    `hypertorch.autodiff.live_memory` describes what else it leaves out.
 
     Cost: one hypergradient by `exact`, and `2 + repeats` by each backend.
 

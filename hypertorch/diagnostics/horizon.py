@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeAlias
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.geometric_fit import GeometricFit, fit_geometric
 from hypertorch.diagnostics.text_table import aligned
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import Hypergradient, Reverse, Truncated, hypergradient, measured_execution
+from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.bound_problem import BoundProblem
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.products import vjp
 from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import Reverse, measured_execution
-from hypertorch.hypergradients.finiteness import first_non_finite
-from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
+from hypertorch.hypergradients.guards.finiteness import first_non_finite
+from hypertorch.hypergradients.guards.vectorised_tasks import refuse_wrong_vectorisation
+from hypertorch.inner.bound_problem import BoundProblem
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.kinds import kind_of
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
+from hypertorch.inner.tasks import TaskSlice, task_slices
 from hypertorch.problem import BilevelProblem
-from hypertorch.scan import scan
-from hypertorch.tasks import TaskSlice, task_slices
 from hypertorch.types import TensorDict
 
 Verdict: TypeAlias = Literal["contracts", "is marginal", "explodes"]

@@ -10,10 +10,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.declared import check_declared, check_settings, declared, natural_constraints
 from hypertorch.dynamics.settings import Setting, is_active, resolve_all
-from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import TensorDict, TensorMapping
 
 

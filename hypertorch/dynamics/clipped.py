@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.constraints import Constraint, Positive
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
 from hypertorch.dynamics.declared import Range, check_settings, intersections, setting
 from hypertorch.dynamics.elementwise import safe_sqrt
 from hypertorch.dynamics.settings import Hyper, Setting, UngroupedSetting, resolve
-from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import TensorDict, TensorMapping
 
 _EPS = 1e-6  # of `torch.nn.utils.clip_grad_norm_`

@@ -14,7 +14,7 @@ from hypertorch.constraints import Positive
 from hypertorch.dynamics.base import GradientDynamics, by_parameter, flattened
 from hypertorch.dynamics.declared import Range, setting
 from hypertorch.dynamics.settings import Setting
-from hypertorch.functional import FunctionalModule
+from hypertorch.nn.functional_module import FunctionalModule
 from hypertorch.types import TensorDict
 
 _SCALE = Range(0.0, math.inf, Positive(), "The rule itself learns the sign.")

@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from hypertorch.noise import random_words
+from hypertorch.autodiff.noise import random_words
 
 
 def random_uniform(shape: tuple[int, ...], *key: int) -> np.ndarray:

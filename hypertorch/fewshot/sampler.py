@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypertorch.autodiff.noise import mix, random_words
 from hypertorch.fewshot._checks import (
     check_count,
     check_num_queries,
@@ -20,7 +21,6 @@ from hypertorch.fewshot.augmentation import Augmentation, Normalisation
 from hypertorch.fewshot.datasets.classes import Classes
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples, TaskSpec
-from hypertorch.noise import mix, random_words
 
 _AUGMENTATION = 1  # keeps its random stream apart from that of the classes and images
 _LAST_WORD = np.uint64(2**64 - 1)

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.bound_problem import BoundProblem, join_tasks
-from hypertorch.cost import Cost
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.products import vjp
 from hypertorch.errors import NonFiniteError
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergradient, HypergradientResult
-from hypertorch.hypergradients.faulty_operations import refuse_faulty_operations
-from hypertorch.hypergradients.finiteness import first_non_finite, non_finite_hypergradient
-from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.reachability import check_reachability, known_reach, moved_by_values
+from hypertorch.hypergradients.guards.faulty_operations import refuse_faulty_operations
+from hypertorch.hypergradients.guards.finiteness import first_non_finite, non_finite_hypergradient
+from hypertorch.hypergradients.guards.reachability import check_reachability, known_reach, moved_by_values
+from hypertorch.hypergradients.guards.side_effects import FirstTask, refuse_side_effects
+from hypertorch.hypergradients.guards.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
-from hypertorch.hypergradients.side_effects import FirstTask, refuse_side_effects
-from hypertorch.hypergradients.vectorised_tasks import refuse_wrong_vectorisation
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.bound_problem import BoundProblem, join_tasks
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.kinds import kind_of
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.record import Cost
+from hypertorch.inner.tasks import TaskSlice, measured, task_slices
 from hypertorch.problem import BilevelProblem
-from hypertorch.tasks import TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 
 
@@ -182,7 +182,7 @@ class _Run:
         Args:
             item: the first slice of the tasks, of which the first task is looked at.
         """
-        first = FirstTask(self._bound, self._hparams, item)
+        first = FirstTask(bound=self._bound, hparams=self._hparams, item=item)
         with self._bound.running():
             refuse_side_effects(self._kind, first, by_values=isinstance(self._backend, BlackBox))
 

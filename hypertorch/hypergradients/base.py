@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from hypertorch.cost import Cost
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.record import Cost
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

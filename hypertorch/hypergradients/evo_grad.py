@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, BlackBox
-from hypertorch.hypergradients.particles import Pair, pairs_to_carry, read_pairs
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
-from hypertorch.scan import scan
+from hypertorch.hypergradients.evolution.antithetic_pairs import Pair, pairs_to_carry, read_pairs
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

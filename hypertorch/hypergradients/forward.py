@@ -13,9 +13,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, PathBlind
-from hypertorch.hypergradients.replay import check_replay
-from hypertorch.hypergradients.tangent_choice import serving_route
-from hypertorch.hypergradients.tangents import (
+from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route
+from hypertorch.hypergradients.forward_mode.tangents import (
     ForwardState,
     TangentRoute,
     check_chunk_size,
@@ -24,9 +23,10 @@ from hypertorch.hypergradients.tangents import (
     directional_grads,
     with_last_term,
 )
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
-from hypertorch.scan import scan
+from hypertorch.hypergradients.guards.replay import check_replay
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 _COUNT = "shared.tangents"  # in a carry: how many tangents it holds

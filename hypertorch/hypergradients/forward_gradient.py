@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.hypergradients.base import BackendResult, RandomDirections
-from hypertorch.hypergradients.replay import check_replay
-from hypertorch.hypergradients.tangent_choice import serving_route
-from hypertorch.hypergradients.tangents import (
+from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route
+from hypertorch.hypergradients.forward_mode.tangents import (
     ForwardState,
     TangentRoute,
     check_chunk_size,
@@ -22,8 +21,9 @@ from hypertorch.hypergradients.tangents import (
     directional_grads,
     with_last_term,
 )
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.scan import scan
+from hypertorch.hypergradients.guards.replay import check_replay
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
 from hypertorch.types import TensorDict
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
 from hypertorch.linear_solvers import ConjugateGradient, FixedPoint, LinearSolution, LinearSolver, SymmetricSolver
-from hypertorch.scan import scan
 from hypertorch.types import TensorDict
 
 ImplicitMap: TypeAlias = Literal["gradient", "step"]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.inner_loss import InnerLoss
+from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, Segment, accumulate, pull_back, sweep
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_loss import InnerLoss
-from hypertorch.inner_state import InnerState
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

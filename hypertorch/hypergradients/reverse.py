@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from hypertorch import memo
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.kinds import kind_of
 from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
 from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, compiled_whole, run_compiled
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
@@ -19,7 +16,10 @@ from hypertorch.hypergradients.reverse_mode.memory_plan import plan_memory
 from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.steps import EagerSteps, Steps
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner import memo
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.kinds import kind_of
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 

@@ -13,7 +13,7 @@ from hypertorch.hypergradients.reverse_mode.exact_reversal import CompiledRevers
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 

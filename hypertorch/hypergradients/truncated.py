@@ -10,7 +10,7 @@ from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
 from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.sweep import Segment, sweep
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hypertorch.autodiff.noise import random_words
 from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged
 from hypertorch.linear_solvers.columns import Layout
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_positive
-from hypertorch.noise import random_words
 from hypertorch.types import TensorDict
 
 

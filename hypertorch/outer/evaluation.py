@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypertorch.checks import check_metrics, is_count
-from hypertorch.execution import DEFAULT, Execution
+from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.progress import progress_display
 from hypertorch.outer.report import Estimate, Report
 from hypertorch.outer.scalars import to_floats

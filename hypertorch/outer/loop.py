@@ -12,8 +12,8 @@ from torch import Tensor
 from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import Hypergradient, measured_execution
+from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate

@@ -7,10 +7,10 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 
 import torch
 
+from hypertorch.autodiff.noise import preserved_generators
 from hypertorch.constraints import Constraint
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
-from hypertorch.noise import preserved_generators
+from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.loggers import Logger

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hypertorch.constraints import Constraint
 from hypertorch.errors import NonFiniteError
-from hypertorch.execution import Execution
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
+from hypertorch.inner.execution import Execution
 from hypertorch.outer.clipping import clip_to_norm, total_norm
 from hypertorch.outer.constraining import project_in_place
 from hypertorch.outer.evaluation import OUTER_LOSS

@@ -20,7 +20,10 @@ from scripts.mutation.copies import changed, copy_checkout
 from scripts.mutation.covering import Covering
 from scripts.mutation.mutants import Mutant, digest, draw, equivalents
 
-FOLDERS = ("core", "diagnostics", "dynamics", "fewshot", "hypergradients", "linear_solvers", "outer")
+FOLDERS = (
+    *("core", "autodiff", "diagnostics", "dynamics", "fewshot", "hypergradients", "inner", "linear_solvers", "nn"),
+    "outer",
+)
 ROOT = Path(__file__).resolve().parents[2]
 _KEPT = ROOT / "outputs" / "mutation"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hypertorch import tasks
+from hypertorch.inner import tasks
 from tests.helpers.memo import set_aside
 
 

@@ -9,7 +9,7 @@ import torch
 
 import hypertorch as ht
 from hypertorch.hypergradients import BackendResult, Hypergradient
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 from tests.helpers.problems import Ridge
 

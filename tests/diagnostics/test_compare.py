@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import hypertorch as ht
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import IncompatibleBackendError, NonFiniteError
 from hypertorch.hypergradients import BackendResult
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.live_memory import PeakMemory
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 from tests.diagnostics.task_routes import noisy_module, routes_by_turns
 from tests.helpers.problems import Ridge, net_problem, task_problem

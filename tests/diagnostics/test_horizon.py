@@ -12,7 +12,7 @@ import hypertorch as ht
 from hypertorch.diagnostics.geometric_fit import fit_geometric
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import BackendResult
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 from tests.diagnostics.task_routes import noisy_module, routes_by_turns
 from tests.helpers.problems import Ridge, net_problem, task_problem

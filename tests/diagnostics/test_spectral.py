@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
-from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import NonFiniteError
+from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
 

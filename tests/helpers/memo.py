@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hypertorch import memo
+from hypertorch.inner import memo
 
 
 def set_aside(monkeypatch: pytest.MonkeyPatch, *topics: str) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import hypertorch as ht
-from hypertorch import compilation, memo
-from hypertorch.compilation import NotCompilableError
 from hypertorch.errors import DetachedHyperparameterError, ReplayError
-from hypertorch.hypergradients import refusals
+from hypertorch.hypergradients.reverse_mode import compilation
+from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError
+from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, NetInner, net_problem, normal, task_problem

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hypertorch as ht
-from hypertorch.bound_problem import BoundProblem
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import (
     DetachedHyperparameterError,
     IncompatibleBackendError,
     NonFiniteError,
     ReplayError,
 )
-from hypertorch.hypergradients import tangents
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.live_memory import PeakMemory
+from hypertorch.hypergradients.forward_mode import tangents
+from hypertorch.inner.bound_problem import BoundProblem
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.agreement import assert_equal, assert_equals_reverse
 from tests.helpers.problems import (
@@ -33,7 +33,7 @@ from tests.helpers.problems import (
     scalars,
     task_problem,
 )
-from tests.test_tasks import NORMS, net
+from tests.inner.test_tasks import NORMS, net
 
 Forward, Reverse = ht.hypergradients.Forward, ht.hypergradients.Reverse
 SGD = ht.dynamics.SGD

@@ -15,8 +15,9 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients import cross_check, tangent_choice
-from hypertorch.hypergradients.kinds import kind_of
+from hypertorch.hypergradients.forward_mode import tangent_choice
+from hypertorch.hypergradients.guards import cross_check
+from hypertorch.inner.kinds import kind_of
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, scalars

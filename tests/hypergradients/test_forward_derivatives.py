@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients import cross_check
+from hypertorch.hypergradients.guards import cross_check
 from hypertorch.types import Batch
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal

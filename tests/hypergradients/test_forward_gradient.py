@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from hypertorch import tree
-from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
-from hypertorch.tasks import task_slices
+from hypertorch.inner.bound_problem import BoundProblem
+from hypertorch.inner.tasks import task_slices
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, task_problem
 

@@ -11,7 +11,7 @@ import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import TensorDict
 from tests.helpers.problems import net_problem, scalar_problem, scalars, task_problem
-from tests.test_tasks import net
+from tests.inner.test_tasks import net
 
 Forward, Reverse = ht.hypergradients.Forward, ht.hypergradients.Reverse
 SGD = ht.dynamics.SGD

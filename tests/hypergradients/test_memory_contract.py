@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import hypertorch as ht
+from hypertorch.autodiff.live_memory import PeakMemory, storage_bytes
 from hypertorch.hypergradients.reverse_mode.revolve import states_alive
-from hypertorch.live_memory import PeakMemory, storage_bytes
 from hypertorch.types import Batch
 from tests.helpers.problems import LambdaInner, LambdaOuter
 from tests.helpers.sized_problems import mlp, sized_problem

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import hypertorch as ht
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.memory_plan import MemoryPlan, plan_memory
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps
-from hypertorch.live_memory import PeakMemory
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, task_problem
 from tests.helpers.sized_problems import conv_net, mlp, sized_problem
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import hypertorch as ht
+from hypertorch.autodiff.inner_loss import InnerLoss
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients.reverse_mode import derivative_choice
 from hypertorch.hypergradients.reverse_mode.steps import EagerSteps
 from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment
-from hypertorch.inner_loss import InnerLoss
-from hypertorch.inner_state import InnerState
-from hypertorch.live_memory import PeakMemory
+from hypertorch.inner.state import InnerState
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem

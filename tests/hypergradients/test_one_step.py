@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import hypertorch as ht
+from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.inner_loss import InnerLoss
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, scalars, task_problem
 

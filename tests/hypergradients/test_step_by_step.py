@@ -10,7 +10,7 @@ import torch
 import hypertorch as ht
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 from tests.helpers.problems import net_problem
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch import outer
-from hypertorch.bound_problem import BoundProblem
 from hypertorch.errors import (
     DetachedHyperparameterError,
     IncompatibleBackendError,
@@ -22,6 +21,7 @@ from hypertorch.errors import (
     ZeroHypergradientWarning,
 )
 from hypertorch.hypergradients import Forward
+from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import normal, scalars
 from tests.outer.runs import assert_same_checkpoint, assert_same_run, records

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from hypertorch.checks import is_count
-from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
+from hypertorch.nn.feature_norm import FeatureNorm
 
 
 class MLP(nn.Module):

@@ -8,8 +8,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from hypertorch.checks import is_count
-from hypertorch.fewshot.backbones.batch_norm import BatchNorm, Statistics
-from hypertorch.fewshot.backbones.feature_norm import FeatureNorm
+from hypertorch.nn.batch_norm import BatchNorm, Statistics
+from hypertorch.nn.feature_norm import FeatureNorm
 
 
 class ResNet12(nn.Module):

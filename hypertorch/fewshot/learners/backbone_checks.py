@@ -8,7 +8,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot.learners.module_copy import copy_module
-from hypertorch.functional import FunctionalModule
+from hypertorch.nn.functional_module import FunctionalModule
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 

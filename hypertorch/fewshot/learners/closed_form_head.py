@@ -9,10 +9,10 @@ from functools import partial
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.feature_learner import FeatureLearner, GivenHead, QueryFeatures, no_inner_loop
-from hypertorch.inner_loss import InnerLoss
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 

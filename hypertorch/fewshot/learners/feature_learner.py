@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hypertorch import tree
 from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.fewshot.backbones.feature_norm import mean_and_spread
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.backbone_checks import first_parameter, fit_and_predict, refuse_dropout
 from hypertorch.fewshot.learners.base import Embedding, Learner
@@ -24,6 +23,7 @@ from hypertorch.fewshot.learners.episode_checks import (
     integers_explained,
 )
 from hypertorch.fewshot.learners.objectives import Objective, chosen_objective
+from hypertorch.nn.feature_norm import mean_and_spread
 from hypertorch.problem import InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll

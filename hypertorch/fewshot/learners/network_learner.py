@@ -20,7 +20,7 @@ from hypertorch.fewshot.learners.episode_checks import (
 )
 from hypertorch.fewshot.learners.objectives import Objective, chosen_objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
-from hypertorch.functional import FunctionalModule
+from hypertorch.nn.functional_module import FunctionalModule
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from hypertorch.autodiff.live_memory import parse_bytes
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_loop
 from hypertorch.hypergradients.reverse_mode.segments import kept_every, revolving, single_steps
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.live_memory import parse_bytes
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)

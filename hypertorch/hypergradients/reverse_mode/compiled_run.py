@@ -8,18 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hypertorch import memo, tree
-from hypertorch.compilation import NotCompilableError, compilation, compiled
+from hypertorch import tree
+from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.kinds import kind_of
-from hypertorch.hypergradients.refusals import may_compile, refuse
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled
+from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, sweep
-from hypertorch.inner_loop import INIT, InnerLoop
-from hypertorch.inner_state import InnerState
-from hypertorch.noise import generator_states
+from hypertorch.inner import memo
+from hypertorch.inner.kinds import kind_of
+from hypertorch.inner.loop import INIT, InnerLoop
+from hypertorch.inner.state import InnerState
 from hypertorch.types import Batch, TensorDict
 
 # Steps in one program: each is compiled anew, which takes seconds.

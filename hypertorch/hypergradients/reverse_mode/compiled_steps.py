@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hypertorch import memo, tree
-from hypertorch.compilation import compiled
-from hypertorch.hypergradients.replay import check_values
+from hypertorch import tree
+from hypertorch.autodiff.noise import generator_states
+from hypertorch.hypergradients.guards.replay import check_values
+from hypertorch.hypergradients.reverse_mode.compilation import compiled
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
 from hypertorch.hypergradients.reverse_mode.mixed import through_gradients
 from hypertorch.hypergradients.reverse_mode.steps import Steps
@@ -24,11 +25,11 @@ from hypertorch.hypergradients.reverse_mode.sweep import (
     Segment,
     pull_back,
 )
-from hypertorch.inner_loop import InnerLoop, inner_loop
-from hypertorch.inner_state import InnerState
-from hypertorch.noise import generator_states
+from hypertorch.inner import memo
+from hypertorch.inner.loop import InnerLoop, inner_loop
+from hypertorch.inner.state import InnerState
+from hypertorch.inner.tasks import TaskSlice
 from hypertorch.problem import BilevelProblem
-from hypertorch.tasks import TaskSlice
 from hypertorch.types import Batch, TensorDict
 
 TRIED = "dynamics that took a step"

@@ -9,13 +9,14 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from hypertorch import memo, tree
-from hypertorch.compilation import NotCompilableError, compiler_errors
+from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.cross_check import Reference, case_of, fault_of, forget, vjp_faults
+from hypertorch.hypergradients.guards.cross_check import Reference, case_of, fault_of, forget, vjp_faults
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compiler_errors
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
-from hypertorch.inner_loop import InnerLoop
+from hypertorch.inner import memo
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 _logger = logging.getLogger(__name__)

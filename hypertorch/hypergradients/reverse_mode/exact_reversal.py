@@ -13,14 +13,14 @@ from hypertorch.dynamics.reversible import ExactState, ReversibleDynamics
 from hypertorch.dynamics.reversible.base import GradientFunction
 from hypertorch.dynamics.reversible.exact_arithmetic import LARGEST_NUMBER, encode
 from hypertorch.errors import NonFiniteError, ReplayError
-from hypertorch.hypergradients.finiteness import first_non_finite
+from hypertorch.hypergradients.guards.finiteness import first_non_finite
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
 from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
-from hypertorch.scan import scan
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.hypergradients.replay import check_replay
+from hypertorch.autodiff.inner_loss import GradientRoute
+from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_loss import GradientRoute
-from hypertorch.inner_state import InnerState
-from hypertorch.scan import scan
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

@@ -8,15 +8,15 @@ from math import ceil
 from typing import Literal
 
 from hypertorch import tree
-from hypertorch.bound_problem import BoundProblem
+from hypertorch.autodiff.live_memory import format_bytes, parse_bytes
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.execution import DEFAULT, Execution
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps, states_alive
 from hypertorch.hypergradients.reverse_mode.step_memory import StepMemory, measure_step
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.live_memory import format_bytes, parse_bytes
+from hypertorch.inner.bound_problem import BoundProblem
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.tasks import task_slices
 from hypertorch.problem import BilevelProblem
-from hypertorch.tasks import task_slices
 from hypertorch.types import TensorDict
 
 

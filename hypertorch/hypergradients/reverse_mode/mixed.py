@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypertorch.derivatives import vjp
-from hypertorch.hypergradients.replay import check_replay
+from hypertorch.autodiff.inner_loss import InnerLoss
+from hypertorch.autodiff.products import vjp
+from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.hypergradients.reverse_mode.graph import with_terms
 from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_loss import InnerLoss
+from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.products import vjp
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
-from hypertorch.scan import scan
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.live_memory import PeakMemory, storage_bytes
+from hypertorch.autodiff.products import vjp
 from hypertorch.hypergradients.reverse_mode.graph import with_terms
 from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part, pull_back
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
-from hypertorch.live_memory import PeakMemory, storage_bytes
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

@@ -10,8 +10,8 @@ from hypertorch import tree
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.mixed import mixed_vjp
 from hypertorch.hypergradients.reverse_mode.sweep import Differentiable, Segment
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 

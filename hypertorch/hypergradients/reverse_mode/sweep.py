@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.derivatives import vjp
+from hypertorch.autodiff.products import vjp
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.inner_loop import InnerLoop
-from hypertorch.inner_state import InnerState
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 Grads: TypeAlias = dict[str, Tensor | None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hypertorch as ht
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import LinearSolveWarning, NonFiniteError
 from hypertorch.linear_solvers import (
     ConjugateGradient,
@@ -21,7 +22,6 @@ from hypertorch.linear_solvers import (
     Neumann,
     Nystrom,
 )
-from hypertorch.live_memory import PeakMemory
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
 from tests.hypergradients.implicit.setups import (

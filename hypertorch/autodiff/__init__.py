@@ -1,0 +1,1 @@
+"""What PyTorch gives and gets wrong: products with derivatives, the inner gradient, noise, live memory."""

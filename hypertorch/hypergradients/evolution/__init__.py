@@ -1,0 +1,1 @@
+"""Perturbed inner runs."""

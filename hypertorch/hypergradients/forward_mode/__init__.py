@@ -1,0 +1,1 @@
+"""Tangents of the inner state, and by which way they are carried."""

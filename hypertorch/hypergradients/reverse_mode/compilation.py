@@ -1,0 +1,160 @@
+"""Functions of tensors compiled by `torch.compile`, once for all calls that are the same program."""
+
+from __future__ import annotations
+
+import importlib
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from hypertorch.errors import HypertorchError
+from hypertorch.inner import memo
+
+# The argument of this name is a whole number that changes from call to call: it never makes a new program.
+# PyTorch makes programs of their own for 0 and 1, so callers add 2.
+COUNTER = "counter"
+
+# What makes code of a traced function; tests take one that makes none, which is quicker.
+BACKEND = "inductor"
+
+# The problems of one class with other sizes, settings or lengths of the last batch share a list of programs. Each takes
+# seconds: more of them is a mistake.
+_MOST_PROGRAMS = 16
+
+PROGRAMS = "compiled programs"
+
+
+class NotCompilableError(HypertorchError):
+    """A function cannot be compiled; whoever asked runs it without compilation."""
+
+
+class TooManyProgramsError(NotCompilableError):
+    """A function could be compiled, but was often enough."""
+
+
+def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) -> Callable[..., Any]:
+    """Returns a function that computes what `function` does, compiled at its first call.
+
+    What makes calls the same program is found out by `torch.compile`: shapes, dtypes and the Python values that were
+    read on the way. Tensors that are reached from the arguments, such as the attributes of an object, are inputs of
+    the program like any other: where they change, so does the result, without a new compilation.
+
+    Random numbers are drawn as without compilation, so that a seeded call gives the same noise.
+
+    On CUDA the program's kernels are captured into a graph and replayed; results are copied out of its memory.
+
+    Args:
+        function: of tensors, and of objects that hold them, without side effects. One at the top level of a module.
+        key: functions under different keys share nothing, so that the list of programs that each call is compared
+            with stays short.
+        device: that the tensors are on.
+    """
+
+    def make() -> Callable[..., Any]:
+        # A list of programs belongs to a code object.
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device))
+        return _copied(program) if device.type == "cuda" else program
+
+    return memo.recall(PROGRAMS, (function, key, device.type), make)
+
+
+def _make_code(backend: str, device: torch.device, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Returns the code of a traced function."""
+    _refuse_cut_derivatives(graph)
+    if backend == "inductor":
+        return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device))
+    dynamo: Any = torch._dynamo
+    return dynamo.lookup_backend(backend)(graph, inputs)
+
+
+def _refuse_cut_derivatives(graph: fx.GraphModule) -> None:
+    """Raises `NotCompilableError` for a `torch.autograd.Function`.
+
+    Once traced, its backward pass has no derivative any more: a hypergradient would lack what passes through it.
+    """
+    for module in graph.modules():
+        if isinstance(module, fx.GraphModule) and any(
+            str(node.target) == "autograd_function_apply" for node in module.graph.nodes
+        ):
+            raise NotCompilableError(
+                "a custom `torch.autograd.Function` is on the way, whose backward pass loses its own derivative when "
+                "it is traced. Written out of operations of PyTorch it could be compiled."
+            )
+
+
+def _options(device: torch.device) -> Any:
+    # Not at the top of this module: it loads the compiler, which takes seconds.
+    mends = importlib.import_module("hypertorch.hypergradients.reverse_mode.compiler_mends")
+    return {
+        # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
+        "fallback_random": True,
+        "triton.cudagraphs": device.type == "cuda",
+        "post_grad_custom_pre_pass": mends.CompilerMends(),
+    }
+
+
+def _copied(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a program whose results outlive the next replay of its graph."""
+
+    def run(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        result = program(*arguments)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, result)
+
+    return run
+
+
+@contextmanager
+def compilation() -> Iterator[None]:
+    """Surrounds calls of compiled functions: derivatives inside them can be traced.
+
+    Raises:
+        NotCompilableError: where PyTorch cannot compile one.
+    """
+    with ExitStack() as stack:
+        # Loaded by PyTorch when first asked for, which takes a second.
+        dynamo: Any = torch._dynamo
+        compiler: Any = torch.compiler
+        try:
+            stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
+            stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
+            # What PyTorch says of its own insides while it compiles is no fault of the user's.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", module=r"torch\b")
+        except AttributeError as error:
+            raise NotCompilableError(
+                f"PyTorch {torch.__version__} cannot compile code that takes derivatives"
+            ) from error
+        try:
+            yield
+        except dynamo.exc.FailOnRecompileLimitHit as error:
+            raise TooManyProgramsError(
+                f"it became another program {_MOST_PROGRAMS} times. Numbers that change from step to step belong into "
+                f"tensors of the batch, and those that change from run to run into hyperparameters (`Hyper`). "
+                f"{_first_sentence(str(error))}"
+            ) from error
+        except compiler_errors() as error:
+            inner = getattr(error, "inner_exception", None)  # of what failed outside of the tracing
+            if isinstance(inner, NotCompilableError):
+                raise inner from error
+            raise NotCompilableError(f"PyTorch says: {_first_sentence(str(error))}") from error
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """Returns what PyTorch raises where it cannot compile a function."""
+    dynamo: Any = torch._dynamo
+    return dynamo.exc.TorchDynamoException, dynamo.exc.FailOnRecompileLimitHit
+
+
+def _first_sentence(text: str) -> str:
+    """Returns the first lines of an error of PyTorch, without its advice to developers."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "TORCH" not in line]
+    return " ".join(lines[:3])[:500]

@@ -1,0 +1,49 @@
+"""Which problems could not be compiled, so that they are not tried again, and the warning that says so."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, TooManyProgramsError
+from hypertorch.inner import memo
+
+# Each attempt takes a second: problems of a family of which so many were refused are not tried any more.
+_MOST_ATTEMPTS = 3
+
+REFUSED = "problems that cannot be compiled"
+ATTEMPTS = "failed compilations"
+WARNED = "warnings of what cannot be compiled"
+
+
+def may_compile(family: Hashable, kind: Callable[[], Hashable]) -> bool:
+    """Returns whether nothing is known against compiling a problem.
+
+    Args:
+        family: what problems that share programs have in common.
+        kind: tells what problems that run the same code have in common; asked only after a refusal.
+    """
+    attempts = memo.get(ATTEMPTS, family, 0)
+    return not attempts or (attempts < _MOST_ATTEMPTS and not memo.get(REFUSED, (family, kind()), False))
+
+
+def refuse(family: Hashable, kind: Hashable, what: str, error: NotCompilableError) -> None:
+    """Remembers that a problem cannot be compiled, and warns of it once.
+
+    Where there were too many programs those that there are go on being used, by the problems that they belong to.
+    """
+    memo.note(REFUSED, (family, kind), True)
+    attempts = memo.get(ATTEMPTS, family, 0)
+    # Too many programs count once, so that others of the family are still looked at.
+    attempts += 0 if isinstance(error, TooManyProgramsError) and attempts else 1
+    memo.note(ATTEMPTS, family, attempts)
+    note = " Others of its class are not tried any more." if attempts == _MOST_ATTEMPTS else ""
+    key = (family, TooManyProgramsError) if isinstance(error, TooManyProgramsError) else (family, kind)
+    if not memo.get(WARNED, key, False):
+        memo.note(WARNED, key, True)
+        warnings.warn(
+            f"`compile=True`: {what} cannot be compiled, and runs without compilation, with the same numbers: "
+            f"{error}{note}",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,153 @@
+"""A problem at one outer step: its data drawn, its context and inner loops ready to be made for any of its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hypertorch.autodiff.missing_derivatives import second_order
+from hypertorch.autodiff.noise import preserved_generators, seed_generators
+from hypertorch.checks import check_hparams
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.loop import CONTEXT, InnerLoop, inner_loop
+from hypertorch.inner.tasks import TaskSlice, check_tasks_axis
+from hypertorch.problem import BilevelProblem
+from hypertorch.types import TensorDict
+
+
+class BoundProblem:
+    """A problem at one outer step: its outer data drawn and its arguments validated, once.
+
+    Args:
+        problem: the problem.
+        hparams: the outer variables; only names, shapes and the device are kept.
+        outer_step: chooses the outer data and the noise.
+        carry: state of all tasks to start from (warm start); empty to start afresh.
+        execution: how the problem is run. Its `tasks` play no role here: the caller chooses the slices.
+
+    Raises:
+        TypeError: if `hparams` is no dictionary of floating-point tensors, or `execution` is none.
+        ValueError: if the outer data lacks the tasks axis, a carry meets a problem that starts afresh, or `inner_dtype`
+            one without an inner step.
+    """
+
+    def __init__(
+        self,
+        problem: BilevelProblem,
+        hparams: TensorDict,
+        outer_step: int,
+        carry: TensorDict | None,
+        execution: Execution = DEFAULT,
+    ) -> None:
+        _check_execution(execution, problem)
+        self.problem = problem
+        self.execution = execution
+        self.device = check_hparams(hparams)
+        self._outer_step = outer_step
+        self._carry = carry or {}
+        if self._carry and not problem.warm_start:
+            raise ValueError(
+                f"`carry` holds {sorted(self._carry)}, but the problem has `warm_start=False`: every run starts from "
+                "`init_params`. Pass `carry=None`, or set `warm_start=True`."
+            )
+        self._outer_batch = problem.outer.batch(outer_step)
+        if problem.num_tasks is not None:
+            check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
+
+    def drawn_again(self, hparams: TensorDict) -> BoundProblem:
+        """Returns the same problem at the same outer step, with its outer data drawn anew."""
+        return BoundProblem(self.problem, hparams, self._outer_step, self._carry, self.execution)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
+        with second_order(), preserved_generators(self.device):
+            yield
+
+    def context(self, hparams: TensorDict, task_slice: TaskSlice | None) -> TensorDict:
+        """Returns the context of some tasks, in the form that they are run in, with its graph into `hparams`.
+
+        Raises:
+            ValueError: if an entry has the name of a hyperparameter, or lacks its tasks axis.
+        """
+        problem = self.problem
+        if problem.context is None:
+            return {}
+        first = 0 if task_slice is None else task_slice.start
+        seed_generators(self.device, problem.seed, self._outer_step, first, CONTEXT)
+        batch = self._outer_batch if task_slice is None else task_slice.keep_axis(self._outer_batch)
+        context = problem.context(hparams, batch)
+        clash = sorted(context.keys() & hparams.keys())
+        if clash:
+            raise ValueError(
+                f"`context` returned {clash}, which are names of hyperparameters too: the losses could not tell them "
+                "apart. Rename the entries of the context."
+            )
+        if task_slice is None:
+            return context
+        per_task = {name: value for name, value in context.items() if name not in problem.shared_context}
+        check_tasks_axis("context", per_task, task_slice.stop - task_slice.start)
+        return {name: task_slice.drop_axis(value) if name in per_task else value for name, value in context.items()}
+
+    def loop(self, task_slice: TaskSlice | None, context: TensorDict) -> InnerLoop:
+        """Returns the inner loop of some tasks, given (the names of) their context."""
+        outer_batch, carry = self._outer_batch, self._carry
+        if task_slice is not None:
+            outer_batch = task_slice.take(outer_batch)
+            carry = {name: value if _is_shared(name) else task_slice.take(value) for name, value in carry.items()}
+        first_task = 0 if task_slice is None else task_slice.start
+        return inner_loop(
+            self.problem,
+            outer_batch=outer_batch,
+            tasks=task_slice,
+            per_task=frozenset(context) - frozenset(self.problem.shared_context),
+            noise_key=(self.problem.seed, self._outer_step, first_task),
+            device=self.device,
+            carry=carry,
+            inner_dtype=self.execution.inner_dtype,
+        )
+
+
+def _check_execution(execution: Execution, problem: BilevelProblem) -> None:
+    if not isinstance(execution, Execution):
+        raise TypeError(
+            f"`execution` is {execution!r}, not an `Execution`: it says how tasks are run, and in what precision. Pass "
+            "one, for example `ht.Execution(tasks='loop')`."
+        )
+    if execution.inner_dtype is not None and problem.num_steps == 0:
+        raise ValueError(
+            f"`inner_dtype` of the execution is {execution.inner_dtype}, but the problem takes no inner step: there is "
+            "no inner loss to compute in it, and nothing would change. Leave `inner_dtype` out."
+        )
+
+
+def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> TensorDict:
+    """Returns tensors of all tasks from those of their slices; the shared entries of a carry are the same for all.
+
+    Args:
+        parts: one dictionary per slice, in the form that the slice was run in.
+        slices: the slices; a single None for a problem without tasks.
+    """
+    if len(parts) == 1 and (slices[0] is None or not slices[0].squeeze):
+        return parts[0]
+
+    def join(name: str) -> Tensor:
+        values = [part[name] for part in parts]
+        if _is_shared(name):
+            return values[0]
+        return torch.cat(
+            [
+                value[None] if item is not None and item.squeeze else value
+                for value, item in zip(values, slices, strict=True)
+            ]
+        )
+
+    return {name: join(name) for name in parts[0]}
+
+
+def _is_shared(name: str) -> bool:
+    """Returns whether an entry of a carry has no tasks axis."""
+    return name == "index" or name.startswith("shared.")

@@ -1,0 +1,90 @@
+"""What problems have in common that run the same code, whatever their tensors hold."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorType, MethodType
+
+import torch
+from torch import nn
+
+from hypertorch.dynamics import Dynamics
+from hypertorch.nn.functional_module import FunctionalModule
+from hypertorch.problem import BilevelProblem
+
+_FEW = 32  # entries of a container that is looked into; a longer one holds data
+
+
+def kind_of(problem: BilevelProblem) -> Hashable:
+    """Returns what is the same for problems that run the same operations, as far as their attributes tell.
+
+    Namely words, switches, functions with what they are closed over, parts of modules with their modes and switches,
+    short containers and callable objects with what they hold, and the classes of everything else; of the inner
+    optimiser numbers, too. No tensor is held.
+
+    Cost: some microseconds for each attribute, and about three for every part of a module.
+    """
+    return _kind(problem.inner), _kind(problem.outer), _mark(problem.context), _mark(problem.dynamics)
+
+
+def _kind(thing: object, depth: int = 4) -> Hashable:
+    return type(thing), tuple((name, _mark(value, depth)) for name, value in _attributes(thing))
+
+
+def _attributes(thing: object) -> list[tuple[str, object]]:
+    if is_dataclass(thing):
+        return [(entry.name, getattr(thing, entry.name)) for entry in fields(thing)]
+    return list(getattr(thing, "__dict__", {}).items())
+
+
+def _mark(value: object, depth: int = 4) -> Hashable:
+    if value is None or isinstance(value, (str, bool, Enum, torch.dtype, type, MethodDescriptorType)):
+        return value
+    if isinstance(value, BuiltinFunctionType):  # of a method of an object, not the object
+        return value.__qualname__, type(value.__self__)
+    if not depth:
+        return type(value)
+    if isinstance(value, Dynamics):  # one that wraps others holds them as attributes
+        numbers = tuple((name, inside) for name, inside in _attributes(value) if type(inside) in (int, float))
+        return _kind(value, depth - 1), numbers
+    if isinstance(value, FunctionalModule):
+        return FunctionalModule, _mark(value.module, depth)
+    if isinstance(value, nn.Module):
+        return tuple((type(part), _switches(part, depth - 1)) for part in value.modules())
+    if isinstance(value, partial):
+        bound = (*value.args, *value.keywords.values())
+        return "partial", _mark(value.func, depth), tuple(_mark(inside, depth - 1) for inside in bound)
+    if isinstance(value, MethodType):
+        return _mark(value.__func__, depth - 1), _kind(value.__self__, depth - 1)
+    if isinstance(value, FunctionType):
+        # A factory of losses gives them the same code.
+        return value.__code__, tuple(_mark(inside, depth - 1) for inside in _closed_over(value))
+    if isinstance(value, (tuple, list, dict)) and len(value) <= _FEW:
+        # Which, not how many, and no numbers: a list that something is noted down in makes no other problem.
+        inside = value.values() if isinstance(value, dict) else value
+        telling = (entry for entry in inside if not isinstance(entry, (int, float, torch.Tensor)))
+        return type(value), frozenset(_mark(entry, depth - 1) for entry in telling)
+    if callable(value):
+        return type(value), tuple((name, _mark(inside, min(depth - 1, 1))) for name, inside in _attributes(value))
+    return type(value)
+
+
+def _switches(part: nn.Module, depth: int) -> Hashable:
+    """Returns what the attributes of a part of a module tell, its parameters, buffers and own parts apart."""
+    return tuple((name, _mark(value, depth)) for name, value in vars(part).items() if not name.startswith("_"))
+
+
+def _closed_over(function: FunctionType) -> list[object]:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

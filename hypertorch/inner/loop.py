@@ -1,0 +1,439 @@
+"""The inner loop of one problem at one outer step, as the pure functions that every backend is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypertorch import tree
+from hypertorch.autodiff.inner_loss import GradientRoute, InnerLoss
+from hypertorch.autodiff.noise import mix, seed_generators
+from hypertorch.autodiff.stopped_gradients import stopping_tangents
+from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
+from hypertorch.dynamics import Dynamics
+from hypertorch.inner.precision import in_precision
+from hypertorch.inner.record import Record
+from hypertorch.inner.state import InnerState
+from hypertorch.inner.tasks import TaskSlice, check_tasks_axis, lift
+from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
+from hypertorch.types import Batch, TensorDict
+
+INIT, OUTER, CONTEXT, MAP, BACKEND = -1, -2, -3, -4, -5  # positions of noise beside the inner steps, which count from 0
+
+
+class Step(NamedTuple):
+    """What one step of the inner loop gives.
+
+    Attributes:
+        state: the inner state after the step, `s_t = Phi_t(s_{t-1}, hparams)`.
+        loss: the inner loss before the step, shape `()` or `(tasks,)`, without a graph; None if the rule took none.
+        term: the term `E_t(s_t, hparams)` of the outer loss, a scalar: the mean over tasks; None if the problem has no
+            terms at inner steps.
+    """
+
+    state: InnerState
+    loss: Tensor | None
+    term: Tensor | None
+
+
+class LoopFunctions(NamedTuple):
+    """The functions that a problem is made of, with the tasks axis bound: `(params, hparams, batch) -> ...`.
+
+    Attributes:
+        initial: the first params.
+        inner: the inner loss and the new values of the buffers.
+        outer: the outer loss.
+        metrics: what is reported of a run.
+    """
+
+    initial: Callable[[TensorDict, TensorDict, Batch], TensorDict]
+    inner: Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
+    outer: Callable[[TensorDict, TensorDict, Batch], Tensor]
+    metrics: Callable[[TensorDict, TensorDict, Batch], TensorDict]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InnerLoop:
+    """One problem at one outer step as pure functions of `(state, variables)`: tasks, data and noise are bound.
+
+    This is all that a backend sees. `initial`, `step` and `outer` make the run; `variables` are the hyperparameters and
+    the context. Each function seeds torch's generators from the position in the run, so that a step that is run again
+    draws the same noise.
+
+    Nothing here changes but `record`, which counts what is run. `uncounted` makes a loop that counts elsewhere.
+
+    Attributes:
+        problem: the problem.
+        outer_batch: the outer data of the loop's tasks.
+        tasks: which tasks of the batch; None for a problem without tasks.
+        per_task: names in variables (entries of the context) that have a tasks axis.
+        noise_key: what the noise of the run is seeded from; None if whoever runs the loop seeds it.
+        device: of the noise.
+        carry: the state that the run starts from (warm start), as an earlier run's `carry_after` holds it; empty to
+            start from `init_params`.
+        first_index: index of the first step, counted since the state was made (unit: steps).
+        draw: the data of a step by its index.
+        functions: the functions of the problem.
+        record: what was run so far.
+        inner_dtype: of the inner loss's products; None for that of the params.
+        has_terms: whether the outer loss has terms at inner steps.
+    """
+
+    problem: BilevelProblem
+    outer_batch: Batch
+    tasks: TaskSlice | None
+    per_task: frozenset[str]
+    noise_key: tuple[int, ...] | None
+    device: torch.device
+    carry: TensorDict
+    first_index: int
+    draw: Callable[[int], Batch]
+    functions: LoopFunctions
+    record: Record
+    inner_dtype: torch.dtype | None
+    has_terms: bool
+
+    @property
+    def num_steps(self) -> int:
+        """The horizon (unit: steps)."""
+        return self.problem.num_steps
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The inner optimiser."""
+        return self.problem.dynamics
+
+    @property
+    def has_buffers(self) -> bool:
+        """Whether untrained buffers (running statistics) are carried along with the params."""
+        return bool(self.problem.inner.buffers)
+
+    @property
+    def has_context(self) -> bool:
+        """Whether some of the variables are computed from the others before the loop."""
+        return self.problem.context is not None
+
+    @property
+    def is_warm_started(self) -> bool:
+        """Whether the next run starts from this run's last state."""
+        return self.problem.warm_start
+
+    @property
+    def num_tasks(self) -> int | None:
+        """Length of the tasks axis of the state's tensors; None without one."""
+        return None if self.tasks is None else self.tasks.num_tasks
+
+    @property
+    def has_tasks_axis(self) -> bool:
+        """Whether the tensors of the state have a leading tasks axis."""
+        return self.num_tasks is not None
+
+    @property
+    def first_task(self) -> int:
+        """Position of the loop's first task in the batch."""
+        return 0 if self.tasks is None else self.tasks.start
+
+    @property
+    def inner_eps(self) -> float:
+        """Machine epsilon of the inner loss's products where they are coarser than the params; else 0."""
+        return 0.0 if self.inner_dtype is None else torch.finfo(self.inner_dtype).eps
+
+    def uncounted(self) -> InnerLoop:
+        """Returns the same loop with a record of its own, for steps that are no part of the run."""
+        return self._with(record=Record())
+
+    def started_afresh(self) -> InnerLoop:
+        """Returns the same loop without the carry: it starts from `init_params`, at index 0."""
+        return self._with(carry={}, first_index=0)
+
+    def _with(self, **changes: Any) -> InnerLoop:
+        return InnerLoop(**{**vars(self), **changes})
+
+    # The three functions of a run.
+
+    def initial(self, variables: TensorDict) -> InnerState:
+        """Returns the inner state before the first step, `s_0 = Phi_0(variables)`."""
+        if self.carry:
+            return InnerState(tree.without_prefix("params", self.carry), tree.without_prefix("dynamics", self.carry))
+        self.seed(INIT)
+        params = self.functions.initial({}, variables, None)
+        problem = self.problem
+        check_params(params, problem.inner.buffers, problem.num_steps)
+        trained = self.trained(params)
+        one_task = {name: value[0] for name, value in trained.items()} if self.has_tasks_axis else trained
+        problem.dynamics.check(one_task, variables, problem.num_steps)
+        return InnerState(params, problem.dynamics.init(trained, variables) if problem.num_steps else {})
+
+    def step(
+        self, state: InnerState, variables: TensorDict, step: int, route: GradientRoute = "differentiable"
+    ) -> Step:
+        """Returns the state after a step of the horizon, the inner loss before it and the outer term after it."""
+        new_state, loss = self.transition(state, variables, step, route)
+        self.record.add_step(step, loss.value, loss.tracked_buffers)
+        return Step(new_state, loss.value, self.term(new_state, variables, step) if self.has_terms else None)
+
+    def outer(self, params: TensorDict, variables: TensorDict) -> Tensor:
+        """Returns the outer loss at the last params, a scalar: the mean over tasks."""
+        return self.outer_losses(params, variables).mean()
+
+    # What they are made of.
+
+    def advance(self, state: InnerState, variables: TensorDict, step: int) -> InnerState:
+        """Returns the state after a step, as `step` does, and evaluates no term of the outer loss."""
+        new_state, loss = self.transition(state, variables, step)
+        self.record.add_step(step, loss.value, loss.tracked_buffers)
+        return new_state
+
+    def transition(
+        self, state: InnerState, variables: TensorDict, step: int, route: GradientRoute = "differentiable"
+    ) -> tuple[InnerState, InnerLoss]:
+        """Returns the state after a step, and the inner loss that was stepped along; nothing is counted.
+
+        For a step inside a transform of `torch.func` or a compiled function, of which the caller counts the run.
+        """
+        problem, index = self.problem, self.first_index + step
+        names = problem.inner.buffers
+        params = state.params
+        buffers = {name: params[name] for name in names} if names else {}
+        loss = InnerLoss(
+            self.functions.inner,
+            buffers,
+            self.draw(index),
+            route,
+            # The first state is the problem's own. A compiled step is one program for all, the first among them: asked
+            # first, so that no program depends on the step.
+            separate_params=not torch.compiler.is_compiling() and step > 0 and problem.dynamics.separate_params,
+        )
+        if self.noise_key is not None:
+            seed_generators(self.device, *self.noise_key, index)
+        trained = self.trained(params) if names else params
+        new_params, dynamics = problem.dynamics.step(loss, trained, state.dynamics, variables, index)
+        if names:
+            new_params = {**new_params, **loss.new_buffers}
+        # Backends pair the tensors of two states by their order.
+        if list(new_params) != list(params):
+            new_params = _in_order(new_params, params, problem.dynamics)
+        if list(dynamics) != list(state.dynamics):
+            dynamics = _in_order(dynamics, state.dynamics, problem.dynamics)
+        return InnerState(new_params, dynamics), loss
+
+    def term(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
+        """Returns the term of the outer loss after a step, a scalar: the mean over tasks; None if there are none."""
+        terms = self.terms(state, variables, step)
+        return None if terms is None else terms.mean()
+
+    def terms(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
+        """Returns the term of the outer loss after a step, shape `()` or `(tasks,)`; None if there are none."""
+        if not self.has_terms:
+            return None
+        outer, index = self.problem.outer, self.first_index + step
+
+        def at_index(params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
+            loss = stopping_tangents(outer.step_loss, params, variables, batch, index)
+            check_outer_loss(loss, "step_loss")
+            return loss
+
+        self.seed(OUTER, step)
+        return lift(at_index, self.num_tasks, self.per_task)(state.params, variables, self.outer_batch)
+
+    def outer_losses(self, params: TensorDict, variables: TensorDict) -> Tensor:
+        """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
+        self.seed(OUTER)
+        return self.functions.outer(params, variables, self.outer_batch)
+
+    def metrics(self, params: TensorDict, variables: TensorDict) -> TensorDict:
+        """Returns the problem's metrics, each of shape `()` or `(tasks,)`."""
+        self.seed(OUTER)
+        return self.functions.metrics(params, variables, self.outer_batch)
+
+    # The inner loss apart from the run.
+
+    def loss_at(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
+        """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded."""
+        index = self.first_index + step
+        loss = InnerLoss(self.functions.inner, self._buffers(state), self.draw(index), route)
+        self.seed(index)
+        return loss
+
+    def map_loss(self, state: InnerState, route: GradientRoute = "differentiable") -> InnerLoss:
+        """Returns the inner loss whose minimum is the inner solution, its data and the state's buffers bound.
+
+        The data is `InnerProblem.full_batch`, or that of the last inner step.
+        """
+        inner = self.problem.inner
+        batch = self._of_tasks(inner.full_batch()) if inner.has_full_batch else self.draw(self._last_index)
+        loss = InnerLoss(self.functions.inner, self._buffers(state), batch, route)
+        self.seed(MAP)
+        return loss
+
+    def map_step(self, state: InnerState, variables: TensorDict) -> InnerState:
+        """Returns the state after the last step's rule is applied once more, to the loss of the inner solution."""
+        loss, rule = self.map_loss(state), self.problem.dynamics
+        params, dynamics = rule.step(loss, self.trained(state.params), state.dynamics, variables, self._last_index)
+        self.record.add_step(None, tracked_buffers=loss.tracked_buffers)
+        params = {**params, **loss.new_buffers}
+        return InnerState(_in_order(params, state.params, rule), _in_order(dynamics, state.dynamics, rule))
+
+    # States.
+
+    def trained(self, params: TensorDict) -> TensorDict:
+        """Returns the params that are trained, without the untrained buffers."""
+        names = self.problem.inner.buffers
+        return {name: value for name, value in params.items() if name not in names} if names else params
+
+    def leaves(self, state: InnerState) -> InnerState:
+        """Returns a state cut from its graph, as leaves that a derivative can be taken in, for a step to run again.
+
+        A buffer that no step so far has computed with a derivative is a constant: PyTorch's norm layers refuse to
+        update statistics that ask for one.
+        """
+        constant = set(self.problem.inner.buffers) - self.record.tracked_buffers
+        params = tree.leaves_requiring_grad(state.params)
+        return InnerState(
+            {name: value.detach() if name in constant else params[name] for name, value in state.params.items()},
+            tree.leaves_requiring_grad(state.dynamics),
+        )
+
+    def carried(self, prefix: str) -> TensorDict:
+        """Returns the entries `prefix.name` of the carry that this run started with; empty for a fresh start."""
+        return tree.without_prefix(prefix, self.carry)
+
+    def carry_after(self, state: InnerState) -> TensorDict:
+        """Returns what a warm-started next run needs: this run's last state; nothing if the problem starts afresh."""
+        if not self.is_warm_started:
+            return {}
+        state = state.detached()
+        return {
+            **tree.with_prefix("params", state.params),
+            **tree.with_prefix("dynamics", state.dynamics),
+            "index": torch.tensor(self.first_index + self.num_steps),
+        }
+
+    # Noise and data.
+
+    def seed(self, *position: int) -> None:
+        """Seeds torch's generators for a position in the run."""
+        if self.noise_key is not None:
+            seed_generators(self.device, *self.noise_key, *position)
+
+    def generator(self, *position: int) -> torch.Generator:
+        """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
+        assert self.noise_key is not None
+        seed, outer_step, _ = self.noise_key
+        return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
+
+    @property
+    def _last_index(self) -> int:
+        return self.first_index + max(self.num_steps - 1, 0)
+
+    def _buffers(self, state: InnerState) -> TensorDict:
+        return {name: state.params[name] for name in self.problem.inner.buffers}
+
+    def _of_tasks(self, batch: Batch) -> Batch:
+        return batch if self.tasks is None else _own_part(self.problem, self.tasks, batch)
+
+
+def inner_loop(
+    problem: BilevelProblem,
+    *,
+    outer_batch: Batch,
+    tasks: TaskSlice | None,
+    per_task: frozenset[str],
+    noise_key: tuple[int, ...] | None,
+    device: torch.device,
+    carry: TensorDict,
+    inner_dtype: torch.dtype | None = None,
+    draw: Callable[[int], Batch] | None = None,
+) -> InnerLoop:
+    """Returns the inner loop of some tasks of a problem.
+
+    Args:
+        problem: the problem.
+        outer_batch: the outer data of these tasks.
+        tasks: which tasks; None for a problem without tasks.
+        per_task: names in variables (entries of the context) that have a tasks axis.
+        noise_key: of the run; None for a loop whose noise somebody else seeds.
+        device: of the noise.
+        carry: state to start from (warm start); empty to start from `init_params`.
+        inner_dtype: of the inner loss's products; None for that of the params.
+        draw: the data of a step by its index, drawn and of these tasks already; None to ask the problem.
+    """
+    num_tasks = None if tasks is None else tasks.num_tasks
+    inner = partial(_inner_loss, problem.inner)
+    if inner_dtype is not None:
+        inner = partial(in_precision, inner, inner_dtype)
+    functions = LoopFunctions(
+        initial=lift(partial(_initial_params, problem.inner), num_tasks, per_task),
+        inner=lift(inner, num_tasks, per_task),
+        outer=lift(partial(_outer_loss, problem.outer), num_tasks, per_task),
+        metrics=lift(problem.outer.metrics, num_tasks, per_task),
+    )
+    first_index = int(carry["index"]) if carry else 0
+    if draw is None:
+        draw = problem.inner.batch if tasks is None else partial(_batch_of_tasks, problem, tasks, first_index)
+    return InnerLoop(
+        problem=problem,
+        outer_batch=outer_batch,
+        tasks=tasks,
+        per_task=per_task,
+        noise_key=noise_key,
+        device=device,
+        carry=carry,
+        first_index=first_index,
+        draw=draw,
+        functions=functions,
+        record=Record(),
+        inner_dtype=inner_dtype,
+        has_terms=problem.outer.has_step_loss,
+    )
+
+
+def _batch_of_tasks(problem: BilevelProblem, tasks: TaskSlice, first_index: int, index: int) -> Batch:
+    """Returns the data of some tasks at a step. Only the first of a run is checked: the others have its structure."""
+    return _own_part(problem, tasks, problem.inner.batch(index), check=index == first_index)
+
+
+def _own_part(problem: BilevelProblem, tasks: TaskSlice, batch: Batch, *, check: bool = True) -> Batch:
+    """Returns the part of some tasks of a batch of all tasks."""
+    if batch is None:
+        return None
+    if check:
+        assert problem.num_tasks is not None
+        check_tasks_axis("InnerProblem.batch", batch, problem.num_tasks)
+    return tasks.take(batch)
+
+
+def _initial_params(inner: InnerProblem, _: TensorDict, variables: TensorDict, __: Batch) -> TensorDict:
+    return stopping_tangents(inner.init_params, variables)
+
+
+def _inner_loss(
+    inner: InnerProblem, params: TensorDict, variables: TensorDict, batch: Batch
+) -> tuple[Tensor, TensorDict]:
+    result = stopping_tangents(inner.loss, params, variables, batch)
+    value, new_buffers = result if isinstance(result, tuple) else (result, {})
+    check_scalar(value, "InnerProblem.loss")
+    if new_buffers or inner.buffers:
+        check_buffers(new_buffers, inner.buffers)
+    return value, new_buffers
+
+
+def _outer_loss(outer: OuterProblem, params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
+    value = stopping_tangents(outer.loss, params, variables, batch)
+    check_outer_loss(value, "loss")
+    return value
+
+
+def _in_order(new: TensorDict, old: TensorDict, dynamics: Dynamics) -> TensorDict:
+    """Returns the entries of a new state in the order of the old one."""
+    if new.keys() != old.keys():
+        raise ValueError(
+            f"`{type(dynamics).__name__}.step` returned the entries {sorted(new)} for a state with {sorted(old)}: a "
+            "step keeps the names of params and buffers. Make every buffer in `init`."
+        )
+    return {name: new[name] for name in old}
