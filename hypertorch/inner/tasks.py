@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from hypertorch import tree
 from hypertorch.autodiff.missing_derivatives import NotVectorisableError
-from hypertorch.inner import memo
 from hypertorch.inner.execution import Execution
+from hypertorch.inner.memo import recall
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import Batch, TensorDict
 
@@ -236,7 +236,7 @@ def measured(
     sizes = (problem.num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)
     num_tasks, chunk = problem.num_tasks, execution.chunk
-    return replace(execution, tasks=memo.recall(TASKS, key, lambda: _faster_route(num_tasks, chunk, run)))
+    return replace(execution, tasks=recall(TASKS, key, lambda: _faster_route(num_tasks, chunk, run)))
 
 
 def _faster_route(

@@ -122,6 +122,8 @@ def test_the_representation_is_computed_once_per_episode(monkeypatch: pytest.Mon
     monkeypatch.setattr(Conv4, "forward", lambda self, images: (calls.append(len(images)), forward(self, images))[1])
     source = learner("hyper_representation").on(Blobs(num_tasks=2))
     problem = source.at(0)
+    # The first of a kind of problem is computed twice, to be checked.
+    ht.hypergradient(problem, source.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="loop"))
     calls.clear()
     ht.hypergradient(problem, source.init_hparams(), backend=Reverse(), execution=ht.Execution(tasks="loop"))
     assert calls == [18, 18]  # support and query of each episode together, whatever the number of inner steps
