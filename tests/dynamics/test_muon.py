@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import hypertorch as ht
 from hypertorch.types import Batch, TensorDict
@@ -99,6 +100,16 @@ def test_all_else_that_differs_from_torch_is_its_rounding_to_bfloat16(settings: 
     theirs = trained_by_torch(settings, schedule=[settings["lr"]] * 5)
     for name, start in START.items():
         assert float((ours[name] - theirs[name]).norm()) < 0.03 * float((ours[name] - start).norm())
+
+
+@pytest.mark.parametrize("shape", [(4, 24), (24, 4)])
+def test_the_smaller_of_the_two_gram_matrices_is_multiplied(shape: tuple[int, int]) -> None:
+    """By hand: `X X'` and `P X` take `2 r r n` operations each, the square of the Gram matrix `2 r^3`."""
+    rule, grads = Muon(lr=0.1, ns_steps=3), {"w": normal(*shape, seed=5)}
+    state = rule.init(grads, {})
+    with FlopCounterMode(display=False) as counted:
+        rule.update(grads, grads, state, {}, 0)
+    assert counted.get_total_flops() == 3 * (2 * 2 * 4 * 4 * 24 + 2 * 4**3)
 
 
 def scalars(**values: float) -> TensorDict:

@@ -36,6 +36,14 @@ def test_crops_and_mirrors_are_views_into_the_padded_image() -> None:
     assert len(shifts) > 15 and mirrors == {False, True}
 
 
+def test_which_images_a_seed_mirrors_never_changes() -> None:
+    # Literals on purpose: a run has to see the same images after every upgrade.
+    images = pictures(12)
+    changed = Augmentation(flip=True)(images, generator(2024))
+    mirrored = [torch.equal(after, before.flip(2)) for before, after in zip(images, changed, strict=True)]
+    assert [number for number, is_mirrored in enumerate(mirrored) if is_mirrored] == [3, 4, 5, 6, 8, 10]
+
+
 @pytest.mark.parametrize("pad", [1, 2])
 def test_every_crop_occurs_equally_often(pad: int) -> None:
     """By the place of a single bright pixel in the middle: all `(2 pad + 1)^2` places, and no other."""

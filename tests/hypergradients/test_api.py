@@ -135,8 +135,14 @@ def test_tasks_name_the_step_too() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inner": lambda p, h, b: p["w"][None]}, r"`InnerProblem.loss` returned a tensor of shape \(1,\).*scalar"),
-        ({"outer": lambda p, h, b: 3.0}, "`OuterProblem.loss` returned a float: a loss is a scalar tensor"),
+        (
+            {"inner": lambda p, h, b: p["w"][None]},
+            r"`InnerProblem.loss` returned a tensor of shape \(1,\).*scalar.*`.mean\(\)`; with tasks, write it for one",
+        ),
+        (
+            {"outer": lambda p, h, b: 3.0},
+            r"`OuterProblem.loss` returned a float: a loss is a scalar tensor.*with `.mean\(\)`\.$",
+        ),
         ({"inner": lambda p, h, b: h["c"]}, "`InnerProblem.loss` returned a value that depends on none of the params"),
         ({"inner": lambda p, h, b: (p["w"], {"mean": p["w"]})}, r"new values for the buffers \['mean'\]"),
         ({"init": lambda h: {}}, "no trained variable and `num_steps` is 3"),

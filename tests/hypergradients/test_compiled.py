@@ -182,6 +182,28 @@ def test_steps_that_are_run_again_must_arrive_at_the_same_state() -> None:
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
 
 
+def test_steps_that_are_run_again_must_be_the_same_for_every_task() -> None:
+    class Counting(ht.InnerProblem):
+        calls = 0
+
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            return {"w": torch.ones(2, dtype=F64)}
+
+        def batch(self, step: int) -> Batch:
+            self.calls += step == 4
+            return torch.tensor([0.0, float(self.calls)], dtype=F64)
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            return (params["w"] * hparams["c"] - batch).square().sum()
+
+    outer = LambdaOuter({"c": torch.tensor(1.0, dtype=F64)}, lambda params, hparams, batch: params["w"].sum())
+    problem = ht.BilevelProblem(
+        Counting(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=10, num_tasks=2, task_route="vmap"
+    )
+    with pytest.raises(ReplayError, match="the inner loss before step 1 differs by"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+
+
 @pytest.mark.parametrize("backend", [Reverse, Reversible])
 def test_compile_is_true_or_false(backend: Callable[..., ht.Hypergradient]) -> None:
     with pytest.raises(TypeError, match="`compile` is 'yes'"):

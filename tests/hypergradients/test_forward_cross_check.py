@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import pytest
@@ -198,6 +199,26 @@ def test_a_curvature_far_smaller_than_the_params_is_seen(dtype: torch.dtype) -> 
         compute(own(lambda value: value.sin() * value), backend)
 
 
+def test_what_is_rounding_beside_the_other_derivatives_is_no_fault() -> None:
+    """A shift that a mean takes out again: its derivative is what rounding leaves of large terms."""
+    inputs = normal(40, 3, seed=3)
+
+    def loss(p: TensorDict, h: TensorDict, b: Batch) -> Tensor:
+        moved = inputs @ p["w"] * h["scale"] + p["shift"]
+        return 1e7 * ((moved - moved.mean()).square().mean() + (p["w"] * h["scale"]).square().sum())
+
+    own = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": h["start"], "shift": h["offset"]}, loss),
+        LambdaOuter(
+            {"start": 1e-7 * normal(3, seed=4), **scalars(offset=0.0, scale=0.7)}, lambda p, h, b: p["w"].square().sum()
+        ),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=1,
+    )
+    for backend in (Forward(), Forward(chunk_size=1)):
+        torch.testing.assert_close(compute(own, backend).grads, compute(own, Reverse()).grads, rtol=1e-10, atol=1e-9)
+
+
 # Once for every kind of problem, and without a trace
 
 
@@ -350,6 +371,10 @@ def test_kinds_tell_functions_of_pytorch_and_modules_apart() -> None:
         def method(self, value: Tensor) -> Tensor:
             return self.function(value)
 
+    def bound(function: Callable[[Tensor], Tensor]) -> MethodType:
+        """A method that a factory makes."""
+        return MethodType(lambda self, value: function(value), Power(torch.sin))
+
     operations = [
         torch.sin,
         torch.cos,
@@ -370,6 +395,8 @@ def test_kinds_tell_functions_of_pytorch_and_modules_apart() -> None:
         [Power(torch.cos)],
         [partial(Power(torch.sin))],
         [partial(Power(torch.cos))],
+        bound(torch.sin),
+        bound(torch.cos),
     ]
     kinds = [kind(operation) for operation in operations]
     assert len(set(kinds)) == len(operations)

@@ -133,6 +133,37 @@ def test_the_budget_is_kept(name: str) -> None:
     assert memory.current == 0
 
 
+def many_hyperparameters() -> ht.BilevelProblem:
+    """A hypergradient that is larger than the graph of a step."""
+    return ht.BilevelProblem(
+        LambdaInner(
+            lambda h: {"w": torch.linspace(-1.0, 1.0, 100)}, lambda p, h, b: (h["matrix"] @ p["w"]).square().sum()
+        ),
+        LambdaOuter({"matrix": torch.full((30, 100), 0.1)}, lambda p, h, b: (p["w"] - 0.1).square().sum()),
+        dynamics=ht.dynamics.SGD(lr=1e-3),
+        num_steps=6,
+    )
+
+
+def many_tasks() -> ht.BilevelProblem:
+    """Inner losses that are half as large as a state."""
+    return ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.ones(2)}, lambda p, h, b: h["decay"] * p["w"].square().sum()),
+        LambdaOuter({"decay": torch.tensor(0.1)}, lambda p, h, b: p["w"].square().sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=4,
+        num_tasks=1000,
+        task_route="vmap",
+    )
+
+
+@pytest.mark.parametrize("problem", [many_hyperparameters(), many_tasks()], ids=["hyperparameters", "tasks"])
+def test_no_plan_is_short_of_memory(problem: ht.BilevelProblem) -> None:
+    for _, plan in plans(problem):
+        backend = Reverse(checkpoint_every=plan.checkpoint_every, snapshots=plan.snapshots)
+        assert counted_peak(problem, backend) <= 1.01 * plan.peak_bytes, str(plan)
+
+
 def test_less_memory_costs_more_steps_and_no_plan_is_worse_than_another() -> None:
     found = [plan for _, plan in plans(small(20))]
     recomputed = [plan.recomputed_steps for plan in found]

@@ -81,6 +81,17 @@ def test_equals_reverse_over_reverse_for_every_family(family: str) -> None:
     assert result.stats.steps == 14 and result.stats.vjps == 7 and result.stats.graph_steps == 1
 
 
+@pytest.mark.parametrize("family", ["sgd", "adam"])
+def test_the_form_that_is_compiled_is_the_same_function(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as it is traced: compiled it can only be slower to test."""
+    problem = net_problem(*FAMILIES[family])
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(problem, hparams, backend=Reverse(derivative="mixed")).grads
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = ht.hypergradient(problem, hparams, backend=Reverse(derivative="mixed")).grads
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("kept", [{}, {"checkpoint_every": 3}, {"checkpoint_every": "sqrt"}, {"snapshots": 2}])
 @pytest.mark.parametrize("family", ["sgd", "extra_gradient"])
 def test_equals_reverse_over_reverse_with_noise_and_terms_at_steps(kept: dict, family: str) -> None:

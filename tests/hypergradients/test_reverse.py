@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -71,6 +72,19 @@ def test_long_unrolls_of_a_contraction_reach_the_implicit_hypergradient() -> Non
         result.grads["lam"], ridge.exact_hypergradient(torch.tensor(0.3, dtype=F64)), rtol=1e-10, atol=0
     )
     assert abs(float(result.grads["eta"])) < 1e-10
+
+
+@pytest.mark.parametrize(("derivative", "every"), [("reverse", 3), ("mixed", 4)])
+def test_sqrt_is_the_root_of_the_horizon_over_what_a_segment_holds_of_a_step(
+    derivative: Literal["reverse", "mixed"], every: int
+) -> None:
+    """Of 16 steps, `round(sqrt(16 / 2))` where a segment holds graphs, `sqrt(16)` where it holds states alone."""
+    problem = net_problem(LEARNT_SGD, LEARNT, num_steps=16)
+    chosen, told = (
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=kept, derivative=derivative))
+        for kept in ("sqrt", every)
+    )
+    assert chosen.stats == told.stats
 
 
 @pytest.mark.parametrize("backend", [Reverse(), Reverse(checkpoint_every=3), Reverse(snapshots=2)])

@@ -74,6 +74,15 @@ def test_it_stops_at_the_first_iterate_whose_residual_is_small_enough() -> None:
         assert torch.equal(solution, after(expected, system))
 
 
+def test_a_residual_as_large_as_the_tolerance_is_small_enough() -> None:
+    """By hand: the first iterate of `diag(1, 3) x = (1, 1)` is `(1, 1) / 2`, with the residual `(1, -1) / 2`."""
+    system = System(torch.tensor([1.0, 3.0], dtype=F64).diag(), torch.ones(2, dtype=F64))
+    solution, found = system.solve(ConjugateGradient(tolerance=0.5))
+    assert float(found.residual) == 0.5
+    assert found.iterations == 1
+    assert torch.equal(solution, torch.full((2,), 0.5, dtype=F64))
+
+
 def test_a_task_that_is_done_is_frozen_while_others_go_on() -> None:
     quick, slow = definite(8, 1, smallest=1.9), definite(8, 2, smallest=0.001)
     solver = ConjugateGradient(max_iterations=50, tolerance=1e-2)

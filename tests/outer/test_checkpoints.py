@@ -153,6 +153,22 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*names, "notes.txt"}
 
 
+def test_a_file_that_another_process_has_removed_is_none_to_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def second(path: Path, missing_ok: bool = False) -> None:
+        unlink(path)
+        unlink(path, missing_ok=missing_ok)
+
+    checkpoints = Checkpoints(str(tmp_path), keep=1)
+    checkpoints.save(make_checkpoint(1))
+    monkeypatch.setattr(Path, "unlink", second)
+    checkpoints.save(make_checkpoint(2))
+    assert [path.name for path in checkpoints.paths()] == ["step_00000002.safetensors"]
+
+
 def test_files_hold_no_pickle(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).save(make_checkpoint())
     with safe_open(path, framework="pt") as file:

@@ -56,6 +56,25 @@ def test_a_slow_run_shows_a_line_before_its_first_figures(monkeypatch: pytest.Mo
         assert file.getvalue().splitlines() == ["outer steps 2/10  0.05/s  2:40 left"]
 
 
+def test_a_run_that_takes_no_time_has_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    target, file = console(terminal=False)
+    with progress_display(enabled=True, title="outer steps", total=10, metric=None, console=target) as display:
+        display.advance(10)
+    assert file.getvalue().splitlines() == ["outer steps 10/10  0/s"]
+
+
+def test_the_bar_of_a_run_under_way_shows_its_rate() -> None:
+    now = [0.0]
+    file = io.StringIO()
+    target = Console(file=file, force_terminal=True, color_system=None, width=160, get_time=lambda: now[0])
+    with progress_display(enabled=True, title="outer steps", total=10, metric=None, console=target) as display:
+        for done in (1, 3, 5):
+            now[0] += 1.0
+            display.advance(done)
+    assert " 5/10  2/s 0:00:03 " in file.getvalue()
+
+
 def test_a_bar_on_a_terminal() -> None:
     target, file = console(terminal=True)
     with progress_display(enabled=True, title="outer steps", total=10, metric=None, console=target) as display:

@@ -6,6 +6,7 @@ import io
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -60,6 +61,30 @@ def test_the_archive_packed_and_unpacked(tmp_path: Path, pickles: dict[str, byte
         for position, found in zip((1, 2), images, strict=True):
             assert (found[:, 2] == 10 * position).all()
             assert set(map(tuple, found[:, :2, 0, 0])) == set(map(tuple, images_of(position, 600)[:, :2, 0, 0]))
+
+
+class _OfPython2(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its strings, by which the published files hold their pixels."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+
+    def _save_bytes(self, content: bytes) -> None:
+        self.write(pickle.BINSTRING + len(content).to_bytes(4, "little") + content)
+        self.memoize(content)
+
+    dispatch[bytes] = _save_bytes
+
+
+def test_files_as_python_2_wrote_them(tmp_path: Path, pickles: dict[str, bytes]) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, content in pickles.items():
+        with (folder / name).open("wb") as file:
+            _OfPython2(file, protocol=2).dump(pickle.loads(content))
+    content = (folder / "train").read_bytes()
+    assert b"_codecs" not in content and max(content) > 127
+    images = read_cifar100(tmp_path, ("worm",))
+    assert np.array_equal(np.unique(images[0], axis=0), np.unique(images_of(2, 600), axis=0))
 
 
 def test_a_manipulated_pickle_runs_nothing(tmp_path: Path, pickles: dict[str, bytes]) -> None:

@@ -108,16 +108,23 @@ def test_a_poor_solution_of_the_linear_system_is_reported() -> None:
         ht.hypergradient(problem, hparams, backend=diverging)
 
 
-def test_a_solver_that_finds_nothing_leaves_all_of_the_system_unsolved() -> None:
-    """A residual of one is that of zero: more iterations may help, and nothing has diverged."""
+@pytest.mark.parametrize(
+    ("residual", "message"),
+    [
+        (1.0, r"`linear_residual` is 1e\+00.*left that part of the linear system"),
+        (1.5, r"`linear_residual` is 2e\+00.*is farther from the solution than zero is"),
+    ],
+)
+def test_only_a_solution_that_is_worse_than_zero_has_diverged(residual: float, message: str) -> None:
+    """A residual of one is that of zero: more iterations may help."""
 
     class Idle(LinearSolver):
         def solve(self, matvec, rhs, *, tasks_axis=False):
             zero = {name: torch.zeros_like(value) for name, value in rhs.items()}
-            return LinearSolution(solution=zero, residual=torch.ones((), dtype=F64), iterations=0)
+            return LinearSolution(solution=zero, residual=torch.tensor(residual, dtype=F64), iterations=0)
 
     problem = softmax(SGD(lr=0.8), 100)
-    with pytest.warns(LinearSolveWarning, match="`linear_residual` is 1e\\+00.*left that part of the linear system"):
+    with pytest.warns(LinearSolveWarning, match=message):
         ht.hypergradient(problem, problem.init_hparams(), backend=Implicit(solver=Idle()))
 
 

@@ -74,6 +74,20 @@ def test_an_inner_loss_that_is_linear_has_no_solution() -> None:
         grads(problem, Implicit())
 
 
+def test_nor_has_one_that_is_linear_in_every_param_of_which_the_outer_loss_reads_some() -> None:
+    problem = ht.BilevelProblem(
+        LambdaInner(
+            lambda h: {"w": torch.zeros(2, dtype=F64), "bias": torch.zeros(2, dtype=F64)},
+            lambda p, h, b: (p["w"] + 2.0 * p["bias"]).sum() + h["c"],
+        ),
+        LambdaOuter({"c": scalar(0.4)}, lambda p, h, b: p["w"].sum() * h["c"]),
+        dynamics=SGD(lr=0.3),
+        num_steps=2,
+    )
+    with pytest.raises(IncompatibleBackendError, match=r"`InnerProblem.loss` is linear in its params.*no minimum"):
+        grads(problem, Implicit())
+
+
 @maps
 def test_a_run_that_diverges_is_named_and_not_warned_of(kind: str) -> None:
     problem = allowing(Ridge().problem(400, SGD(lr=1e3)), "eta")
