@@ -30,6 +30,8 @@ def test_pure_in_the_step_and_pinned_across_platforms() -> None:
     assert first[0] == first[2]
     assert ht.Minibatches(range(10), batch_size=5, seed=3).indices(0).tolist() == first[1] == GOLDEN
     assert ht.Minibatches(range(10), batch_size=5, seed=4).indices(0).tolist() != first[1]
+    unnamed, zero = ht.Minibatches(range(10), batch_size=5), ht.Minibatches(range(10), batch_size=5, seed=0)
+    assert unnamed.indices(0).tolist() == zero.indices(0).tolist()
 
 
 def test_tensor_datasets_are_gathered_and_others_collated() -> None:

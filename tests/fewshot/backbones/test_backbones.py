@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hypertorch.fewshot.backbones import MLP, BatchNorm, Conv4
 
@@ -43,6 +46,18 @@ def test_conv4_has_the_number_of_weights_counted_by_hand(
     sides = {"max_pool": {28: 1, 84: 5, 32: 2}, "stride": {28: 2, 84: 6, 32: 2}}
     classifier = 0 if way is None else (hidden * sides[downsample][image_size] ** 2 + 1) * way
     assert count[downsample] == 9 * hidden * (in_channels + 3 * hidden) + 8 * hidden + classifier
+
+
+@pytest.mark.parametrize("downsample", ["max_pool", "stride"])
+def test_conv4_is_convolution_norm_relu_and_pooling_four_times(downsample: Literal["max_pool", "stride"]) -> None:
+    network = Conv4(hidden=4, image_size=16, downsample=downsample).double()
+    images = torch.rand(6, 1, 16, 16, dtype=torch.float64)
+    expected = images
+    for kernel in (value for value in network.parameters() if value.dim() == 4):
+        expected = F.conv2d(expected, kernel, stride=2 if downsample == "stride" else 1, padding=1)
+        expected = F.batch_norm(expected, None, None, training=True).relu()
+        expected = F.max_pool2d(expected, 2) if downsample == "max_pool" else expected
+    torch.testing.assert_close(network(images), expected.flatten(1), rtol=1e-10, atol=1e-12)
 
 
 def test_conv4_refusals() -> None:
