@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.autodiff.inner_loss import GradientRoute, InnerLoss
-from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, scalars
 
@@ -53,39 +51,6 @@ def test_noise_of_terms_at_steps_differs_by_step_and_is_that_of_a_replay() -> No
     )
     torch.testing.assert_close(whole.outer_loss, segments.outer_loss)
     torch.testing.assert_close(whole.grads, segments.grads)
-
-
-class Rebuilt(ht.hypergradients.Reverse):
-    """Runs the loop that is built again from what a loop is made of."""
-
-    def compute(self, loop: InnerLoop, variables: TensorDict) -> ht.hypergradients.BackendResult:
-        return super().compute(loop.program().loop(lambda step: DATA), variables)
-
-
-class Given(LambdaInner):
-    def batch(self, step: int) -> Batch:
-        return DATA
-
-
-DATA = torch.tensor([0.2, 0.7], dtype=F64)
-
-
-@pytest.mark.parametrize("num_tasks", [None, 2])
-def test_a_loop_that_is_built_again_is_the_same(num_tasks: int | None) -> None:
-    problem = ht.BilevelProblem(
-        Given(lambda h: {"w": h["c"]}, lambda p, h, b: (p["w"] - b * h["c"]).square().sum()),
-        LambdaOuter(scalars(c=1.0), lambda p, h, b: p["w"].square()),
-        dynamics=ht.dynamics.SGD(lr=0.1),
-        num_steps=3,
-        num_tasks=num_tasks,
-        task_route="vmap",
-    )
-    hparams = problem.init_hparams()
-    found, expected = (
-        ht.hypergradient(problem, hparams, backend=kind()) for kind in (Rebuilt, ht.hypergradients.Reverse)
-    )
-    assert torch.equal(found.outer_loss, expected.outer_loss)
-    torch.testing.assert_close(found.grads, expected.grads)
 
 
 class LookAhead(ht.Dynamics):
