@@ -197,11 +197,10 @@ def test_steps_that_are_run_again_must_be_the_same_for_every_task() -> None:
             return (params["w"] * hparams["c"] - batch).square().sum()
 
     outer = LambdaOuter({"c": torch.tensor(1.0, dtype=F64)}, lambda params, hparams, batch: params["w"].sum())
-    problem = ht.BilevelProblem(
-        Counting(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=10, num_tasks=2, task_route="vmap"
-    )
+    problem = ht.BilevelProblem(Counting(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=10, num_tasks=2)
+    execution = ht.Execution(tasks="vmap")
     with pytest.raises(ReplayError, match="the inner loss before step 1 differs by"):
-        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True), execution=execution)
 
 
 @pytest.mark.parametrize("backend", [Reverse, Reversible])

@@ -60,7 +60,7 @@ class StepMemory:
         graph = self.graph_of(num_steps)
         last_step = self.cotangents + self.backward
         gathering = graph + last_step + self._growth(num_steps, self.grads)
-        return max(graph - self.graph + self.forward, graph + self.last_term, gathering)
+        return max(graph - self.graph + self.forward, graph + self.last_term, gathering, self._sum(num_steps))
 
     def segment(self, num_steps: int) -> int:
         """Returns the most bytes while consecutive steps are run with a graph and cotangents pulled back through it."""
@@ -68,7 +68,13 @@ class StepMemory:
         last_step = self.cotangents + self.backward
         # The cotangents of the segment's end are held beside those on their way.
         growth = self._growth(num_steps, self.grads + self.cotangents)
-        return max(graph - self.graph + self.forward, graph + last_step + growth)
+        return max(
+            graph - self.graph + self.forward, graph + last_step + growth, self.cotangents + self._sum(num_steps)
+        )
+
+    def _sum(self, num_steps: int) -> int:
+        """Returns the bytes while autograd adds what a step gives to what those behind it gave: into a third tensor."""
+        return self.graph_of(num_steps - 1) + self.cotangents + 3 * self.grads if num_steps > 1 else 0
 
     def _growth(self, num_steps: int, gathered: int) -> int:
         """Returns by how much more what is gathered grows than the graph shrinks, from one step to the one before."""
