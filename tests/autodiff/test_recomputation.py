@@ -275,7 +275,7 @@ def test_tasks_at_once_are_refused_and_a_measured_route_avoids_them() -> None:
         ht.hypergradient(made, made.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="vmap"))
     plain, measured = (task_problem(net(route), item=(3,)) for route in (None, ROUTES["module"]))
     for each in (plain, measured):
-        ht.hypergradient(each, each.init_hparams(), backend=backends.Reverse(), execution=ht.Execution(tasks="vmap"))
+        ht.hypergradient(each, each.init_hparams(), backend=backends.Reverse())
 
 
 def test_mixed_mode_knows_no_hooks_and_is_refused() -> None:

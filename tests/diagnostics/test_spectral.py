@@ -45,7 +45,7 @@ def dense_eigenvalues(problem: ht.BilevelProblem, step: int) -> Tensor:
     """The eigenvalues of the Jacobian of one step, largest first, by autograd one row at a time."""
     hparams = problem.init_hparams()
     bound = BoundProblem(problem, hparams, 0, None)
-    with bound.execution():
+    with bound.running():
         loop = bound.loop(None, {})
         state = loop.initial(hparams)
         for earlier in range(step):

@@ -20,7 +20,9 @@ from experiments import evaluate, fewshot_table, train
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure
 from experiments.common.run_folder import RunFolder, read_config
+from experiments.common.settings import TrainSettings
 from experiments.common.trust import check_trusted
+from experiments.common.typed_settings import parse
 from experiments.evaluate import as_trained
 from tests.experiments.commands import SINUSOID, Command
 
@@ -302,8 +304,9 @@ def test_a_broken_configuration_is_one_line(case: str, finished: Path, tmp_path:
     shutil.copytree(finished, tmp_path / "strange")
     spoil, expected = BROKEN[case]
     spoil(tmp_path / "strange/config.yaml")
+    run = RunFolder(tmp_path / "strange")
     with pytest.raises(ExpectedFailure) as raised:
-        as_trained(evaluation_of(tmp_path / "strange"), RunFolder(tmp_path / "strange"), device_name="cpu")
+        parse(TrainSettings, as_trained(evaluation_of(run.path), run, device_name="cpu"))
     assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
 

@@ -196,6 +196,8 @@ def test_a_multirun_goes_on_after_a_failed_job(command: Command, tmp_path: Path)
     assert (tmp_path / "sweep/1/results.json").exists()
 
 
+# Steps of a length that the numbers can hold, and that no run can.
+AWAY = ("outer_optimizer=sgd", "outer_optimizer.lr=1e38", "outer_optimizer.momentum=0.0")
 FAILURES = {
     "unknown group choice": (("experiment=mmal",), ["`experiment` is 'mmal'", "Did you mean maml?"]),
     "unknown group": (("datset=omniglot",), ["`datset` is no setting", "Did you mean dataset?"]),
@@ -236,7 +238,13 @@ FAILURES = {
         ["NaN or infinity", "inner step"],
     ),
     "finite variables without finite outputs": (
-        ("experiment=maml", "outer_optimizer=sgd", "outer_optimizer.lr=1e38", "outer_loop.num_outer_steps=1"),
+        (
+            "experiment=maml",
+            "outer_optimizer=sgd",
+            "outer_optimizer.lr=1e38",
+            "outer_optimizer.momentum=0.0",
+            "outer_loop.num_outer_steps=1",
+        ),
         ["`outer_loss` of the best outer variables of 1 outer steps is nan on meta_train", "outer_optimizer.lr"],
     ),
     "evaluation on no split": (("evaluation.splits=[]",), ["`evaluation.splits` is []", "example"]),
@@ -305,7 +313,7 @@ NOISY = ("experiment=noisy_digits", "debug=default", "outer_loop.progress=false"
 NOISY_FAILURES = {
     "another experiment's group": (
         ("dataset=omniglot",),
-        ["`dataset` is no setting", "dynamics, evaluation, experiment"],
+        ["`dataset` is no setting", "dynamics, evaluation, execution, experiment"],
     ),
     "another experiment's setting": (("+evaluation.lr=1",), ["`evaluation.lr` is no setting"]),
     "unknown argument": (("experiment.labellers=3",), ["`experiment.labellers`", "experiment.num_labellers"]),
@@ -379,7 +387,13 @@ def test_a_mistake_gives_one_message(case: str, command: Command) -> None:
 
 
 def test_a_last_step_into_infinity_leaves_no_result(command: Command, tmp_path: Path) -> None:
-    words = (*SINUSOID, "outer_optimizer=sgd", "outer_optimizer.lr=1e38", "paths.run_dir=here")
+    words = (
+        *SINUSOID,
+        "outer_optimizer=sgd",
+        "outer_optimizer.lr=1e38",
+        "outer_optimizer.momentum=0.0",
+        "paths.run_dir=here",
+    )
     code, error = command(*words, "outer_loop.num_outer_steps=1")
     assert code == 1
     assert "holds NaN or infinity after 1 outer steps" in error and "Lower the outer learning rate" in error, error
