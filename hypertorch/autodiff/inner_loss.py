@@ -120,12 +120,14 @@ class InnerLoss:
         """
         if self._route == "functional":
             return self._functional_gradient(params, hparams)
+        # A step that is run again needs its noise again. A traced function draws none, and cannot read a generator.
         watched = self._route == "leaf" and not torch.compiler.is_compiling()
         noise = generator_states(_device_of(params)) if watched else ()
         gradients = self._autograd_gradient(
             params, hparams, differentiable=torch.is_grad_enabled() and self._route == "differentiable"
         )
         if self._route == "leaf":
+            # The rule goes on from leaves: their cotangent is what reaches the gradient, without what lies behind it.
             gradients = tree.leaves_requiring_grad(gradients)
             self.evaluations.append((tree.detach(params), gradients))
             self.calls.append(GradientCall(params, hparams, gradients, noise))
@@ -146,6 +148,7 @@ class InnerLoss:
             call: the evaluation.
             direction: the cotangent of the gradient; entries that are missing are zero.
         """
+        # Values alone: what lies behind the point is differentiated later, from the cotangents that are returned.
         params, hparams = tree.detach(call.params), tree.detach(call.hparams)
         moving = {name: hparams[name] for name, value in call.hparams.items() if value.requires_grad}
 
@@ -182,6 +185,7 @@ class InnerLoss:
         )
 
     def _autograd_gradient(self, params: TensorDict, hparams: TensorDict, *, differentiable: bool) -> TensorDict:
+        # Also under `no_grad`: the value of a gradient takes a graph of the loss.
         with torch.enable_grad():
             keep_path = differentiable or self._route == "dual"
             if self._separate_params and differentiable:
@@ -193,6 +197,9 @@ class InnerLoss:
             # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves among
             # them), which dual numbers go through with a wrong tangent, with none, or not at all.
             take = _gradient_saving_nothing if self._route == "dual" else torch.autograd.grad
+            # `torch.autograd` and not `torch.func`, which takes twice as long in a plain loop. A loss without a graph
+            # is handed over as a leaf and a param without a path is allowed, so that the error below is raised, not
+            # PyTorch's.
             gradients = take(
                 total if total.requires_grad else total.detach().requires_grad_(),
                 list(variables.values()),
@@ -205,6 +212,7 @@ class InnerLoss:
                 "gradient to descend. Compute it from `params`, without `.detach()` or `torch.no_grad()`."
             )
         if self.value is None:
+            # A rule may take several gradients in a step: the loss of the step is that of the first.
             self.value = value.detach()
             if new_buffers:
                 self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
@@ -219,6 +227,8 @@ class InnerLoss:
             value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
             return value.sum(), (value, new_buffers)
 
+        # Inside a transform of `torch.func`, `torch.autograd.grad` sees no graph. An unused param gets zeros by
+        # itself here.
         gradients, (value, new_buffers) = torch.func.grad(total, has_aux=True)(params)
         if self.value is None:
             self.value, self.new_buffers = value, new_buffers

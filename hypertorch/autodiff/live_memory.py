@@ -73,6 +73,8 @@ class PeakMemory(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage, *, lived_before: bool) -> None:
         """Counts a storage met for the first time, or one that was resized."""
+        # The address of the memory: all views of it share one. Nothing is kept alive by being followed, hence the
+        # weak reference.
         key = storage._cdata
         known = self._living.get(key)
         if known is None:
@@ -108,6 +110,7 @@ def storage_bytes(tensors: Iterable[Tensor], *, besides: Iterable[Tensor] = ()) 
         tensors: the tensors.
         besides: tensors that live anyway, whose storages are not counted.
     """
+    # A view keeps the whole storage alive, so storages are counted and not tensors.
     known = {storage._cdata for storage in _storages(list(besides))}
     sizes = {storage._cdata: storage.nbytes() for storage in _storages(list(tensors))}
     return sum(size for key, size in sizes.items() if key not in known)

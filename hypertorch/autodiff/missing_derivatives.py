@@ -37,6 +37,7 @@ def second_order() -> Iterator[None]:
     Raises:
         IncompatibleBackendError: if an operation in the inner loss has no second derivative in PyTorch.
     """
+    # A count and not a switch: a run may be started inside another one.
     _thread.runs += 1
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -55,6 +56,7 @@ _NO_SECOND_DERIVATIVE = re.compile(r"derivative for '?([\w:]+)'? is not implemen
 
 def _second_order_advice(text: str) -> str | None:
     """Returns what PyTorch's error means for second derivatives and what to do; None if it is of another kind."""
+    # PyTorch raises a plain `RuntimeError` for each of these: only its words tell them apart.
     if "sparse" in text.lower():
         return (
             f"the inner loss has a sparse gradient, of which PyTorch takes no second derivative ({text}). Make it "
@@ -101,6 +103,7 @@ def _refuse_once_differentiable() -> None:
             )
         return delayed_error(message, count)
 
+    # PyTorch has no hook at this place. Outside of a run the class that stands here now does what its own does.
     _functions.DelayedError = raise_at_once
 
 

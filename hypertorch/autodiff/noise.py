@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Python's integers have no width: the mask makes words of them.
 _WORD = (1 << 64) - 1
 
 
@@ -42,11 +43,13 @@ def random_words(count: int, *key: int) -> np.ndarray:
 
 def random_permutation(length: int, *key: int) -> np.ndarray:
     """Returns a permutation of `0 .. length - 1` for a key of integers, the same on every platform."""
+    # Stable: the order of equal words would otherwise be that of numpy's algorithm of the day.
     return np.argsort(random_words(length, *key), kind="stable")
 
 
 def seed_generators(device: torch.device, *key: int) -> None:
     """Sets torch's default generators of the host and of `device` to a state given by the key alone."""
+    # Not `torch.manual_seed`, which seeds every device: the generators of other devices are not put back after a run.
     seed = mix(*key) >> 1  # torch takes signed 64-bit seeds
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

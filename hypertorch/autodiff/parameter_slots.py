@@ -121,7 +121,9 @@ class ParameterSlots:
             modules.extend(_Place(children, key, child) for key, child in children.items())
             for holder in (part._parameters, part._buffers):
                 for key, value in holder.items():
+                    # A layer without a bias has a place for it, and nothing there.
                     if value is not None:
+                        # By identity: a tied weight is one tensor in several places, and has the name of the first.
                         name = names.setdefault(id(value), f"{prefix}.{key}" if prefix else key)
                         places = self._slots.setdefault(name, [])
                         places.append(_Place(holder, key, value))
@@ -158,6 +160,7 @@ class ParameterSlots:
             thread.watch.calls.append((self, list(values)))
         try:
             for name, value in values.items():
+                # Past `setattr`, which refuses a plain tensor where a module has a parameter.
                 for holder, key, _ in self._slots[name]:
                     kept.append((holder, key, holder[key]))
                     holder[key] = value

@@ -40,6 +40,7 @@ def vjp(
     leaves = {name: value for name, value in variables.items() if value.requires_grad}
     result: dict[str, Tensor | None] = dict.fromkeys(variables)
     if reached and leaves:
+        # Not `backward`, which writes to `.grad` of the user's tensors.
         gradients = torch.autograd.grad(
             [output for output, _ in reached],
             list(leaves.values()),
@@ -85,6 +86,7 @@ def jvps(
         vectorised: by `torch.func.vmap` of `torch.func.jvp`, not one by one.
     """
     load_forward_mode()
+    # Else autograd would keep a graph of the run beside its tangents, and forward mode would lose its small memory.
     with torch.no_grad():
         pushed = (_jvps_at_once if vectorised else _jvps_one_by_one)(function, primals, tangents)
     # PyTorch gives the tangent of a 0-dimensional tensor times a Python number the number's precision.
@@ -115,6 +117,7 @@ def _jvps_at_once(
 
     def at(*duals: TensorDict) -> tuple[tuple, tuple]:
         outputs, values = function(*({**whole, **part} for whole, part in zip(primals, duals, strict=True)))
+        # What does not move is left out: a run then carries no zeros for it.
         moved = tuple(
             {name: value for name, value in part.items() if forward_ad.unpack_dual(value).tangent is not None}
             for part in outputs
@@ -129,6 +132,7 @@ def _jvps_at_once(
 
     # The outputs themselves do not depend on the tangent: None says so, and refuses what does.
     out_dims: Any = (0, None, None)
+    # "same": all tangents belong to one run, whose noise is drawn once.
     moved, outputs, values = torch.func.vmap(push, out_dims=out_dims, randomness="same")(*tangents)
     return Pushed(outputs, moved, values)
 
@@ -158,6 +162,7 @@ def _jvps_one_by_one(
                 )
             )
     moved = [{name for row in rows for name in row[position]} for position in range(len(outputs))]
+    # An entry that some tangents move has a row for each of them.
     stacked = tuple(
         {
             name: torch.stack([row[position].get(name, torch.zeros_like(value)) for row in rows])

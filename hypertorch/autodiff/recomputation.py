@@ -60,6 +60,7 @@ def _wrap_hooks() -> None:
         finally:
             hooks.unpack_hook = unpack  # they may be entered again, elsewhere
         if torch._C._are_functorch_transforms_active():
+            # They are entered by now: left so, PyTorch would go on packing tensors by them.
             hooks.__exit__()
             raise NotVectorisableError(
                 "a module recomputes a part of itself at backward time (by `torch.utils.checkpoint`, or other hooks on "
@@ -88,6 +89,7 @@ def _are_nested() -> bool:
     if top is None:
         return True
     active = top(True)
+    # The hooks of `saving_nothing` recompute nothing.
     return active is not None and active[0] is not _drop
 
 
@@ -96,6 +98,7 @@ def _wrap_reentrant_checkpoint() -> None:
     apply = CheckpointFunction.apply
 
     def apply_or_refuse(*arguments: Any) -> Any:
+        # It is handed the inputs of its function, and never learns of the weights that the function reads.
         if (in_run() or thread.calls) and torch.is_grad_enabled():
             raise IncompatibleBackendError(
                 "`torch.utils.checkpoint` is called with `use_reentrant=True`, which gives no derivative in the "

@@ -33,6 +33,7 @@ def stopping_tangents(function: Callable[..., T], *arguments: Any) -> T:
     """
     if torch.compiler.is_compiling() or not in_forward_mode():
         return function(*arguments)
+    # A function may return with gradients switched off: tangents are off then too, and are put back in the end.
     before = torch._C._is_fwd_grad_enabled()
     try:
         # Where gradients are switched off from the start, nothing would tell what the function switches itself.
@@ -53,6 +54,7 @@ class _StoppingTangents(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Every way to switch gradients, by a context or by a decorator, comes by here.
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(args[0])
         elif func == _DATA:
@@ -70,6 +72,7 @@ class _StoppingTangents(TorchFunctionMode):
 
 def _is_plain_mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     others = (*args[2:], *(kwargs.get(name) for name in ("size_average", "reduce", "weight")))
+    # What is left to PyTorch fails loudly there, and is explained.
     is_mean = kwargs.get("reduction", "mean") == "mean" and all(value is None for value in others)
     return is_mean and args[0].shape == args[1].shape
 

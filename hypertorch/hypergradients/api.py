@@ -70,12 +70,15 @@ def hypergradient(
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
     slices = task_slices(problem.num_tasks, run.measured())
+    # Before any derivative: a function that is none of its arguments has no right one, by no backend.
     run.refuse_side_effects(slices[0])
     found, parts = run.over(slices)
     check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
+    # By weight: the last chunk may hold fewer tasks than the others.
     outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / _total_weight(slices)
     figures = join_tasks([part.figures for part in parts], slices)
+    # One look at the end. A look at every inner step costs 7 % of a small one.
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
         raise run.explain_non_finite(slices, grads, figures)
     return HypergradientResult(
@@ -161,6 +164,7 @@ class _Run:
                 grads, part = self._slice(item, self._backend)
                 parts.append(part)
                 share = part.weight / _total_weight(slices)
+                # A single slice is not multiplied by one, which would copy it.
                 mean = accumulate(
                     mean,
                     {name: value if value is None or share == 1.0 else value * share for name, value in grads.items()},
@@ -190,8 +194,10 @@ class _Run:
         reached: set[str] = set()
         with self._bound.running():
             for item in slices:
+                # What one task shows for all hyperparameters, the others need not.
                 if reached == self._hparams.keys():
                     break
+                # In little memory: who asks may have taken a backend that fits where a whole graph does not.
                 grads, _ = self._slice(item, Reverse(checkpoint_every="sqrt"))
                 reached |= {name for name, value in grads.items() if value is not None}
         return frozenset(reached)
@@ -214,12 +220,15 @@ class _Run:
             refuse_faulty_operations(self._kind, loop, variables)
 
     def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
+        # Leaves of each slice, whose graphs go with it.
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
             context = self._bound.context(leaves, task_slice)
         loop = self._bound.loop(task_slice, context)
         # What the context only passes on, data say, is no variable.
         moving = {name for name, value in context.items() if value.requires_grad}
+        # Cut from its graph, so that the backend differentiates in the context's entries, however it goes, and the
+        # graph behind them is gone through once, below.
         cut = tree.leaves_requiring_grad({name: value for name, value in context.items() if name in moving})
         variables = {**leaves, **{name: cut[name] if name in moving else value for name, value in context.items()}}
         if loop.first_task == 0:  # whatever the tasks are, their losses run the same operations
@@ -242,6 +251,7 @@ class _Run:
         self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict
     ) -> NonFiniteError:
         """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
+        # A run that fails is run again to tell where; one that does not pays nothing for it.
         with self._bound.running(), torch.no_grad():
             constants = tree.detach(self._hparams)
             for item in slices:

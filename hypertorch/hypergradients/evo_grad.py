@@ -83,6 +83,7 @@ class EvoGrad(FirstDerivatives):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss of the mixed copies in `variables`, direct term included."""
+        # theta is a constant: no inner step is differentiated.
         end = run_prefix(loop, variables, loop.num_steps)
         state = end.state
         theta = loop.trained(state.params)
@@ -99,17 +100,21 @@ class EvoGrad(FirstDerivatives):
                 # Bound anew for each copy: the noise of the model is seeded again, and so the same.
                 losses.append(loop.map_loss(state)(copy, variables))
                 loop.record.add_step(None)
+            # w = softmax(-l / temperature) over the copies, for each task by itself.
             weights = torch.softmax(torch.stack(losses, dim=-1) / -self.temperature, dim=-1)
             mixed = self._mix(theta, noise, weights)
             mixed_loss = loop.outer({**state.params, **mixed}, variables)
+        # Hyperparameters reach theta* through the weights, and E directly: first derivatives alone.
         grads = vjp([mixed_loss], [torch.ones_like(mixed_loss)], variables)
         with torch.no_grad():
+            # Reported is what was trained; theta* is there to be differentiated.
             outer_loss = loop.outer(state.params, tree.detach(variables))
         return end.add_to(
             BackendResult(
                 grads=grads,
                 outer_loss=outer_loss,
                 state=state,
+                # All of them where they weigh alike, 1 where one has all the weight and the estimate vanishes.
                 figures={"effective_copies": 1.0 / weights.detach().square().sum(-1)},
             )
         )
@@ -136,6 +141,7 @@ class EvoGrad(FirstDerivatives):
             stacked = self._noise_of_task(loop, theta, loop.first_task)
         else:
             num_tasks = next(iter(theta.values())).shape[0]
+            # Drawn task by task from a generator of the task's own: vectorised or not, a task has the same copies.
             tasks = [
                 self._noise_of_task(loop, {name: value[task] for name, value in theta.items()}, loop.first_task + task)
                 for task in range(num_tasks)

@@ -99,8 +99,10 @@ class EvolutionStrategies(BlackBox):
         if self.persistent:
             self._check_persistent(loop)
         values = tree.detach(variables)
+        # Losses may have no derivative at all.
         with torch.no_grad():
             if self.horizon is not None and loop.first_index >= self.horizon:
+                # The particles are read from the loop's carry, and start afresh with it.
                 loop = loop.started_afresh()
             before = read_pairs(loop, self.num_pairs) if self.persistent else []
             outer_loss, state = _run(loop, values, loop.initial(values))
@@ -127,6 +129,7 @@ class EvolutionStrategies(BlackBox):
         self, loop: InnerLoop, values: TensorDict, perturbed: TensorDict, position: int, before: Pair | None
     ) -> tuple[Pair, Tensor]:
         """Returns a pair after its two runs, and `(f+ - f-) / (2 N sigma)`."""
+        # Of the run and the pair: all slices of tasks are perturbed alike.
         generator = loop.generator(position)
         direction = {
             name: torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
@@ -134,12 +137,15 @@ class EvolutionStrategies(BlackBox):
         }
         losses: list[Tensor] = []
         states: list[InnerState] = []
+        # Both runs see the same data and the same noise of the model, so that only the perturbation tells them apart.
         for side, sign in enumerate((1.0, -1.0)):
             moved = {**values, **tree.add(perturbed, direction, alpha=sign * self.sigma)}
             start = loop.initial(moved) if before is None else before.states[side]
             loss, state = _run(loop, moved, start)
             losses.append(loss)
             states.append(state)
+        # All perturbations since the run began, whose effect its state still bears. The last one alone would give the
+        # biased estimate of a truncated run.
         total = direction if before is None else tree.add(before.perturbations, direction)
         weight = (losses[0] - losses[1]) / (2.0 * self.num_pairs * self.sigma)
         return Pair(states=(states[0], states[1]), perturbations=total), weight

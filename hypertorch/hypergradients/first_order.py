@@ -38,4 +38,5 @@ class FirstOrder(FirstDerivatives):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` at constant inner gradients."""
+        # The sweep of `Reverse()`: all that differs is that the inner gradient is a number.
         return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables, route="constant"))

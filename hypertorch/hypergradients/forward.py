@@ -85,10 +85,13 @@ class Forward(PathBlind):
         grads = complete_grads(variables, [])
         carries: list[TensorDict] = []
         first: BackendResult | None = None
+        # Asked before the chunks, so that all of them are pushed alike.
         route = self._route(loop, variables)
         for entries in self._chunks(variables):
             part = self._chunk(loop, variables, entries, route)
             first = first or part
+            # Every chunk runs the inner loop again: its columns belong to those of the others only if it is the same
+            # run.
             check_replay(part.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
             grads = complete_grads(variables, [grads, part.grads])
             carries.append(part.carry)
@@ -160,6 +163,7 @@ class Forward(PathBlind):
 
     def _resumed(self, loop: InnerLoop, run: ForwardState, entries: range, total: int) -> ForwardState:
         """Returns the first state with the tangents that the carry holds."""
+        # The first outer step of a run: its tangents are those of `init_params`.
         if not loop.carried("params"):
             return run
         count = loop.carried("shared").get("tangents")
@@ -170,6 +174,7 @@ class Forward(PathBlind):
                 "hyperparameters: the derivative up to here is unknown. Pass the carry of the same backend and "
                 "hyperparameters, or `carry=None` to start afresh."
             )
+        # A carry has the tasks axis first, along which it is cut; tangents have their own axis first.
         held = loop.carried("tangents")
         if loop.has_tasks_axis:
             held = {name: value.movedim(1, 0) for name, value in held.items()}
@@ -195,6 +200,7 @@ def _unit_vectors(variables: TensorDict, entries: range) -> TensorDict:
     for name, value in variables.items():
         if not tree.is_differentiable(value):
             continue
+        # A chunk may begin and end inside a variable.
         start, stop = max(entries.start, first), min(entries.stop, first + value.numel())
         if start < stop:
             rows = torch.zeros(len(entries), value.numel(), dtype=value.dtype, device=value.device)

@@ -80,6 +80,7 @@ class ForwardGradient(RandomDirections):
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns an unbiased estimate of the derivative of the outer loss in `variables`."""
         check_real(variables)
+        # All drawn before the chunks: `chunk_size` changes the memory, and not the estimate.
         directions = self._directions(loop, variables)
         size = min(self.chunk_size or self.num_samples, self.num_samples)
         route = serving_route(loop, variables, TangentRoute(backend="ForwardGradient", vectorised=size > 1))
@@ -91,8 +92,10 @@ class ForwardGradient(RandomDirections):
             run = scan(advance, route.start(loop, variables, chunk), range(loop.num_steps))
             run = with_last_term(loop, variables, run)
             first = first or run
+            # Every chunk is a run of its own, and must be the same one.
             check_replay(run.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
             total = complete_grads(variables, [total, directional_grads(variables, run)])
+        # The mean of (df . v) v, which is unbiased since E[v v'] is the identity.
         return BackendResult(
             grads={name: None if value is None else value / self.num_samples for name, value in total.items()},
             outer_loss=run.outer_loss,

@@ -87,6 +87,7 @@ class Implicit(Hypergradient):
 
     def __post_init__(self) -> None:
         if self.solver is None:
+            # Past the guard of a frozen class: the default depends on `map`.
             object.__setattr__(self, "solver", FixedPoint() if self.map == "step" else ConjugateGradient())
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(
@@ -118,11 +119,15 @@ class Implicit(Hypergradient):
                 "`Implicit` got an outer problem with `step_loss`: terms at inner steps are about the way to the "
                 "solution, which implicit differentiation forgets. Use `Reverse()`, or judge the last params alone."
             )
+        # Values alone: the way to the solution is not differentiated, and no graph grows with it.
         last, first_size = self._run(loop, tree.detach(variables))
+        # dE/dhparams, the direct term, and dE/ds at the last state.
         grads, cotangents, outer_loss = outer_part(loop, variables, last)
         equation = self._equation(loop, variables, last)
         by_name = dict(zip(last.names(), cotangents, strict=True))
+        # (dF/ds)' q = dE/ds, in the trained params: running statistics are constants of the equation.
         solved = _solve(loop, equation, {name: by_name[name] for name in loop.trained(last.params)}, self._solver)
+        # df/dhparams = dE/dhparams - q' dF/dhparams.
         grads = accumulate(grads, _through(loop, equation, solved.solution, variables))
         loop.record.hold(1)
 
@@ -141,6 +146,8 @@ class Implicit(Hypergradient):
             state = loop.initial(constants)
             if loop.num_steps == 0:
                 return state, None
+            # A warm-started run begins near its solution: how far it has come is measured from where the first one
+            # began.
             sizes = list(loop.carried(_SCALE).values())
             if self.map == "gradient":
                 gradient = _gradient(loop, loop.trained(state.params), constants, state)
@@ -158,6 +165,7 @@ class Implicit(Hypergradient):
 
     def _equation(self, loop: InnerLoop, variables: TensorDict, last: InnerState) -> _Equation:
         """Returns the equation at the last state."""
+        # Buffers stay constants, in the loss and in the equation.
         params = tree.leaves_requiring_grad(loop.trained(last.params))
         fixed = InnerState({**tree.detach(last.params), **params}, last.dynamics)
         with torch.enable_grad():
@@ -165,10 +173,12 @@ class Implicit(Hypergradient):
                 values = _gradient(loop, params, variables, fixed)
                 # Where the gradient has no graph the loss is linear, or does not use the param.
                 return _Equation(values, params, frozenset(name for name in values if values[name].requires_grad))
+            # Without a step no buffers of the optimiser were made.
             dynamics = last.dynamics if loop.num_steps else loop.dynamics.init(params, variables)
             state = fixed._replace(dynamics=tree.leaves_requiring_grad(dynamics))
             leaves = _moving(loop, state)
             values = _difference(leaves, _moving(loop, loop.map_step(state, variables)))
+            # Their rows of dF/ds would be zero, and the system singular.
             unknowns = values.keys() - _unused(loop, params, variables, fixed)
         return _Equation(values, leaves, frozenset(unknowns))
 
@@ -261,6 +271,7 @@ def _solve(
 
     def matvec(vector: TensorDict) -> TensorDict:
         loop.record.add_vjps(1, graph_steps=1)
+        # One graph for all iterations of the solver. A path that is missing is a zero to it.
         product = vjp(values, [vector[name] for name in names], leaves, retain_graph=True)
         return {name: _or_zeros(product[name], leaf) for name, leaf in leaves.items()}
 
@@ -296,6 +307,7 @@ def _support(loop: InnerLoop, equation: _Equation, cotangents: dict[str, Tensor 
         found = reached
         values = [equation.values[name] for name in found]
         loop.record.add_vjps(1, graph_steps=1)
+        # Zeros for cotangents: not the values are asked for, but which paths there are.
         paths = vjp(values, [torch.zeros_like(value) for value in values], equation.state, retain_graph=True)
         reached = found | ({name for name, value in paths.items() if value is not None} & equation.unknowns)
     return [name for name in equation.state if name in reached]
@@ -306,6 +318,7 @@ def _through(
 ) -> dict[str, Tensor | None]:
     """Returns `-q' dF/dvariables`."""
     loop.record.add_vjps(1, graph_steps=1)
+    # The last product through this graph, which frees it.
     return vjp([equation.values[name] for name in solution], [-value for value in solution.values()], variables)
 
 

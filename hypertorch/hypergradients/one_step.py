@@ -78,6 +78,7 @@ class OneStep(Hypergradient):
                 "`Reverse()`, which differentiates through `init_params`."
             )
         step = loop.num_steps - 1
+        # No graph before the last step: the params that it starts from are constants.
         prefix = run_prefix(loop, variables, step)
         segment = Segment(step, step + 1, prefix.state)
         if self.finite_difference:
@@ -88,6 +89,7 @@ class OneStep(Hypergradient):
 def _finite_difference(loop: InnerLoop, variables: TensorDict, segment: Segment, epsilon: float) -> BackendResult:
     start, step = segment.departure, segment.start
     with torch.enable_grad():
+        # The gradient enters as leaves: one vjp gives what goes past it, and its own cotangent.
         state, loss = loop.transition(start, variables, step, route="leaf")
         loop.record.add_step(step, loss.value)
         term = loop.term(state, variables, step)
@@ -130,6 +132,7 @@ def _mixed_derivative(
 ) -> Grads:
     """Returns `c d2L/(dw dhparams)` by a central difference of `dL/dhparams` along the cotangent `c`."""
     params = loop.trained(segment.departure.params)
+    # One for each task: a task with a large cotangent would take the digits of the others.
     length = tree.norm(cotangent, tasks_axis=loop.has_tasks_axis)
     # Where no cotangent arrives the difference counts for nothing; the bound only keeps 0 / 0 out.
     distance = epsilon / length.clamp(min=torch.finfo(length.dtype).tiny)
@@ -143,5 +146,7 @@ def _mixed_derivative(
 
     with torch.enable_grad():
         ahead, behind = loss_at(distance), loss_at(-distance)
+    # [dL/dh(w + d c) - dL/dh(w - d c)] / (2 d) with d = epsilon / |c|: equation 8 of DARTS.
     weight = (length / (2.0 * epsilon)).to(ahead.dtype)
+    # Both in one pass, which sums the difference up: two gradients and no second derivative.
     return vjp([ahead, behind], [weight, -weight], variables)

@@ -155,7 +155,9 @@ class Reverse(Hypergradient):
         The recursion of the class docstring is `sweep`; the settings choose the segments that it goes back through,
         and how each of them is differentiated.
         """
+        # Planned for each loop: bytes depend on its data and on how many tasks run together.
         kept = self.checkpointing.planned(loop, variables)
+        # A closed form: no step to keep, compile or mix.
         if loop.num_steps == 0:
             return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         if self.compile:
@@ -169,21 +171,25 @@ class Reverse(Hypergradient):
 
     def _eager(self, loop: InnerLoop, variables: TensorDict, kept: Checkpointing) -> BackendResult:
         mixed = is_mixed(self.derivative, loop, variables, _eager_steps, compiled=False)
+        # One graph of all steps: no step is run twice, and none has to be compared.
         if kept.whole_graph and not mixed:
             return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         steps = EagerSteps(loop, variables, mixed=mixed)
+        # Mixed mode goes by single steps, which hold states where reverse over reverse holds graphs.
         segments = kept.segments(loop, variables, steps, with_graphs=not mixed)
         result = sweep(loop, variables, segments, steps.vjp)
         return _without_missing_paths(loop, variables, result, kept) if mixed else result
 
     def _compiled(self, loop: InnerLoop, variables: TensorDict, kept: Checkpointing) -> BackendResult:
         if kept.whole_graph and self.derivative == "reverse":
+            # A short horizon is one program, without Python between its steps.
             result = compiled_whole(loop, variables)
             if result is not None:
                 return result
         mixed = is_mixed(self.derivative, loop, variables, _compiled_steps, compiled=True)
         steps = CompiledSteps(loop, variables, mixed=mixed)
         result = sweep(loop, variables, kept.segments(loop, variables, steps, with_graphs=False), steps.vjp)
+        # After the sweep and all at once: comparing each step would wait for an accelerator each time.
         steps.check_replays()
         return _without_missing_paths(loop, variables, result, kept) if mixed else result
 
@@ -204,6 +210,7 @@ def _without_missing_paths(
     Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory and not
     counted, the first time that the question comes up for this kind of problem.
     """
+    # A number that is not zero shows that there is a path.
     if all(value is None or bool(value.any()) for value in result.grads.values()):
         return result
     key = (kind_of(loop.problem), loop.num_steps, *variables)

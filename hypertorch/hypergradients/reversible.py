@@ -74,6 +74,7 @@ class Reversible(Hypergradient):
         def run(loop: InnerLoop, kind: type[ExactReversal]) -> BackendResult:
             reversal = kind(loop, variables, rule)
             result = sweep(loop, variables, reversal.segments(), reversal.vjp)
+            # Read after the sweep: `segments` is a generator, and knows the bits when the forward run is over.
             return replace(result, figures={"information_bits": reversal.information_bits})
 
         if not self.compile:

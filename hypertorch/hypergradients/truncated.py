@@ -58,4 +58,5 @@ class Truncated(Hypergradient):
         if first <= 0:
             return sweep(loop, variables, whole_run(loop, variables), differentiate)
         prefix = run_prefix(loop, variables, first)
+        # Not connected: the state before the window is a constant, which is where the bias comes from.
         return prefix.add_to(sweep(loop, variables, [Segment(first, loop.num_steps, prefix.state)], differentiate))

@@ -53,6 +53,7 @@ class BoundProblem:
                 f"`carry` holds {sorted(self._carry)}, but the problem has `warm_start=False`: every run starts from "
                 "`init_params`. Pass `carry=None`, or set `warm_start=True`."
             )
+        # Drawn once: all slices of tasks, and all runs of a backend, see the same outer data.
         self._outer_batch = problem.outer.batch(outer_step)
         if problem.num_tasks is not None:
             check_tasks_axis("OuterProblem.batch", self._outer_batch, problem.num_tasks)
@@ -64,6 +65,7 @@ class BoundProblem:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
+        # The fused kernels of attention have no second derivative; the generators are the user's, and are only lent.
         with second_order(), preserved_generators(self.device):
             yield
 
@@ -131,6 +133,7 @@ def join_tasks(parts: list[TensorDict], slices: list[TaskSlice | None]) -> Tenso
         parts: one dictionary per slice, in the form that the slice was run in.
         slices: the slices; a single None for a problem without tasks.
     """
+    # One slice is handed on as it is: joining it would copy the params.
     if len(parts) == 1 and (slices[0] is None or not slices[0].squeeze):
         return parts[0]
 

@@ -40,6 +40,7 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
     return list(getattr(thing, "__dict__", {}).items())
 
 
+# The depth bounds the walk: objects may refer to each other in a circle.
 def _mark(value: object, depth: int = 4) -> Hashable:
     if value is None or isinstance(value, (str, bool, Enum, torch.dtype, type, MethodDescriptorType)):
         return value
@@ -83,6 +84,7 @@ def _closed_over(function: FunctionType) -> list[object]:
 
 
 def _is_filled(cell: CellType) -> bool:
+    # The cell of a name that is not bound yet is empty, as in a function that calls itself while it is being made.
     try:
         _ = cell.cell_contents
     except ValueError:

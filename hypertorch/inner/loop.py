@@ -23,6 +23,7 @@ from hypertorch.inner.tasks import TaskSlice, check_tasks_axis, lift
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import Batch, TensorDict
 
+# Negative, so that no position is the index of a step: two draws from one seed would be the same numbers.
 INIT, OUTER, CONTEXT, MAP, BACKEND = -1, -2, -3, -4, -5  # positions of noise beside the inner steps, which count from 0
 
 
@@ -158,6 +159,7 @@ class InnerLoop:
 
     def initial(self, variables: TensorDict) -> InnerState:
         """Returns the inner state before the first step, `s_0 = Phi_0(variables)`."""
+        # A carry is a constant: a warm-started run has no derivative through the run before it.
         if self.carry:
             return InnerState(tree.without_prefix("params", self.carry), tree.without_prefix("dynamics", self.carry))
         self.seed(INIT)
@@ -165,8 +167,10 @@ class InnerLoop:
         problem = self.problem
         check_params(params, problem.inner.buffers, problem.num_steps)
         trained = self.trained(params)
+        # Rules check their settings against the params that a user wrote, those of one task.
         one_task = {name: value[0] for name, value in trained.items()} if self.has_tasks_axis else trained
         problem.dynamics.check(one_task, variables, problem.num_steps)
+        # Without a step nobody reads the optimiser's buffers.
         return InnerState(params, problem.dynamics.init(trained, variables) if problem.num_steps else {})
 
     def step(
@@ -209,11 +213,14 @@ class InnerLoop:
             # first, so that no program depends on the step.
             separate_params=not torch.compiler.is_compiling() and step > 0 and problem.dynamics.separate_params,
         )
+        # Seeded after the data is drawn: what `InnerProblem.batch` takes from torch's generators does not shift the
+        # noise.
         if self.noise_key is not None:
             seed_generators(self.device, *self.noise_key, index)
         trained = self.trained(params) if names else params
         new_params, dynamics = problem.dynamics.step(loss, trained, state.dynamics, variables, index)
         if names:
+            # The rule was handed the trained params alone: the buffers come back beside what it returns.
             new_params = {**new_params, **loss.new_buffers}
         # Backends pair the tensors of two states by their order.
         if list(new_params) != list(params):
@@ -243,6 +250,7 @@ class InnerLoop:
 
     def outer_losses(self, params: TensorDict, variables: TensorDict) -> Tensor:
         """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
+        # By the position alone: every evaluation at this outer step, of whatever backend, sees the same noise.
         self.seed(OUTER)
         return self.functions.outer(params, variables, self.outer_batch)
 
@@ -274,7 +282,9 @@ class InnerLoop:
     def map_step(self, state: InnerState, variables: TensorDict) -> InnerState:
         """Returns the state after the last step's rule is applied once more, to the loss of the inner solution."""
         loss, rule = self.map_loss(state), self.problem.dynamics
+        # The index of the last step, not of one more: a schedule has no entry past the horizon.
         params, dynamics = rule.step(loss, self.trained(state.params), state.dynamics, variables, self._last_index)
+        # Counted, but no step of the run: its loss is not among the run's.
         self.record.add_step(None, tracked_buffers=loss.tracked_buffers)
         params = {**params, **loss.new_buffers}
         return InnerState(_in_order(params, state.params, rule), _in_order(dynamics, state.dynamics, rule))
@@ -311,6 +321,7 @@ class InnerLoop:
         return {
             **tree.with_prefix("params", state.params),
             **tree.with_prefix("dynamics", state.dynamics),
+            # A tensor as all of a carry is, so that checkpoints hold it.
             "index": torch.tensor(self.first_index + self.num_steps),
         }
 
@@ -324,6 +335,8 @@ class InnerLoop:
     def generator(self, *position: int) -> torch.Generator:
         """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
         assert self.noise_key is not None
+        # The third part, the first task, is left out: where hyperparameters are perturbed, every slice of tasks is
+        # perturbed alike.
         seed, outer_step, _ = self.noise_key
         return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
 
@@ -373,6 +386,7 @@ def inner_loop(
         outer=lift(partial(_outer_loss, problem.outer), num_tasks, per_task),
         metrics=lift(problem.outer.metrics, num_tasks, per_task),
     )
+    # Data, noise and schedules of a warm-started run count on from its first outer step.
     first_index = int(carry["index"]) if carry else 0
     if draw is None:
         draw = problem.inner.batch if tasks is None else partial(_batch_of_tasks, problem, tasks, first_index)
@@ -408,6 +422,8 @@ def _own_part(problem: BilevelProblem, tasks: TaskSlice, batch: Batch, *, check:
     return tasks.take(batch)
 
 
+# What the user wrote is called through `stopping_tangents`: forward mode goes on through `torch.no_grad()` and
+# `.data`, and would differ from reverse mode.
 def _initial_params(inner: InnerProblem, _: TensorDict, variables: TensorDict, __: Batch) -> TensorDict:
     return stopping_tangents(inner.init_params, variables)
 

@@ -16,6 +16,7 @@ T = TypeVar("T")
 MOST_ENTRIES = 4096
 """Most entries of all topics together."""
 
+# None is an answer too, that nothing is wrong: what is not known needs a mark of its own.
 _MISSING: Any = object()
 # From the one that was not asked for the longest to the last one.
 _entries: dict[tuple[str, Hashable], Any] = {}
@@ -38,6 +39,7 @@ def recall(topic: str, key: Hashable, find_out: Callable[[], T]) -> T:
 
 def get(topic: str, key: Hashable, default: T) -> T:
     """Returns what is known, or the default."""
+    # Taken out and put back at the end: a dict keeps its order of insertion, so the first entry is the oldest.
     value = _entries.pop((topic, key), _MISSING)
     if value is _MISSING:
         return default
@@ -79,6 +81,7 @@ class Same:
     __slots__ = ("_hash", "_references")
 
     def __init__(self, *objects: object) -> None:
+        # Kept: the entry is found and dropped by it after the objects are gone.
         self._hash = hash(tuple(map(id, objects)))
         self._references = tuple(weakref.ref(thing) for thing in objects)
 

@@ -36,4 +36,5 @@ def in_precision(
     # Casts that were kept for later would be without the graph of the evaluation that meets them.
     with torch.autocast(some.device.type, dtype=dtype, cache_enabled=False):
         value, buffers = function(params, hparams, batch)
+    # Losses are summed over tasks, and compared when steps run again, in the precision of the params.
     return value.to(some.dtype), buffers

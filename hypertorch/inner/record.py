@@ -27,6 +27,7 @@ class Cost:
     graph_steps: int = 0
 
     def __add__(self, other: Cost) -> Cost:
+        # Slices of tasks run one after the other: counts add up, and what is held at once does not.
         return Cost(
             steps=self.steps + other.steps,
             vjps=self.vjps + other.vjps,
@@ -80,6 +81,7 @@ class Record:
     def add_jvps(self, tangents: int) -> None:
         """Counts a step that was differentiated in forward mode, once for every tangent."""
         self.cost.jvps += tangents
+        # A tangent is as large as the state that it belongs to.
         self.hold(1 + tangents)
 
     def hold(self, states: int) -> None:

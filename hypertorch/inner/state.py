@@ -22,6 +22,7 @@ class InnerState(NamedTuple):
 
     def names(self) -> list[str]:
         """Returns the names of `tensors()`: of params as they are, of the optimiser's buffers with `dynamics.`."""
+        # A buffer of the optimiser may have the name of a param.
         return [*self.params, *(f"dynamics.{name}" for name in self.dynamics)]
 
     def replace_tensors(self, tensors: list[Tensor]) -> InnerState:

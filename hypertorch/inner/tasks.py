@@ -127,6 +127,7 @@ def lift(
             )
 
         values = (*params.values(), *(hparams[name] for name in own), *data, *index)
+        # "different": each task draws noise of its own, as it does where tasks run one by one.
         together = vmap(one_task, randomness="different")
         try:
             return together(*values)
@@ -156,9 +157,11 @@ def _explained(
     if isinstance(error, torch.OutOfMemoryError):
         return None
     try:
+        # An error of the problem itself is raised as it is, in its own words.
         alone()
     except _ERRORS:
         return None
+    # Run again under the watch, which costs a Python call for every operation: too much for runs that work.
     watch = _FailureWatch()
     with watch, suppress(*_ERRORS):
         together()
@@ -232,6 +235,7 @@ def measured(
     """
     if execution.tasks != "auto" or problem.num_tasks is None:
         return execution
+    # Which way is faster depends on sizes and dtypes: a measurement serves no others.
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
     sizes = (problem.num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)
@@ -276,6 +280,7 @@ def _seconds(
     repeats: int,
 ) -> tuple[float, float]:
     """Returns the shortest time of each route, taken in turns."""
+    # In turns, so that a machine that slows down meanwhile slows both.
     turns = [(_time(lambda: run(together)), _time(lambda: run(one_by_one))) for _ in range(repeats)]
     return min(times[0] for times in turns), min(times[1] for times in turns)
 
@@ -289,5 +294,6 @@ def _time(run: Callable[[], object]) -> float:
 
 
 def _synchronize() -> None:
+    # Kernels on a GPU run on after the call that starts them. Where CUDA is not in use, `synchronize` would start it.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -67,7 +67,10 @@ class BatchNorm(nn.Module):
     def _running_statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
             return self.running_mean, self.running_var
+        # The biased variance, for the store too, where PyTorch's layer keeps the unbiased one: with momentum 1 a
+        # query is normalised exactly as its support was.
         var, mean = torch.var_mean(images, dim=(0, 2, 3), correction=0)
+        # In place, where `FunctionalModule` has put a clone: it hands the result on with its graph.
         self.running_mean.copy_(torch.lerp(self.running_mean, mean, self.momentum))
         self.running_var.copy_(torch.lerp(self.running_var, var, self.momentum))
         return mean, var

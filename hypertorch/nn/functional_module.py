@@ -13,6 +13,7 @@ from hypertorch.autodiff.recomputation import hold_while_recomputing
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import TensorDict, TensorMapping
 
+# At import: hooks that were entered before would not know of the weights of a call.
 hold_while_recomputing()
 
 
@@ -56,6 +57,7 @@ class FunctionalModule:
             IncompatibleBackendError: if a part of the module is compiled already.
         """
         _refuse_compiled(self.module)
+        # Clones: what is trained is never the module's own memory.
         params = {name: value.detach().clone() for name, value in self.module.named_parameters() if value.requires_grad}
         return {**params, **{name: value.detach().clone() for name, value in self.module.named_buffers()}}
 
@@ -127,6 +129,7 @@ def _refuse_parts(module: nn.Module) -> None:
     """
     for name, part in module.named_modules():
         where = f"at `{name}`" if name else "itself"
+        # PyTorch has it as a private parametrisation, and as a hook of old: both call the same fused operation.
         if type(part).__name__ == "_WeightNorm" or any(
             type(hook).__name__ == "WeightNorm" for hook in part._forward_pre_hooks.values()
         ):

@@ -12,6 +12,7 @@ from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
+# Hyperparameters are shared by all tasks, and so are their perturbations: `shared.` says that there is no tasks axis.
 _STATES, _SUMS = "particles", "shared.perturbations"
 
 

@@ -38,6 +38,7 @@ def serving_route(loop: InnerLoop, variables: TensorDict, asked: TangentRoute) -
     """
     case = case_of(loop, variables)
     faults: dict[bool, Fault] = {}
+    # The other route only where the first one fails: most problems pay for one comparison.
     for vectorised in (asked.vectorised, not asked.vectorised):
         route = replace(asked, vectorised=vectorised)
         fault = fault_of(loop, variables, case, _WAYS[vectorised], partial(_faults, route))
@@ -72,6 +73,7 @@ def _faults(route: TangentRoute, at: Reference) -> Iterator[str]:
         [name for name in at.products.directions if name.startswith(f"{part}.") and (part == parts[0] or name in held)]
         for part in parts
     ]
+    # A tangent for each part, so that a message can say where the fault is.
     groups = [names for names in groups if names]
     along = {
         name: torch.stack([direction * (name in names) for names in groups])

@@ -97,10 +97,13 @@ class TangentRoute:
             end, loss = loop.transition(InnerState(params, dynamics), variables, step, route)
             return end, {} if loss.value is None else {"loss": loss.value}
 
+        # State and variables move in one push: `dPhi_t/ds Z_{t-1} + dPhi_t/dvariables` is a single jvp for each
+        # direction.
         arguments = [tree.detach(variables), *run.state]
         with forward_mode(self._one_by_one):
             pushed = jvps(after, arguments, [run.directions, *run.tangents], vectorised=self.vectorised)
         num_directions = len(run.derivative)
+        # One by one the step is run for every tangent, which is counted.
         for _ in range(1 if self.vectorised else num_directions):
             loop.record.add_step(step, pushed.values.get("loss"))
         loop.record.add_jvps(num_directions)
@@ -172,15 +175,18 @@ def _with_term(
     if value is None:
         return run
     leaves = {**tree.with_prefix("params", params), **tree.with_prefix("variables", moved)}
+    # By reverse mode: one vjp of a scalar, contracted with all tangents, in place of a jvp for each.
     cotangents = vjp([value], [torch.ones_like(value)], leaves)
     derivative = run.derivative
     for name, tangent in run.tangents.params.items():
         cotangent = cotangents[f"params.{name}"]
         if cotangent is not None:
+            # dE/ds Z_t
             derivative = derivative + tangent.reshape(len(tangent), -1) @ cotangent.reshape(-1)
     for name, direction in run.directions.items():
         cotangent = cotangents[f"variables.{name}"]
         if cotangent is not None:
+            # dE/dvariables
             derivative = derivative + _product(direction, cotangent).reshape(len(direction), -1).sum(1)
     return replace(run, outer_loss=run.outer_loss + value.detach(), derivative=derivative)
 
