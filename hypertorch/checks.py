@@ -39,6 +39,7 @@ def check_hparams(hparams: TensorMapping) -> torch.device:
                 f"`hparams[{name!r}]` has dtype {value.dtype}, which has no derivative. Use a floating-point tensor; "
                 "integers that the losses need belong into the context or the batch."
             )
+    # A run has one generator of noise beside the host's, that of its device.
     devices = sorted({str(value.device) for value in hparams.values()})
     if len(devices) > 1:
         raise ValueError(
@@ -60,6 +61,7 @@ def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
             f"`InnerProblem.buffers` names {missing}, which `init_params` did not return (it has {sorted(params)}): a "
             "buffer needs a first value. Return it from `init_params`, or drop the name."
         )
+    # A closed form in `init_params` has nothing to train, and needs no step.
     trained = [name for name in params if name not in buffers]
     if not trained and num_steps:
         raise ValueError(
@@ -76,11 +78,13 @@ def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
 
 def check_scalar(value: Any, source: str) -> None:
     """Raises if a loss is no scalar tensor, or has no derivative."""
+    # A loss for each item would be summed without a word, as tasks are.
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise ValueError(
             f"`{source}` returned {_describe(value)}: a loss is a scalar tensor. Reduce it, for instance with "
             "`.mean()`" + ("; with tasks, write it for one task." if source == "InnerProblem.loss" else ".")
         )
+    # Said here: a count has no graph, and what fails next would speak of a path that is missing.
     if not value.dtype.is_floating_point:
         mend = (
             "Return a real number made of it, such as `.abs()` or `.real`"
@@ -117,6 +121,7 @@ def check_metrics(metrics: TensorMapping, shape: tuple[int, ...]) -> None:
 
 def check_buffers(new_buffers: Any, names: Sequence[str]) -> None:
     """Raises if the inner loss did not return new values for exactly the buffers."""
+    # Said here, where the loss is at fault: what fails next would blame the dynamics.
     if set(new_buffers) != set(names):
         raise ValueError(
             f"`InnerProblem.loss` returned new values for the buffers {sorted(new_buffers)}, but "

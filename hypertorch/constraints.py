@@ -54,6 +54,7 @@ class Positive(Constraint):
     def project(self, hparam: Tensor) -> Tensor:
         """Returns `max(hparam, minimum)`, elementwise."""
         _check_floating(self, hparam)
+        # `clamp` leaves NaN as it is, for the outer loop to find.
         return hparam.detach().clamp(min=self._floor(hparam))
 
     def feasible(self, hparam: Tensor) -> bool:
@@ -135,6 +136,8 @@ class Simplex(Constraint):
         # `total` of 0, and the search below loses no digits to large inputs.
         shifted = (values - values.max()).clamp(min=-self.total)
         low, high = shifted.new_tensor(-self.total), shifted.new_tensor(0.0)
+        # No `if` on a value: it would wait for the device. Both are computed and one is taken, so that a point of the
+        # set comes back bit for bit.
         nearest = _shift_to_total(shifted, lower=0.0, upper=math.inf, total=self.total, low=low, high=high)
         return torch.where(self._holds(hparam), hparam.detach(), nearest.to(hparam.dtype))
 
@@ -226,7 +229,9 @@ class BoundedSum(Constraint):
             )
 
 
+# More than a double has binary digits, which are 53.
 _HALVINGS = 64
+# The first may push an entry onto a bound, and the second spreads what that entry does not take.
 _CORRECTIONS = 2
 
 
@@ -241,9 +246,11 @@ def _shift_to_total(values: Tensor, *, lower: float, upper: float, total: float,
         middle = 0.5 * (low + high)
         too_large = (values - middle).clamp(lower, upper).sum() > total
         low, high = torch.where(too_large, middle, low), torch.where(too_large, high, middle)
+    # The upper end, where the sum is not too large.
     result = (values - high).clamp(lower, upper)
     for _ in range(_CORRECTIONS):
         free = (result > lower) & (result < upper)
+        # Where no entry is free nothing is spread, and 0 / 0 must not come of it.
         excess = (result.sum() - total) / free.sum().clamp(min=1)
         result = torch.where(free, result - excess, result).clamp(lower, upper)
     return result

@@ -74,10 +74,13 @@ class Minibatches:
         """Returns the batch of a step."""
         chosen = self.indices(step)
         if isinstance(self.dataset, TensorDataset):
+            # The indices go to the data, which may lie on an accelerator.
             return tuple(tensor[torch.from_numpy(chosen).to(tensor.device)] for tensor in self.dataset.tensors)
+        # Plain integers: not every data set takes those of numpy.
         return default_collate([self.dataset[int(index)] for index in chosen])
 
 
+# Every step of an epoch takes its part of one order; a few are kept for runs whose steps are run again.
 @lru_cache(maxsize=8)
 def _epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
     return random_permutation(length, seed, epoch)

@@ -46,6 +46,7 @@ class InnerProblem(ABC):
 
         Unless overridden they take the batch of the last inner step.
         """
+        # Not abstract: most problems leave it out, and `has_full_batch` tells whether a subclass has it.
         raise TypeError("this inner problem names no data of its solution")
 
     @property
@@ -74,6 +75,7 @@ class OuterProblem(ABC):
 
         The outer objective is then `sum_t E_t(s_t) + E(s_T)`.
         """
+        # Called by nobody unless a subclass has it, as `has_step_loss` tells: most runs have no term to add.
         raise TypeError("this outer problem has no terms at inner steps")
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
@@ -98,6 +100,8 @@ class ProblemSource(ABC):
         """Returns the problem of an outer step, a pure function of its index."""
 
 
+# No equality of fields: two problems are the same only where they are one object, and what is known of a kind of
+# problem is kept by `kind_of`.
 @dataclass(frozen=True, eq=False)
 class BilevelProblem(ProblemSource):
     """Minimise `E(w_T(hparams), hparams)`, where `w_T` comes from `num_steps` steps of `dynamics` on the inner loss.
@@ -140,6 +144,7 @@ class BilevelProblem(ProblemSource):
         _check_kind("inner", self.inner, InnerProblem)
         _check_kind("outer", self.outer, OuterProblem)
         _check_kind("dynamics", self.dynamics, Dynamics)
+        # To Python True is the number 1, and would run one step.
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
             raise ValueError(
                 f"`num_steps` is {self.num_steps!r}: the inner loop takes a whole number of steps, at least 0. Pass 0 "
@@ -154,6 +159,7 @@ class BilevelProblem(ProblemSource):
             self._check_schedule(name, setting)
 
     def _check_schedule(self, name: str, setting: Setting) -> None:
+        # An entry of a schedule belongs to a step of the horizon; a run that goes on counts its steps past it.
         if self.warm_start and is_schedule(setting):
             raise ValueError(
                 f"`{name}` of the dynamics is a schedule over the horizon, but `warm_start` is True: a warm-started "
@@ -166,6 +172,8 @@ class BilevelProblem(ProblemSource):
         Raises:
             ValueError: if both declare the same name.
         """
+        # A rule that learns a setting (`Hyper`) declares its first value itself, so that it need not be written
+        # twice.
         declared, owned = self.outer.init_hparams(), self.dynamics.init_hparams()
         clash = sorted(declared.keys() & owned.keys())
         if clash:
@@ -173,6 +181,7 @@ class BilevelProblem(ProblemSource):
                 f"`init_hparams` of the outer problem and of the dynamics both return {clash}: one value cannot serve "
                 "both. Rename one of them."
             )
+        # This order is that of the variables everywhere: forward mode counts their entries through it.
         return {**declared, **owned}
 
     def at(self, outer_step: int) -> BilevelProblem:

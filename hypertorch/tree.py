@@ -19,6 +19,7 @@ def detach(tree: TensorMapping) -> TensorDict:
 
 def leaves_requiring_grad(tree: TensorMapping) -> TensorDict:
     """Returns detached tensors that a derivative can be taken in; integer and boolean entries stay as they are."""
+    # Detached first: a leaf of its own, behind which no derivative goes on.
     return {
         name: value.detach().requires_grad_() if is_differentiable(value) else value for name, value in tree.items()
     }
@@ -42,6 +43,7 @@ def add(left: TensorMapping, right: TensorMapping, alpha: float | Tensor = 1.0) 
         right: the second.
         alpha: a number; or a tensor of shape `(tasks,)`, one for each task, where entries have a leading tasks axis.
     """
+    # A number is a factor of the sum itself: one operation, and one node in the graph of every inner step.
     if isinstance(alpha, Tensor):
         return {name: value + _beside(alpha, value) * right[name] for name, value in left.items()}
     return {name: torch.add(value, right[name], alpha=alpha) for name, value in left.items()}
@@ -60,6 +62,7 @@ def dot(left: TensorMapping, right: TensorMapping, *, tasks_axis: bool = False) 
         right: the other.
         tasks_axis: whether entries have a leading tasks axis; the result is then one number per task, `(tasks,)`.
     """
+    # Not one flat vector: that would copy every param.
     products = [value * right[name] for name, value in left.items()]
     terms = [product.reshape(len(product), -1).sum(1) if tasks_axis else product.sum() for product in products]
     return torch.stack(terms).sum(0) if terms else torch.zeros(())
@@ -72,6 +75,7 @@ def norm(tree: TensorMapping, *, tasks_axis: bool = False) -> Tensor:
 
 def _beside(factor: Tensor, value: Tensor) -> Tensor:
     """Returns one number, or one per task, shaped and typed to multiply an entry."""
+    # One factor per task is a tensor with an axis, which would make an entry of lower precision wider.
     return factor.to(value.dtype).reshape(factor.shape + (1,) * (value.dim() - factor.dim()))
 
 
@@ -101,6 +105,7 @@ def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 def flatten_batch(batch: Batch) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """Returns every tensor of a nested batch, in a fixed order, and what puts others in their places."""
     leaves, structure = pytree.tree_flatten(batch)
+    # What is no tensor (a name, a count) stays in its place.
     positions = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def rebuild(tensors: Sequence[Tensor]) -> Any:
@@ -132,6 +137,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     if not tensors:
         return True
     with torch.no_grad():
+        # One number for each tensor, and one wait for the device, in place of a wait for each.
         sums = torch.stack([tensor.sum().to(tensors[0].device, torch.float32) for tensor in tensors])
         if bool(torch.isfinite(sums).all()):
             return True

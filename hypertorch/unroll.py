@@ -76,16 +76,19 @@ def unroll(
         IncompatibleBackendError: if tasks are vectorised, and an operation differs from a task alone or cannot be.
     """
     asked = tuple(metrics_after)
+    # One comparison for three mistakes: a set holds each number once, in range, and comes back in order.
     if list(asked) != sorted({*asked} & {*range(problem.num_steps + 1)}):
         raise ValueError(
             f"`metrics_after` is {asked}: figures can be taken after 0 to {problem.num_steps} steps of this problem, "
             "in the order of the run. Pass ascending numbers from that range, each once."
         )
     bound = BoundProblem(problem, hparams, outer_step, carry, execution)
+    # No path to the hyperparameters: a step's graph goes as soon as its gradient is there.
     constants = tree.detach(hparams)
     kind = kind_of(problem)
     first = None if problem.num_tasks is None else TaskSlice(start=0, stop=1, squeeze=True)
     with bound.running():
+        # Nothing is differentiated or run again here, so that other side effects do no harm.
         refuse_changed_arguments(kind, FirstTask(bound=bound, hparams=hparams, item=first))
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
@@ -110,6 +113,7 @@ def _unroll_slice(
     figures: list[TensorDict] = []
 
     def advance(state: InnerState, step: int) -> InnerState:
+        # Not `loop.step`, whose term is the mean over tasks: here each task's own is wanted.
         state = loop.advance(state, variables, step)
         terms = loop.terms(state, variables, step)
         step_terms.extend([] if terms is None else [terms])
@@ -120,6 +124,7 @@ def _unroll_slice(
             figures.append(_metrics(loop, state.params, variables))
 
     state = scan(advance, loop.initial(variables), range(loop.num_steps), look)
+    # `scan` shows the state before each step, and never the last one.
     look(state, loop.num_steps)
     losses = list(loop.record.losses.values())
     outer_loss = loop.outer_losses(state.params, variables) + sum(step_terms)
@@ -127,6 +132,7 @@ def _unroll_slice(
         params=state.params,
         outer_loss=outer_loss,
         metrics=_metrics(loop, state.params, variables),
+        # Steps last: slices are joined along the first axis, that of the tasks.
         inner_losses=torch.stack(losses, dim=-1) if losses else outer_loss.new_empty((*outer_loss.shape, 0)),
         metrics_after={name: torch.stack([row[name] for row in figures], dim=-1) for name in figures[0]}
         if figures
@@ -182,8 +188,10 @@ def outer_metrics(
     with bound.running(), torch.no_grad():
         for item in slices:
             context = bound.context(hparams, item)
+            # The given params stand for a run's end: no inner loop is run for them.
             own = params if item is None else item.take(params)
             parts.append(_metrics(bound.loop(item, context), own, {**hparams, **context}))
     metrics = join_tasks(parts, slices)
     check_metrics(metrics, () if problem.num_tasks is None else (problem.num_tasks,))
+    # A count is an integer, of which PyTorch takes no mean.
     return {name: value.to(torch.get_default_dtype()).mean() for name, value in metrics.items()}

@@ -13,6 +13,7 @@ from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 
+# No equality: that of its fields would compare tensors, entry by entry.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BackendResult:
     """What a backend computed for one inner loop.

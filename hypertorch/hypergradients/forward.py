@@ -203,6 +203,8 @@ def _unit_vectors(variables: TensorDict, entries: range) -> TensorDict:
         # A chunk may begin and end inside a variable.
         start, stop = max(entries.start, first), min(entries.stop, first + value.numel())
         if start < stop:
+            # A row for every entry of the chunk, zero where the entry is another variable's: all tangents have one
+            # length.
             rows = torch.zeros(len(entries), value.numel(), dtype=value.dtype, device=value.device)
             rows[start - entries.start : stop - entries.start, start - first : stop - first].fill_diagonal_(1.0)
             found[name] = rows.reshape(len(entries), *value.shape)
@@ -232,6 +234,7 @@ def _carry(run: ForwardState, has_tasks_axis: bool) -> TensorDict:
     }
     if has_tasks_axis:
         held = {name: value.movedim(0, 1) for name, value in held.items()}
+    # Counted apart: no entry of the state may have moved, and then nothing else tells how many tangents there are.
     return {**held, _COUNT: torch.tensor(len(run.derivative))}
 
 

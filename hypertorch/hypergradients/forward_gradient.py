@@ -104,6 +104,7 @@ class ForwardGradient(RandomDirections):
 
     def _directions(self, loop: InnerLoop, variables: TensorDict) -> TensorDict:
         """Returns the directions in every floating-point variable, of shape `(num_samples, *variable)`."""
+        # Not of torch's own generators, which the noise of the model is drawn from.
         generator = loop.generator()
 
         def draw(value: Tensor) -> Tensor:

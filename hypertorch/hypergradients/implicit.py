@@ -125,7 +125,7 @@ class Implicit(Hypergradient):
         grads, cotangents, outer_loss = outer_part(loop, variables, last)
         equation = self._equation(loop, variables, last)
         by_name = dict(zip(last.names(), cotangents, strict=True))
-        # (dF/ds)' q = dE/ds, in the trained params: running statistics are constants of the equation.
+        # (dF/ds)' q = dE/ds, of which the part of the optimiser's buffers is zero: E does not read them.
         solved = _solve(loop, equation, {name: by_name[name] for name in loop.trained(last.params)}, self._solver)
         # df/dhparams = dE/dhparams - q' dF/dhparams.
         grads = accumulate(grads, _through(loop, equation, solved.solution, variables))
@@ -165,7 +165,7 @@ class Implicit(Hypergradient):
 
     def _equation(self, loop: InnerLoop, variables: TensorDict, last: InnerState) -> _Equation:
         """Returns the equation at the last state."""
-        # Buffers stay constants, in the loss and in the equation.
+        # Running statistics stay constants of the equation.
         params = tree.leaves_requiring_grad(loop.trained(last.params))
         fixed = InnerState({**tree.detach(last.params), **params}, last.dynamics)
         with torch.enable_grad():

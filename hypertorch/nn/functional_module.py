@@ -95,6 +95,7 @@ class FunctionalModule:
         """Returns the outputs of a module with buffers, and their new values."""
         values = dict(params)
         watch = None if torch.compiler.is_compiling() else thread.watch
+        # A caller who passes no buffers gets the module's own, for this call alone.
         starts = {name: values.get(name, own) for name, own in self.module.named_buffers()}
         if watch is not None:
             starts = {name: watch.start(name, value) for name, value in starts.items()}
@@ -160,6 +161,7 @@ def _refuse_compiled(module: nn.Module) -> None:
 
 def _is_compiled(module: nn.Module) -> bool:
     return (
+        # Three ways to compile a module, of which each leaves another mark.
         isinstance(module, torch.jit.ScriptModule)
         or module._compiled_call_impl is not None
         or type(module).__name__ == "OptimizedModule"  # whose class is in a part of PyTorch that takes seconds to load

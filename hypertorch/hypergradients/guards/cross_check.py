@@ -81,6 +81,7 @@ def case_of(loop: InnerLoop, variables: TensorDict) -> Hashable:
     Cost: one evaluation of the initial state, without a derivative.
     """
     with torch.no_grad():
+        # Sizes and dtypes are asked of the state itself: `init_params` alone knows them.
         state = loop.uncounted().initial(tree.detach(variables))
     own = {*state.params, *state.dynamics, *loop.per_task} if loop.has_tasks_axis else set()
     sizes = tuple(
@@ -114,6 +115,7 @@ def fault_of(loop: InnerLoop, variables: TensorDict, case: Hashable, way: str, f
 
     def compare() -> Fault | None:
         fault = _first(faults, _reference(loop.uncounted(), tree.leaves_requiring_grad(variables)))
+        # Said once, since the answer is kept.
         if fault is not None:
             _logger.info("%s is not taken: %s", way, fault.reason)
         return fault
@@ -161,6 +163,7 @@ def _reference(loop: InnerLoop, variables: TensorDict) -> Reference:
     with torch.no_grad():
         constants = tree.detach(variables)
         first = loop.initial(constants)
+        # The second step where there is one: momentum is zero in the first, and hides what is wrong with it.
         departure = scan(lambda state, earlier: loop.advance(state, constants, earlier), first, range(step))
         if loop.has_buffers and loop.num_steps:
             loop.advance(departure, constants, step)  # tells which of them have a derivative
@@ -200,6 +203,7 @@ def _products_of_step(loop: InnerLoop, variables: TensorDict, departure: InnerSt
         cotangents,
         by_name(variables, departure.params, departure.dynamics),
         vjps,
+        # The part past the inner gradient, beside which an error in the gradient's own part would look small.
         differentiated("constant")[1],
         inner_eps=max(loop.inner_eps, precision.eps),
     )

@@ -102,6 +102,7 @@ def _first_fault(loop: InnerLoop, variables: TensorDict) -> Fault | None:
 
 def _nodes(value: Tensor) -> Iterator[Any]:
     """Yields the nodes of a tensor's graph."""
+    # A list and no recursion: the graph of a recurrent network is deeper than Python's stack.
     seen, waiting = set(), [value.grad_fn]
     while waiting:
         node = waiting.pop()

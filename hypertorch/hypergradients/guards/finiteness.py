@@ -30,6 +30,7 @@ def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError |
     found: list[NonFiniteError] = []
 
     def advance(state: InnerState, step: int) -> InnerState:
+        # The scan goes on to the end, but nothing is computed after the first find.
         if found:
             return state
         state, loss, _ = loop.step(state, variables, step)

@@ -73,6 +73,7 @@ class Products:
         }
         largest = {part: max([0.0, *finite]) for part, finite in _by_part(sizes).items()}
         self._sizes = {name: max(size, 1e-3 * largest[_part(name)]) for name, size in sizes.items()}
+        # Divided by the size of its part of J'u, each entry weighs about 1 in the product.
         self.directions = {
             name: normal_like(value, 1 + position) / self._sizes[name]
             for position, (name, value) in enumerate(moved.items())
@@ -144,6 +145,7 @@ class CoarsestPrecision(TorchDispatchMode):
 def generic_cotangents(state: InnerState) -> list[Tensor | None]:
     """Returns a generic cotangent for each tensor of a state; None for integers."""
     return [
+        # Seeds apart from those of the directions, of which u must be independent.
         normal_like(value, 1000 + position) if tree.is_differentiable(value) else None
         for position, value in enumerate(state.tensors())
     ]
@@ -152,6 +154,7 @@ def generic_cotangents(state: InnerState) -> list[Tensor | None]:
 def normal_like(value: Tensor, seed: int) -> Tensor:
     """Returns normal numbers of a generator of their own: along them no sum is zero by symmetry."""
     dtype = torch.complex128 if value.is_complex() else torch.float64
+    # Drawn on the host, in double precision: the same directions on every device.
     numbers = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     return numbers.to(device=value.device, dtype=value.dtype)
 
@@ -188,5 +191,6 @@ def _inner(left: Tensor | None, right: Tensor) -> float:
     return 0.0 if left is None else float((left.conj() * right).detach().sum(dtype=_exact(left)).real)
 
 
+# Products are summed in double precision, so that the comparison adds no rounding of its own.
 def _exact(value: Tensor) -> torch.dtype:
     return torch.complex128 if value.is_complex() else torch.float64

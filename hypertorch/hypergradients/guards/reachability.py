@@ -48,6 +48,7 @@ def check_reachability(
     suspects = [name for name, value in judged.items() if value is None or _says_nothing(backend, value)]
     if not suspects:
         return
+    # Only now, in doubt: it costs a run.
     reached = probe()
     detached = [name for name in suspects if name not in reached]
     if detached:
@@ -96,6 +97,7 @@ def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskS
         def end(values: TensorDict) -> list[torch.Tensor]:
             tensors: list[torch.Tensor] = []
             for item in slices:
+                # Computed anew for each move: the path may go through it.
                 context = bound.context(values, item)
                 loop = bound.loop(item, context)
                 tensors += _end_of(loop, {**values, **context})
@@ -105,6 +107,8 @@ def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskS
         reached: set[str] = set()
         for name, value in constants.items():
             for move in _MOVES:
+                # By value, without a tolerance: noise and data are the same, so any change comes from this
+                # hyperparameter.
                 again = end({**constants, name: value + move * (value.abs() + 1.0)})
                 if not all(torch.equal(left, right) for left, right in zip(first, again, strict=True)):
                     reached.add(name)

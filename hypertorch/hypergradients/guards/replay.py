@@ -68,6 +68,7 @@ def check_gaps(gaps: Tensor, expected: InnerState, start: int, stop: int) -> Non
         for name, value in zip(expected.names(), expected.tensors(), strict=True)
         if tree.is_differentiable(value) and value.numel()
     ]
+    # Rounding adds up over the steps of a segment.
     too_far = gaps[:, 0] > max(stop - start, 1) * gaps[:, 1]
     if bool(too_far.any()):
         name, gap = names[int(too_far.nonzero()[0])], float(gaps[too_far][0, 0])
@@ -78,6 +79,7 @@ def check_gaps(gaps: Tensor, expected: InnerState, start: int, stop: int) -> Non
 
 
 def _size(value: Tensor) -> Tensor:
+    # One dtype, to be stacked: the entries of a state may differ.
     return value.abs().max().to(torch.float32)
 
 
@@ -97,6 +99,7 @@ def check_values(first: Mapping[int, Tensor], again: Mapping[int, Tensor], *, in
         gaps = (torch.stack([again[step] for step in steps]) - expected).abs().reshape(len(steps), -1).amax(dim=1)
         eps = max(torch.finfo(expected.dtype).eps, inner_eps**2)
         allowed = _TOLERANCE * eps * torch.stack(list(first.values())).abs().max()
+        # One wait for the device, for all steps together.
         too_far = (gaps > allowed).tolist()
     for step, gap, is_too_far in zip(steps, gaps, too_far, strict=True):
         if is_too_far:

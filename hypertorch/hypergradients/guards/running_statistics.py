@@ -68,9 +68,11 @@ def _updated_without_derivative(loop: InnerLoop, variables: TensorDict) -> froze
         return frozenset()
     constants, state = tree.detach(variables), before.detached()
     with torch.no_grad():
+        # With params and variables moved: what changes depends on them, whether a derivative says so or not.
         again = loop.loss_at(state, 0)
         again.gradient(_moved(loop.trained(state.params)), _moved(constants))
         after = state._replace(params={**state.params, **tree.detach(loss.new_buffers)})
+        # And with the buffer moved, which shows whether a loss reads it.
         values = _losses(loop, after, constants)
         return frozenset(
             name

@@ -96,6 +96,7 @@ def refuse_side_effects(kind: Hashable, first: FirstTask, *, by_values: bool) ->
 
 
 def _look(first: FirstTask, *, by_values: bool) -> None:
+    # The loop is made twice, with data drawn and context computed anew: a counter in either of them shows.
     once = _results(*first.loop())
     loop, variables = first.loop()
     _refuse_difference(_results(loop, variables), once, loop.inner_eps)
@@ -161,6 +162,7 @@ def arguments_kept(function: str, **arguments: TensorDict) -> Iterator[None]:
 
 
 def _is_kept(entries: TensorDict, name: str, before: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+    # By identity first: a new tensor in the caller's dict is a change, whatever it holds.
     if name not in entries or name not in before or entries[name] is not before[name][0]:
         return False
     value, kept = entries[name].detach(), before[name][1]
@@ -235,6 +237,7 @@ def _refuse_late_reads(loop: InnerLoop, variables: TensorDict) -> None:
             value = loss({**state.params, **leaves})
         if not watch.calls or not value.requires_grad:
             continue
+        # The same graph is gone through twice, with other weights in the module in between.
         expected = torch.autograd.grad(value, asked, retain_graph=True, allow_unused=True)
         with ExitStack() as stack:
             for slots, names in {id(slots): (slots, names) for slots, names in watch.calls}.values():

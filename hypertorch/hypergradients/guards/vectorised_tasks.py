@@ -74,6 +74,7 @@ def refuse_wrong_vectorisation(
         return _difference(together, alone, use)
 
     # A problem without steps says nothing of the same one with some.
+    # By the use, too: a run by values must not fail where there is no derivative, and tells nothing of one.
     difference = memo.recall(VECTORISED, (kind, use, bound.problem.num_steps > 0), compare)
     if difference is not None:
         raise NotVectorisableError(
@@ -208,6 +209,7 @@ def _of_first_task(value: Tensor, *, has_tasks_axis: bool) -> Tensor:
     if not has_tasks_axis:
         return seed
     seeds = torch.zeros_like(value)
+    # Zero for the others: in shared hyperparameters the derivative is then that of the first task alone.
     seeds[0] = seed
     return seeds
 

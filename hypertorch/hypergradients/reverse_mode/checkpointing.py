@@ -72,6 +72,7 @@ class Checkpointing:
             return self
         plan = plan_loop(loop, variables, parse_bytes(self.memory_budget, "memory_budget"))
         _logger.debug("%s", plan)
+        # A plan for the whole graph sets neither, which is how the whole graph is asked for.
         return Checkpointing(checkpoint_every=plan.checkpoint_every, snapshots=plan.snapshots)
 
     def segments(self, loop: InnerLoop, variables: TensorDict, steps: Steps, *, with_graphs: bool) -> Iterator[Segment]:
@@ -98,6 +99,7 @@ class Checkpointing:
         if self.checkpoint_every == "sqrt":
             # A graph holds the state after a step and its gradient at least.
             states_per_step = 2 if with_graphs else 1
+            # `num_steps / k` kept states beside `c k` in a segment are fewest at `k = sqrt(num_steps / c)`.
             return max(1, round(math.sqrt(num_steps / states_per_step)))
         if self.checkpoint_every > num_steps:
             raise IncompatibleBackendError(

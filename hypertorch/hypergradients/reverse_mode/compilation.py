@@ -60,6 +60,7 @@ def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) 
     def make() -> Callable[..., Any]:
         # A list of programs belongs to a code object.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        # `fullgraph`: what cannot be traced raises, and all of it runs without compilation, with a warning.
         program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device))
         return _copied(program) if device.type == "cuda" else program
 
@@ -106,6 +107,7 @@ def _copied(program: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
+        # A replayed graph writes its results to the same memory each time: the caller is given copies.
         result = program(*arguments)
         return pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
@@ -124,6 +126,7 @@ def compilation() -> Iterator[None]:
         dynamo: Any = torch._dynamo
         compiler: Any = torch.compiler
         try:
+            # Without the first, `torch.autograd.grad` inside a function cannot be traced.
             stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
             stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
             # What PyTorch says of its own insides while it compiles is no fault of the user's.
@@ -143,6 +146,7 @@ def compilation() -> Iterator[None]:
             ) from error
         except compiler_errors() as error:
             inner = getattr(error, "inner_exception", None)  # of what failed outside of the tracing
+            # Raised while code was made: the compiler wraps what it meets there.
             if isinstance(inner, NotCompilableError):
                 raise inner from error
             raise NotCompilableError(f"PyTorch says: {_first_sentence(str(error))}") from error

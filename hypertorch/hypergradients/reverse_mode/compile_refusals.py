@@ -38,6 +38,7 @@ def refuse(family: Hashable, kind: Hashable, what: str, error: NotCompilableErro
     attempts += 0 if isinstance(error, TooManyProgramsError) and attempts else 1
     memo.note(ATTEMPTS, family, attempts)
     note = " Others of its class are not tried any more." if attempts == _MOST_ATTEMPTS else ""
+    # Too many programs are a matter of the family, and said once for it.
     key = (family, TooManyProgramsError) if isinstance(error, TooManyProgramsError) else (family, kind)
     if not memo.get(WARNED, key, False):
         memo.note(WARNED, key, True)

@@ -50,6 +50,7 @@ def run_compiled(
     family = (Program.of(loop).key, derivative)
     if not may_compile(family, lambda: kind_of(problem)):
         return otherwise()
+    # What fails halfway leaves no counts behind.
     trial = loop.uncounted()
     try:
         with compilation():
@@ -86,6 +87,7 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
     with torch.no_grad():
         grads, outer_loss, state, losses = compiled(_whole, key, loop.device)(program, moving, fixed, batches)
+    # The steps drew from one seed, not each from its own: these numbers are of another run, and are dropped.
     if draws(before, loop.device):
         memo.note(NOISY, key, True)
         return None
@@ -100,6 +102,7 @@ def _whole(
 ) -> tuple[Grads, Tensor, InnerState, dict[int, Tensor]]:
     """Returns the derivative of the outer loss in `moving`, the outer loss, the last state and the inner losses."""
     loop = program.loop(lambda index: batches[index])
+    # Leaves of the program: its inputs have no derivative outside.
     own = tree.leaves_requiring_grad(moving)
     variables = {**own, **fixed}
     result = sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))

@@ -111,10 +111,12 @@ class CompiledSteps(Steps):
         self._advanced = False
         self._mixed = mixed and not loop.has_buffers
         program = Program.of(loop)
+        # What a step does not read is made equal, so that problems that differ in it share a program.
         self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
         self._names = list(variables)
+        # A program makes leaves of its own, from tensors without a graph.
         self._advance = compiled(_advance, self._program.key, loop.device)
         self._first_values: dict[int, Tensor] = {}
         self._further_values: dict[int, Tensor] = {}
@@ -123,6 +125,7 @@ class CompiledSteps(Steps):
         """Returns the state before the first step, in tensors of its own: the same program for every step."""
         constants = {**self._moving, **self._fixed}
         try_dynamics(self._loop, constants)
+        # Grad mode is a part of what a program is compiled for, and is the same for all calls.
         with torch.no_grad():
             state = self._loop.initial(constants)
         return state.replace_tensors(_plain(state.tensors()))
@@ -140,6 +143,7 @@ class CompiledSteps(Steps):
         self._advanced = True
         self._loop.record.add_step(step, value, frozenset(tracked))
         if value is not None:
+            # The first run counts, as the one whose states are kept.
             self._first_values.setdefault(step, value)
         return end
 
@@ -157,6 +161,7 @@ class CompiledSteps(Steps):
         with torch.no_grad():
             grads, before, term, value = run(
                 self._program,
+                # Sorted: a set has no order, and another order would be another program.
                 tuple(sorted(loop.record.tracked_buffers)),
                 segment.departure,
                 self._moving,
@@ -193,6 +198,7 @@ class CompiledSteps(Steps):
         return batch
 
     def _counter(self, step: int) -> int:
+        # Counted from 2, as `compilation.COUNTER` explains.
         return self._loop.first_index + step + 2
 
 
@@ -205,6 +211,7 @@ def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
 
     def take_one() -> bool:
         with torch.no_grad():
+            # `transition` and not `step`, which would count.
             loop.transition(loop.initial(constants), constants, 0)
         return True
 
@@ -256,6 +263,7 @@ def _pull_back(
     """
     index = counter - 2
     loop = program.loop(lambda _: batch)
+    # `leaves` asks the record, and this loop's is new.
     loop.record.track(tracked)
     with torch.enable_grad():
         leaves, own = loop.leaves(departure), tree.leaves_requiring_grad(moving)

@@ -37,6 +37,7 @@ class CompilerMends(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Returns what this pass is called in the compiler's cache of programs."""
+        # Programs are kept on disk under it: the number goes up with what is rewritten, or old ones would be taken.
         return b"hypertorch.CompilerMends.1"
 
 
@@ -44,9 +45,11 @@ def _write_to_own_memory(graph: fx.Graph, node: fx.Node) -> None:
     """Makes a write go to a copy with memory for every entry, where entries share theirs."""
     written: Any = node.args[0]
     value = written.meta["val"]
+    # A stride of 0 along a single entry shares nothing.
     if any(size != 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
         with graph.inserting_before(node):
             copy = graph.call_function(_aten.clone.default, (written,), _CONTIGUOUS)
+        # Later passes of the compiler read sizes and strides here.
         copy.meta["val"] = value.clone(**_CONTIGUOUS)
         node.replace_input_with(written, copy)
 
@@ -57,6 +60,7 @@ def _multiply_before(graph: fx.Graph, node: fx.Node) -> None:
     alpha: Any = node.kwargs["alpha"]
     if isinstance(right, fx.Node):
         with graph.inserting_before(node):
+            # A product of its own is no factor, which the fusion would drop.
             scaled = graph.call_function(_aten.mul.Tensor, (right, alpha))
         scaled.meta["val"] = right.meta["val"] * alpha
         node.args, node.kwargs = (left, scaled), {}

@@ -77,12 +77,14 @@ def is_mixed(
     fault = fault_of(loop, variables, case, way, faults)
     if derivative == "mixed":
         if fault is not None:
+            # A refusal is found out again: the user may have followed its advice.
             forget(case, [way])
             failure = NotCompilableError if compiled else IncompatibleBackendError
             raise failure(f"mixed mode is not possible here: {fault.reason}. Use `derivative='reverse'` or 'auto'.")
         return True
     if fault is not None:
         return False
+    # What is measured is no part of the run.
     own = loop.uncounted()
     return memo.recall(
         DERIVATIVE, (case, compiled), lambda: _mixed_wins(own, lambda mixed: steps_of(own, variables, mixed))
@@ -114,6 +116,8 @@ def _seconds(loop: InnerLoop, steps: Steps) -> float:
     arrival = steps.advance(departure, 0)
     cotangents = [torch.ones_like(value) if tree.is_differentiable(value) else None for value in arrival.tensors()]
     best = float("inf")
+    # Two warm-ups: compiled steps differentiate the run's last one, which they meet first, without compilation, and
+    # compile at the next.
     for run in range(_REPEATS + 2):
         _synchronize(loop.device)
         start = time.perf_counter()

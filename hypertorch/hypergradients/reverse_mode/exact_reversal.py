@@ -53,10 +53,13 @@ class ExactReversal:
         if exact.out_of_range():
             raise self._explain_range()
         self.information_bits = exact.information_bits(loop.has_tasks_axis)
+        # The state before a step and the one after it, whatever the horizon is.
         loop.record.hold(2)
         for step in reversed(range(loop.num_steps)):
+            # Read before the step is undone, which changes the integers in place.
             arrival = _floats(exact)
             self.rule.unstep(exact, self._gradient(step), self.variables, loop.first_index + step)
+            # The sweep differentiates a segment before it asks for the next: the kept graph is that of this step.
             yield Segment(step, step + 1, _floats(exact), arrival)
         first = initialisation(loop, self.variables, None)
         self._check_arrival(exact, first.departure)
@@ -65,11 +68,14 @@ class ExactReversal:
     def vjp(self, segment: Segment) -> Differentiable:
         """Returns the step that was undone last, differentiated through the gradient that undid it."""
         loop, variables, step = self.loop, self.variables, segment.start
+        # The initial state, which was not stepped to: it has its own graph.
         if segment.connected:
             return graph_vjp(loop, variables, segment)
         params, grads = self._graph
         leaves = InnerState(params, tree.leaves_requiring_grad(segment.departure.dynamics))
         with torch.enable_grad():
+            # The rule once more, in floats: its gradient is there already, with its graph, and is not taken a second
+            # time.
             end = InnerState(*self.rule.update(grads, params, leaves.dynamics, variables, loop.first_index + step))
             term = loop.term(end, variables, step)
         loop.record.add_vjps(1, graph_steps=1)
@@ -117,6 +123,7 @@ class ExactReversal:
 
     def _check_arrival(self, exact: ExactState, initial: InnerState) -> None:
         """Raises `ReplayError` unless the run backwards ended where the run forward began, with nothing left over."""
+        # In integers, where equal means equal: no tolerance hides a step that was undone wrongly.
         expected = [encode(value) for value in initial.tensors()]
         missed = [
             name
@@ -186,6 +193,7 @@ class CompiledReversal(ExactReversal):
 
     def __init__(self, loop: InnerLoop, variables: TensorDict, rule: ReversibleDynamics) -> None:
         super().__init__(loop, variables, rule)
+        # Before any program is compiled: what is wrong with the problem is said in its own words.
         try_dynamics(loop, variables)
         self._steps = CompiledSteps(loop, variables, mixed=False)
 

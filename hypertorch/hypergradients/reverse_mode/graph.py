@@ -41,6 +41,7 @@ def graph_vjp(
     Raises:
         ReplayError: if the steps do not end at the segment's arrival.
     """
+    # Only the first segment is connected. Any other starts from leaves, where its cotangents are read off.
     leaves = segment.departure if segment.connected else loop.leaves(segment.departure)
     start, stop = segment.start, segment.stop
 
@@ -69,4 +70,5 @@ def with_terms(end: InnerState, cotangents: Cotangents, terms: Tensor | None) ->
     """Returns the outputs of a segment with their cotangents, the terms of the outer loss among them."""
     if terms is None:
         return end.tensors(), list(cotangents)
+    # A term counts with weight 1: as one more output it joins the state's cotangents in one vjp.
     return [*end.tensors(), terms], [*cotangents, torch.ones_like(terms)]

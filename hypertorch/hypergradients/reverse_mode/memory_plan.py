@@ -125,6 +125,7 @@ def plan_memory(
     constants = tree.detach(hparams)
     first = task_slices(problem.num_tasks, execution)[0]
     with bound.running():
+        # Its values are what a step reads; its graph is not planned.
         context = tree.detach(bound.context(constants, first))
         variables = tree.leaves_requiring_grad({**constants, **context})
         return plan_loop(bound.loop(first, context), variables, parse_bytes(budget, "budget"))
@@ -154,14 +155,17 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         recomputed_steps=0,
         reasons=reasons,
     )
+    # In the order of the steps that are run again: none, each about once, as often as it takes.
     if whole.peak_bytes <= budget:
         return whole
     checkpoints = min(
         (_checkpoints(memory, num_steps, every) for every in range(1, num_steps + 1)),
+        # All that fit are equal in memory here: the fewest steps run again win, then the fewest bytes.
         key=lambda plan: (max(plan.peak_bytes, budget), plan.recomputed_steps, plan.peak_bytes),
     )
     if checkpoints.peak_bytes <= budget:
         return replace(checkpoints, too_large=(whole,), reasons=reasons)
+    # The more states are kept the more bytes are held, so the largest number that fits is found by halving.
     fitting = bisect_right(
         range(1, num_steps + 1), budget, key=lambda snapshots: _revolve_peak(memory, num_steps, snapshots)
     )
@@ -187,6 +191,7 @@ def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
     kept = ceil(num_steps / every)
     states = memory.initial + (kept - 1) * memory.state
     before = num_steps - every  # steps that are run without a graph, to the last kept state
+    # The segment at the end of the run, with the outer loss beside its graph.
     peak = states + max(memory.graph_of(every) + memory.last_term, memory.segment(every)) + before * memory.loss
     if kept > 1:
         # The segment before has a kept state less, but its end to compare with, and the last state. The first segment

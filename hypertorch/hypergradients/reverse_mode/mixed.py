@@ -77,10 +77,14 @@ def through_gradients(
     """
     value = loss.value
     for call in reversed(loss.calls):
+        # a = a' du/dg. The graph of the update is gone through again in the end, for the state and the variables.
         reached = vjp(outputs, seeds, call.gradient, retain_graph=True)
         direction = {name: value for name, value in reached.items() if value is not None}
         if direction:
+            # (a_w, a_h) = d<g, a>/d(w, h)
             in_params, in_hparams, value = loss.mixed_derivative(call, direction)
+            # The point itself may be computed, as by a rule that looks ahead: its cotangent goes on through its
+            # graph.
             points = [*(call.params[name] for name in in_params), *(call.hparams[name] for name in in_hparams)]
             outputs, seeds = [*outputs, *points], [*seeds, *in_params.values(), *in_hparams.values()]
     return outputs, seeds, value

@@ -56,10 +56,12 @@ def run_prefix(loop: InnerLoop, variables: TensorDict, stop: int) -> Prefix:
             term = loop.term(state, variables, step)
         if term is None:
             return run._replace(state=state)
+        # At constant params only the direct part remains. It is taken at once, so that no graph outlives its step.
         direct = vjp([term], [torch.ones_like(term)], variables)
         return Prefix(state, tree.add_optional(run.outer_loss, term.detach()), accumulate(run.grads, direct))
 
     with torch.no_grad():
         initial = loop.initial(constants)
     run = scan(advance, Prefix(initial, None, dict.fromkeys(variables)), range(stop))
+    # A tensor of the user's that asks for its gradient does so under `no_grad`, too.
     return run._replace(state=run.state.detached())

@@ -69,6 +69,7 @@ def binomial_schedule(num_steps: int, snapshots: int) -> Iterator[Action]:
             middle = start + _first_part(stop - start, free)
             yield Advance(start, middle)
             yield Keep(middle)
+            # By the time that the first part is reversed, the snapshots of the second are free again.
             stretches.append((start, middle, free))
             start, free = middle, free - 1
         if stop - start > 1:

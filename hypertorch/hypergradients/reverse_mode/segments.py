@@ -45,8 +45,10 @@ def kept_every(loop: InnerLoop, variables: TensorDict, steps: Steps, every: int)
     kept = _kept(loop, steps, starts)
     arrival = None
     for start, stop in zip(starts, stops, strict=True):
+        # Popped: a state is held no longer than its segment.
         departure = kept.pop()
         yield Segment(start, stop, departure, arrival)
+        # Where the segment before must end, if it is the same run.
         arrival = departure
     yield initialisation(loop, variables, arrival)
 
@@ -69,6 +71,7 @@ def single_steps(loop: InnerLoop, variables: TensorDict, steps: Steps, every: in
             arrival = reached
         else:
             states.append(reached)
+        # Held by `states` or as the arrival, and not a moment longer.
         del reached
         for step in reversed(range(start, stop)):
             departure = states.pop()
@@ -95,6 +98,7 @@ def revolving(loop: InnerLoop, variables: TensorDict, steps: Steps, snapshots: i
             case revolve.Advance(start, stop):
                 state = scan(steps.advance, state, range(start, stop))
             case revolve.Differentiate(step, release):
+                # Before it is handed over, so that the sweep has the last hold on it.
                 if release:
                     del kept[step]
                 yield Segment(step, step + 1, state, arrival)
@@ -109,6 +113,7 @@ def _connected_initial(loop: InnerLoop, variables: TensorDict) -> InnerState:
 
 def _kept(loop: InnerLoop, steps: Steps, starts: list[int]) -> list[InnerState]:
     """Returns the states before some steps, given from the last to the first, in the order of the run."""
+    # Up to the start of the last segment, whose steps are run by whoever differentiates it.
     wanted = frozenset(starts)
     kept: list[InnerState] = []
 

@@ -60,6 +60,7 @@ class StepMemory:
         graph = self.graph_of(num_steps)
         last_step = self.cotangents + self.backward
         gathering = graph + last_step + self._growth(num_steps, self.grads)
+        # While the last step is added to the graph, while the outer loss is differentiated, while cotangents go back.
         return max(graph - self.graph + self.forward, graph + self.last_term, gathering, self._sum(num_steps))
 
     def segment(self, num_steps: int) -> int:
@@ -110,9 +111,11 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
             arrival, loss = loop.transition(departure, variables, step)
             term = loop.term(arrival, variables, step)
             losses = [] if loss.value is None else [loss.value]
+            # It holds the buffers of both ends of the step, which would be counted with the graph.
             del loss
             forward, graph = memory.peak - before, memory.current - before
             last = arrival.replace_tensors([value.clone() for value in arrival.tensors()])
+        # A rule may hand on a tensor as it is, which costs a run nothing.
         state = storage_bytes(arrival.tensors(), besides=departure.tensors())
         sizes = [storage_bytes([value], besides=departure.tensors()) for value in arrival.tensors()]
         at_start, at_end = _watched(departure), _watched(arrival)
@@ -122,6 +125,7 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
         between = sum(size for size, remain in zip(sizes, remains, strict=True) if remain != (None, None))
 
         before = _restart(memory)
+        # From the copy: the outer loss must add nothing to the step's own graph.
         direct, cotangents, _ = outer_part(loop, variables, last)
         last_peak = memory.peak - before
 

@@ -63,5 +63,6 @@ class EagerSteps(Steps):
 
     def vjp(self, segment: Segment) -> Differentiable:
         """Runs a segment with its graph, in mixed mode without that of the inner gradient."""
+        # The initial state may have a graph, which mixed mode would cut: it goes by its graph.
         by = mixed_vjp if self._mixed and not segment.connected else graph_vjp
         return by(self._loop, self._variables, segment)

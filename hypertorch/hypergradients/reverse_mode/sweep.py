@@ -97,8 +97,11 @@ def sweep(
     for segment in segments:
         end, pull_back = differentiate(segment)
         if last is None:
+            # Kept without its graph, which would otherwise live as long as the sweep.
             last = end.detached()
+            # dE/dvariables, and a_T = dE/ds_T.
             grads, cotangents, outer_loss = outer_part(loop, variables, last)
+        # a_t dPhi_t/dvariables, and a_{t-1} = a_t dPhi_t/ds_{t-1}; both with the terms dE_t.
         part, cotangents, term = pull_back(cotangents)
         grads = accumulate(grads, part)
         outer_loss = outer_loss if term is None else outer_loss + term
@@ -113,6 +116,7 @@ def outer_part(loop: InnerLoop, variables: TensorDict, last: InnerState) -> tupl
 
     Cost: one evaluation of the outer loss and its gradient.
     """
+    # Cut from the run, so that the outer loss is differentiated on its own graph, whatever the segments are.
     leaves = loop.leaves(last)
     with torch.enable_grad():
         outer_loss = loop.outer(leaves.params, variables)
@@ -136,6 +140,7 @@ def pull_back(
     """
     # Names of the two cannot clash: the state's are numbered.
     numbered = {f"\0{position}": tensor for position, tensor in enumerate(leaves.tensors())}
+    # One vjp for both: two would go through the graph twice, and have to keep it.
     joint = vjp(outputs, cotangents, {**variables, **numbered})
     return {name: joint[name] for name in variables}, [joint[name] for name in numbered]
 
