@@ -111,6 +111,7 @@ class ParameterSlots:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # These run copies or compiled code, which do not look into the places.
         self._is_plain = not isinstance(module, torch.jit.ScriptModule | nn.DataParallel)
         self._slots: dict[str, list[_Place]] = {}
         modules: list[_Place] = []
@@ -118,6 +119,7 @@ class ParameterSlots:
         names: dict[int, str] = {}
         for prefix, part in module.named_modules():
             children: dict[str, Any] = part._modules
+            # Children too: one that is exchanged brings other places.
             modules.extend(_Place(children, key, child) for key, child in children.items())
             for holder in (part._parameters, part._buffers):
                 for key, value in holder.items():

@@ -54,7 +54,7 @@ class _StoppingTangents(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Every way to switch gradients, by a context or by a decorator, comes by here.
+        # `no_grad`, `enable_grad` and `set_grad_enabled` all come by here, as contexts and as decorators.
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(args[0])
         elif func == _DATA:

@@ -70,7 +70,7 @@ def hypergradient(
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
     slices = task_slices(problem.num_tasks, run.measured())
-    # Before any derivative: a function that is none of its arguments has no right one, by no backend.
+    # First of all: what depends on more than its arguments has no right derivative, by any backend.
     run.refuse_side_effects(slices[0])
     found, parts = run.over(slices)
     check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))

@@ -178,7 +178,7 @@ class Implicit(Hypergradient):
             state = fixed._replace(dynamics=tree.leaves_requiring_grad(dynamics))
             leaves = _moving(loop, state)
             values = _difference(leaves, _moving(loop, loop.map_step(state, variables)))
-            # Their rows of dF/ds would be zero, and the system singular.
+            # A param that the loss does not use has zeros for its row of dF/ds, which would make the system singular.
             unknowns = values.keys() - _unused(loop, params, variables, fixed)
         return _Equation(values, leaves, frozenset(unknowns))
 

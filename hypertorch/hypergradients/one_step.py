@@ -108,7 +108,7 @@ def _finite_difference(loop: InnerLoop, variables: TensorDict, segment: Segment,
 
 def _gradient_leaves(loop: InnerLoop, loss: InnerLoss, params: TensorDict) -> TensorDict:
     """Returns the gradient that the step was taken with, as leaves of its graph; empty if it took none."""
-    # One gradient as a leaf hides what an earlier one did to the place of a later one.
+    # A leaf hides that the place of a later gradient depends on an earlier one.
     if len(loss.evaluations) > 1:
         raise IncompatibleBackendError(
             f"`OneStep(finite_difference=True)` got dynamics {loop.dynamics!r}, which evaluate the gradient "

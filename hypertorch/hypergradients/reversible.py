@@ -67,6 +67,7 @@ class Reversible(Hypergradient):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
+        # Nothing to undo: the initial state is differentiated by its graph.
         if loop.num_steps == 0:
             return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
         rule = _checked_rule(loop)

@@ -79,6 +79,7 @@ class BoundProblem:
         if problem.context is None:
             return {}
         first = 0 if task_slice is None else task_slice.start
+        # The loop, which seeds all other noise, is not made yet: it needs the context.
         seed_generators(self.device, problem.seed, self._outer_step, first, CONTEXT)
         batch = self._outer_batch if task_slice is None else task_slice.keep_axis(self._outer_batch)
         context = problem.context(hparams, batch)
@@ -99,6 +100,7 @@ class BoundProblem:
         outer_batch, carry = self._outer_batch, self._carry
         if task_slice is not None:
             outer_batch = task_slice.take(outer_batch)
+            # What belongs to the hyperparameters, and the index, is the same for all tasks.
             carry = {name: value if _is_shared(name) else task_slice.take(value) for name, value in carry.items()}
         first_task = 0 if task_slice is None else task_slice.start
         return inner_loop(

@@ -64,6 +64,7 @@ class FeatureNorm(nn.Module):
             return self.running_mean, self.running_spread
         mean, spread = mean_and_spread(features)
         if self.statistics == "running":
+            # In place and with its graph, as `BatchNorm` does it.
             self.running_mean.copy_(mean)
             self.running_spread.copy_(spread)
         return mean, spread

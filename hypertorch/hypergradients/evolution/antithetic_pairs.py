@@ -37,6 +37,7 @@ def read_pairs(loop: InnerLoop, num_pairs: int) -> list[Pair]:
     """
     states, sums = loop.carried(_STATES), loop.carried(_SUMS)
     found = len({name.split(".")[0] for name in states})
+    # None in a run's first outer step, or where it starts afresh.
     if found not in (0, num_pairs):
         raise IncompatibleBackendError(
             f"`carry` holds {found} pairs of particles, but `num_pairs` is {num_pairs}: particles cannot be added to a "

@@ -115,7 +115,6 @@ def fault_of(loop: InnerLoop, variables: TensorDict, case: Hashable, way: str, f
 
     def compare() -> Fault | None:
         fault = _first(faults, _reference(loop.uncounted(), tree.leaves_requiring_grad(variables)))
-        # Said once, since the answer is kept.
         if fault is not None:
             _logger.info("%s is not taken: %s", way, fault.reason)
         return fault
@@ -196,6 +195,7 @@ def _products_of_step(loop: InnerLoop, variables: TensorDict, departure: InnerSt
         return end.detached(), _vjps_by_name(*pulled, departure)
 
     with CoarsestPrecision() as precision:
+        # Rounding is judged by the coarsest dtype on the way, which may be that of the loss and not of the params.
         arrival, vjps = differentiated("differentiable")
     return Products(
         "a step",

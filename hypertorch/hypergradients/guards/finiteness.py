@@ -34,6 +34,7 @@ def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError |
         if found:
             return state
         state, loss, _ = loop.step(state, variables, step)
+        # The loss first: it is computed before the state that it is stepped to.
         if loss is not None and not tree.all_finite([loss]):
             advice = _SMALLER_STEPS if step > 0 else "Nothing was stepped yet: look at the loss and the initial params."
             if not _is_finite(loop.draw(loop.first_index + step)):

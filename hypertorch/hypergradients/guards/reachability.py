@@ -44,6 +44,7 @@ def check_reachability(
         DetachedHyperparameterError: if one does not reach the outer loss at all.
         IncompatibleBackendError: if one does, but the backend drops every path from it.
     """
+    # A name that may have no path is not asked about, and costs nothing.
     judged = {name: value for name, value in grads.items() if name not in set(allowed)}
     suspects = [name for name, value in judged.items() if value is None or _says_nothing(backend, value)]
     if not suspects:

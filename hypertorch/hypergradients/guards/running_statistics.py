@@ -100,6 +100,8 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
     leaves = {**state.params, **tree.leaves_requiring_grad(loop.trained(state.params))}
     elsewhere = {**state.params, **_moved(loop.trained(state.params))}
     declared = loop.problem.inner.buffers
+    # Nothing carries a buffer on from the outer loss: what it moves without a derivative and reads is lost to every
+    # backend.
     in_outer = {
         name: found
         for name, found in _moved_by(outer, leaves).items()
@@ -146,6 +148,7 @@ def _lacks_derivative(name: str, found: Moved, loss: Callable[[TensorDict], Tens
         loss: the loss.
         elsewhere: other params, with the same buffers.
     """
+    # An integer, such as a count of batches, moves and has no derivative to miss.
     if found.value.requires_grad or not tree.is_differentiable(found.value):
         return False
     with torch.no_grad(), watching() as watch:
@@ -158,6 +161,7 @@ def _is_read(name: str, losses: list[Callable[[TensorDict], Tensor]], params: Te
     with torch.no_grad():
         for loss in losses:
             plain = loss(params)
+            # Shifted where a call begins: a loss may hand the buffer over, or leave the module its own.
             with watching(shifted=name):
                 if not torch.equal(plain, loss(params)):
                     return True
@@ -170,6 +174,7 @@ def _describe(layer: nn.Module) -> str:
 
 def _losses(loop: InnerLoop, state: InnerState, variables: TensorDict) -> Tensor:
     """Returns the outer loss, and the inner loss of a next step."""
+    # The next step is the first that reads what a step has left.
     next_step = min(1, loop.num_steps - 1)
     inner = loop.loss_at(state, next_step)(loop.trained(state.params), variables)
     return torch.stack([loop.outer(state.params, variables), inner.mean()])

@@ -107,8 +107,8 @@ def _copied(program: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        # A replayed graph writes its results to the same memory each time: the caller is given copies.
         result = program(*arguments)
+        # A replayed graph writes its results to the same memory each time: the caller is given copies.
         return pytree.tree_map_only(torch.Tensor, torch.clone, result)
 
     return run

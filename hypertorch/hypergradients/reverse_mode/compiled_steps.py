@@ -113,10 +113,10 @@ class CompiledSteps(Steps):
         program = Program.of(loop)
         # What a step does not read is made equal, so that problems that differ in it share a program.
         self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
+        # Without a graph: a program makes leaves of its own.
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
         self._names = list(variables)
-        # A program makes leaves of its own, from tensors without a graph.
         self._advance = compiled(_advance, self._program.key, loop.device)
         self._first_values: dict[int, Tensor] = {}
         self._further_values: dict[int, Tensor] = {}
@@ -125,7 +125,6 @@ class CompiledSteps(Steps):
         """Returns the state before the first step, in tensors of its own: the same program for every step."""
         constants = {**self._moving, **self._fixed}
         try_dynamics(self._loop, constants)
-        # Grad mode is a part of what a program is compiled for, and is the same for all calls.
         with torch.no_grad():
             state = self._loop.initial(constants)
         return state.replace_tensors(_plain(state.tensors()))
@@ -134,6 +133,7 @@ class CompiledSteps(Steps):
         """Returns the state after a step."""
         batch = self._prepare(step)
         before = () if self._advanced or not self._mixed else generator_states(self._loop.device)
+        # Grad mode is a part of what a program is compiled for, and is the same for all calls.
         with torch.no_grad():
             end, value, tracked = self._advance(
                 self._program, state, self._moving, self._fixed, batch, self._counter(step)
@@ -150,6 +150,7 @@ class CompiledSteps(Steps):
     def vjp(self, segment: Segment) -> Differentiable:
         """Returns a single step whose vjp is compiled, with what it runs; the last one by its graph."""
         if self._is_last or segment.connected or segment.arrival is None:
+            # The first segment that arrives is the last of the run.
             self._is_last = False
             return graph_vjp(self._loop, self._variables, segment)
         return Differentiable(segment.arrival, partial(self._pull_back, segment))
@@ -174,12 +175,15 @@ class CompiledSteps(Steps):
             self._further_values[step] = value
         loop.record.add_step(step, value)
         loop.record.add_vjps(1, graph_steps=1)
+        # A program differentiates in what moves: the other variables have no path.
         return PulledBack({name: grads.get(name) for name in self._names}, before, term)
 
     def gradient(self, params: TensorDict, step: int) -> TensorDict:
         """Returns the gradient of the inner loss of a step; at the same params it has the same bits."""
         run = compiled(_gradient, self._program.key, self._loop.device)
         batch = self._prepare(step)
+        # Tensors of the same kind in every call: the same program serves the run and its way back, with the same
+        # bits.
         own = dict(zip(params, _plain(list(params.values())), strict=True))
         with torch.no_grad():
             grads, value = run(self._program, own, self._moving, self._fixed, batch, self._counter(step))

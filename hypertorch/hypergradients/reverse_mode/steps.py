@@ -48,6 +48,7 @@ class EagerSteps(Steps):
     def __init__(self, loop: InnerLoop, variables: TensorDict, *, mixed: bool) -> None:
         self._loop = loop
         self._variables = variables
+        # Once, and not in every step of a forward run.
         self._constants = tree.detach(variables)
         self._mixed = mixed and not loop.has_buffers
 
