@@ -61,6 +61,7 @@ class Adagrad(GradientDynamics):
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the sums of squares, `sum.{parameter}`, at `initial_accumulator_value`."""
         return {
+            # Added to zeros instead of filled in: a learnt value keeps its path, and every entry of the sum has it.
             f"sum.{name}": torch.zeros_like(param) + resolve(self.initial_accumulator_value, hparams, name, 0)
             for name, param in params.items()
         }
@@ -76,9 +77,12 @@ class Adagrad(GradientDynamics):
             d = -grads[name] if self.maximize else grads[name]
             if "weight_decay" in self.active:
                 d = decayed(d, w, weight_decay[name])
+            # Not in place as in `torch.optim.Adagrad`: the sum before the step belongs to the graph.
             s = new_state[f"sum.{name}"] = torch.addcmul(state[f"sum.{name}"], d, d)
             step_size = lr[name]
             if "lr_decay" in self.active:
+                # `index` and not `t`: PyTorch counts this decay from the step before, so the first step is not decayed.
                 step_size = step_size / (1.0 + index * lr_decay[name])
+            # The sum is zero until the first gradient comes, and there the plain root has an infinite derivative.
             new_params[name] = descend_quotient(w, d, safe_sqrt(s) + eps[name], step_size)
         return new_params, new_state

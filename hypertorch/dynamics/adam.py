@@ -74,14 +74,18 @@ class Adam(GradientDynamics):
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():
+            # The order of `torch.optim.Adam`: the sign turns before the decay, which pulls towards zero either way.
             d = -grads[name] if self.maximize else grads[name]
             if "weight_decay" in self.active:
                 d = decayed(d, w, weight_decay[name])
             m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
             v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
             if self.amsgrad:
+                # The largest of the uncorrected mean squares, as in PyTorch; the correction of the present step comes
+                # after it.
                 v = new_state[f"max_exp_avg_sq.{name}"] = torch.maximum(state[f"max_exp_avg_sq.{name}"], v)
             # The moments start at zero. What that takes from the mean goes into the step size, which is one number.
+            # Of the square the correction goes under the root, and `eps` is added after it: PyTorch's place for it.
             root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
             new_params[name] = descend_quotient(w, m, root + eps[name], lr[name] / (1.0 - beta1[name] ** t))
         return new_params, new_state

@@ -76,7 +76,9 @@ class AdamW(GradientDynamics):
             m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], g, beta1[name])
             v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], g, beta2[name])
             if self.amsgrad:
+                # Before the bias correction, as in `Adam`.
                 v = new_state[f"max_exp_avg_sq.{name}"] = torch.maximum(state[f"max_exp_avg_sq.{name}"], v)
+            # As in `Adam`: the correction of the square goes under the root, and `eps` is added after it.
             root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
             new_params[name] = descend_quotient(w, m, root + eps[name], lr[name] / (1.0 - beta1[name] ** t))
         return new_params, new_state

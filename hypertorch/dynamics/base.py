@@ -29,6 +29,7 @@ class Dynamics(ABC):
             next gradient can be taken in them as they are. Each class says so for itself; it is not inherited.
     """
 
+    # The careful answer: a rule that says nothing has its params viewed anew before the next gradient is taken.
     separate_params: ClassVar[bool] = False
 
     @abstractmethod
@@ -63,9 +64,11 @@ class Dynamics(ABC):
     def _declared(self) -> dict[str, Setting]:
         """The declared settings by name, without those that are left out (None)."""
         declarations = declared(type(self))
+        # In the order of declaration, which is the order in which `values` hands them to a rule.
         values: dict[str, Setting] = {name: getattr(self, name) for name in declarations}
         return {name: value for name, value in values.items() if value is not None or not declarations[name].optional}
 
+    # Cached, because a step asks for it. A frozen dataclass allows that: the cache is written past its `__setattr__`.
     @cached_property
     def active(self) -> frozenset[str]:
         """Names of the declared settings that can differ from zero: a rule leaves out the terms of all others."""
@@ -107,6 +110,7 @@ class Dynamics(ABC):
 
     def constraints(self) -> dict[str, Constraint]:
         """Returns the natural constraints of learnt settings, by name or pattern of the outer variable."""
+        # Of this class's own settings: dynamics that hold others ask those for theirs.
         natural = {name: declaration.allowed.natural for name, declaration in declared(type(self)).items()}
         return natural_constraints(self._declared, natural)
 
@@ -153,6 +157,7 @@ def by_parameter(state: TensorMapping) -> dict[str, TensorDict]:
     """Returns the buffers of every parameter that has any, from `{buffer}.{parameter}`."""
     buffers: dict[str, TensorDict] = {}
     for key, value in state.items():
+        # At the first dot: the name of a parameter, such as `head.weight`, has dots of its own.
         name, _, parameter = key.partition(".")
         buffers.setdefault(parameter, {})[name] = value
     return buffers

@@ -103,6 +103,7 @@ class Clipped(Dynamics):
         self, loss: InnerLoss, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and buffers after one step of the rule along the clipped gradient."""
+        # Nothing is cut below: with a norm held constant, the derivative would be that of another map.
         grads = loss.gradient(params, hparams)
         if self.max_value is not None:
             grads = {
@@ -132,14 +133,19 @@ def _check_one_for_all(max_norm: Setting) -> None:
 def _clamped(gradient: Tensor, bound: float | Tensor) -> Tensor:
     """Returns the gradient with its entries kept between `-bound` and `bound`."""
     if isinstance(bound, Tensor):
+        # A learnt bound gets its derivative where it is reached. The sign is constant between jumps, so it needs no
+        # graph.
         return torch.where(gradient.abs() > bound, gradient.detach().sign() * bound, gradient).to(gradient.dtype)
     return gradient.clamp(-bound, bound)
 
 
 def _shortened(grads: TensorDict, bound: float | Tensor, *, tasks_axis: bool) -> TensorDict:
     """Returns the gradient times `min(1, bound / (norm + 1e-6))`, of each task by itself."""
+    # All gradients may be zero at once, where the plain root has an infinite derivative.
     total = safe_sqrt(tree.dot(grads, grads, tasks_axis=tasks_axis)) + _EPS
+    # An axis of size 1 would make the factor look like one for each task.
     bound = bound.reshape(()) if isinstance(bound, Tensor) else bound
+    # With the 1e-6 in it: this is exactly where PyTorch's coefficient falls below 1.
     exceeds = total > bound
     # Divided by 1 where the bound is not reached: an infinite derivative that is not taken would make a NaN.
     factor = torch.where(exceeds, bound / torch.where(exceeds, total, 1.0), 1.0)

@@ -47,6 +47,7 @@ class CoordinatewiseLSTM(UpdateRule):
         _check_preprocess("CoordinatewiseLSTM", preprocess)
         self.hidden = hidden
         self.preprocess = preprocess
+        # The first layer sees the features, each other one the hidden state of the layer below.
         inputs = [_num_features(preprocess), *[hidden] * (layers - 1)]
         self.gates = nn.ModuleList(_gates(size, hidden) for size in inputs)
         self.output = nn.Linear(hidden, 1)
@@ -63,8 +64,10 @@ class CoordinatewiseLSTM(UpdateRule):
         """Returns the update and the hidden states and cells of all layers."""
         signal = _features(gradient, self.preprocess)
         new_state: TensorDict = {}
+        # Written out, because PyTorch's own recurrent modules are not twice differentiable.
         for layer, gates in enumerate(self.gates):
             joint = torch.cat([signal, state[f"hidden{layer}"]], dim=-1)
+            # This order is fixed: `_gates` starts the second quarter, the forget gate, from a higher bias.
             enter, keep, leave, candidate = gates(joint).chunk(4, dim=-1)
             cell = keep.sigmoid() * state[f"cell{layer}"] + enter.sigmoid() * candidate.tanh()
             signal = leave.sigmoid() * cell.tanh()
@@ -143,7 +146,9 @@ def log_and_sign(gradient: Tensor, p: float = 10.0) -> Tensor:
     References:
         Andrychowicz et al. (2016), appendix A.
     """
+    # Clamped before the logarithm, whose value and derivative at zero are infinite.
     magnitude = gradient.abs().clamp(min=math.exp(-p)).log() / p
+    # Reaches 1 exactly where the first feature leaves -1, so one clamp each makes both cases.
     sign = (math.exp(p) * gradient).clamp(min=-1.0, max=1.0)
     return torch.stack([magnitude, sign], dim=-1)
 
@@ -152,6 +157,7 @@ def _gates(inputs: int, hidden: int) -> nn.Linear:
     """Returns the map from `[x, h]` to the input, forget and output gates and the candidate cell, before they bend."""
     gates = nn.Linear(inputs + hidden, 4 * hidden)
     with torch.no_grad():
+        # The forget gate's quarter: without it a new cell loses half of its content at every step.
         gates.bias[hidden : 2 * hidden] += 1.0
     return gates
 

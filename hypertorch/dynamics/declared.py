@@ -47,6 +47,7 @@ class Range:
     reason: str
 
 
+# An open end as a closed one, so that a range is two comparisons. At 1 the bias corrections divide by zero.
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 # A learnt factor stays this far from 1: closer, a running mean learns nothing in the horizon of any inner loop, and
 # `1 / (1 - factor)` in the bias corrections loses all digits in single precision.
@@ -55,11 +56,13 @@ NON_NEGATIVE = Box(lower=0.0)
 PROPORTION = Box(lower=0.0, upper=1.0)
 DECAY = Box(lower=0.0, upper=1.0 - _MARGIN)
 
-# What several rules mean by the same word.
+# What several rules mean by the same word. A step size of 0 freezes a part of the params on purpose; a learnt one is
+# kept above 0.
 STEP_SIZE = Range(0.0, math.inf, Positive(), "A step size is positive.")
 STEP_SIZE_EITHER_WAY = dataclasses.replace(STEP_SIZE, reason="A step size is positive; to ascend, pass maximize=True.")
 WEIGHT_DECAY = Range(0.0, math.inf, NON_NEGATIVE, "A negative one makes the weights explode.")
 EPS = Range(0.0, math.inf, NON_NEGATIVE, "It keeps the denominator away from 0.")
+# 1 is allowed as a number: the buffer then sums all gradients, while a mean with its `1 - momentum` would see none.
 MOMENTUM = Range(0.0, 1.0, DECAY, "At 1 the buffer never forgets; 0.9 is usual.")
 MEAN_DECAY = Range(0.0, _BELOW_ONE, DECAY, "At 1 the mean never learns of a gradient.")
 SQUARE_DECAY = Range(0.0, _BELOW_ONE, DECAY, "At 1 the mean square never learns of a gradient.")
@@ -166,6 +169,7 @@ def _check_range(argument: str, setting: UngroupedSetting, allowed: Range) -> No
             "To learn a setting, pass `ht.Hyper(name)` and put its tensor into the outer variables."
         )
     if isinstance(setting, Tensor):
+        # Before its values are looked at, which costs a wait for the device.
         _check_constant(argument, setting)
         # Written so that NaN is outside.
         outside = setting[~((setting >= allowed.lower) & (setting <= allowed.upper))]
@@ -173,6 +177,7 @@ def _check_range(argument: str, setting: UngroupedSetting, allowed: Range) -> No
     else:
         values = setting if isinstance(setting, Sequence) else (setting,)
     for value in values:
+        # Negated for the same reason: every comparison with NaN is false.
         if not allowed.lower <= value <= allowed.upper:
             raise ValueError(f"{argument} is {value}, outside [{allowed.lower}, {allowed.upper}]. {allowed.reason}")
 
@@ -206,6 +211,8 @@ def natural_constraints(
         for name, setting in settings.items()
         if (constraint := natural.get(name)) is not None
         for part in parts(setting)
+        # The constraint is on the outer variable, and through a transform that is not the setting: a log step size is
+        # negative.
         if isinstance(part, Hyper) and part.transform is None
     )
 
@@ -220,6 +227,7 @@ def intersections(constraints: Iterable[Mapping[str, Constraint]]) -> dict[str, 
     for own in constraints:
         for name, constraint in own.items():
             known = result.get(name, constraint)
+            # Equal ones meet without being intersected, so that a kind without bounds can be shared too.
             result[name] = known if known == constraint else _intersection(name, known, constraint)
     return result
 
@@ -261,6 +269,7 @@ def check_settings(
     for name, setting in settings.items():
         if not isinstance(setting, Mapping):
             _check_setting(f"`{name}` of `{owner}`", setting, params, hparams, num_steps)
+        # Each part of a group against its own params: a `Hyper` per parameter needs entries for these alone.
         elif params:
             check_patterns(f"`{name}` of `{owner}`", setting, params)
             for pattern, own in setting.items():
@@ -275,8 +284,10 @@ def _check_setting(
         for parameter, param in params.items():
             _check_entry(argument, setting, setting.entry_name(parameter), hparams, num_steps)
             entry = hparams[setting.entry_name(parameter)]
+            # The axis of steps is taken off at each step, before the value meets the parameter.
             shape = entry.shape[1:] if setting.per_step else entry.shape
             _check_shape(f"`{setting.entry_name(parameter)}`, read by {argument},", shape, parameter, param)
+            # Elementwise, a transform keeps the shape, but it may change the dtype.
             if setting.transform is None:
                 _check_dtype(argument, entry, len(shape), parameter, param)
     elif isinstance(setting, Hyper):
@@ -304,6 +315,7 @@ def _check_entry(argument: str, setting: Hyper, entry: str, hparams: TensorMappi
             f"`{entry}` has shape {tuple(value.shape)}, but {argument} reads it as a schedule over "
             f"`num_steps` = {num_steps}. Its first axis must have one entry per step."
         )
+    # An entry with more axes passes the test above, and would be read as a row of values at each step.
     if setting.per == "step" and value.numel() != num_steps:
         raise ValueError(
             f"`{entry}` has shape {tuple(value.shape)}, but {argument} reads it as one value per step. Pass "
@@ -318,6 +330,7 @@ def _check_entry(argument: str, setting: Hyper, entry: str, hparams: TensorMappi
 
 def _check_shape(argument: str, shape: torch.Size, parameter: str, param: Tensor) -> None:
     """Raises unless a tensor of this shape multiplies the parameter without changing its shape."""
+    # Aligned from the right, as broadcasting does it: a tasks axis in front of the params then changes nothing.
     padded = (1,) * (param.dim() - len(shape)) + tuple(shape)
     if len(shape) > param.dim() or any(own not in (1, size) for own, size in zip(padded, param.shape, strict=True)):
         raise ValueError(
@@ -329,6 +342,7 @@ def _check_shape(argument: str, shape: torch.Size, parameter: str, param: Tensor
 
 def _check_dtype(argument: str, value: Tensor, dim: int, parameter: str, param: Tensor) -> None:
     """Raises if a tensor with this many axes would promote the parameter to another dtype."""
+    # A tensor without axes does not promote one of the same kind that has some.
     if dim and torch.promote_types(value.dtype, param.dtype) != param.dtype:
         raise ValueError(
             f"{argument} is read from a tensor of dtype {value.dtype}, but the inner parameter `{parameter}` has "

@@ -9,6 +9,7 @@ from torch import Tensor
 def descend(param: Tensor, direction: Tensor, lr: float | Tensor) -> Tensor:
     """Returns `param - lr * direction`."""
     if isinstance(lr, Tensor):
+        # `alpha` takes numbers only; the product keeps the derivative of a learnt step size.
         return param - lr * direction
     # The derivative of `sub` takes a negation more.
     return param.add(direction, alpha=-lr)
@@ -18,6 +19,7 @@ def decayed(direction: Tensor, param: Tensor, weight_decay: float | Tensor) -> T
     """Returns `direction + weight_decay * param`, the direction with the slope of an L2 penalty."""
     if isinstance(weight_decay, Tensor):
         return direction + weight_decay * param
+    # Out of place, one operation for two: every inner step pays for each in time and in the graph.
     return direction.add(param, alpha=weight_decay)
 
 
@@ -25,6 +27,7 @@ def descend_quotient(param: Tensor, numerator: Tensor, denominator: Tensor, lr: 
     """Returns `param - lr * numerator / denominator`."""
     if isinstance(lr, Tensor):
         return param - lr * (numerator / denominator)
+    # The operation of `torch.optim.Adam`, so that the steps agree to round-off.
     return torch.addcdiv(param, numerator, denominator, value=-lr)
 
 
@@ -32,6 +35,7 @@ def running_mean(mean: Tensor, value: Tensor, decay: float | Tensor) -> Tensor:
     """Returns `decay * mean + (1 - decay) * value`."""
     if isinstance(decay, Tensor):
         return decay * mean + (1.0 - decay) * value
+    # PyTorch's optimisers take this form for their first moments.
     return torch.lerp(mean, value, 1.0 - decay)
 
 
@@ -39,6 +43,7 @@ def running_square(mean: Tensor, value: Tensor, decay: float | Tensor) -> Tensor
     """Returns `decay * mean + (1 - decay) * value ** 2`."""
     if isinstance(decay, Tensor):
         return decay * mean + (1.0 - decay) * value.square()
+    # PyTorch's form for second moments, without a square in memory.
     return torch.addcmul(decay * mean, value, value, value=1.0 - decay)
 
 
@@ -52,5 +57,6 @@ def safe_sqrt(value: Tensor) -> Tensor:
 
     A negative value, which rounding makes of a difference of equal numbers, counts as zero; NaN stays NaN.
     """
+    # False for NaN, which so goes through the root and is seen by the checks.
     at_zero = value <= 0.0
     return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, value).sqrt())

@@ -85,12 +85,14 @@ class Groups(GradientDynamics):
         if params:
             check_patterns("`members` of `Groups`", self.members, params)
         for pattern, member in self.members.items():
+            # Its own part alone: `Muon` for the matrices must not see the biases of another member.
             member.check(self._part(pattern, params), hparams, num_steps)
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the buffers of all members, those of member `i` as `{i}.{buffer}`."""
         state: TensorDict = {}
         for position, (pattern, member) in enumerate(self.members.items()):
+            # By position: a pattern may hold dots, and dots separate the parts of a name.
             state.update(tree.with_prefix(f"{position}", member.init(self._part(pattern, params), hparams)))
         return state
 
@@ -111,6 +113,7 @@ class Groups(GradientDynamics):
             )
             new_params.update(part)
             new_state.update(tree.with_prefix(prefix, own_state))
+        # In the order of the params again, which the members take apart.
         return {name: new_params[name] for name in params}, new_state
 
     def _part(self, pattern: str, values: Mapping[str, Tensor]) -> TensorDict:

@@ -67,8 +67,10 @@ class LearnedBuffers(GradientDynamics):
     def check(self, params: TensorMapping, hparams: TensorMapping, num_steps: int) -> None:
         """Raises `ValueError` if the rule does not fit, or the entries are not first values of its buffers."""
         self.rule.check(params, hparams, num_steps)
+        # Without a step no buffer is read.
         if not num_steps:
             return
+        # For one task, without a tasks axis, as the entries are.
         buffers = self.rule.init(dict(params), dict(hparams))
         learnt = tree.without_prefix(self.name, hparams)
         if not learnt:
@@ -84,6 +86,7 @@ class LearnedBuffers(GradientDynamics):
         """Returns the rule's buffers, those that are learnt at their entries of `hparams`."""
         buffers = self.rule.init(params, hparams)
         learnt = tree.without_prefix(self.name, hparams)
+        # With tasks, buffers have their axis in front and the entry has none: all tasks start from views of the same.
         return {key: learnt[key].expand(value.shape) if key in learnt else value for key, value in buffers.items()}
 
     def update(
@@ -100,6 +103,7 @@ class LearnedBuffers(GradientDynamics):
                 "another `name`."
             )
         first = buffers[buffer]
+        # No broadcasting here: an entry of another shape would be the start of several numbers at once.
         if value.shape != first.shape or value.dtype != first.dtype:
             raise ValueError(
                 f"`{self.name}.{buffer}` has shape {tuple(value.shape)} and dtype {value.dtype}, but it is the first "

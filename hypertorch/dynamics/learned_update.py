@@ -104,6 +104,7 @@ class LearnedUpdate(GradientDynamics):
 
     def init_hparams(self) -> TensorDict:
         """Returns copies of the rule's trainable weights, as `{name}.{weight}`."""
+        # Copies, so that outer steps in place leave the module as the user made it.
         first = self._function.init_params()
         return tree.with_prefix(self.name, {name: first[name] for name in self._function.trained_names()})
 
@@ -130,9 +131,11 @@ class LearnedUpdate(GradientDynamics):
         new_params: TensorDict = {}
         new_buffers: dict[str, TensorDict] = {}
         for name, param in params.items():
+            # Cut before the rule sees it: no derivative then runs back through the gradient of the inner loss.
             gradient = grads[name].detach() if self.gradient_is_constant else grads[name]
             update, new_buffers[name] = self._function(weights, _with_axis(gradient), buffers.get(name, {}))
             self._check_update(update, name, _with_axis(param))
+            # Added: the rule learns the direction, and with it the sign. The reshape takes off the axis of a scalar.
             new_params[name] = param + scale[name] * update.reshape(param.shape)
         return new_params, flattened(new_buffers)
 

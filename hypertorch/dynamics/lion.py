@@ -73,9 +73,12 @@ class Lion(GradientDynamics):
             # Cut, so that what acts through the sign alone has no path, instead of a path with a silent zero.
             g, m = grads[name].detach(), state[f"exp_avg.{name}"].detach()
             g = -g if self.maximize else g
+            # The momentum before this step, as in the paper: it is updated, by the other beta, after it has been read.
             direction = running_mean(m, g, beta1[name]).sign()
             if "weight_decay" in self.active:
+                # After the sign, which would swallow it: the decay is decoupled.
                 direction = decayed(direction, w, weight_decay[name])
+            # Along the gradient alone: the decay never enters the momentum.
             new_state[f"exp_avg.{name}"] = running_mean(m, g, beta2[name])
             new_params[name] = descend(w, direction, lr[name])
         return new_params, new_state

@@ -101,6 +101,7 @@ class Muon(GradientDynamics):
                     "in `Groups({'*.weight': Muon(), '*': AdamW()})`, where a name or pattern covers matrices alone."
                 )
         super().check(params, hparams, num_steps)
+        # A schedule has no value at step 0 where there is no step.
         for own in _OF_A_MATRIX if num_steps else ():
             for name in params:
                 value = resolve(self.settings()[own], hparams, name, 0)
@@ -123,10 +124,12 @@ class Muon(GradientDynamics):
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():
+            # A mean, as in PyTorch's own Muon: `momentum` scales the gradient too, unlike in `SGD`.
             b = running_mean(state[f"momentum_buffer.{name}"], grads[name], momentum[name])
             new_state[f"momentum_buffer.{name}"] = b
             u = running_mean(b, grads[name], momentum[name]) if self.nesterov else b
             if "weight_decay" in self.active:
+                # With the step size itself, as in PyTorch: the factor for the shape is for the other part alone.
                 w = (1.0 - lr[name] * weight_decay[name]) * w
             x = _orthogonalised(u, (ns_a[name], ns_b[name], ns_c[name]), eps[name], self.ns_steps)
             new_params[name] = descend(w, x, lr[name] * self._adjustment(w))
@@ -134,6 +137,7 @@ class Muon(GradientDynamics):
 
     def _adjustment(self, param: Tensor) -> float:
         """Returns the factor of the step size that makes steps of matrices of all shapes comparable."""
+        # The last two: with tasks there is an axis in front.
         rows, columns = param.shape[-2:]
         if self.adjust_lr_fn == "match_rms_adamw":
             return 0.2 * math.sqrt(max(rows, columns))
@@ -150,6 +154,7 @@ def _orthogonalised(
     # Bounded before the root, whose derivative at zero is infinite.
     x = x / x.square().sum(dim=(-2, -1), keepdim=True).clamp(min=eps * eps).sqrt()
     for _ in range(num_steps):
+        # One Gram matrix serves both terms of the quintic, as in the reference code.
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if is_tall else x

@@ -105,15 +105,18 @@ class NAdam(GradientDynamics):
                     d = decayed(d, w, weight_decay[name])
             mu = _momentum(beta1[name], momentum_decay[name], t)
             mu_next = _momentum(beta1[name], momentum_decay[name], t + 1)
+            # Carried, not computed from `t`: with a schedule each factor has a beta of its own.
             p = new_state[f"mu_product.{name}"] = state[f"mu_product.{name}"] * mu
             m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
             v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
+            # PyTorch adds two quotients by the same root; here their numerators are added, which needs one.
             n = (1.0 - mu) / (1.0 - p) * d + mu_next / (1.0 - p * mu_next) * m
             root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
             new_params[name] = descend_quotient(w, n, root + eps[name], lr[name])
         return new_params, new_state
 
     def _ones(self, name: str, param: Tensor, hparams: TensorDict) -> Tensor:
+        # The first axis may count tasks, and all state needs it; the other axes stay 1, as one number serves them.
         shapes = [param.shape[:1] + (1,) * (param.dim() - 1)]
         for shared in (self.beta1, self.momentum_decay):
             value = resolve(shared, hparams, name, 0)
@@ -123,4 +126,5 @@ class NAdam(GradientDynamics):
 
 def _momentum(beta1: float | Tensor, momentum_decay: float | Tensor, step: int) -> float | Tensor:
     """Returns `mu(t)`, the weight of the momentum at a step that is counted from 1."""
+    # The constants 0.96 and 1/2 are those of the paper, fixed in PyTorch as well.
     return beta1 * (1.0 - 0.5 * 0.96 ** (step * momentum_decay))

@@ -95,8 +95,10 @@ class RAdam(GradientDynamics):
                     d = decayed(d, w, weight_decay[name])
             m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
             v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
+            # `eps` is added to the uncorrected root, where PyTorch adds it; the correction is a part of `r`.
             step_size, root = lr[name] / (1.0 - beta1[name] ** t), safe_sqrt(v) + eps[name]
             own_beta2 = beta2[name]
+            # A learnt beta is not known to the host, and a branch on it would wait for the device at every step.
             if isinstance(own_beta2, Tensor):
                 trusted, r = _rectified(own_beta2, t)
                 # Both are 1 where the root is not trusted: dividing by a zero that is not taken would make a NaN.
@@ -113,6 +115,7 @@ def _rectification(beta2: float, step: int) -> float | None:
     """Returns `r * sqrt(1 - beta2^t)` at a step that is counted from 1; None while `rho` is 5 or less."""
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     rho = rho_inf - 2.0 * step * beta2**step / (1.0 - beta2**step)
+    # 5 is PyTorch's threshold; the paper has 4.
     if rho <= 5.0:
         return None
     square = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
@@ -128,6 +131,8 @@ def _rectified(beta2: Tensor, step: int) -> tuple[Tensor, Tensor]:
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     rho = rho_inf - 2.0 * step * beta2**step / (1.0 - beta2**step)
     trusted = rho > 5.0
+    # Both are chosen before the quotient and the root: below the switch these may be 0/0 or negative, and the NaN of a
+    # branch that is not taken would enter the derivative.
     above = torch.where(trusted, (rho - 4.0) * (rho - 2.0) * rho_inf * (1.0 - beta2**step), 1.0)
     below = torch.where(trusted, (rho_inf - 4.0) * (rho_inf - 2.0) * rho, 1.0)
     return trusted, (above / below).sqrt()

@@ -97,9 +97,12 @@ class RMSprop(GradientDynamics):
             v = new_state[f"square_avg.{name}"] = running_square(state[f"square_avg.{name}"], d, alpha[name])
             if self.centered:
                 a = new_state[f"grad_avg.{name}"] = running_mean(state[f"grad_avg.{name}"], d, alpha[name])
+                # A difference that rounding may take below zero, which `safe_sqrt` counts as zero.
                 v = v - a.square()
             root = safe_sqrt(v) + eps[name]
             if "momentum" in self.active:
+                # The step size stays outside of the buffer, as in PyTorch: a schedule acts on all of the momentum at
+                # once.
                 b = momentum[name] * state[f"momentum_buffer.{name}"] + d / root
                 new_state[f"momentum_buffer.{name}"] = b
                 new_params[name] = descend(w, b, lr[name])

@@ -127,6 +127,7 @@ def resolve_all(
     if isinstance(setting, Hyper):
         if setting.per_parameter:
             return {name: setting.value(hparams, name, index) for name in parameters}
+        # Once for all params: a transform is then one operation of the step, and its derivative one of the sweep back.
         return dict.fromkeys(parameters, setting.value(hparams, "", index))
     if isinstance(setting, (float, int, Tensor)):
         return dict.fromkeys(parameters, setting)
@@ -137,6 +138,7 @@ def own_setting(setting: Setting, parameter: str) -> UngroupedSetting:
     """Returns the entry of a group that a parameter belongs to, or the setting itself if it is no group."""
     if not isinstance(setting, Mapping):
         return setting
+    # As a tuple, since keys of the cache are hashed.
     pattern = first_match(tuple(setting), parameter)
     if pattern is None:
         raise KeyError(f"no entry of {list(setting)} matches the inner parameter `{parameter}`")
@@ -183,6 +185,7 @@ def first_match(patterns: tuple[str, ...], parameter: str) -> str | None:
     """
     if parameter in patterns:
         return parameter
+    # `fnmatch` would ignore case on some systems, and parameters that differ in case alone are two.
     return next((pattern for pattern in patterns if fnmatchcase(parameter, pattern)), None)
 
 
@@ -218,6 +221,7 @@ def check_patterns(argument: str, patterns: Collection[str], parameters: Collect
                 f"{argument} has the entry {pattern!r}, which matches none of the inner parameters {known}: it would "
                 "do nothing. Use one of these names, or a pattern that matches some."
             )
+        # An entry may match and yet never be used, because earlier ones take all that it matches.
         if pattern != "*" and not belonging(patterns, pattern, parameters):
             raise ValueError(
                 f"{argument} has the entry {pattern!r}, but every inner parameter it matches belongs to another entry "

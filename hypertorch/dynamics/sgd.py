@@ -82,7 +82,10 @@ class SGD(GradientDynamics):
                 d = decayed(d, w, weight_decay[name])
             if "momentum" in self.active:
                 if "dampening" not in self.active:
+                    # The first step too: the buffer is zero then, or learnt.
                     v = momentum[name] * state[f"momentum.{name}"] + d
+                # PyTorch's buffer starts as the first direction itself; with dampening that is not what a buffer of
+                # zeros gives.
                 elif index == 0 and not self.dampen_first:
                     v = d
                 else:

@@ -123,6 +123,7 @@ class TorchOptim(GradientDynamics):
             for name, param in params.items():
                 param = param.detach()
                 made, options = self._made_state(param), self._resolved(hparams, name, 0)
+                # With a gradient of zero and without a graph: only the names and shapes of what comes out are used.
                 _, after = self._advance(param, torch.zeros_like(param), made, options, 0)
                 self._check_state(after, param)
                 buffers[name] = {key: torch.zeros_like(value) + made.get(key, 0) for key, value in after.items()}
@@ -154,6 +155,7 @@ class TorchOptim(GradientDynamics):
         self, param: Tensor, gradient: Tensor, buffers: TensorDict, options: dict[str, Any], index: int
     ) -> tuple[Tensor, TensorDict]:
         """Returns a parameter and its buffers after one step along `gradient`."""
+        # `None` holds the place of the parameter, which `higher` fills in at each step.
         group = {**self._template.param_groups[0], **options, "params": [None]}
         if self._has_weight_decay:
             # `higher` would skip the term, derivative and all, where a learnt weight decay is exactly 0.
@@ -162,8 +164,10 @@ class TorchOptim(GradientDynamics):
         if self.optimizer is torch.optim.Adam:
             # `higher` adds eps before the bias correction of the second moment, PyTorch after it.
             group["eps"] = group["eps"] * (1.0 - group["betas"][1] ** (index + 1)) ** 0.5
+        # A shallow copy: both attributes that a step changes are replaced, so the template stays as it was made.
         optimizer = copy.copy(self._template)
         optimizer.param_groups = [group]
+        # Empty before the first step of a class without buffers: from that it knows to make its state.
         known = {**buffers, **self._counters(group, index)} if buffers or index else {}
         optimizer.state = [defaultdict(dict, {0: known})]
         [new_param] = optimizer.step(_NO_LOSS, [param], grad_callback=lambda _: [gradient])

@@ -172,6 +172,7 @@ def _owner(optimizer: type[torch.optim.Optimizer]) -> str:
 
 
 def _defaults(optimizer: type[torch.optim.Optimizer]) -> dict[str, Any]:
+    # Without the first, the params.
     taken = list(inspect.signature(optimizer).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in taken}
 

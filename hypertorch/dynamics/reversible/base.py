@@ -59,6 +59,7 @@ class ExactState:
     ) -> None:
         self._joint_params, self._joint_buffers = joint_params, joint_buffers
         params, buffers = joint_params.join(params), joint_buffers.join(buffers)
+        # Integers from here on. The params as floats are made of them for each gradient, forwards and backwards alike.
         self.params = {name: encode(value) for name, value in params.items()}
         self.buffers = {name: encode(value) for name, value in buffers.items()}
         self.information = {name: InformationBuffer(value) for name, value in self.buffers.items()}
@@ -104,9 +105,11 @@ class ExactState:
             name: the block.
             numbers: floating-point, or integers in units of `2^-52`.
         """
+        # An empty tensor has no largest entry, and PyTorch raises there.
         found = [largest(value.detach()) for value in numbers if value.numel()]
         if found:
             known = [self.largest[name]] if name in self.largest else []
+            # `amax` keeps NaN, so one look at the end sees what happened at any step.
             self.largest[name] = torch.stack([*known, *found]).amax()
 
     def out_of_range(self) -> dict[str, float]:
@@ -117,6 +120,7 @@ class ExactState:
         if not self.largest:
             return {}
         values = torch.stack(list(self.largest.values())).tolist()
+        # Negated, so that NaN is out of range.
         return {name: value for name, value in zip(self.largest, values, strict=True) if not value < LARGEST_NUMBER}
 
     def information_bits(self, tasks_axis: bool) -> Tensor:

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Below 2^62 in units, so that the sum of two cannot wrap around: int64 does that without an error.
 LARGEST_NUMBER = 2.0**10
 """Numbers must stay below this: then neither an integer nor the sum of two leaves 64 bits."""
 
+# With it a denominator has some 28 bits at most, and a head has 31 when a word has gone to the stack: their product
+# fits.
 LEAST_FACTOR = 2.0**-16
 GREATEST_FACTOR = 1.0 - 2.0**-53
 
@@ -31,11 +34,13 @@ _SWEEPS = 4
 
 def encode(numbers: Tensor) -> Tensor:
     """Returns the nearest integers in units of `2^-52`, int64; for numbers below `LARGEST_NUMBER` in magnitude."""
+    # Scaling by a power of two is exact, so a number rounds once, and only by what lies below a unit.
     return (numbers.detach().double() * _UNITS).round().long()
 
 
 def decode(integers: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns the numbers that integers stand for, rounded to `dtype`."""
+    # Above 2 an integer has more bits than a double: what is lost is lost to the loss alone, and the integer stays.
     return (integers.double() / _UNITS).to(dtype)
 
 
@@ -83,11 +88,15 @@ def factor_of(value: float) -> Factor:
         ValueError: if the value is outside.
     """
     _check_factor(value)
+    # All candidates at once, on the host: a factor is found once for each value, and kept.
     numerators = np.arange(1, _LARGEST_NUMERATOR + 1, dtype=np.float64)
     # A fraction above the value by its own rounding (49/50 for 0.98) is that value.
     denominators = np.ceil(numerators / value * (1.0 - _ROUND_OFF))
+    # Below zero by rounding only; with a negative rest the last step could map two integers to one.
     rests = np.maximum(value * denominators / numerators - 1.0, 0.0)
+    # `log(d/n)` is stored and `log(1/value)` is needed: `log(1 + rest)` is the excess.
     close = np.log1p(rests) <= _EXCESS * -math.log(value)
+    # `argmax` finds the first, which is the smallest numerator and so the least noise.
     best = int(close.argmax() if close.any() else rests.argmin())
     denominator = int(denominators[best])
     rest = float(rests[best])
@@ -187,11 +196,15 @@ class InformationBuffer:
             integers: int64, of the shape of `head`.
             factor: the factor.
         """
+        # The bound, not the heads, says when a word goes to the stack: all lanes agree, and the device is not waited
+        # for.
         bound = self._bounds[-1]
         if _overflows(bound, factor):
+            # Shifted down by half of the range, since int32 has a sign and a word has none.
             self.words.append((self.head.bitwise_and(2**_WORD_BITS - 1) - 2 ** (_WORD_BITS - 1)).int())
             self.head = self.head >> _WORD_BITS
             bound = (bound >> _WORD_BITS) + 1
+        # Rounded up: the bound must hold for every lane, whatever the integers were.
         self._bounds.append((bound * factor.largest_denominator - 1) // factor.numerator + 1)
 
         integers, digit = _divmod(integers, factor.denominator)
@@ -213,6 +226,7 @@ class InformationBuffer:
             raise IndexError("the information buffer holds no product to undo")
         integers, noise = _divmod(_undo_growth(integers, factor), factor.numerator)
         self.head, digit = _divmod(_multiply_add(self.head, factor.numerator, noise), factor.denominator)
+        # The bound before the product is the last one again, so the same question as in `multiply` has the same answer.
         self._bounds.pop()
         if _overflows(self._bounds[-1], factor):
             word = self.words.pop().long() + 2 ** (_WORD_BITS - 1)
@@ -235,6 +249,7 @@ def _divmod(integers: Tensor, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
         quotient = torch.from_numpy(np.asarray(np.floor_divide(integers.numpy(), divisor)))
     else:
         quotient = torch.div(integers, divisor, rounding_mode="floor")
+    # The remainder by a product: PyTorch's own would divide once more.
     return quotient, integers.sub(quotient, alpha=divisor)
 
 
@@ -262,6 +277,7 @@ def _undo_growth(grown: Tensor, factor: Factor) -> Tensor:
     if _is_fraction(factor):
         return grown
     integers = (grown.double() / (1.0 + factor.rest)).round().long()
+    # Always four: a test of convergence would wait for the device, and a sweep changes nothing that is right.
     for _ in range(_SWEEPS):
         integers = grown - _growth(integers, factor)
     return integers

@@ -62,12 +62,14 @@ class FactorSchedule:
         scheduled = parameter in self._scheduled
         index = index if scheduled else self._first_index
         least, greatest = self._ranges[parameter, index]
+        # One value has a fraction made for it; several need a numerator that serves all, and so a larger one.
         if least == greatest:
             factor = factor_of(least)
         else:
             value = resolve(self._settings[parameter], self._hparams, parameter, index)
             assert isinstance(value, Tensor)
             factor = factors_of(value, least, greatest)
+        # A factor that does not change is searched for once, not at every step.
         if not scheduled:
             self._constant[parameter] = factor
         return factor
@@ -85,6 +87,7 @@ class FactorSchedule:
                 else:
                     ranges[parameter, index] = (value, value)
         if on_device:
+            # One copy to the host, however many steps and params there are.
             read = torch.stack(list(on_device.values())).tolist()
             ranges.update({key: (least, greatest) for key, (least, greatest) in zip(on_device, read, strict=True)})
         return ranges

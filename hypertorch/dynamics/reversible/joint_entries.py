@@ -44,6 +44,7 @@ class JointEntries:
             sizes = [self._shapes[name][self._batch_dims :].numel() for name in names]
             for name, part in zip(names, blocks[block].split(sizes, dim=self._batch_dims), strict=True):
                 found[name] = part.reshape(self._shapes[name])
+        # Blocks have another order, and integers are compared with those of the start place by place.
         return {name: found[name] for name in self._names}
 
     def with_prefix(self, prefix: str) -> JointEntries:

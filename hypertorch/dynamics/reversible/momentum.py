@@ -78,6 +78,7 @@ class ReversibleMomentum(ReversibleDynamics):
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():
+            # Algorithm 1 of the paper, in its two lines.
             v = momentum[name] * state[f"velocity.{name}"] - (1.0 - momentum[name]) * grads[name]
             new_state[f"velocity.{name}"] = v
             new_params[name] = w + lr[name] * v
@@ -97,6 +98,7 @@ class ReversibleMomentum(ReversibleDynamics):
         batch_dims: int | None = None,
     ) -> ExactState:
         """Returns params and velocities in integers; those with the same settings side by side, if asked for."""
+        # Elementwise, a rule does not see where one param ends: those of equal settings can be one tensor.
         keys = {name: None if batch_dims is None else self._settings_of(name, params, hparams) for name in params}
         blocks = blocks_of(keys)
         joint = JointEntries(blocks, params, batch_dims or 0)
@@ -114,11 +116,15 @@ class ReversibleMomentum(ReversibleDynamics):
         grads = exact.join(gradient(exact.float_params()))
         for name in exact.params:
             factor = exact.factors.at(name, index)
+            # By the factor's own value, in double precision: the step back must compute the very same bits.
             kick = (1.0 - factor.value) * grads[name].double()
+            # Before the gradient is taken off: the way back adds it first and divides then.
             exact.multiply(f"velocity.{name}", factor)
             velocity = exact.buffers[f"velocity.{name}"].sub_(encode(kick))
+            # Of the new velocity, which is still there when the step back begins.
             move = self._move(exact, name, hparams, index)
             param = exact.params[name].add_(encode(move))
+            # What is added is watched as well as the sums: a sum that has wrapped around may look small.
             exact.watch(name, kick, velocity, move, param)
 
     @torch.no_grad()
@@ -126,6 +132,7 @@ class ReversibleMomentum(ReversibleDynamics):
         """Undoes the last step, in place: its operations in the opposite order, the gradient at the params before."""
         for name in exact.params:
             exact.params[name].sub_(encode(self._move(exact, name, hparams, index)))
+        # At the params before the step, which are exact again: the gradient has the same bits as on the way there.
         grads = exact.join(gradient(exact.float_params()))
         for name in exact.params:
             factor = exact.factors.at(name, index)
@@ -146,5 +153,6 @@ def _shared_value(setting: Setting, parameter: str, hparams: TensorDict) -> Hash
     own = own_setting(setting, parameter)
     if isinstance(own, Hyper) and own.per_parameter:
         return None
+    # At step 0, for its axes alone, which are the same at every step.
     value = resolve(own, hparams, parameter, 0)
     return None if isinstance(value, Tensor) and value.dim() else id(own)
