@@ -45,10 +45,12 @@ def _relative_error(estimate: TensorDict, exact: TensorDict) -> float:
     distance, size = float(tree.norm(tree.add(estimate, exact, alpha=-1.0))), float(tree.norm(exact))
     if size:
         return distance / size
+    # An estimate of something that is zero has no small relative error.
     return math.inf if distance else 0.0
 
 
 def _in_double(grads: TensorMapping) -> TensorDict:
     """Returns the values on the host in double precision: an error of 1e-7 must not drown in rounding."""
+    # As pairs of reals: converted to float64, a complex number would lose its imaginary part.
     real = {name: torch.view_as_real(value) if value.is_complex() else value for name, value in grads.items()}
     return {name: value.detach().to("cpu", torch.float64) for name, value in real.items()}

@@ -59,7 +59,9 @@ def leading_spectrum(
         Saad (2011), Numerical methods for large eigenvalue problems, algorithm 6.2; Stewart (2002), A Krylov-Schur
         algorithm for large eigenproblems, section 3 (restarts).
     """
+    # There is no larger space than the whole one.
     dimension = min(dimension, start.shape[1])
+    # In single precision the default tolerance is below rounding, and no restart would reach it.
     enough = max(tolerance, _SMALLEST_RESIDUAL * torch.finfo(start.dtype).eps)
     # Without it, the rounding of the largest entries hides eigenvalues (Adam's second moments beside params).
     scale = balancing(apply, start)
@@ -69,6 +71,7 @@ def leading_spectrum(
     for _ in range(max_restarts):
         if bool((best.residuals <= enough).all()):
             break
+        # One less than half: `cut` keeps one vector more, for the partner of a complex number at the edge.
         space.grow(space.cut(coordinates, dimension // 2 - 1))
         last, coordinates = space.spectrum()
         best = _better(last, best)
@@ -82,6 +85,7 @@ def _better(last: Spectrum, best: Spectrum) -> Spectrum:
         eigenvalues=torch.where(improved, last.eigenvalues, best.eigenvalues),
         residuals=torch.where(improved, last.residuals, best.residuals),
         vectors=torch.where(improved[:, None], last.vectors, best.vectors),
+        # Those of the first space, which no restart has narrowed to the leading ones: they outline the spectrum.
         ritz_values=best.ritz_values,
     )
 
@@ -95,6 +99,8 @@ class _Space:
     def __init__(self, apply: Callable[[Tensor], Tensor], start: Tensor, dimension: int) -> None:
         self._apply = apply
         self._dimension = dimension
+        # Of full size from the start: where the space of one map is used up its vectors are zero, and the batch is one
+        # tensor.
         self._basis = start.new_zeros(len(start), dimension + 1, start.shape[1])
         self._matrix = start.new_zeros(len(start), dimension + 1, dimension)
         self._basis[:, 0] = start / _length(start)
@@ -111,6 +117,8 @@ class _Space:
                 rest = rest - torch.einsum("tk,tkn->tn", parts, known)
                 self._matrix[:, : column + 1, column] += parts
             length = rest.norm(dim=-1, keepdim=True)
+            # Relative to the product: an invariant space shows itself by a rest that is rounding, which must not be
+            # normalised.
             is_new = length > smallest * product.norm(dim=-1, keepdim=True)
             self._matrix[:, column + 1, column] = torch.where(is_new, length, 0.0).squeeze(-1)
             self._basis[:, column + 1] = torch.where(is_new, rest / _length(rest), 0.0)
@@ -118,13 +126,16 @@ class _Space:
     def spectrum(self) -> tuple[Spectrum, Tensor]:
         """Returns the Ritz values and the leading pair, and the eigenvectors of `H` as columns, largest first."""
         values, coordinates = torch.linalg.eig(self._matrix[:, :-1])
+        # `eig` gives no order. The modulus decides, because the product of maps grows by it.
         order = values.abs().argsort(dim=-1, descending=True)
         values = values.gather(-1, order)
         coordinates = coordinates.gather(-1, order[:, None].expand_as(coordinates))
         leading = coordinates[:, :, 0]
+        # The residual of a Ritz pair without a product of the map: it is `|h'x|`, with `h` the last row.
         left_over = torch.einsum("tk,tk->t", self._matrix[:, -1].to(leading.dtype), leading).abs()
         spectrum = Spectrum(
             eigenvalues=values[:, 0],
+            # A map that is zero has no eigenvalue to divide by.
             residuals=left_over / values[:, 0].abs().clamp(min=torch.finfo(left_over.dtype).tiny),
             vectors=torch.einsum("tk,tkn->tn", leading.real, self._basis[:, :-1]),
             ritz_values=values,
@@ -141,12 +152,14 @@ class _Space:
         # A complex pair appears twice, as a vector and its conjugate: real and imaginary parts then span each plane
         # twice, and the singular values tell how many directions there are.
         turned, sizes, _ = torch.linalg.svd(torch.cat([leading.real, leading.imag], dim=-1), full_matrices=False)
+        # One more than asked for, so that the partner of a complex number at the edge stays.
         turned, sizes = turned[:, :, : count + 1], sizes[:, : count + 1]
         turned = torch.where((sizes > _SPANNED * sizes[:, :1])[:, None], turned, 0.0)
         kept = turned.shape[-1]
         basis, matrix = torch.zeros_like(self._basis), torch.zeros_like(self._matrix)
         basis[:, :kept] = torch.einsum("tkj,tkn->tjn", turned, self._basis[:, :-1])
         basis[:, kept] = self._basis[:, -1]
+        # A Krylov decomposition needs no triangular matrix: any real basis of the span serves, without complex numbers.
         matrix[:, :kept, :kept] = turned.mT @ self._matrix[:, :-1] @ turned
         matrix[:, kept, :kept] = torch.einsum("tk,tkj->tj", self._matrix[:, -1], turned)
         self._basis, self._matrix = basis, matrix

@@ -32,13 +32,16 @@ def balancing(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """
     # A generator of its own on the host: the result is the same at every call and on every device.
     generator = torch.Generator().manual_seed(0)
+    # In logarithms: `D` moves by the square root of a size, which is half of its logarithm.
     log_scale = torch.zeros_like(like)
     for _ in range(_PROBES):
+        # Random signs, so that the entries of a row rarely cancel; the same for each map of the batch.
         signs = torch.randint(2, like.shape[1:], generator=generator).to(like) * 2 - 1
         scale = log_scale.exp()
         sizes = (apply(signs * scale) / scale).abs()
         nonzero = sizes > 0  # an empty row has no size, and stays as it is
         logs = torch.where(nonzero, sizes, torch.ones_like(sizes)).log()
+        # Relative to the mean of the rows: a factor that all share changes no basis.
         mean = logs.sum(dim=1, keepdim=True) / nonzero.sum(dim=1, keepdim=True).clamp(min=1)
         bound = math.log(_MOST_AT_ONCE)
         log_scale = log_scale + torch.where(nonzero, (logs - mean).clamp(-bound, bound), torch.zeros_like(logs)) / 2

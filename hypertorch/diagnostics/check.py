@@ -116,14 +116,17 @@ def check_hypergradient(
     result = hypergradient(problem, hparams, backend=backend, outer_step=outer_step, execution=execution)
 
     def outer_loss(moved: TensorDict) -> float:
+        # The mean over tasks, which is what a hypergradient is the derivative of.
         return float(unroll(problem, moved, outer_step=outer_step, execution=execution).outer_loss.mean())
 
+    # On the host and of its own: the directions are the same on every device, and torch's generator is not moved.
     generator = torch.Generator().manual_seed(seed)
     scale = float(result.outer_loss.abs())
     checks: list[DirectionalCheck] = []
     for name, value in hparams.items():
         for _ in range(num_directions):
             direction = torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+            # Of unit norm, so that the step is `e` however many entries the variable has.
             direction = direction / direction.norm()
             expected = _central_difference(outer_loss, hparams, name, direction, step_size)
             actual = float((result.grads[name] * direction).sum())
@@ -149,6 +152,7 @@ def _central_difference(
     # Fourth order: with the default step a plain central difference has an error of 1e-6, as large as the tolerance.
     near = at(step_size) - at(-step_size)
     far = at(2 * step_size) - at(-2 * step_size)
+    # Rounding of the loss is divided by the step: a much smaller one makes the check worse, not better.
     return (8 * near - far) / (12 * step_size)
 
 

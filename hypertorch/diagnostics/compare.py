@@ -88,6 +88,7 @@ class BackendComparison:
     exact: Hypergradient
 
     def __post_init__(self) -> None:
+        # Read-only: a frozen dataclass does not freeze its dictionaries.
         object.__setattr__(self, "figures", MappingProxyType(dict(self.figures)))
         object.__setattr__(self, "refusals", MappingProxyType(dict(self.refusals)))
 
@@ -149,6 +150,7 @@ def compare_backends(
         HypertorchError: if the exact backend cannot serve the problem. What others raise is their row's refusal.
     """
     _check_arguments(backends, repeats)
+    # Measured once, with the exact backend: each backend by itself could choose another route, with other noise.
     execution = measured_execution(problem, hparams, backend=exact, outer_step=outer_step, execution=execution)
 
     def run(backend: Hypergradient) -> HypergradientResult:
@@ -160,9 +162,11 @@ def compare_backends(
     refusals: dict[str, str] = {}
     for name, backend in backends.items():
         with warnings.catch_warnings(record=True) as caught:
+            # By default Python shows a warning from one place once, and the second backend's would be missing.
             warnings.simplefilter("always")
             try:
                 results[name] = run(backend)
+            # A refusal is a result here; any other error is a fault, and ends the comparison.
             except HypertorchError as error:
                 refusals[name] = str(error)
         said[name] = tuple(dict.fromkeys(str(warning.message) for warning in caught))

@@ -47,6 +47,7 @@ def fit_geometric(lengths: Sequence[int], errors: Sequence[float]) -> GeometricF
         errors: one for each.
     """
     above = [error for error in errors if error > 0 and math.isfinite(error)]
+    # An error of zero is no floor, but a comparison with itself.
     floor = _ABOVE_FLOOR * min(above, default=math.inf)
     points = [
         (length, math.log(error))

@@ -131,6 +131,7 @@ def horizon_bias(
     execution = measured_execution(problem, hparams, backend=exact, outer_step=outer_step, execution=execution)
 
     def grads(steps: int, backend: Hypergradient) -> TensorDict:
+        # The same problem with another horizon: nothing else may differ between the points of a series.
         run = replace(problem, num_steps=steps)
         return hypergradient(run, hparams, backend=backend, outer_step=outer_step, execution=execution).grads
 

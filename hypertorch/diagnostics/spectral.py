@@ -71,6 +71,7 @@ class SpectralRadius:
     @property
     def growth(self) -> float:
         """The mean factor per step along the trajectory, `exp` of the Lyapunov exponent; the largest of all tasks."""
+        # In logarithms: the product itself leaves the range of floats in a long run.
         return float(self.step_growths.log().mean(dim=-1).exp().max())
 
     @property
@@ -162,12 +163,14 @@ def spectral_radius(
         variables = {**constants, **context}
         refuse_wrong_vectorisation(kind, bound, item, variables, context, use="second")
         trajectory = _Trajectory(bound.loop(item, context), variables, step)
+        # A second run finds the step and the entry: the first has looked at its last state only.
         if not trajectory.is_finite:
             with torch.no_grad():
                 found = first_non_finite(bound.loop(item, context), variables)
             raise found or _infinite_derivative(step)
         start = trajectory.random_vectors(seed)
         apply = trajectory.transposed(step)
+        # `eig` on NaN raises an error that names no cause.
         if not tree.all_finite([apply(start)]):
             raise _infinite_derivative(step)
         spectrum = leading_spectrum(apply, start, dimension=dimension, max_restarts=max_restarts, tolerance=tolerance)
@@ -222,10 +225,12 @@ class _Trajectory:
         """Returns a standard normal vector, the same for each task."""
         zeros = torch.zeros_like(self._vectors(_differentiable(self._states[-1])))
         generator = torch.Generator().manual_seed(seed)
+        # One vector for all tasks: the result of a task does not depend on how many run beside it.
         return zeros + torch.randn(zeros.shape[1], generator=generator, dtype=zeros.dtype).to(zeros.device)
 
     def transposed(self, step: int) -> Callable[[Tensor], Tensor]:
         """Returns `v -> J'v` for the derivative `J` of a step in the state before it."""
+        # The graph of one step alone, so that memory does not grow with the run.
         leaves = self._loop.leaves(self._states[step])
         with torch.enable_grad():
             outputs = _differentiable(self._loop.advance(leaves, self._variables, step))
@@ -233,6 +238,7 @@ class _Trajectory:
 
         def apply(vectors: Tensor) -> Tensor:
             cotangents = self._cotangents(vectors, outputs)
+            # Retained: the same graph serves every product of the Krylov space.
             pulled = vjp(list(outputs.values()), [cotangents[name] for name in outputs], inputs, retain_graph=True)
             # Autograd answers None where there is no path: as an entry of `J'v` that is a zero.
             return self._vectors(

@@ -60,6 +60,7 @@ def with_damping(matvec: Matvec, damping: float) -> Matvec:
     """Returns `v -> (A + damping I) v`."""
     if not damping:
         return matvec
+    # Inside of the product, so that a solver meets the damped matrix wherever it multiplies.
     return lambda vector: tree.add(matvec(vector), vector, alpha=damping)
 
 

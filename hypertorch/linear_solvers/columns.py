@@ -31,12 +31,14 @@ class Layout:
 
     def vectors(self, values: TensorDict) -> Tensor:
         """Returns the entries as one vector for each task, shape `(tasks, entries)`; one task without a tasks axis."""
+        # In the order of the example, by name: a product may return its entries in another one.
         return torch.cat([self._rows(values[name]) for name in self.example], dim=1)
 
     def values(self, vectors: Tensor) -> TensorDict:
         """Returns a dictionary from vectors of shape `(tasks, entries)`."""
         parts = vectors.split([self._rows(value).shape[1] for value in self.example.values()], dim=1)
         return {
+            # Joined, entries of several types have the widest; the map must get back each in its own.
             name: part.reshape(value.shape).to(value.dtype)
             for (name, value), part in zip(self.example.items(), parts, strict=True)
         }

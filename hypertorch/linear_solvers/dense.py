@@ -48,6 +48,7 @@ class Dense(LinearSolver):
                 "needs no matrix, such as `FixedPoint` (`ConjugateGradient` if it is symmetric), or raise the limit."
             )
         matrix = layout.columns(matvec, range(layout.num_entries))
+        # Here and not in the products: the residual is judged without damping, so `matvec` stays as it is.
         matrix.diagonal(dim1=1, dim2=2).add_(self.damping)
         # `solve_ex` reports singular matrices in `info`, so that the message can name the argument.
         solution, info = torch.linalg.solve_ex(matrix, layout.vectors(rhs))

@@ -67,6 +67,7 @@ class FixedPoint(LinearSolver):
             is_active = is_active & ~(left <= enough)
             iterations += 1
         return LinearSolution(
+            # Not `judged`: this residual is that of the last iterate already, which saves a product.
             solution=solution,
             residual=relative_size(residual, rhs, tasks_axis=tasks_axis),
             iterations=iterations,

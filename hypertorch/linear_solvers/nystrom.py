@@ -56,6 +56,7 @@ class Nystrom(SymmetricSolver):
         layout = Layout(example=rhs, tasks_axis=tasks_axis)
         positions = _sample(layout.num_entries, self.rank, self.seed)
         columns = layout.columns(matvec, positions)
+        # `A[K,K]` is part of the columns already, so it costs no product.
         block = columns[:, positions]
         # Through QR: `A_K` is factorised in rank x rank, and `columns' columns` would square the condition number.
         orthonormal, triangular = torch.linalg.qr(columns)

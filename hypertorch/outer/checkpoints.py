@@ -15,6 +15,7 @@ from hypertorch.types import TensorDict, TensorMapping
 
 _FORMAT = "hypertorch.checkpoint"
 _VERSION = "1"
+# A whole name: a file that is still being written ends in `.partial` and does not match.
 _FILE_NAME = re.compile(r"step_(\d+)\.safetensors")
 
 
@@ -99,6 +100,7 @@ class Checkpoints:
         """
         tensors: TensorDict = {}
         for name in _TENSOR_FIELDS:
+            # A prefix for each field: `hparams` and `best_hparams` have the same names.
             tensors.update({f"{name}/{key}": value for key, value in getattr(checkpoint, name).items()})
         state = {name: encode(getattr(checkpoint, name), name, tensors) for name in _JSON_FIELDS}
         # Safetensors sorts its entries, but the optimizer's state is matched to hparams by their order.
@@ -113,6 +115,7 @@ class Checkpoints:
         if not self.directory.is_dir():
             return []
         found = [(match, path) for path in self.directory.iterdir() if (match := _FILE_NAME.fullmatch(path.name))]
+        # By number, not by name: more than eight digits would sort before fewer.
         return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
 
     def newest(self) -> Path | None:
@@ -154,6 +157,7 @@ def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
     tensors, texts = read_tensor_file(path, remedy=remedy)
     if texts.get("format") != _FORMAT:
         raise CheckpointError(f"`{path}` is of format {texts.get('format')!r}, not a checkpoint of a run. {remedy}")
+    # No guess at another version: a state that is read wrongly would go on without an error.
     if texts.get("version") != _VERSION:
         raise CheckpointError(
             f"`{path}` is a checkpoint of version {texts.get('version')!r}; this release of hypertorch reads version "
@@ -174,6 +178,7 @@ def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
 def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> None:
     """Raises `CheckpointError` if a checkpoint's outer variables are not those of the problem, naming what differs."""
     differing = differences(stored, expected, "in the checkpoint")
+    # The optimizer's state has positions, not names: in another order it would go to the wrong variables.
     if not differing and list(stored) != list(expected):
         differing = [f"their order ({list(stored)} in the checkpoint, {list(expected)} in the problem)"]
     if differing:

@@ -14,6 +14,7 @@ def total_norm(grads: TensorMapping) -> Tensor:
     norms = [
         torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads.values()
     ]
+    # The widest type of all, so that the sum loses no digits of any variable.
     widest = torch.float32
     for norm in norms:
         widest = torch.promote_types(widest, norm.dtype)
@@ -30,4 +31,5 @@ def clip_to_norm(grads: TensorMapping, norm: Tensor, clip_norm: float) -> Tensor
     """
     # A zero norm gives an infinite quotient, which the clamp turns into 1. No branch: that would wait for the device.
     factor = (clip_norm / norm).clamp(max=1.0)
+    # A wider factor would change the type of a hypergradient without axes, which its variable refuses as `.grad`.
     return {name: grad * factor.to(grad.dtype) for name, grad in grads.items()}

@@ -69,6 +69,7 @@ def decode(value: Any, tensors: TensorDict) -> Any:
         return [decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
+    # Every mapping is written under one tag. An object of more entries was altered, and the unpacking raises.
     ((tag, content),) = value.items()
     if tag == _TENSOR:
         return tensors[content]
@@ -76,6 +77,7 @@ def decode(value: Any, tensors: TensorDict) -> Any:
         return float(content)
     if tag == _TUPLE:
         return tuple(decode(item, tensors) for item in content)
+    # Pairs, because JSON has no keys but strings, and optimizers number their params by integers.
     pairs = {decode(key, tensors): decode(item, tensors) for key, item in content}
     return _MAPPINGS[tag](pairs)
 

@@ -67,6 +67,7 @@ def evaluate(
             # All tasks of the last problem run; only as many count as are still missing.
             taken = min(problem.num_tasks or 1, num_episodes - count)
             for name, values in _figures_of(problem, hparams, step, execution).items():
+                # Left on the device: a copy of each figure to the host would wait for it at every problem.
                 figures.setdefault(name, []).append(values[:taken])
             count += taken
             display.advance(count)

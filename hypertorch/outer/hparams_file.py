@@ -68,6 +68,8 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
             ) from error
     else:
         checkpoint = load_checkpoint(path, remedy="Pass a file that `save_hparams` or `Checkpoints` wrote.")
+        # Empty without a validation, and before the first.
         hparams = checkpoint.best_hparams or checkpoint.hparams
+    # Written by another program, a file can hold what no run writes.
     check_finite(hparams, where=f"in {str(path)!r}", remedy="Use another checkpoint of the run, or train again.")
     return {name: value.to(device) for name, value in hparams.items()}

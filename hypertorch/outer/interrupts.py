@@ -30,6 +30,7 @@ def uninterrupted() -> Iterator[None]:
     def hold_back(number: int, _: FrameType | None) -> None:
         arrived.append(number)
 
+    # What is not callable is the system's own reaction, or a handler that Python does not know and could not put back.
     handlers: dict[signal.Signals, Any] = {
         number: signal.getsignal(number) for number in _HELD_BACK if callable(signal.getsignal(number))
     }

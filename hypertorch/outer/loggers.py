@@ -73,6 +73,7 @@ class JsonLinesLogger(Logger):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        # By default Python writes a bare `NaN`, which is no JSON and which other readers refuse.
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -187,6 +187,7 @@ class OuterLoop:
                 "start there. Pass outer variables of the same problem, such as `trained.best_hparams` or "
                 "`ht.load_hparams(path)`."
             )
+        # In the order of the source, on which the optimizer's state depends, and on its device.
         return {name: given[name].to(value.device) for name, value in own.items()}
 
     def _begin(self, state: OuterState, *, resume: bool) -> bool:
@@ -209,6 +210,8 @@ class OuterLoop:
             check_same_hparams(newest, checkpoint.hparams, state.hparams)
             state.restore(checkpoint)
         for logger in self.loggers:
+            # Also where there is no checkpoint: a run that was killed before its first one has logged steps that come
+            # again.
             logger.rewind(state.step)
         return newest is not None
 
@@ -325,6 +328,7 @@ class _Run:
         self._constraints = match_constraints(
             state.leaves, chosen=loop.constraints or {}, natural=problem.constraints()
         )
+        # A resumed run starts from inside already: every step ends there.
         if state.step == 0:
             project_in_place(state.hparams, self._constraints)
         # Measured once and kept in the checkpoint: a resumed run that measured again could take the other route, whose
@@ -347,6 +351,7 @@ class _Run:
                 with self._stopwatch.excluded():
                     self._validate(display)
             if self._checkpoint_is_due():
+                # Torn apart, a checkpoint would be complete on disk and unknown here, and be written twice.
                 with self._stopwatch.excluded(), uninterrupted():
                     self._save()
             if state.step >= self._num_outer_steps:
@@ -358,6 +363,7 @@ class _Run:
         done = state.step + 1
         to_log = done % loop.log_every == 0 or done == self._num_outer_steps
         problem = loop.source.at(state.step)
+        # Nothing of the state changes here, where most of the time goes: an interrupt needs no protection.
         proposal = propose(
             problem,
             state,
@@ -368,6 +374,7 @@ class _Run:
         )
         allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
         self._zeros.look(state.step, proposal.grads, allowed)
+        # Tensors, read at the end only: a number for every step would wait for the device.
         self._losses = [*self._losses[:1], proposal.outer_loss]
         # The record belongs to the step: an interrupt between the two would leave a checkpoint whose record is missing.
         with uninterrupted():

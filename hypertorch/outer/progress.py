@@ -130,6 +130,7 @@ class _Lines(ProgressDisplay):
         ]
         if rate > 0 and self._completed < self._total:
             parts.append(f"{_clock((self._total - self._completed) / rate)} left")
+        # Names of metrics are text: brackets in them are no markup, and a log file has no width to wrap at.
         self._console.print("  ".join(part for part in parts if part), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -106,6 +106,7 @@ class OuterState:
 
     def _settings_out_of_range(self) -> str:
         """Returns the settings of the optimizer that no outer variable can hold, as text; empty if there are none."""
+        # The least of all types: one setting acts on every variable.
         largest = min(torch.finfo(leaf.dtype).max for leaf in self.leaves.values())
         found = {
             name: float(value)
@@ -117,6 +118,7 @@ class OuterState:
 
     def own_carry(self, carry: TensorMapping) -> TensorDict:
         """Returns a carry that shares no memory with the outer variables, which are about to change in place."""
+        # By storage, not by identity: a carry may be a view of an outer variable.
         storages = {leaf.untyped_storage().data_ptr() for leaf in self.leaves.values()}
         return {
             name: value.clone(memory_format=torch.contiguous_format)
@@ -155,6 +157,7 @@ class OuterState:
         device = next(iter(self.leaves.values())).device
         with torch.no_grad():
             for name, leaf in self.leaves.items():
+                # In place: the optimizer holds these tensors.
                 leaf.copy_(checkpoint.hparams[name])
         _load_optimizer(self.optimizer, checkpoint.optimizer)
         if self.scheduler is not None and checkpoint.scheduler is not None:

@@ -92,6 +92,7 @@ def propose(
 
 def take(proposal: Proposal, state: OuterState, constraints: Mapping[str, Constraint]) -> None:
     """Moves the state one outer step on."""
+    # Projected after the optimizer's step: its moments see the hypergradient as it is.
     state.descend(proposal.grads, proposal.carry)
     project_in_place(state.hparams, constraints)
 

@@ -40,4 +40,5 @@ class Stopwatch:
         try:
             yield
         finally:
+            # The look moves on by as much as the block took, so that the interval since is without it.
             self._last_look += time.perf_counter() - start

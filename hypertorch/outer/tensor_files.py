@@ -34,6 +34,7 @@ def write_tensor_file(path: Path, tensors: TensorMapping, texts: Mapping[str, st
         CheckpointError: if the file cannot be written.
     """
     on_host = _on_host(tensors)
+    # In the same folder, because a rename across file systems fails.
     partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,7 @@ def _checksum(tensors: TensorMapping, texts: Mapping[str, str]) -> str:
     total = 0
     for name in sorted(texts):
         total = zlib.crc32(f"{name}={texts[name]}".encode(), total)
+    # Sorted, because the format keeps no order; with type and shape, because bytes alone do not tell them.
     for name in sorted(tensors):
         value = tensors[name]
         total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)

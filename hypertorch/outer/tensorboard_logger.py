@@ -26,6 +26,7 @@ class TensorBoardLogger(Logger):
         """Writes one scalar per figure."""
         if self._writer is None:  # made late, so that a run that fails before its first record leaves no file
             self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
+            # Once: a file that is opened again later must not hide what this one wrote.
             self._purge_step = None
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)

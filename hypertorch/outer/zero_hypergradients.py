@@ -46,6 +46,7 @@ class ZeroWatch:
         looked_at = [name for name in self._zero if name not in allowed and grads[name].numel()]
         # Stacked, so that the device is waited for once and not once per variable.
         moves = torch.stack([grads[name].any() for name in looked_at]).tolist() if looked_at else []
+        # What has moved once is not looked at again: a zero later on is no sign of a mistake.
         self._zero = [name for name, move in zip(looked_at, moves, strict=True) if not move]
         if self._zero and step == self._last:
             warnings.warn(
