@@ -18,6 +18,7 @@ def check_integer(name: str, value: int, *, minimum: int, why: str, advice: str,
         TypeError: if it is no integer (a bool is none).
         ValueError: if it is too small.
     """
+    # A bool is an int in Python: `shot=True` would silently mean 1.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` is {value!r}, a {type(value).__name__}: {nature or why}. Pass an integer; {advice}.")
     if value < minimum:
@@ -37,6 +38,7 @@ def check_count(name: str, value: int, *, minimum: int, why: str, advice: str) -
 
 def check_seed(seed: int) -> None:
     """Raises unless `seed` is an integer from 0 on."""
+    # Keys of random streams are read modulo 2**64: a negative seed would share the stream of a large one.
     check_integer("seed", seed, minimum=0, why="it keys the random stream", advice="use for instance `seed=0`")
 
 

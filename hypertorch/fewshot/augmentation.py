@@ -39,6 +39,7 @@ class Augmentation:
                 f"`crop_padding` is {self.crop_padding!r}: images are moved by whole pixels. Pass 0 or more; 4 is "
                 "usual for 32 x 32 pixels."
             )
+        # Not by truth: any text from a config file is true in Python, "False" as well.
         if not isinstance(self.flip, bool):
             raise TypeError(
                 f"`flip` is {self.flip!r}, a {type(self.flip).__name__}: images are mirrored with probability one half "
@@ -51,6 +52,7 @@ class Augmentation:
                     f"`{name}` is {value!r}, a {type(value).__name__}: it is the largest relative change of an image. "
                     "Pass a number in [0, 1)."
                 )
+            # Written as what is allowed, so that NaN is refused.
             if not 0.0 <= value < 1.0:
                 raise ValueError(
                     f"`{name}` is {value}: factors are drawn from 1 - {name} to 1 + {name}, and must stay positive. "
@@ -67,12 +69,15 @@ class Augmentation:
         Raises:
             ValueError: if `crop_padding` is at least the height or width of the images.
         """
+        # The order of the draws is part of what a seed means: another order changes the images of every run.
         images = self._moved(images, generator)
         for name, centre in (("brightness", None), ("contrast", "mean")):
             strength = getattr(self, name)
             if strength:
                 factor = 1.0 + strength * (2.0 * _uniform(images, generator) - 1.0)
+                # One mean and one factor for all channels: a factor for each would change the hue.
                 middle = images.mean(dim=(1, 2, 3), keepdim=True) if centre else 0.0
+                # Cut off, as mean and deviation of a `Normalisation` are those of pixels in [0, 1].
                 images = ((images - middle) * factor + middle).clamp(0.0, 1.0)
         return images
 
@@ -89,11 +94,13 @@ class Augmentation:
             )
         rows, columns = torch.arange(height, device=device), torch.arange(width, device=device).expand(batch, -1)
         if self.flip:
+            # Mirrored by the index: the one gather below then serves mirrored images and others alike.
             mirrored = torch.rand(batch, 1, generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
         shift = torch.randint(2 * pad + 1, (2, batch, 1), generator=generator, device=device)
         padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
         index = torch.arange(batch, device=device)[:, None, None]
+        # With a slice between the index tensors PyTorch puts the indexed axes first: (batch, height, width, channels).
         moved = padded[index, :, (rows + shift[0])[:, :, None], (columns + shift[1])[:, None, :]]
         return moved.permute(0, 3, 1, 2).contiguous()
 
@@ -118,6 +125,7 @@ class Normalisation:
         # Lists from a config file become tuples, so that nothing can change the checked value.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
+        # Checked before the comparison with 0, which NaN passes.
         finite = all(map(math.isfinite, (*self.mean, *self.std)))
         if len(self.mean) != len(self.std) or not self.mean or not finite or min(self.std) <= 0.0:
             raise ValueError(
@@ -132,6 +140,8 @@ class Normalisation:
                 f"`images` have {images.shape[1]} channels, but `mean` has {len(self.mean)} entries. Give one number "
                 "per channel, or one for all."
             )
+        # Of the type and on the device of the images: a plain tensor is float32 on the host, and would make
+        # half-precision images single.
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
 

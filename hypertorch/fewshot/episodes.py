@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+# Named tuples are trees to PyTorch: `vmap` cuts an episode into tasks without knowing the class.
 class Examples(NamedTuple):
     """Inputs with their targets, one row per example.
 

@@ -26,6 +26,7 @@ _AUGMENTATION = 1  # keeps its random stream apart from that of the classes and 
 _LAST_WORD = np.uint64(2**64 - 1)
 
 
+# Equal by identity: `==` of the tensors within has no truth value.
 @dataclass(frozen=True, eq=False)
 class EpisodeSampler(EpisodeSource):
     """Draws `way`-way `shot`-shot episodes from a data set of classes.
@@ -111,6 +112,7 @@ class EpisodeSampler(EpisodeSource):
         rows = self.rows(step)
         parts = rows[:, :, : self.shot], rows[:, :, self.shot :]
         # The parts lie one after the other, so that one gather serves both and each is a contiguous view of the result.
+        # Row numbers are all that travels to the device; the images are there already.
         order = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(self.dataset.tensor.device)
         inputs = self._changed(self.dataset.inputs(order, self.dtype), step)
         support, query = inputs.split([part.size for part in parts])
@@ -136,23 +138,31 @@ class EpisodeSampler(EpisodeSource):
         check_step(step)
         counts, starts = self.dataset.counts_array, self.dataset.starts
         largest = int(counts.max())
+        # Every class gets as many words as the largest has items: which words are whose depends on no draw.
         words = random_words(self.num_tasks * (self.num_classes + self.way * largest), self.seed, step)
         class_words, image_words = np.split(words, [self.num_tasks * self.num_classes])
         classes = _smallest(class_words.reshape(self.num_tasks, self.num_classes), self.way)
         image_words = image_words.reshape(self.num_tasks, self.way, largest)
         if largest != int(counts.min()):
             # Items that a smaller class does not have sort last, behind those that it has.
+            # A word of an item that equals the last one still comes first: the sort below is stable, and items that are
+            # not there have the higher positions.
             image_words = np.where(np.arange(largest) < counts[classes][..., None], image_words, _LAST_WORD)
         drawn = np.argsort(image_words, axis=-1, kind="stable")[..., : self.shot + self.num_queries]
+        # Positions within a class become rows of the data set; support and query are parts of one draw without
+        # replacement, so they share nothing.
         return starts[classes][..., None] + drawn
 
     def _changed(self, images: Tensor, step: int) -> Tensor:
         if self.augmentation is not None:
+            # A generator for each batch: the images of a step do not depend on which steps were asked for before, and
+            # torch's global generators stay where they are. Torch takes signed 64-bit seeds, hence the shift.
             generator = torch.Generator(images.device).manual_seed(mix(self.seed, step, _AUGMENTATION) >> 1)
             images = self.augmentation(images, generator)
         return images if self.normalisation is None else self.normalisation(images)
 
     def _examples(self, inputs: Tensor, per_class: int) -> Examples:
+        # Labels are places in the episode, the same for every task: the classes behind them were drawn in random order.
         labels = torch.arange(self.way, device=inputs.device).repeat_interleave(per_class)
         shape = (self.num_tasks, self.way * per_class)
         return Examples(inputs.view(*shape, *self.dataset.item_shape), labels.repeat(self.num_tasks, 1))
@@ -175,6 +185,7 @@ class EpisodeSampler(EpisodeSource):
                 "Pass a `Normalisation`, such as `Normalisation(mean=(0.5,), std=(0.25,))`, or None."
             )
         if self.normalisation is not None:
+            # Tried on one pixel, so that a wrong number of channels is named here and not at the first batch.
             self.normalisation(torch.zeros(1, self.dataset.item_shape[0], 1, 1))
 
     def _check_size(self) -> None:
@@ -205,5 +216,6 @@ def _smallest(words: np.ndarray, count: int) -> np.ndarray:
         chosen = np.argpartition(words, count - 1, axis=-1)[:, :count]
     else:
         chosen = np.broadcast_to(np.arange(count), words.shape)
+    # Ties need no rule: two 64-bit words are equal with a chance of 2**-64.
     ascending = np.argsort(np.take_along_axis(words, chosen, axis=-1), axis=-1)
     return np.take_along_axis(chosen, ascending, axis=-1)

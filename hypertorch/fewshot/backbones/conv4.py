@@ -50,6 +50,7 @@ class Conv4(nn.Module):
         self,
         *,
         way: int | None = None,
+        # Vinyals et al. take 64; MAML takes 32 on mini-ImageNet, against overfitting.
         hidden: int = 64,
         downsample: Downsample = "max_pool",
         in_channels: int = 1,
@@ -69,12 +70,14 @@ class Conv4(nn.Module):
         self.item_shape = (in_channels, image_size, image_size)
         size = image_size
         for _ in range(4):
+            # Max-pool drops an odd last row and column; a stride of 2 with padding 1 keeps them, and rounds up.
             size = size // 2 if downsample == "max_pool" else -(-size // 2)
         if size < 1:
             raise ValueError(
                 f"`image_size` is {image_size}, which cannot be halved four times by max-pool. Use at least 16 pixels, "
                 "or `downsample='stride'`."
             )
+        # Known before any image is seen: a head that is an outer variable (ANIL) is made from it.
         self.num_features = hidden * size * size
         channels = [in_channels, hidden, hidden, hidden, hidden]
         self.blocks = nn.Sequential(
@@ -100,6 +103,7 @@ class Conv4(nn.Module):
 
 def _block(in_channels: int, out_channels: int, downsample: Downsample, statistics: Statistics) -> nn.Sequential:
     stride = 2 if downsample == "stride" else 1
+    # The names are those of the outer variables: weights of earlier runs are found by them.
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         # Batch norm subtracts any bias of the convolution again.
         conv=nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),

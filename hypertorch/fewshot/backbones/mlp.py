@@ -45,11 +45,13 @@ class MLP(nn.Module):
                 f"`in_features`, `hidden` and `out_features` are {in_features}, {tuple(hidden)} and {out_features}: a "
                 "layer has at least one unit. Use positive whole numbers."
             )
+        # Without hidden layers the inputs are the features, and the network is linear.
         self.num_features = widths[-1]
         layers: list[nn.Module] = [nn.Flatten()]
         for width_in, width_out in pairwise(widths):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         if feature_length is not None:
+            # By the statistics of the call: there is no norm layer here whose rule it could share.
             layers.append(FeatureNorm(widths[-1], length=feature_length))
         if out_features is not None:
             layers.append(nn.Linear(widths[-1], out_features))

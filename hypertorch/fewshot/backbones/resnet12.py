@@ -68,12 +68,14 @@ class ResNet12(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns features, or logits if there is a classifier."""
+        # Four halvings leave one pixel of 16, and of fewer none.
         if images.dim() != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < 16:
             raise ValueError(
                 f"`images` have shape {tuple(images.shape)}, but this ResNet12 was built for (batch, "
                 f"{self.in_channels}, height, width) of at least 16 x 16. Pass `in_channels` of your images to it, or "
                 "scale the images."
             )
+        # Averaged over places, so the number of features does not depend on the size of the images.
         return self.classifier(self.feature_norm(self.blocks(images).mean(dim=(2, 3))))
 
 
@@ -88,6 +90,7 @@ class _Block(nn.Module):
                 BatchNorm(channels, statistics=statistics),
                 nn.LeakyReLU(0.1),
             ]
+        # The last activation waits for the skip: it is applied to the sum.
         self.residual = nn.Sequential(*layers[:-1])
         self.skip = nn.Sequential(
             nn.Conv2d(in_channels, channels, kernel_size=1, bias=False), BatchNorm(channels, statistics=statistics)

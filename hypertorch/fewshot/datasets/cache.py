@@ -14,6 +14,7 @@ import pooch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+# A safetensors file is numbers and text: nothing in it can run when it is read, as in a pickle.
 _NAME = "images"
 
 
@@ -38,6 +39,7 @@ def cached_array(
         cache_dir: folder of the cache; by default the user's cache folder.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    # The name holds 64 bits of the hash; the whole key is compared after reading, so that names may collide.
     path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     array = _read(path, key)
     if array is None:
@@ -52,31 +54,38 @@ def _read(path: Path, key: str) -> np.ndarray | None:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             array = file.get_tensor(_NAME)
+    # Cut off, of another format, or not there: all mean the same here, to make it again.
     except (OSError, SafetensorError):
         return None
+    # The format has no checksum of its own: a changed byte would be a silently wrong pixel.
     return array if metadata == _metadata(key, array) else None
 
 
 def _write(path: Path, key: str, array: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, as a file can be renamed in one go only within a file system; of a name of its own, as
+        # other processes may write the same array now.
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(save({_NAME: array}, _metadata(key, array)))
             Path(temporary).replace(path)
         except OSError:
+            # What is left of a failed write would keep a full disk full.
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
         warnings.warn(
             f"`cache_dir` {str(path.parent)!r} cannot be written ({error}): the images will be made again next time. "
             "Pass a `cache_dir` that is writable.",
+            # The line that asks for the data set, behind this function, `cached_array` and the data set itself.
             stacklevel=4,
         )
 
 
 def _metadata(key: str, array: np.ndarray) -> dict[str, str]:
+    # The bytes alone do not tell (2, 3) from (3, 2).
     content = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())
     content.update(np.ascontiguousarray(array).data)
     return {"key": key, "sha256": content.hexdigest()}

@@ -18,9 +18,11 @@ from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_files import is_image, open_image, read_images
 
 SIDE = 32
+# 500 for training and 100 for testing in CIFAR-100; CIFAR-FS splits by class and uses all of them.
 PER_CLASS = 600
 _ARCHIVE = "cifar-100-python.tar.gz"
 _UNPACKED = "cifar-100-python"
+# 24 * 25 = 600 tiles.
 _MOSAIC_ROWS, _MOSAIC_COLUMNS = 24, 25
 HOW_TO_GET = (
     f"Put the official archive {_ARCHIVE!r} (or its unpacked folder {_UNPACKED!r}), or one folder of 32 x 32 images "
@@ -50,6 +52,8 @@ def read_cifar100(
     Raises:
         DatasetError: if nothing of the kind is there, or files are missing, damaged or of another size.
     """
+    # The official files come before what somebody made of them, and of these the unpacked ones, which need no
+    # decompression.
     archive = _find(root, _ARCHIVE)
     unpacked = _find(root, _UNPACKED)
     mosaics = _find(root, "classes")
@@ -69,10 +73,12 @@ class _ArraysOnly(pickle.Unpickler):
 
     _ALLOWED = frozenset(
         {
+            # What arrays are rebuilt by, before numpy 2 and since.
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),
             ("numpy", "ndarray"),
             ("numpy", "dtype"),
+            # How Python 3 writes bytes in the old protocols; it makes bytes of text and can do no harm.
             ("_codecs", "encode"),
         }
     )
@@ -90,6 +96,7 @@ def _read_pickles(unpacked: Path | None, archive: Path | None) -> dict[str, Any]
     try:
         for name in ("train", "test", "meta"):
             raw = (unpacked / name).read_bytes() if unpacked is not None else _member(archive, name)
+            # Python 2 wrote the files: its strings hold bytes, each of which latin1 reads as one character.
             contents[name] = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
     except (OSError, EOFError, KeyError, tarfile.TarError, pickle.UnpicklingError, ValueError) as error:
         raise DatasetError(
@@ -101,6 +108,7 @@ def _read_pickles(unpacked: Path | None, archive: Path | None) -> dict[str, Any]
 
 def _member(archive: Path | None, name: str) -> bytes:
     assert archive is not None
+    # Read member by member in memory: nothing is unpacked, so no path in the archive can lead out of the folder.
     with tarfile.open(archive) as packed:
         file = packed.extractfile(f"{_UNPACKED}/{name}")
         if file is None:
@@ -112,6 +120,7 @@ def _from_pickles(contents: dict[str, Any], classes: Sequence[str]) -> np.ndarra
     names = list(contents["meta"]["fine_label_names"])
     pixels = np.concatenate([contents[part]["data"] for part in ("train", "test")])
     labels = np.concatenate([np.asarray(contents[part]["fine_labels"]) for part in ("train", "test")])
+    # A row holds all red values, then all green, then all blue, each line by line.
     images = pixels.reshape(-1, 3, SIDE, SIDE)
     chosen = []
     for name in classes:
@@ -128,6 +137,7 @@ def _from_pickles(contents: dict[str, Any], classes: Sequence[str]) -> np.ndarra
 def _from_mosaics(folder: Path, classes: Sequence[str], cache_dir: str | Path | None, progress: bool) -> np.ndarray:
     files = {path.stem: path for path in sorted(folder.iterdir()) if is_image(path)}
     _check_classes(folder, classes, set(files))
+    # By content: there are a hundred files at most, and a replaced mosaic is noticed whatever its date.
     digest = hashlib.sha256()
     for name in classes:
         digest.update(files[name].read_bytes())
@@ -142,10 +152,12 @@ def _from_mosaics(folder: Path, classes: Sequence[str], cache_dir: str | Path | 
                     f"`root` has {str(files[name])!r} of shape {pixels.shape} instead of {expected}: it is no mosaic "
                     f"of {_MOSAIC_ROWS} x {_MOSAIC_COLUMNS} images. {HOW_TO_GET}"
                 )
+            # Axes from (row, y, column, x, colour) to (row, column, y, x, colour), which is tile after tile.
             tiles = pixels.reshape(_MOSAIC_ROWS, SIDE, _MOSAIC_COLUMNS, SIDE, 3).swapaxes(1, 2)
             image[:] = tiles.reshape(PER_CLASS, SIDE, SIDE, 3).transpose(0, 3, 1, 2)
         return images
 
+    # The number is to be raised whenever the same mosaics would be cut into other images.
     return cached_array("cifar100", f"mosaics 1 {' '.join(classes)} {digest.hexdigest()}", decode_all, cache_dir)
 
 

@@ -49,6 +49,7 @@ def CIFARFS(  # noqa: N802  (made like an instance, as the other data sets)
                 f"`split` is {split!r}, which names no split. Use {', '.join(map(repr, CIFAR_FS_CLASSES))}, or several "
                 "joined by '+'."
             )
+        # A split named twice is refused by `ImageClasses`, as its names would be there twice.
         classes += CIFAR_FS_CLASSES[part]
     given = root if root is not None else os.environ.get("HYPERTORCH_DATA")
     if not given:
@@ -57,6 +58,7 @@ def CIFARFS(  # noqa: N802  (made like an instance, as the other data sets)
     inner = folder / "cifar100"
     images = read_cifar100(inner if inner.is_dir() else folder, classes, cache_dir=cache_dir, progress=progress)
     return ImageClasses(
+        # Shares the memory of the array: there is no second copy of a hundred megabytes.
         images=torch.from_numpy(images.reshape(-1, *images.shape[2:])),
         counts=(PER_CLASS,) * len(classes),
         class_names=tuple(classes),

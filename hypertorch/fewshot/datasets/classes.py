@@ -41,6 +41,7 @@ class Classes(ABC):
         object.__setattr__(self, "source", self.source or type(self).__name__)
         self._check_items()
         self._check_classes()
+        # Contiguous images can be viewed as a matrix; others would be copied as a whole for each batch.
         object.__setattr__(self, self.field, self.tensor.contiguous())
 
     def __repr__(self) -> str:

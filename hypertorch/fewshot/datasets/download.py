@@ -12,7 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from hypertorch.errors import DatasetError
 
 OMNIGLOT_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
-# MD5 as published with torchvision's loader; they are of the official archives, not of rebuilt ones.
+# MD5 as published with torchvision's loader; they are of the official archives, not of rebuilt ones. MD5 notices damage
+# alone; that nobody has replaced a file rests on HTTPS.
 OMNIGLOT_FILES = {
     "images_background.zip": "md5:68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "md5:6b91aef0f799c5bb55b94e3f2daec811",

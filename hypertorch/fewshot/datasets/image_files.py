@@ -77,6 +77,7 @@ def read_images(
         raise ValueError(f"`channels` is {channels}: images are grey or coloured. Use 1 or 3.")
     digest = hashlib.sha256()
     for file in files:
+        # All files are looked at before the first is decoded, so that a bad one is known at once and not after minutes.
         if not file.exists():
             raise DatasetError(
                 f"{str(file)!r} is a link to a file that is gone. Restore that file, or remove the link."
@@ -84,7 +85,9 @@ def read_images(
         status = file.stat()
         if not status.st_size:
             raise DatasetError(f"{str(file)!r} is an empty file: its copying was cut off. Copy it again, or remove it.")
+        # Size and time, not content: with a full cache, none of thousands of files has to be opened.
         digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    # Another version of Pillow may decode or scale to other pixels.
     key = f"{image_size} {channels} {_DECODING} Pillow {PIL.__version__} {digest.hexdigest()}"
 
     def decode_all() -> np.ndarray:
@@ -103,6 +106,7 @@ def open_image(file: Path, mode: str) -> Image.Image:
         DatasetError: if the file is no readable image.
     """
     try:
+        # Cameras store the picture as the sensor lay, with a note of how to turn it.
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
             return _on_white(_eight_bits(upright, image.format)).convert(mode)
@@ -120,12 +124,15 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
     Raises:
         ValueError: if the brightness of white is not known.
     """
+    # Pillow opens PGM files of 16 bits as "I", and in older versions PNG files; of other formats "I" means 32 bits.
     if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
         raise ValueError("32 bits per pixel, of which none says how bright white is: save it with 8 or 16")
     # Pillow itself reads 16-bit colour as 8 bits, but would clip 16-bit grey, making nearly all of it white.
     if not image.mode.startswith("I"):
         return image
+    # Wide enough for 255 * 65535, which the 16 bits of the file are not.
     levels = np.asarray(image).astype(np.int64)
+    # Rounded to the nearest in integers, so exactly.
     return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
 
 
@@ -141,6 +148,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _decode(file: Path, image_size: int, channels: int) -> np.ndarray:
     image = open_image(file, "L" if channels == 1 else "RGB")
     if image.size != (image_size, image_size):
+        # Cropped, not squeezed: proportions are part of what tells classes apart.
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)

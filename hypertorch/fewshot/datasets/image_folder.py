@@ -14,6 +14,7 @@ from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.image_files import is_companion, is_image, read_images
 
+# The first name that is there counts.
 SPLIT_FOLDERS = {
     "meta_train": ("meta_train", "train"),
     "meta_val": ("meta_val", "val", "validation"),
@@ -26,6 +27,7 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
     *,
     split: str | None = None,
     classes: Sequence[str] | None = None,
+    # 84 is the size of mini-ImageNet in the literature.
     image_size: int = 84,
     channels: int = 3,
     cache_dir: str | Path | None = None,
@@ -64,8 +66,10 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
     folder = _checked_root(root)
     found: dict[str, list[Path]] = {}
     for part in _parts(folder, split):
+        # No class overwrites another: that splits share none was checked when the parts were found.
         found |= _classes_in(part)
     chosen = found if classes is None else _chosen(found, classes, folder)
+    # Only of the classes that are used: what lies in others does not matter to this run.
     _name_what_is_left_out(folder, [members[0].parent for members in chosen.values()])
     return read_classes(
         f"{folder.name}-{split or 'all'}",
@@ -149,6 +153,7 @@ def split_parts(split: str, known: Iterable[str], otherwise: str = "") -> list[s
     Raises:
         ValueError: if one of them is unknown, or named twice.
     """
+    # What is no text gets the message below, not an AttributeError.
     parts: list[str] = split.split("+") if isinstance(split, str) else [split]
     if not set(parts) <= set(known):
         raise ValueError(
@@ -207,6 +212,7 @@ def _parts(root: Path, split: str | None) -> list[Path]:
 
 
 def _class_folders(folder: Path) -> list[Path]:
+    # File systems list folders in orders of their own; sorted, a seed draws the same images on each of them.
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -256,6 +262,7 @@ def _name_what_is_left_out(root: Path, folders: Iterable[Path]) -> None:
 
 
 def _chosen(found: Mapping[str, list[Path]], classes: Sequence[str], root: Path) -> dict[str, list[Path]]:
+    # A text is a sequence of its letters, and would be taken for a list of classes.
     if isinstance(classes, str) or len(set(classes)) < len(classes):
         raise ValueError(
             f"`classes` is {classes!r}: it lists the names of classes, each once. Write for example "

@@ -60,6 +60,7 @@ def MiniImageNet(  # noqa: N802  (made like an instance, as the other data sets)
         Vinyals et al. (2016), Matching networks for one shot learning, section 4.1.2; Ravi and Larochelle (2017),
         Optimization as a model for few-shot learning (the split).
     """
+    # Refused before the folder is looked for: a misspelt split is no missing data.
     parts = split_parts(split, _CSV)
     given = root if root is not None else os.environ.get("HYPERTORCH_DATA")
     if not given:
@@ -106,6 +107,7 @@ def _check_layout(root: Path, parts: Sequence[str]) -> None:
 
 def _read_lists(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
     """Returns the files of each class that the split files of `parts` name, each file once."""
+    # Not of `parts` alone, for the check below.
     lists = {part: _read_list(root / name) for part, name in _CSV.items() if (root / name).is_file()}
     # Splits that are not asked for count as well: a class shared with them would spoil a later judgement.
     check_disjoint({_CSV[part]: {row.label for row in rows} for part, rows in lists.items()}, root, "")
@@ -115,6 +117,7 @@ def _read_lists(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
         first_line: dict[Path, int] = {}
         for row in lists[part]:
             file = _existing(root, row.filename, row.label)
+            # Resolved: a link, or another spelling of the path, is the same image.
             line = first_line.setdefault(file.resolve(), row.line)
             if line != row.line:
                 raise DatasetError(
@@ -123,6 +126,7 @@ def _read_lists(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
                     "query could share it. Remove one of the lines."
                 )
             members.setdefault(row.label, []).append(file)
+        # Classes in alphabetical order, as the other layout has them.
         found |= dict(sorted(members.items()))
     return found
 
@@ -161,6 +165,7 @@ def _read_list(path: Path) -> list[_Row]:
 
 
 def _existing(folder: Path, name: str, label: str) -> Path:
+    # Copies differ in where the images lie: in one folder, beside the split files, or by class.
     for candidate in (folder / "images" / name, folder / name, folder / label / name):
         if candidate.is_file():
             return candidate

@@ -84,6 +84,7 @@ def Omniglot(  # noqa: N802  (made like an instance, `Omniglot(split=...)`)
     )
     folder = _find_root(root, members)
     if download:
+        # The lake partition's training classes are all in one archive, so the other is not fetched for them.
         needed = {f"{part.folder}.zip" for part, _ in members if not (folder / part.folder).is_dir()}
         files = {name: checksum for name, checksum in OMNIGLOT_FILES.items() if name in needed}
         download_omniglot(folder, progress=progress, files=files)
@@ -116,9 +117,11 @@ def load_classes(
     chosen: list[np.ndarray] = []
     names: list[str] = []
     for part, characters in members:
+        # The whole part is decoded whatever is wanted of it: one cache file serves every split, partition and rotation.
         drawings = read_part(root, part, image_size=image_size, cache_dir=cache_dir, progress=progress)
         position = {character: index for index, character in enumerate(part.characters)}
         wanted = drawings[[position[character] for character in characters]]
+        # Along a new axis behind the characters, as the names below are nested: character by character, turn by turn.
         turned = np.stack([np.rot90(wanted, turn // 90, axes=(-2, -1)) for turn in rotations], axis=1)
         chosen.append(turned.reshape(-1, *wanted.shape[1:]))
         names += [_class_name(character.folder, turn) for character in characters for turn in rotations]
@@ -162,5 +165,6 @@ def _find_root(root: str | Path | None, members: Members) -> Path:
             f"'images_evaluation.zip' is needed. {HOW_TO_GET}"
         )
     has_data = any((folder / part.folder).is_dir() or (folder / f"{part.folder}.zip").is_file() for part, _ in members)
+    # A folder that is given is where downloads go; one that the environment names is shared, so they go below it.
     inner = folder / "omniglot"
     return inner if not has_data and (inner.is_dir() or root is None) else folder

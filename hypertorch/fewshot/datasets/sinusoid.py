@@ -12,6 +12,7 @@ from hypertorch.fewshot._checks import check_num_queries, check_num_tasks, check
 from hypertorch.fewshot._random import random_uniform
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 
+# The ranges of section 5.1 of the paper.
 _AMPLITUDES = (0.1, 5.0)
 _PHASES = (0.0, float(np.pi))
 _INPUTS = (-5.0, 5.0)
@@ -71,9 +72,12 @@ class Sinusoid(EpisodeSource):
             ValueError: if `step` is negative.
         """
         check_step(step)
+        # A row per task: amplitude, phase, inputs of the support, inputs of the queries. Rows follow each other in the
+        # stream, so another `shot` gives other tasks, too.
         uniform = random_uniform((self.num_tasks, 2 + self.shot + self.num_queries), self.seed, step)
         amplitude, phase = _between(uniform[:, :1], _AMPLITUDES), _between(uniform[:, 1:2], _PHASES)
         inputs = _between(uniform[:, 2:], _INPUTS)
+        # In double precision whatever `dtype` is: episodes in single precision are these, rounded.
         targets = amplitude * np.sin(inputs - phase)
         return Episode(
             Examples(self._tensor(inputs[:, : self.shot]), self._tensor(targets[:, : self.shot])),

@@ -26,6 +26,7 @@ _STRETCH, _SLANT, _TURN, _PLACE = 0.2, 0.25, 0.14, 0.12
 # Share of the image that a character of size 1 fills, and radius of the pen in shares of the image.
 _FILL, _PEN_RADIUS, _PEN_VARIATION = 0.66, 0.03, 0.35
 
+# Streams for what a character is and for how a hand draws it: more drawings change no character.
 _DESIGN, _HAND = 1, 2
 
 
@@ -133,10 +134,12 @@ def _joined(knots: np.ndarray, smoothness: np.ndarray) -> np.ndarray:
     """Returns points `(points, 2)` along cubic Hermite curves through the knots (Catmull-Rom for smoothness 0.5)."""
     slopes = np.empty_like(knots)
     slopes[:, 1:-1] = knots[:, 2:] - knots[:, :-2]
+    # An end has one neighbour, so its slope is one-sided.
     slopes[:, 0], slopes[:, -1] = knots[:, 1] - knots[:, 0], knots[:, -1] - knots[:, -2]
     slopes = (slopes * smoothness[:, None, None])[:, :, None]
     ends = knots[:, :, None]
     t = (np.arange(_POINTS + 1) / _POINTS)[:, None]
+    # The cubic Hermite basis, from the values at both ends and the slopes there.
     rise = t * t * (3 - 2 * t)
     start, stop = t * (1 - t) * (1 - t), t * t * (t - 1)
     curve = (1 - rise) * ends[:, :-1] + rise * ends[:, 1:] + start * slopes[:, :-1] + stop * slopes[:, 1:]
@@ -153,9 +156,11 @@ def _slanted(points: np.ndarray, *key: int) -> np.ndarray:
 
 def _inked(points: np.ndarray, radius: float, image_size: int) -> np.ndarray:
     """Returns the image of a round pen of the given radius led along the points; all lengths in pixels."""
+    # Single precision halves the largest array, points by pixels, and has digits to spare for 255 levels.
     centres = np.arange(image_size, dtype=np.float32) + np.float32(0.5)
     across = (centres - points[:, :1].astype(np.float32)) ** 2
     down = (centres - points[:, 1:].astype(np.float32)) ** 2
+    # A minimum is the same in any order. The root comes last, of one number per pixel.
     distance = np.sqrt((down[:, :, None] + across[:, None, :]).min(axis=0))
     # The edge of the ink is one pixel wide, which is what averaging over a pixel's area comes to.
     coverage = np.clip(np.float32(radius + 0.5) - distance, 0, 1)
@@ -178,5 +183,7 @@ def _direction(chances: np.ndarray) -> np.ndarray:
 
 def _normal(shape: tuple[int, ...], *key: int) -> np.ndarray:
     """Returns nearly normal numbers with mean 0 and variance 1: sums of four uniform ones."""
+    # Each has variance 1/12, four have 1/3: hence the root of 3.
     sums = random_uniform((*shape, 4), *key)
+    # Written out, because `sum` may add in another order on another machine.
     return (sums[..., 0] + sums[..., 1] + sums[..., 2] + sums[..., 3] - 2) * np.sqrt(3.0)

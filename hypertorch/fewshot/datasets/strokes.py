@@ -13,6 +13,7 @@ from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.stroke_drawing import draw_class
 
+# The place of a split in this list keys its random streams: the order is not to be changed.
 _NUM_CLASSES = {"meta_train": 400, "meta_val": 80, "meta_test": 120}
 # Part of the cache's key and of every random stream: to be raised whenever other pixels would be drawn.
 _VERSION = 1
@@ -62,6 +63,7 @@ def StrokeCharacters(  # noqa: N802  (made like an instance)
     check_count("drawings", drawings, minimum=1, why="a class needs an image", advice="use for instance 20")
     check_count("image_size", image_size, minimum=8, why="strokes would run together", advice="use 28, for instance")
     check_seed(seed)
+    # All that the pixels depend on: two settings with one key would get each other's images.
     key = f"strokes {_VERSION} {seed} {split} {count} {drawings} {image_size}"
     images = cached_array(
         f"strokes_{split}", key, lambda: _draw_all(split, count, drawings, image_size, seed, progress), cache_dir
@@ -76,6 +78,7 @@ def StrokeCharacters(  # noqa: N802  (made like an instance)
 
 
 def _draw_all(split: str, count: int, drawings: int, image_size: int, seed: int, progress: bool) -> np.ndarray:
+    # Without `count` and `drawings`: the first classes and drawings stay when more are asked for.
     world = (_VERSION, seed, list(_NUM_CLASSES).index(split))
     classes = track(range(count), f"Drawing {split}", disable=not progress)
     return np.stack([draw_class(drawings, image_size, *world, index) for index in classes])

@@ -58,6 +58,7 @@ class TensorClasses(Classes):
             )
         if not per_class:
             raise ValueError("`per_class` is empty: episodes are drawn from classes. Give at least two.")
+        # Compared before they are joined: `torch.cat` would convert types silently.
         kinds = {name: (tuple(items.shape[1:]), items.dtype, items.device) for name, items in per_class.items()}
         first = next(iter(kinds))
         for name, kind in kinds.items():
@@ -86,6 +87,7 @@ class TensorClasses(Classes):
             dtype: type of floating-point items; integers stay.
         """
         chosen = self.items.index_select(0, rows)
+        # Token ids are looked up, not computed with: as floats no embedding would take them.
         return chosen.to(dtype) if chosen.is_floating_point() else chosen
 
     def _check_items(self) -> None:
@@ -96,6 +98,7 @@ class TensorClasses(Classes):
                 f"`items` is {got}: networks compute with floating-point numbers, or look up int64 or int32 tokens. "
                 "Convert it, `items.float()` or `items.long()`; images stored as bytes are `ImageClasses`."
             )
+        # A learner's inputs have an axis of tasks, one of examples, and what is left for one item.
         if self.items.dim() < 2:
             raise ValueError(
                 f"`items` has shape {tuple(self.items.shape)}: the first axis counts items, and each has an axis of "

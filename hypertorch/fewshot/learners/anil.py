@@ -51,8 +51,11 @@ class ANIL(HeadLearner):
         objective: Objective | None = None,
         normalise: bool = False,
     ) -> None:
+        # PyTorch's own first weights, of its global generator like those of the backbone: `torch.manual_seed` before
+        # building fixes both.
         layer = nn.Linear(feature_count(backbone), way).to(first_parameter(backbone))
         head = {"weight": layer.weight.detach(), "bias": layer.bias.detach()}
+        # Of the head alone: nothing else moves in an episode.
         dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, head, num_steps)
         super().__init__(
             backbone,

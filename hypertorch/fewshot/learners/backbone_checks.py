@@ -23,6 +23,8 @@ def fit_and_predict(network: nn.Module) -> tuple[FunctionalModule, FunctionalMod
         IncompatibleBackendError: if such a layer is in training mode: PyTorch updates what it stores outside of the
             graph, so that the path through it would be dropped silently.
     """
+    # The old and the new spectral norm, batch norm and instance norm: all write their buffers in place, without a
+    # graph.
     frozen = [name for name, part in network.named_modules() if _stores_without_derivative(part)]
     for name in frozen:
         part = network.get_submodule(name)
@@ -34,6 +36,8 @@ def fit_and_predict(network: nn.Module) -> tuple[FunctionalModule, FunctionalMod
                 "it over. For statistics of the episode use `hypertorch.fewshot.BatchNorm(features, "
                 "statistics='running')`, which keeps the derivative, or `track_running_stats=False`."
             )
+    # A copy for each mode: the mode is state of a module, and none is to be switched while a step runs. The user's own
+    # module is left as it is.
     fit, predict = copy_module(network).train(), copy_module(network).eval()
     for own in (fit, predict):
         for name in frozen:
@@ -52,7 +56,10 @@ def _stores_without_derivative(part: nn.Module) -> bool:
 
 def _freeze(part: nn.Module) -> None:
     """Keeps a layer in evaluation mode, and makes constants of its buffers."""
+    # The attribute, not `eval()`, which a module may have overridden.
     part.training = False
+    # Buffers would be carried through the inner loop as state; these are constants, like frozen parameters. A name has
+    # to be free before it is registered anew, hence the deletion.
     for name, value in list(part._buffers.items()):
         if value is not None:
             del part._buffers[name]
@@ -79,6 +86,7 @@ def feature_count(backbone: nn.Module) -> int:
     Raises:
         ValueError: if it does not say.
     """
+    # Asked, not tried: a trial needs inputs, whose shape nobody has said yet.
     count = getattr(backbone, "num_features", None)
     if isinstance(count, int):
         return count
@@ -99,6 +107,7 @@ def refuse_dropout(backbone: nn.Module) -> None:
         name or type(module).__name__
         for name, module in backbone.named_modules()
         if (isinstance(module, _DROPOUTS) and module.p > 0.0)
+        # These two drop out by a number of their own, not by a layer.
         or (isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0.0)
     ]
     if random:

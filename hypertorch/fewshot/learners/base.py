@@ -92,9 +92,11 @@ class Learner(ABC):
                 f"`episodes` is a {type(episodes).__name__}, which draws no episodes. Pass an `EpisodeSource`, such as "
                 "`EpisodeSampler(dataset, way=5, shot=1, num_queries=15, num_tasks=4)`."
             )
+        # Sources are pure functions of the step, so the batch looked at here is the one of the first outer step.
         check = EpisodeCheck(self, episodes.num_tasks)
         batch = episodes.at(0)
         check(batch, 0)
+        # Made for its errors: what cannot be a problem is said here, and not at the first outer step.
         self.problem(batch, episodes.num_tasks)
         return LearnerOnEpisodes(self, episodes, check)
 

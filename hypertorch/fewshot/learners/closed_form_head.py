@@ -42,12 +42,14 @@ class ClosedFormHead(FeatureLearner):
         # Solved here and not where params are made: features and labels are both at hand.
         support, query = self.features(hparams, episode)
         head = self.solve(support, episode.support.targets, hparams)
+        # Prefixed, as a head may have an entry of any name, `query` as well.
         return {**tree.with_prefix("head", head), "query": query}
 
     def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:
         """Returns the bilevel problem of a batch of episodes: the head is the first and the last inner state."""
         owner = type(self).__name__
         return BilevelProblem(
+            # With no step the first params are the last, so the head reaches the outer loss as the initialisation.
             GivenHead(owner=owner, head=partial(tree.without_prefix, "head")),
             QueryFeatures(learner=self, objective=self._objective, episode=episode, initial=self._initial),
             dynamics=_NoStep(owner=owner),
@@ -69,4 +71,5 @@ class _NoStep(Dynamics):
     def step(
         self, loss: InnerLoss, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
+        # Backends that take a step of their own arrive here (`OneStep`, `EvoGrad`).
         raise no_inner_loop(self.owner)

@@ -75,8 +75,10 @@ class EpisodeCheck:
         where = "`episodes`" if step == 0 else f"`episodes` at outer step {step}"
         _check_batch(batch, self._num_tasks, where)
         kinds = _kind(batch.support), _kind(batch.query)
+        # Sizes of support and query are no part of a kind: another shot needs no other network.
         if kinds not in self._known:
             way = _fit(self._learner, batch, where)
+            # A later kind that has another number of classes fails the check below.
             self._way = way if not self._known else self._way
             self._known.add(kinds)
         if self._way is not None:
@@ -110,9 +112,11 @@ def _fit(learner: _Adapting, batch: Episode, where: str) -> int | None:
     Raises:
         ValueError: if the learner cannot work on it.
     """
+    # One task is enough: all tasks of a batch have one shape.
     support, query = (Examples(part.inputs[0], part.targets[0]) for part in batch)
     what = f"inputs of shape {tuple(support.inputs.shape)} and {support.inputs.dtype}"
     is_classification = not query.targets.is_floating_point()
+    # Each class has a query, so the largest label says how many there are.
     way = int(query.targets.max()) + 1 if is_classification else None
     try:
         if support.targets.dtype != query.targets.dtype:
@@ -123,9 +127,11 @@ def _fit(learner: _Adapting, batch: Episode, where: str) -> int | None:
         check_examples(query, "query")
         outputs = learner.adapt(learner.init_hparams(), support)(query.inputs)
     except (TypeError, ValueError) as error:
+        # Of the first batch as it is; of a later one with its outer step in front, which nothing else would say.
         if where == "`episodes`":
             raise
         raise type(error)(f"{where}: {error}") from error
+    # PyTorch's words for shapes that do not fit, and for a label beyond the outputs.
     except (RuntimeError, IndexError) as error:
         labels = f" and labels 0 to {way - 1}" if way is not None else ""
         raise ValueError(
@@ -143,18 +149,22 @@ def _fit(learner: _Adapting, batch: Episode, where: str) -> int | None:
 def _check_classes(batch: Episode, way: int, where: str, *, needs_every_class: bool) -> None:
     """Raises `ValueError` if a batch has other classes than the learner has outputs for."""
     support, query = batch.support.targets, batch.query.targets
+    # Collected on the device and read at once: one wait, not one for each figure.
     figures = [*torch.aminmax(support), *torch.aminmax(query)]
     if needs_every_class:
+        # Compared to every class, per task: (tasks, examples, way) to (tasks, way).
         shown = (support[:, :, None] == torch.arange(way, device=support.device)).any(dim=1)
         figures.append(shown.all().to(support.dtype))
     first, last, query_first, query_last, *complete = torch.stack(figures).tolist()
     lowest, highest = min(first, query_first), max(last, query_last)
+    # Below 0 as well: cross-entropy leaves a label of -100 out of its mean without a word.
     if lowest < 0 or highest != way - 1:
         raise ValueError(
             f"{where} have labels {lowest} to {highest}, but the learner has {way} outputs, for labels 0 to {way - 1}: "
             f"it was built for episodes of {way} classes. Number the classes of each task from 0, and draw as many "
             "in every episode."
         )
+    # A head would divide by the number of examples of the class, and answer NaN.
     if complete == [0]:
         raise ValueError(
             f"{where} have a task whose support set lacks one of the {way} classes: nothing would be known of it. Give "
@@ -248,6 +258,7 @@ def check_dtype(inputs: Tensor, role: str, hparams: TensorDict) -> None:
         role: what they are, for the message.
         hparams: the outer variables.
     """
+    # A learner without outer variables takes any.
     dtype = next((value.dtype for value in hparams.values()), inputs.dtype)
     if inputs.dtype != dtype and inputs.dtype not in _INTEGERS:
         raise ValueError(
@@ -270,6 +281,7 @@ def _check_labels(labels: Tensor, role: str, way: int | None) -> None:
             f"{'' if way is None else f' to {way - 1}'}. Number the classes of the task anew"
             f"{'' if way is None else f', or build the learner with `way={max(present) + 1}`'}."
         )
+    # A network learns what it is shown, and may be shown a part; a head per class cannot.
     missing = [] if way is None else sorted(set(allowed) - present)
     if missing:
         raise ValueError(

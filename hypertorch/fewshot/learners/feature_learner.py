@@ -112,6 +112,7 @@ class FeatureLearner(Learner):
 
     def init_hparams(self) -> TensorDict:
         """Returns the representation's weights, by their names in the module, and the learner's own variables."""
+        # Copies: optimizers change tensors in place, and the learner is to start any number of runs.
         return {name: value.clone() for name, value in self._initial.items()}
 
     def features(self, hparams: TensorDict, episode: Episode) -> tuple[Tensor, Tensor]:
@@ -125,12 +126,16 @@ class FeatureLearner(Learner):
         weights = {name: hparams[name] for name in self._names}
         support, query = episode.support.inputs, episode.query.inputs
         if self._fit.buffers:
+            # Inductive: the support set makes the statistics, and each query is normalised by them alone.
             support_features, stored = self._fit.with_buffers(weights, support)
             query_features = self._predict({**weights, **stored}, query)
         else:
+            # Transductive: one call, so that the statistics are those of support and queries together, as in training
+            # and in use.
             both = self._fit(weights, torch.cat([support, query]))
             support_features, query_features = both[: len(support)], both[len(support) :]
         if self._normalise:
+            # Of the support alone, whatever the rule of the norm layers: no query moves another by this.
             centre, spread = mean_and_spread(support_features)
             support_features, query_features = (support_features - centre) / spread, (query_features - centre) / spread
         return support_features, query_features
@@ -142,6 +147,7 @@ class FeatureLearner(Learner):
             tasks = range(len(episode.support.inputs))
             each = [self.context(hparams, tree.map_batch(itemgetter(task), episode)) for task in tasks]
             return {name: torch.stack([context[name] for context in each]) for name in each[0]}
+        # Layers that draw noise draw it for each task, as they do one by one.
         return torch.func.vmap(self.context, in_dims=(None, 0), randomness="different")(hparams, episode)
 
     def adapt(self, hparams: TensorDict, support: Examples) -> Callable[[Tensor], Tensor]:
@@ -160,8 +166,11 @@ class FeatureLearner(Learner):
 
     def _outputs(self, hparams: TensorDict, support: Examples, inputs: Tensor) -> Tensor:
         """Returns the outputs of a head fitted to a support set, shape `(batch, outputs)`."""
+        # Fills the place of labels, of the right shape and type; fitting and features read none of queries.
         unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])
         episode = Episode(support, Examples(inputs, unlabelled))
+        # The head is fitted with these inputs in the episode: under episode statistics they move the support's
+        # features.
         head = unroll(self.problem(episode, None), hparams).params
         with torch.no_grad():
             return self.outputs(head, self.features(hparams, episode)[1], hparams)
@@ -179,6 +188,7 @@ class FeatureLearner(Learner):
 
 
 @dataclass(frozen=True, eq=False)
+# A class, not a closure, which pickle does not take.
 class _Fitted:
     """A learner with one support set; can be copied and pickled, as far as the backbone can."""
 

@@ -56,6 +56,7 @@ class HeadLearner(FeatureLearner):
         some = first_parameter(backbone)
         self._dynamics = dynamics
         self._num_steps = num_steps
+        # Of the backbone's type and device, as one optimizer moves all of them and one step reads them together.
         self._owned = {name: value.to(some) for name, value in dynamics.init_hparams().items()}
         self._refuse_names(self._owned.keys() & self._initial.keys())
 
@@ -85,6 +86,8 @@ class HeadLearner(FeatureLearner):
         """Returns the bilevel problem of a batch of episodes."""
         inner = (
             _SupportFeatures(learner=self, objective=self._objective)
+            # Without a step the support set's loss is minimised by nobody: a backend that solves for its minimum would
+            # be silently wrong.
             if self._num_steps
             else GivenHead(owner=type(self).__name__, head=self._head_of_context)
         )

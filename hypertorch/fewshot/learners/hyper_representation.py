@@ -58,6 +58,7 @@ class HyperRepresentation(HeadLearner):
                 f"`learn_lr` is {learn_lr!r}, but the head's size is known only with the features: it has one step "
                 "size, or one per step. Use None, 'one' or 'step'."
             )
+        # For type and device: a step size for each parameter, which would need their shapes, is refused above.
         some = {"some": first_parameter(backbone).detach()}
         dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, some, num_steps)
         super().__init__(
@@ -72,6 +73,7 @@ class HyperRepresentation(HeadLearner):
 
     def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
         """Returns a head of zeros, `weight` of shape `(way, features)` and `bias` of shape `(way,)`."""
+        # From zero, all classes are equally likely at first, and nothing of the head is shared between episodes.
         return {"weight": support.new_zeros(self.way, support.shape[-1]), "bias": support.new_zeros(self.way)}
 
     def outputs(self, head: TensorDict, features: Tensor, hparams: TensorDict) -> Tensor:

@@ -48,6 +48,7 @@ class IMAML(NetworkLearner):
         proximity: float = 2.0,
         objective: Objective | None = None,
     ) -> None:
+        # Written as what is allowed, so that NaN is refused.
         if not 0.0 < proximity < math.inf:
             raise ValueError(
                 f"`proximity` is {proximity}: without a proximal term the solution forgets the shared weights. Pass a "
@@ -85,4 +86,5 @@ class _NearSharedWeights(InnerProblem):
         loss, new_buffers = self.support.loss(params, hparams, batch)
         # The shared weights are outer variables of the same names; buffers are no weights.
         distances = [(params[name] - hparams[name]).square().sum() for name in params if name not in self.buffers]
+        # Equation 3 of the paper. Its gradient vanishes where w = theta, so the first step is that of the support loss.
         return loss + 0.5 * self.proximity * sum(distances), new_buffers

@@ -36,6 +36,7 @@ class MetaSGD(NetworkLearner):
     def __init__(
         self, network: nn.Module, *, dynamics: Dynamics, num_steps: int = 1, objective: Objective | None = None
     ) -> None:
+        # Equation 2 of the paper: alpha has an entry for each entry of theta.
         super().__init__(network, dynamics=dynamics, num_steps=num_steps, learn_lr="parameter", objective=objective)
 
     def problem(self, episode: Episode, num_tasks: int | None) -> BilevelProblem:

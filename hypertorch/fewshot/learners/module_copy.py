@@ -25,11 +25,13 @@ def copy_module(module: _Module) -> _Module:
     try:
         return copy.deepcopy(module)
     except _ERRORS:
+        # `deepcopy` takes what its memo holds for copied already, and so shares it.
         return copy.deepcopy(module, {id(value): value for value in _uncopyable(module, set())})
 
 
 def _uncopyable(value: object, seen: set[int]) -> Iterator[object]:
     """Yields the innermost objects that cannot be copied."""
+    # Modules may refer to each other in a circle.
     if id(value) in seen or _is_copyable(value):
         return
     seen.add(id(value))
@@ -41,6 +43,7 @@ def _uncopyable(value: object, seen: set[int]) -> Iterator[object]:
     elif isinstance(value, (list, tuple, set)):
         parts = value
     else:
+        # Innermost, so that as little as possible is shared: a shared weight would change when its owner trains it.
         yield value
         return
     for part in parts:

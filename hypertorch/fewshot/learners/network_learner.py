@@ -71,6 +71,7 @@ class NetworkLearner(Learner):
             )
         self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, initialisation, num_steps)
         owned = self._dynamics.init_hparams().keys()
+        # Outer variables are one dictionary by name: the second of a name would silently replace the first.
         clash = sorted((step_sizes.keys() | owned) & initialisation.keys() | step_sizes.keys() & owned)
         if clash:
             raise ValueError(
@@ -83,6 +84,7 @@ class NetworkLearner(Learner):
 
     def init_hparams(self) -> TensorDict:
         """Returns the network's weights, by their names in the module, learnt step sizes, and those of the dynamics."""
+        # Copies: optimizers change tensors in place, and the learner is to start any number of runs.
         return {name: value.clone() for name, value in {**self._initial, **self._owned}.items()}
 
     def support_problem(
@@ -123,8 +125,11 @@ class NetworkLearner(Learner):
         """
         check_examples(support, "support")
         check_dtype(support.inputs, "support", hparams)
+        # The support set stands where queries do: only the inner loop is run, which reads none.
         problem = self.problem(Episode(support, support), None)
         with integers_explained(support.inputs, "support"):
+            # Cross-entropy would stop at such a label on the host with PyTorch's words, and on a GPU with an assertion
+            # that ends the process's use of it.
             if not support.targets.is_floating_point():
                 self._check_outputs(problem.inner.init_params(hparams), support)
             return _Fitted(self._predict, unroll(problem, hparams).params)
@@ -172,13 +177,16 @@ def _features(network: FunctionalModule, params: TensorDict, inputs: Tensor) -> 
     """Returns what enters a network's last linear layer, shape `(batch, features)`; its outputs if it has none."""
     seen: list[Tensor] = []
     layers = [module for module in network.module.modules() if isinstance(module, nn.Linear)]
+    # The last in the order in which the module lists them: of a classifier, as a rule, its last layer.
     hooks = [layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0])) for layer in layers[-1:]]
     try:
         with torch.no_grad():
             outputs = network(params, inputs)
+    # The module is the learner's own: a hook left behind would run in every later step.
     finally:
         for hook in hooks:
             hook.remove()
+    # The first call, if the layer is called several times.
     return seen[0].flatten(1) if seen else outputs
 
 
@@ -211,6 +219,7 @@ class SupportProblem(InnerProblem):
         check_hparams_of(self.owner, hparams, self.expected)
         trained = {name: hparams[name] for name in self.network.trained_names()}
         some = next(iter(trained.values()))
+        # To the device alone: buffers may be counters, which are integers.
         stored = {name: value.to(some.device) for name, value in self.network.module.named_buffers()}
         return {**trained, **stored}
 
@@ -224,6 +233,7 @@ class SupportProblem(InnerProblem):
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
         """Returns the loss of the examples, and the new buffers."""
+        # Returned and not stored: in the module, tasks and repeated steps would overwrite each other's.
         outputs, new_buffers = self.network.with_buffers(params, batch.inputs)
         return self.objective.loss(outputs, batch.targets), new_buffers
 
@@ -254,6 +264,8 @@ class QueryProblem(OuterProblem):
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
         """Returns the loss of the query set."""
+        # Params hold the buffers, too: in evaluation mode queries are normalised by what the support set has left
+        # there.
         return self.objective.loss(self.network(params, batch.inputs), batch.targets)
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:

@@ -43,6 +43,7 @@ class Classification(Objective):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        # Written as what is allowed, so that NaN is refused.
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(
                 f"`label_smoothing` is {self.label_smoothing!r}, outside [0, 1): it is the share of the target that "
@@ -87,6 +88,8 @@ class Regression(Objective):
             ValueError: if the shapes differ.
             TypeError: if the targets are no floating-point values.
         """
+        # PyTorch would broadcast (n, 1) against (n,): every output meets every target, and the network learns their
+        # mean.
         if outputs.shape != targets.shape or not targets.dtype.is_floating_point:
             raise _no_values(outputs, targets)
         # `F.mse_loss` with a constant target lacks a forward-mode rule in PyTorch.
@@ -115,6 +118,7 @@ def chosen_objective(objective: Objective | None) -> Objective:
 
 def _no_labels(outputs: Tensor, targets: Tensor) -> Exception:
     """Returns the error for targets that are not one label per row of logits."""
+    # Cross-entropy itself would take shares of the classes; the accuracy could not.
     if outputs.dim() == 2 and targets.shape == outputs.shape and targets.dtype.is_floating_point:
         return ValueError(
             f"`targets` have the shape {tuple(targets.shape)} of the logits: they are shares of the classes, of which "

@@ -36,9 +36,13 @@ class ProtoNet(ClosedFormHead):
 
     def solve(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
         """Returns `prototypes`, the mean support feature of each class, shape `(way, features)`."""
+        # Membership as a matrix: chosen by label, the rows of a class would have a number that depends on data, which
+        # `vmap` cannot have.
         members = F.one_hot(targets, self.way).to(support.dtype)
+        # Equation 1. Each class has a support example (`needs_every_class`), so nothing is divided by 0.
         return {"prototypes": members.T @ support / members.sum(dim=0)[:, None]}
 
     def outputs(self, head: TensorDict, features: Tensor, hparams: TensorDict) -> Tensor:
         """Returns the negative squared distances to the prototypes, shape `(batch, way)`."""
+        # Equation 2. By differences: expanded into squares and a product, it would cancel where points are near.
         return -(features[:, None] - head["prototypes"]).square().sum(dim=-1)

@@ -44,6 +44,7 @@ class R2D2(ClosedFormHead):
 
     def __init__(self, backbone: nn.Module, *, way: int = 5, ridge: float = 50.0, scale: float = 1.0) -> None:
         for name, value in {"ridge": ridge, "scale": scale}.items():
+            # Written as what is allowed, so that NaN is refused.
             if not 0.0 < value < math.inf:
                 raise ValueError(f"`{name}` is {value}: its logarithm is learnt. Pass a finite number above 0.")
         some = first_parameter(backbone)
@@ -51,8 +52,10 @@ class R2D2(ClosedFormHead):
             backbone,
             way=way,
             own_hparams={
+                # Logarithms, so that any outer step leaves both above 0.
                 "log_ridge": some.new_tensor(ridge).log().detach(),
                 "log_scale": some.new_tensor(scale).log().detach(),
+                # As in the paper. Cross-entropy does not see it: softmax takes out what all logits share.
                 "shift": some.new_zeros(()),
             },
         )
@@ -62,7 +65,9 @@ class R2D2(ClosedFormHead):
         labels = F.one_hot(targets, self.way).to(support.dtype)
         features = _with_ones(support)
         gram = features @ features.T
+        # Above 0, so the system is positive definite and has one solution, however alike the examples are.
         ridge = hparams["log_ridge"].exp() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        # Solved, not inverted: fewer operations, and closer in rounding.
         return {"weight": features.T @ torch.linalg.solve(gram + ridge, labels)}
 
     def outputs(self, head: TensorDict, features: Tensor, hparams: TensorDict) -> Tensor:

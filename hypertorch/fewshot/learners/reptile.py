@@ -80,6 +80,8 @@ class Reptile(NetworkLearner):
         """Returns every m-th example, from number `step % m` on; `rows` is the dimension that counts examples."""
         assert self._batch_size is not None
         num_batches = math.ceil(support.targets.shape[rows] / self._batch_size)
+        # A slice by a stride is a view: no example is copied. Examples are ordered by class, so neighbours would be of
+        # one class.
         chosen = (slice(None),) * rows + (slice(step % num_batches, None, num_batches),)
         return Examples(support.inputs[chosen], support.targets[chosen])
 
@@ -97,9 +99,11 @@ class _Distance(OuterProblem):
         return self.query.batch(outer_step)
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
+        # Buffers and what the dynamics learns are in one of the two alone.
         shared = {name: value for name, value in hparams.items() if name in params}
         # Constant: with the path through the inner loop it would be the gradient of another loss than the paper's step.
         distances = [(value - params[name].detach()).square().sum() for name, value in shared.items()]
+        # Algorithm 2: its gradient is theta - w_T, the way from where the episode ended.
         return 0.5 * torch.stack(distances).sum()
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> TensorDict:

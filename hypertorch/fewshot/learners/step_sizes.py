@@ -47,6 +47,7 @@ def learnt_step_size(
             "a step size, or `learn_lr=None`."
         )
     start = getattr(dynamics, "lr")  # noqa: B009 (a field of a dataclass known by name only)
+    # `not start > 0` and not `start <= 0`, so that NaN is refused.
     if not isinstance(start, (int, float)) or not start > 0:
         raise ValueError(
             f"`lr` of the dynamics is {start!r}, but `learn_lr` is {learn!r}: learning starts from a positive number. "
@@ -59,4 +60,5 @@ def learnt_step_size(
     shapes = {
         lr.entry_name(name): (*steps, *(value.shape if lr.per_parameter else ())) for name, value in params.items()
     }
+    # Copies: the entries of an expanded tensor share memory, and an optimizer could not move them one by one.
     return replace(dynamics, lr=lr), {entry: log.expand(shape).clone() for entry, shape in shapes.items()}
