@@ -56,7 +56,6 @@ def _stores_without_derivative(part: nn.Module) -> bool:
 
 def _freeze(part: nn.Module) -> None:
     """Keeps a layer in evaluation mode, and makes constants of its buffers."""
-    # The attribute, not `eval()`, which a module may have overridden.
     part.training = False
     # Buffers would be carried through the inner loop as state; these are constants, like frozen parameters. A name has
     # to be free before it is registered anew, hence the deletion.

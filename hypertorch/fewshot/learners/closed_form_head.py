@@ -71,5 +71,5 @@ class _NoStep(Dynamics):
     def step(
         self, loss: InnerLoss, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
-        # Backends that take a step of their own arrive here (`OneStep`, `EvoGrad`).
+        # Only a backend that solves for a fixed point of the step arrives here: `Implicit(map="step")`.
         raise no_inner_loop(self.owner)

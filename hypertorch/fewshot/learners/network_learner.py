@@ -182,8 +182,8 @@ def _features(network: FunctionalModule, params: TensorDict, inputs: Tensor) -> 
     try:
         with torch.no_grad():
             outputs = network(params, inputs)
-    # The module is the learner's own: a hook left behind would run in every later step.
     finally:
+        # The module is the learner's own: a hook left behind would run in every later step.
         for hook in hooks:
             hook.remove()
     # The first call, if the layer is called several times.
