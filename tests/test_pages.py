@@ -20,6 +20,7 @@ from tests.helpers import pages
 ROOT = pages.ROOT
 RESULTS = ROOT / "experiments" / "results"
 MOST_LINES = 150
+EXTENDING = "docs/extending.md"
 SMALLER = {"num_outer_steps=100": "num_outer_steps=2", "num_episodes=100": "num_episodes=4"}
 WITH_PYTHON = [page for page in pages.PAGES if pages.blocks(page, "python")]
 COMMANDS = [(page, shlex.join(words)) for page in pages.PAGES for words in pages.commands(page)]
@@ -35,6 +36,29 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             code = code.replace(shown, small)
         # Empty lines in front, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + code, page, "exec", dont_inherit=True), namespace)
+
+
+def test_walk_throughs_are_the_files_that_are_tested() -> None:
+    """What the page shows is what passes the conformance tests, to the letter."""
+    shown = [code for _, code in pages.blocks(EXTENDING, "python")]
+    files = [path for path in sorted((ROOT / "tests" / "extending").glob("*.py")) if not path.stem.startswith("test_")]
+    assert len(files) >= 5
+    differing = [path.name for path in files if path.read_text(encoding="utf-8") not in shown]
+    assert not differing, f"{EXTENDING} shows {differing} otherwise than tests/extending has them: copy them into it"
+
+
+def test_choices_of_the_extending_page_compose(tmp_path: Path) -> None:
+    """A YAML file of one's own is a choice, by its folder and name."""
+    files = [code for _, code in pages.blocks(EXTENDING, "yaml")]
+    assert files
+    for code in files:
+        group, name = Path(code.partition("\n")[0].removeprefix("# configs/")).with_suffix("").parts
+        (tmp_path / group).mkdir(exist_ok=True)
+        (tmp_path / group / f"{name}.yaml").write_text(code, encoding="utf-8")
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose("train", [f"hydra.searchpath=[file://{tmp_path}]", f"{group}={name}"])
+        assert config[group] == OmegaConf.create(code)
 
 
 def test_there_is_something_to_run() -> None:
