@@ -56,7 +56,8 @@ class Forward(PathBlind):
     one vjp of the outer loss per chunk. Memory: `1 + chunk_size` states, as many directions in the hyperparameters,
     and one step with as many tangents, whatever `num_steps` is; with `keep_tangents` all `P` tangents at the end.
     The comparison is not counted. The first time for a kind of problem it takes at most 7 steps, 4 jvps and 2 vjps, and
-    the memory of one step's graph by reverse over reverse; later, one evaluation of `init_params`.
+    the memory of one step's graph by reverse over reverse; later, one evaluation of `init_params` and of the
+    inner loss.
 
     Args:
         chunk_size: entries of the hyperparameters whose tangents are carried at once (at least 1); None for all.

@@ -75,8 +75,8 @@ class Reverse(Hypergradient):
         Reverse(checkpoint_every=k)     2 T - k steps                 T / k states, graphs of k steps
         Reverse(snapshots=c)            T + recomputed_steps(T, c)    c states, the graph of one step
         Reverse(memory_budget=bytes)    as chosen, and one step more  as allowed
-        derivative="mixed"              2 T steps, 2 to 3 gradients   T states, the tangents of one step
-                                        instead of a vjp
+        derivative="mixed"              2 T steps, an inner loss,     T states, the tangents of one step
+                                        2 to 3 gradients for a vjp
         compile=True, T > 8             2 T steps                     T states, the graph of one step
         ... with checkpoint_every=k     3 T steps at most             T / k + k states, the graph of one step
 

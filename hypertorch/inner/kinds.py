@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorType, MethodType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ _FEW = 32  # entries of a container that is looked into; a longer one holds data
 def kind_of(problem: BilevelProblem) -> Hashable:
     """Returns what is the same for problems that run the same operations, as far as their attributes tell.
 
-    Namely words, switches, functions with what they are closed over, parts of modules with their modes and switches,
-    short containers and callable objects with what they hold, and the classes of everything else; of the inner
-    optimiser numbers, too. No tensor is held.
+    Namely words, numbers and switches, functions with what they are closed over, parts of modules with their modes and
+    switches, short containers and objects with what they hold, and the classes of everything else. A number chooses
+    operations as a word does (`if self.variant == 2`), so one that counts the calls makes a new kind of every call,
+    which is slow, not wrong. Numbers in a list are left out: a list is noted down in. No tensor is held.
 
     Cost: some microseconds for each attribute, and about three for every part of a module.
     """
@@ -42,15 +43,18 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
 
 # The depth bounds the walk: objects may refer to each other in a circle.
 def _mark(value: object, depth: int = 4) -> Hashable:
-    if value is None or isinstance(value, (str, bool, Enum, torch.dtype, type, MethodDescriptorType)):
+    if value is None or isinstance(value, (str, Enum, torch.dtype, type, MethodDescriptorType)):
         return value
+    if isinstance(value, (bool, int, float)):
+        return type(value), value  # 1, 1.0 and True are equal, and choose other branches
     if isinstance(value, BuiltinFunctionType):  # of a method of an object, not the object
         return value.__qualname__, type(value.__self__)
+    if isinstance(value, ModuleType):
+        return value.__name__
     if not depth:
         return type(value)
     if isinstance(value, Dynamics):  # one that wraps others holds them as attributes
-        numbers = tuple((name, inside) for name, inside in _attributes(value) if type(inside) in (int, float))
-        return _kind(value, depth - 1), numbers
+        return _kind(value, depth - 1)
     if isinstance(value, FunctionalModule):
         return FunctionalModule, _mark(value.module, depth)
     if isinstance(value, nn.Module):
@@ -63,14 +67,17 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if isinstance(value, FunctionType):
         # A factory of losses gives them the same code.
         return value.__code__, tuple(_mark(inside, depth - 1) for inside in _closed_over(value))
-    if isinstance(value, (tuple, list, dict)) and len(value) <= _FEW:
+    if isinstance(value, (tuple, list, dict)) and len(value) > _FEW:
+        return type(value)
+    if isinstance(value, dict):
+        return dict, tuple((name, _mark(inside, depth - 1)) for name, inside in value.items())
+    if isinstance(value, tuple):
+        return type(value), tuple(_mark(inside, depth - 1) for inside in value)
+    if isinstance(value, list):
         # Which, not how many, and no numbers: a list that something is noted down in makes no other problem.
-        inside = value.values() if isinstance(value, dict) else value
-        telling = (entry for entry in inside if not isinstance(entry, (int, float, torch.Tensor)))
-        return type(value), frozenset(_mark(entry, depth - 1) for entry in telling)
-    if callable(value):
-        return type(value), tuple((name, _mark(inside, min(depth - 1, 1))) for name, inside in _attributes(value))
-    return type(value)
+        telling = (inside for inside in value if not isinstance(inside, (int, float, torch.Tensor)))
+        return list, frozenset(_mark(inside, depth - 1) for inside in telling)
+    return type(value), tuple((name, _mark(inside, min(depth - 1, 1))) for name, inside in _attributes(value))
 
 
 def _switches(part: nn.Module, depth: int) -> Hashable:

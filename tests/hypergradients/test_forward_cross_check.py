@@ -141,10 +141,10 @@ def test_a_wrong_forward_derivative_is_noticed_in_mixed_mode() -> None:
 
 
 class Offsets(LambdaOuter):
-    num_tasks = 2
+    num_tasks: list[int]  # one, in a list: a number by itself would make another kind of problem
 
     def batch(self, outer_step: int) -> Batch:
-        return OFFSETS[: self.num_tasks]
+        return OFFSETS[: self.num_tasks[0]]
 
 
 OFFSETS = torch.tensor([0.0, 0.1, -0.2], dtype=F64)
@@ -152,7 +152,7 @@ OFFSETS = torch.tensor([0.0, 0.1, -0.2], dtype=F64)
 
 def with_tasks(own: ht.BilevelProblem, num_tasks: int = 2) -> ht.BilevelProblem:
     judge = Offsets(own.init_hparams(), lambda p, h, b: (p["w"] - b).square().sum() + h["scale"])
-    judge.num_tasks = num_tasks
+    judge.num_tasks = [num_tasks]
     return replace(own, outer=judge, num_tasks=num_tasks, context=lambda h, b: {"task": b})
 
 

@@ -17,6 +17,7 @@ from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import ForwardModeError, IncompatibleBackendError
+from hypertorch.hypergradients.guards.faulty_operations import graph_nodes
 from hypertorch.hypergradients.guards.jacobian_identity import CoarsestPrecision, Products, by_name, generic_cotangents
 from hypertorch.hypergradients.reverse_mode.graph import with_terms
 from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Grads, pull_back
@@ -74,22 +75,29 @@ Faults: TypeAlias = Callable[[Reference], Iterable[str]]
 def case_of(loop: InnerLoop, variables: TensorDict) -> Hashable:
     """Returns what loops have in common whose steps are differentiated by the same formulas of PyTorch.
 
-    Namely the kind of problem, the names, sizes and dtypes of the variables and of a task's state, whether tasks are
-    vectorised, the precision of the inner loss, the device, and which step there is to compare: the second has what the
-    first has not (a momentum that moves), and a run that goes on has no initial state.
+    Namely the kind of problem, the operations of the inner loss, the names, sizes and dtypes of the variables and of a
+    task's state, whether tasks are vectorised, the precision of the inner loss, the device, and which step there is to
+    compare: the second has what the first has not (a momentum that moves), and a run that goes on has no initial state.
 
-    Cost: one evaluation of the initial state, without a derivative.
+    Cost: one evaluation of the initial state and of the inner loss, without a derivative.
     """
+    loop = loop.uncounted()
     with torch.no_grad():
         # Sizes and dtypes are asked of the state itself: `init_params` alone knows them.
-        state = loop.uncounted().initial(tree.detach(variables))
+        state = loop.initial(tree.detach(variables))
     own = {*state.params, *state.dynamics, *loop.per_task} if loop.has_tasks_axis else set()
     sizes = tuple(
         (name, tuple(value.shape[name.partition(".")[2] in own :]), value.dtype)
         for name, value in by_name(variables, state.params, state.dynamics).items()
     )
     which = (bool(loop.carry), min(loop.num_steps, 2))
-    return kind_of(loop.problem), sizes, loop.has_tasks_axis, loop.inner_eps, loop.device.type, which
+    operations: tuple[str, ...] = ()
+    if loop.num_steps:
+        # They tell what a switch chooses that no attribute shows: a global, a tensor, a setting deep inside.
+        with torch.enable_grad():
+            loss = loop.loss_at(state, 0)(tree.leaves_requiring_grad(loop.trained(state.params)), variables)
+        operations = tuple(node.name() for node in graph_nodes(loss))
+    return kind_of(loop.problem), operations, sizes, loop.has_tasks_axis, loop.inner_eps, loop.device.type, which
 
 
 def fault_of(loop: InnerLoop, variables: TensorDict, case: Hashable, way: str, faults: Faults) -> Fault | None:

@@ -96,11 +96,11 @@ def _first_fault(loop: InnerLoop, variables: TensorDict) -> Fault | None:
     with torch.enable_grad():
         state = loop.initial(variables)
         params = tree.leaves_requiring_grad(loop.trained(state.params))
-        nodes = list(_nodes(loop.loss_at(state, 0)(params, variables)))
+        nodes = list(graph_nodes(loop.loss_at(state, 0)(params, variables)))
     return next((fault for fault in FAULTS if fault.is_in(nodes)), None)
 
 
-def _nodes(value: Tensor) -> Iterator[Any]:
+def graph_nodes(value: Tensor) -> Iterator[Any]:
     """Yields the nodes of a tensor's graph."""
     # A list and no recursion: the graph of a recurrent network is deeper than Python's stack.
     seen, waiting = set(), [value.grad_fn]

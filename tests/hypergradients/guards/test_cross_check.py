@@ -232,3 +232,64 @@ def test_fewer_bits_round_otherwise_in_compiled_steps(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
     own = module_problem(nn.Linear(8, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
     assert error(own, COMPILED, execution=FEWER_BITS) < 0.05
+
+
+NAMES = list(EXTRAS)
+
+
+class Chosen(Extra):
+    """The extra term is chosen by a switch that is no word: the classes and the words of two problems are the same."""
+
+    def __init__(self, switch: object, read: Callable[[Any], int] = lambda switch: switch) -> None:
+        self.switch = switch
+        self.read = read
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return NAMES[self.read(self.switch)]
+
+
+class Settings:
+    def __init__(self, extra: int) -> None:
+        self.inside = {"extra": extra}
+
+
+GLOBAL = {"extra": 0}
+SWITCHES: dict[str, Callable[[int], Chosen]] = {
+    "number": Chosen,
+    "dict": lambda which: Chosen({"extra": which}, lambda switch: switch["extra"]),
+    "tuple": lambda which: Chosen((1.0, which), lambda switch: switch[1]),
+    "list": lambda which: Chosen([which], lambda switch: switch[0]),
+    "tensor": lambda which: Chosen(torch.tensor(which), int),
+    "object": lambda which: Chosen(Settings(which), lambda switch: switch.inside["extra"]),
+    "global": lambda which: GLOBAL.update(extra=which) or Chosen(None, lambda switch: GLOBAL["extra"]),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("kind", SWITCHES)
+@pytest.mark.parametrize("extra", ["slogdet", "solve"])
+def test_no_verdict_is_handed_on_to_a_problem_that_a_switch_makes_another(kind: str, extra: str) -> None:
+    mixed = Reverse(derivative="mixed")
+    assert error(chosen(kind, "nothing"), mixed) < 1e-12
+    with pytest.raises(IncompatibleBackendError, match="mixed mode is not possible here"):
+        error(chosen(kind, extra), mixed)
+    assert error(chosen(kind, "nothing"), mixed) < 1e-12
+    assert error(chosen(kind, extra), Reverse(derivative="auto")) < 1e-12
+
+
+def chosen(kind: str, extra: str) -> ht.BilevelProblem:
+    return replace(problem("nothing"), inner=SWITCHES[kind](NAMES.index(extra)))
+
+
+@pytest.mark.parametrize("kind", ["number", "dict", "tuple", "object"])
+def test_numbers_that_a_problem_holds_are_of_its_kind(kind: str) -> None:
+    first, again, other = (kind_of(chosen(kind, extra)) for extra in ("nothing", "nothing", "solve"))
+    assert first == again != other
+
+
+def test_a_list_that_something_is_noted_down_in_makes_no_other_kind() -> None:
+    inner = Chosen([0.5], lambda switch: 0)
+    noted: list[float] = inner.switch  # type: ignore[assignment]
+    first = kind_of(replace(problem("nothing"), inner=inner))
+    noted.append(0.7)
+    assert kind_of(replace(problem("nothing"), inner=inner)) == first
