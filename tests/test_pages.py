@@ -22,6 +22,8 @@ RESULTS = ROOT / "experiments" / "results"
 MOST_LINES = 150
 EXTENDING = "docs/extending.md"
 SMALLER = {"num_outer_steps=100": "num_outer_steps=2", "num_episodes=100": "num_episodes=4"}
+# They name files as they were called then.
+OF_THE_PAST = {"docs/mutation-testing.md", "CHANGELOG.md"}
 WITH_PYTHON = [page for page in pages.PAGES if pages.blocks(page, "python")]
 COMMANDS = [(page, shlex.join(words)) for page in pages.PAGES for words in pages.commands(page)]
 
@@ -98,6 +100,12 @@ def test_links_lead_somewhere(page: str) -> None:
         if anchor:
             found = pages.anchors(str(target.resolve().relative_to(ROOT)))
             assert anchor in found, f"{page} links to {link}, but the headings there are {sorted(found)}"
+
+
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if page not in OF_THE_PAST])
+def test_files_that_are_named_exist(page: str) -> None:
+    missing = {path for path in pages.paths(page) if not (ROOT / path).exists()}
+    assert not missing, f"{page} names {sorted(missing)}, which the repository does not have"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

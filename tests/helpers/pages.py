@@ -17,6 +17,7 @@ PAGES = [
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PATH = re.compile(r"`((?:hypertorch|configs|experiments|benchmarks|scripts|tests|docs)/[\w./]*)`")
 _HEADING = re.compile(r"^#+ (.*)$", flags=re.MULTILINE)
 
 
@@ -44,6 +45,11 @@ def links(page: str) -> list[str]:
     """Returns where a page links to within the repository, as it is written there."""
     prose = _BLOCK.sub("", text(page))
     return [target for target in _LINK.findall(prose) if "://" not in target]
+
+
+def paths(page: str) -> set[str]:
+    """Returns the files and folders of the repository that a page's text names."""
+    return set(_PATH.findall(_BLOCK.sub("", text(page))))
 
 
 def anchors(page: str) -> set[str]:
