@@ -136,8 +136,8 @@ class Simplex(Constraint):
         # `total` of 0, and the search below loses no digits to large inputs.
         shifted = (values - values.max()).clamp(min=-self.total)
         low, high = shifted.new_tensor(-self.total), shifted.new_tensor(0.0)
-        # No `if` on a value: it would wait for the device. Both are computed and one is taken, so that a point of the
-        # set comes back bit for bit.
+        # No `if` on a value: it would wait for the device. Both are computed and one
+        # is taken, so that a point of the set comes back bit for bit.
         nearest = _shift_to_total(shifted, lower=0.0, upper=math.inf, total=self.total, low=low, high=high)
         return torch.where(self._holds(hparam), hparam.detach(), nearest.to(hparam.dtype))
 

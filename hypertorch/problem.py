@@ -100,8 +100,8 @@ class ProblemSource(ABC):
         """Returns the problem of an outer step, a pure function of its index."""
 
 
-# No equality of fields: two problems are the same only where they are one object, and what is known of a kind of
-# problem is kept by `kind_of`.
+# No equality of fields: two problems are the same only where they are one
+# object, and what is known of a kind of problem is kept by `kind_of`.
 @dataclass(frozen=True, eq=False)
 class BilevelProblem(ProblemSource):
     """Minimise `E(w_T(hparams), hparams)`, where `w_T` comes from `num_steps` steps of `dynamics` on the inner loss.
@@ -172,8 +172,8 @@ class BilevelProblem(ProblemSource):
         Raises:
             ValueError: if both declare the same name.
         """
-        # A rule that learns a setting (`Hyper`) declares its first value itself, so that it need not be written
-        # twice.
+        # A rule that learns a setting (`Hyper`) declares its first value
+        # itself, so that it need not be written twice.
         declared, owned = self.outer.init_hparams(), self.dynamics.init_hparams()
         clash = sorted(declared.keys() & owned.keys())
         if clash:

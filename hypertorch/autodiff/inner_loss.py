@@ -197,9 +197,9 @@ class InnerLoss:
             # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves among
             # them), which dual numbers go through with a wrong tangent, with none, or not at all.
             take = _gradient_saving_nothing if self._route == "dual" else torch.autograd.grad
-            # `torch.autograd` and not `torch.func`, which takes twice as long in a plain loop. A loss without a graph
-            # is handed over as a leaf and a param without a path is allowed, so that the error below is raised, not
-            # PyTorch's.
+            # `torch.autograd` and not `torch.func`, which takes twice as long in a plain loop.
+            # A loss without a graph is handed over as a leaf and a param without a path is
+            # allowed, so that the error below is raised, not PyTorch's.
             gradients = take(
                 total if total.requires_grad else total.detach().requires_grad_(),
                 list(variables.values()),
@@ -227,8 +227,8 @@ class InnerLoss:
             value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
             return value.sum(), (value, new_buffers)
 
-        # Inside a transform of `torch.func`, `torch.autograd.grad` sees no graph. An unused param gets zeros by
-        # itself here.
+        # Inside a transform of `torch.func`, `torch.autograd.grad` sees no
+        # graph. An unused param gets zeros by itself here.
         gradients, (value, new_buffers) = torch.func.grad(total, has_aux=True)(params)
         if self.value is None:
             self.value, self.new_buffers = value, new_buffers

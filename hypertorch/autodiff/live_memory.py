@@ -73,8 +73,8 @@ class PeakMemory(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage, *, lived_before: bool) -> None:
         """Counts a storage met for the first time, or one that was resized."""
-        # The address of the memory: all views of it share one. Nothing is kept alive by being followed, hence the
-        # weak reference.
+        # The address of the memory: all views of it share one. Nothing is
+        # kept alive by being followed, hence the weak reference.
         key = storage._cdata
         known = self._living.get(key)
         if known is None:

@@ -144,8 +144,8 @@ class EvolutionStrategies(BlackBox):
             loss, state = _run(loop, moved, start)
             losses.append(loss)
             states.append(state)
-        # All perturbations since the run began, whose effect its state still bears. The last one alone would give the
-        # biased estimate of a truncated run.
+        # All perturbations since the run began, whose effect its state still bears. The
+        # last one alone would give the biased estimate of a truncated run.
         total = direction if before is None else tree.add(before.perturbations, direction)
         weight = (losses[0] - losses[1]) / (2.0 * self.num_pairs * self.sigma)
         return Pair(states=(states[0], states[1]), perturbations=total), weight

@@ -91,8 +91,8 @@ class Forward(PathBlind):
         for entries in self._chunks(variables):
             part = self._chunk(loop, variables, entries, route)
             first = first or part
-            # Every chunk runs the inner loop again: its columns belong to those of the others only if it is the same
-            # run.
+            # Every chunk runs the inner loop again: its columns belong to
+            # those of the others only if it is the same run.
             check_replay(part.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
             grads = complete_grads(variables, [grads, part.grads])
             carries.append(part.carry)
@@ -204,8 +204,8 @@ def _unit_vectors(variables: TensorDict, entries: range) -> TensorDict:
         # A chunk may begin and end inside a variable.
         start, stop = max(entries.start, first), min(entries.stop, first + value.numel())
         if start < stop:
-            # A row for every entry of the chunk, zero where the entry is another variable's: all tangents have one
-            # length.
+            # A row for every entry of the chunk, zero where the entry is
+            # another variable's: all tangents have one length.
             rows = torch.zeros(len(entries), value.numel(), dtype=value.dtype, device=value.device)
             rows[start - entries.start : stop - entries.start, start - first : stop - first].fill_diagonal_(1.0)
             found[name] = rows.reshape(len(entries), *value.shape)

@@ -146,8 +146,8 @@ class Implicit(Hypergradient):
             state = loop.initial(constants)
             if loop.num_steps == 0:
                 return state, None
-            # A warm-started run begins near its solution: how far it has come is measured from where the first one
-            # began.
+            # A warm-started run begins near its solution: how far it has
+            # come is measured from where the first one began.
             sizes = list(loop.carried(_SCALE).values())
             if self.map == "gradient":
                 gradient = _gradient(loop, loop.trained(state.params), constants, state)

@@ -213,8 +213,8 @@ class InnerLoop:
             # first, so that no program depends on the step.
             separate_params=not torch.compiler.is_compiling() and step > 0 and problem.dynamics.separate_params,
         )
-        # Seeded after the data is drawn: what `InnerProblem.batch` takes from torch's generators does not shift the
-        # noise.
+        # Seeded after the data is drawn: what `InnerProblem.batch` takes
+        # from torch's generators does not shift the noise.
         if self.noise_key is not None:
             seed_generators(self.device, *self.noise_key, index)
         trained = self.trained(params) if names else params
@@ -335,8 +335,8 @@ class InnerLoop:
     def generator(self, *position: int) -> torch.Generator:
         """Returns a generator for a backend's own noise, a function of the run and the position, not of the tasks."""
         assert self.noise_key is not None
-        # The third part, the first task, is left out: where hyperparameters are perturbed, every slice of tasks is
-        # perturbed alike.
+        # The third part, the first task, is left out: where hyperparameters
+        # are perturbed, every slice of tasks is perturbed alike.
         seed, outer_step, _ = self.noise_key
         return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
 

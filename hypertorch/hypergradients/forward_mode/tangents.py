@@ -97,8 +97,8 @@ class TangentRoute:
             end, loss = loop.transition(InnerState(params, dynamics), variables, step, route)
             return end, {} if loss.value is None else {"loss": loss.value}
 
-        # State and variables move in one push: `dPhi_t/ds Z_{t-1} + dPhi_t/dvariables` is a single jvp for each
-        # direction.
+        # State and variables move in one push: `dPhi_t/ds Z_{t-1} +
+        # dPhi_t/dvariables` is a single jvp for each direction.
         arguments = [tree.detach(variables), *run.state]
         with forward_mode(self._one_by_one):
             pushed = jvps(after, arguments, [run.directions, *run.tangents], vectorised=self.vectorised)

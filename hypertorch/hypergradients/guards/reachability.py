@@ -108,8 +108,8 @@ def moved_by_values(bound: BoundProblem, hparams: TensorDict, slices: list[TaskS
         reached: set[str] = set()
         for name, value in constants.items():
             for move in _MOVES:
-                # By value, without a tolerance: noise and data are the same, so any change comes from this
-                # hyperparameter.
+                # By value, without a tolerance: noise and data are the same,
+                # so any change comes from this hyperparameter.
                 again = end({**constants, name: value + move * (value.abs() + 1.0)})
                 if not all(torch.equal(left, right) for left, right in zip(first, again, strict=True)):
                     reached.add(name)

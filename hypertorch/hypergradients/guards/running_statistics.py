@@ -100,8 +100,8 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
     leaves = {**state.params, **tree.leaves_requiring_grad(loop.trained(state.params))}
     elsewhere = {**state.params, **_moved(loop.trained(state.params))}
     declared = loop.problem.inner.buffers
-    # Nothing carries a buffer on from the outer loss: what it moves without a derivative and reads is lost to every
-    # backend.
+    # Nothing carries a buffer on from the outer loss: what it moves
+    # without a derivative and reads is lost to every backend.
     in_outer = {
         name: found
         for name, found in _moved_by(outer, leaves).items()

@@ -182,8 +182,8 @@ class CompiledSteps(Steps):
         """Returns the gradient of the inner loss of a step; at the same params it has the same bits."""
         run = compiled(_gradient, self._program.key, self._loop.device)
         batch = self._prepare(step)
-        # Tensors of the same kind in every call: the same program serves the run and its way back, with the same
-        # bits.
+        # Tensors of the same kind in every call: the same program serves
+        # the run and its way back, with the same bits.
         own = dict(zip(params, _plain(list(params.values())), strict=True))
         with torch.no_grad():
             grads, value = run(self._program, own, self._moving, self._fixed, batch, self._counter(step))

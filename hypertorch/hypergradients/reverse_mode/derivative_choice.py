@@ -116,8 +116,8 @@ def _seconds(loop: InnerLoop, steps: Steps) -> float:
     arrival = steps.advance(departure, 0)
     cotangents = [torch.ones_like(value) if tree.is_differentiable(value) else None for value in arrival.tensors()]
     best = float("inf")
-    # Two warm-ups: compiled steps differentiate the run's last one, which they meet first, without compilation, and
-    # compile at the next.
+    # Two warm-ups: compiled steps differentiate the run's last one, which they
+    # meet first, without compilation, and compile at the next.
     for run in range(_REPEATS + 2):
         _synchronize(loop.device)
         start = time.perf_counter()

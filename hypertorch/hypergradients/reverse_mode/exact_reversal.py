@@ -74,8 +74,8 @@ class ExactReversal:
         params, grads = self._graph
         leaves = InnerState(params, tree.leaves_requiring_grad(segment.departure.dynamics))
         with torch.enable_grad():
-            # The rule once more, in floats: its gradient is there already, with its graph, and is not taken a second
-            # time.
+            # The rule once more, in floats: its gradient is there already,
+            # with its graph, and is not taken a second time.
             end = InnerState(*self.rule.update(grads, params, leaves.dynamics, variables, loop.first_index + step))
             term = loop.term(end, variables, step)
         loop.record.add_vjps(1, graph_steps=1)

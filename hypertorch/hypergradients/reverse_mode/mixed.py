@@ -83,8 +83,8 @@ def through_gradients(
         if direction:
             # (a_w, a_h) = d<g, a>/d(w, h)
             in_params, in_hparams, value = loss.mixed_derivative(call, direction)
-            # The point itself may be computed, as by a rule that looks ahead: its cotangent goes on through its
-            # graph.
+            # The point itself may be computed, as by a rule that looks
+            # ahead: its cotangent goes on through its graph.
             points = [*(call.params[name] for name in in_params), *(call.hparams[name] for name in in_hparams)]
             outputs, seeds = [*outputs, *points], [*seeds, *in_params.values(), *in_hparams.values()]
     return outputs, seeds, value
