@@ -234,6 +234,12 @@ class _Run:
         if loop.first_task == 0:  # whatever the tasks are, their losses run the same operations
             self._refuse_faults(loop, task_slice, variables, context, backend)
         result = backend.compute(loop, variables)
+        missing = variables.keys() - result.grads.keys()
+        if missing:
+            raise ValueError(
+                f"`{type(backend).__name__}.compute` returned grads without {sorted(missing)}: a variable that is left "
+                "out could be one that was forgotten. Name every variable, with None where it follows no path."
+            )
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
         chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)
         grads = {name: tree.add_optional(result.grads[name], chained[name]) for name in leaves}

@@ -13,7 +13,7 @@ from torch import nn
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.fewshot import EpisodeSource, Examples, Learner
-from hypertorch.types import TensorDict
+from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import net_problem, task_problem
 from tests.linear_solvers.systems import System, definite, skewed, stacked
 
@@ -69,6 +69,11 @@ def check_setting_ranges(leaf: type[ht.Dynamics], given: Mapping[str, object]) -
         leaf(**{**given, name: value})  # type: ignore[call-arg]
 
 
+def _with_labels(hparams: TensorDict, batch: Batch) -> TensorDict:
+    """A context of which one entry has no derivative."""
+    return {"scale": hparams["lr"].square(), "labels": torch.zeros(2, dtype=torch.int64)}
+
+
 def check_backend(backend: ht.Hypergradient) -> None:
     """An exact backend equals reverse mode on every kind of problem, and refuses what has no path."""
     sgd = ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum"))
@@ -81,6 +86,7 @@ def check_backend(backend: ht.Hypergradient) -> None:
         (net_problem(sgd, learnt, num_steps=NUM_STEPS, dropout=0.4, step_terms=True), ht.Execution()),
         (tasks, ht.Execution(tasks="vmap")),
         (tasks, ht.Execution(tasks="loop")),
+        (dataclasses.replace(tasks, context=_with_labels, shared_context=("scale", "labels")), ht.Execution()),
     ]
     for problem, execution in runs:
         hparams = problem.init_hparams()

@@ -506,6 +506,7 @@ def test_how_tasks_are_run_is_a_setting(command: Command) -> None:
 
 def test_no_part_of_a_run_measures_where_the_route_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[object] = []
+    ht.memo.clear()
     monkeypatch.setattr("hypertorch.inner.tasks._faster_route", lambda *_: measured.append(1) or "vmap")
     code, error = command("experiment=maml", *TINY, "execution.tasks=loop")
     assert code == 0, error

@@ -25,5 +25,8 @@ class WholeRun(ht.Hypergradient):
         grads = torch.autograd.grad(outer_loss, list(wanted.values()), allow_unused=True)
         # None stays None: it says that there is no path, and the library refuses it where a number is expected.
         return ht.hypergradients.BackendResult(
-            grads=dict(zip(wanted, grads, strict=True)), outer_loss=outer_loss.detach(), state=state.detached()
+            # All variables are named; those that no derivative is taken in, such as labels in a context, with None.
+            grads={**dict.fromkeys(variables), **dict(zip(wanted, grads, strict=True))},
+            outer_loss=outer_loss.detach(),
+            state=state.detached(),
         )

@@ -347,3 +347,16 @@ def test_a_non_finite_inner_loss_with_finite_gradients_is_noticed() -> None:
 def test_unknown_names_in_allow_unused_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`allow_unused` names \['typo'\].*Correct it"):
         compute(scalar_problem(allow_unused=("typo",)))
+
+
+def test_a_backend_names_every_variable() -> None:
+    class Forgetful(ht.hypergradients.Reverse):
+        def compute(self, loop, variables):
+            result = super().compute(loop, variables)
+            return dataclasses.replace(result, grads={})
+
+    problem = scalar_problem()
+    with pytest.raises(
+        ValueError, match=r"`Forgetful.compute` returned grads without \['c'\].*None where it follows no"
+    ):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Forgetful())

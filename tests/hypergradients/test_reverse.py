@@ -251,7 +251,10 @@ def test_a_single_step_that_changes_on_replay_is_noticed_wherever_it_is() -> Non
     for forgotten in range(6):
         problem = forgetful(ForgetsOnce(forgotten), 7)
         for backend in (Reverse(snapshots=1), Reverse(snapshots=2), Reverse(snapshots=4), Reverse(checkpoint_every=1)):
-            with pytest.raises(ReplayError, match="`w` after inner step"):
+            # The first step is looked at before the run.
+            said = "`InnerProblem.loss` differs" if forgotten == 0 else "`w` after inner step"
+            ht.memo.clear()
+            with pytest.raises(ReplayError, match=said):
                 ht.hypergradient(problem, problem.init_hparams(), backend=backend)
 
 
