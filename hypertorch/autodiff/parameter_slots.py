@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -132,6 +132,11 @@ class ParameterSlots:
                         if holder is part._buffers:
                             self._buffers[name] = places
         self._held = [*(place for places in self._slots.values() for place in places), *modules]
+
+    @property
+    def buffer_names(self) -> Set[str]:
+        """Names of the places that hold buffers."""
+        return self._buffers.keys()
 
     def is_current(self) -> bool:
         """Returns whether every place still holds what it held: no sub-module, weight or tie was exchanged since."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hypertorch import tree
-from hypertorch.autodiff.parameter_slots import Moved, moved_away, watching
+from hypertorch.autodiff.parameter_slots import Moved, Watch, moved_away, watching
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
@@ -104,7 +104,7 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
     # without a derivative and reads is lost to every backend.
     in_outer = {
         name: found
-        for name, found in _moved_by(outer, leaves).items()
+        for name, found in _watched(outer, leaves).moved.items()
         if _lacks_derivative(name, found, outer, elsewhere) and _is_read(name, [outer], state.params)
     }
     if in_outer:
@@ -115,7 +115,17 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
         )
     if not loop.num_steps:
         return
-    for name, found in sorted(_moved_by(inner, leaves).items()):
+    watch = _watched(inner, leaves)
+    for slots, names in watch.calls:
+        trained = slots.buffer_names & set(names) & loop.trained(state.params).keys()
+        if trained:
+            name = min(trained)
+            raise IncompatibleBackendError(
+                f"the buffer `{name}` of a {type(slots.module).__name__} is among the params, so the inner loop would "
+                "train it: a buffer is no parameter. Set `buffers = net.buffers` in the inner problem, which carries "
+                "buffers along as they are; to train it, make it an `nn.Parameter` of the module."
+            )
+    for name, found in sorted(watch.moved.items()):
         # Who asked for the new values, and declares buffers, may carry them along under other names.
         if name in declared or (found.is_returned and declared) or not _is_read(name, [inner, outer], state.params):
             continue
@@ -132,11 +142,11 @@ def _refuse_undeclared(loop: InnerLoop, variables: TensorDict) -> None:
         )
 
 
-def _moved_by(loss: Callable[[TensorDict], Tensor], params: TensorDict) -> dict[str, Moved]:
-    """Returns the buffers of modules that a loss moves, with the graph of their new values."""
+def _watched(loss: Callable[[TensorDict], Tensor], params: TensorDict) -> Watch:
+    """Returns what a loss makes of modules: their calls, and the buffers that it moves, with their graph."""
     with torch.enable_grad(), watching() as watch:
         loss(params)
-    return watch.moved
+    return watch
 
 
 def _lacks_derivative(name: str, found: Moved, loss: Callable[[TensorDict], Tensor], elsewhere: TensorDict) -> bool:

@@ -321,6 +321,38 @@ def test_statistics_that_are_judged_by_must_be_carried_along() -> None:
     assert verdict.passed, str(verdict)
 
 
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.register_buffer("shift", torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.weight * inputs + self.shift
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_buffer_is_not_trained_as_a_param(declared: bool) -> None:
+    net = ht.FunctionalModule(Shifted())
+    inner = LambdaInner(
+        lambda hparams: net.init_params(),
+        lambda params, hparams, batch: (net(params, hparams["c"]) - 1.0).square(),
+    )
+    inner.buffers = net.buffers if declared else ()
+    outer = LambdaOuter(scalars(c=0.7), lambda params, hparams, batch: params["weight"].square())
+    made = ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=2)
+    if not declared:
+        with pytest.raises(IncompatibleBackendError, match=r"buffer `shift` of a Shifted is among.*`buffers = net"):
+            ht.hypergradient(made, made.init_hparams(), backend=ht.hypergradients.Reverse())
+        return
+    inner.loss = lambda params, hparams, batch: (  # type: ignore[method-assign]
+        (net(params, hparams["c"]) - 1.0).square(),
+        {"shift": params["shift"]},
+    )
+    found = ht.hypergradient(made, made.init_hparams(), backend=ht.hypergradients.Reverse())
+    assert found.params["shift"] == 0.3
+
+
 def test_a_mode_makes_another_kind() -> None:
     run(fitted(spectral, inner_mode=False))
     with pytest.raises(IncompatibleBackendError, match="without a derivative"):
