@@ -83,7 +83,7 @@ class BenchmarkSettings:
     device: torch.device = setting(device)
     dtype: torch.dtype = setting(dtype)
     threads: int | None = setting(
-        optional(partial(whole_number, minimum=1, purpose="PyTorch computes on so many threads"))
+        optional(partial(whole_number, minimum=1, purpose="it is the number of threads of PyTorch"))
     )
     resume: bool = setting(switch)
     only: list[str] | None = setting(partial(listed_names, example="small_unroll"))

@@ -64,7 +64,7 @@ class EvaluateSettings:
         optional(partial(whole_number, minimum=1, purpose="the evaluation is a mean over episodes"))
     )
     num_queries: int | None = setting(
-        optional(partial(whole_number, minimum=1, purpose="each class is judged on so many images"))
+        optional(partial(whole_number, minimum=1, purpose="it is the number of images that each class is judged on"))
     )
     seed: int | None = setting(optional(partial(whole_number, minimum=0, purpose="it chooses the episodes")))
     dataset_root: str | None = setting(optional(text))

@@ -37,7 +37,7 @@ class ProblemSettings:
     device: torch.device = setting(device)
     dtype: torch.dtype = setting(dtype)
     threads: int | None = setting(
-        optional(partial(whole_number, minimum=1, purpose="PyTorch computes on so many threads"))
+        optional(partial(whole_number, minimum=1, purpose="it is the number of threads of PyTorch"))
     )
     execution: ExecutionSettings
 

@@ -17,7 +17,7 @@ import hypertorch as ht
 from experiments.fewshot.episode_pictures import tasks_of
 from hypertorch.fewshot import EpisodeSource, Learner
 
-_MOST_POINTS = 16  # after so many inner steps figures are taken at most: each is a pass over the queries
+_MOST_POINTS = 16  # most inner steps after which metrics are taken: each takes a pass over the queries
 _CLASSES_IN_LEGEND = 10
 
 

@@ -122,7 +122,7 @@ def _jvps_at_once(
             {name: value for name, value in part.items() if forward_ad.unpack_dual(value).tangent is not None}
             for part in outputs
         )
-        # `jvp` refuses a function without outputs, which one is whose outputs are all constant.
+        # `jvp` refuses a function without outputs. One whose outputs are all constant has none left here.
         return (moved, duals), (outputs, values)
 
     def push(*tangent: TensorDict) -> tuple[tuple[TensorDict, ...], tuple[TensorDict, ...], TensorDict]:

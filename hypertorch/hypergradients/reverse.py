@@ -37,13 +37,13 @@ class Reverse(Hypergradient):
     steps are run again when the reverse pass reaches them: the same number, less memory. At most one of them can be
     given.
 
-    With `checkpoint_every`, one state in every so many is kept, counted from the end, and each segment between two is
+    With `checkpoint_every=k`, one state in every `k` is kept, counted from the end, and each segment between two is
     run again with its graph. 1 keeps every state and one step's graph. With "sqrt" memory grows as the square root of
     the horizon: `n / k` states and a segment of `k` steps are least in sum at `k = sqrt(n / r)`, where a segment holds
     `r` states' worth per step. Graphs of steps hold at least the state after the step and its gradient, often much
     more, so `r = 2`; compiled and mixed segments hold states alone, so `r = 1`.
 
-    With `snapshots`, at most so many states and one step's graph are kept, and states in between are run again and
+    With `snapshots=c`, at most `c` states and one step's graph are kept, and states in between are run again and
     again, by the schedule that runs the fewest steps (Revolve).
 
     With `memory_budget`, one step is measured at each outer step, in bytes of live tensors, and the cheapest of these
@@ -65,7 +65,7 @@ class Reverse(Hypergradient):
     a step's memory or nothing, as the model's operations have it. Every state is kept unless a setting says less. By
     "auto", whichever a measurement on the first step of a problem of these sizes favours. Before mixed mode serves a
     kind of problem, a step is differentiated both ways and compared: where an operation has no forward derivative, or
-    PyTorch has a wrong one (of determinants and linear solves, for example), "auto" goes on by reverse over reverse and
+    PyTorch has a wrong one (of determinants and linear solves, for example), "auto" takes reverse over reverse and
     "mixed" raises. They agree up to rounding.
     Steps of problems with buffers, and compiled ones that draw noise, always go by reverse over reverse.
 

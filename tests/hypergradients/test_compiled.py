@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import hypertorch as ht
-from hypertorch.errors import DetachedHyperparameterError, ReplayError
+from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients.reverse_mode import compilation
 from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
 from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError
@@ -308,3 +309,26 @@ def test_problems_of_a_class_that_was_refused_three_times_are_not_tried_any_more
         assert ("Others of its class are not tried any more" in str(caught[0].message)) == (number == 2)
     assert not refusals.may_compile(family, lambda: "problem 3")
     assert refusals.may_compile("another class", lambda: "problem 0")
+
+
+class Checkpointed(ht.InnerProblem):
+    """Recomputes its loss at backward time."""
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": torch.ones(3, dtype=F64)}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return checkpoint(lambda w: (w * hparams["c"]).tanh().square().sum(), params["w"], use_reentrant=False)
+
+
+def test_what_cannot_be_compiled_leaves_autograd_as_it_was() -> None:
+    """Where the compiler gives up, PyTorch leaves hooks on saved tensors off, and a level of forward mode open."""
+    outer = LambdaOuter({"c": torch.tensor(0.7, dtype=F64)}, lambda params, hparams, batch: params["w"].square().sum())
+    problem = ht.BilevelProblem(Checkpointed(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=3)
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(problem, hparams, backend=Reverse())
+    with pytest.raises(IncompatibleBackendError, match="mixed mode is not possible here.*saved tensor hooks"):
+        ht.hypergradient(problem, hparams, backend=Reverse(compile=True, derivative="mixed"))
+    for backend in (Reverse(), ht.hypergradients.Forward()):
+        again = ht.hypergradient(problem, hparams, backend=backend)
+        torch.testing.assert_close(again.grads["c"], expected.grads["c"], rtol=1e-12, atol=0)

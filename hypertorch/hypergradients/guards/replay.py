@@ -55,7 +55,7 @@ def replay_gaps(replayed: InnerState, expected: InnerState, *, inner_eps: float 
 
 
 def check_gaps(gaps: Tensor, expected: InnerState, start: int, stop: int) -> None:
-    """Raises `ReplayError` if a gap is larger than so many steps may make it.
+    """Raises `ReplayError` if a gap is larger than rounding over that number of steps can make it.
 
     Args:
         gaps: as `replay_gaps` returns them.

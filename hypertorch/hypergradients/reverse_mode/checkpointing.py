@@ -45,9 +45,11 @@ class Checkpointing:
                 "other. Pass one of `checkpoint_every`, `snapshots` and `memory_budget`, or none for the whole graph."
             )
         if self.checkpoint_every not in (None, "sqrt"):
-            _check_count("checkpoint_every", self.checkpoint_every, "states are kept every so many steps", ", 'sqrt',")
+            _check_count(
+                "checkpoint_every", self.checkpoint_every, "it is the number of steps between kept states", ", 'sqrt',"
+            )
         if self.snapshots is not None:
-            _check_count("snapshots", self.snapshots, "so many states are kept, the first one included", "")
+            _check_count("snapshots", self.snapshots, "it is the most states that are kept, the first one included", "")
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "memory_budget")
 

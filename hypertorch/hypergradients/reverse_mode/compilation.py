@@ -6,12 +6,13 @@ import importlib
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from hypertorch.errors import HypertorchError
@@ -115,13 +116,34 @@ def _copied(program: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
+def _autograd_as_before() -> Iterator[None]:
+    """Leaves autograd's state of the process as it was found.
+
+    Where the compiler gives up inside of a transform of `torch.func`, PyTorch leaves hooks on saved tensors switched
+    off, so that every later activation checkpoint fails. It leaves a level of forward mode open, so that none can be
+    entered any more.
+    """
+    internals: Any = torch._C
+    hooks = internals._autograd
+    had_hooks, had_level = hooks._saved_tensors_hooks_is_enabled(), forward_ad._current_level >= 0
+    try:
+        yield
+    finally:
+        if had_hooks:
+            hooks._saved_tensors_hooks_enable()
+        if not had_level:
+            with suppress(RuntimeError):  # raised if none is open
+                internals._exit_dual_level(level=0)
+
+
+@contextmanager
 def compilation() -> Iterator[None]:
     """Surrounds calls of compiled functions: derivatives inside them can be traced.
 
     Raises:
         NotCompilableError: where PyTorch cannot compile one.
     """
-    with ExitStack() as stack:
+    with _autograd_as_before(), ExitStack() as stack:
         # Loaded by PyTorch when first asked for, which takes a second.
         dynamo: Any = torch._dynamo
         compiler: Any = torch.compiler

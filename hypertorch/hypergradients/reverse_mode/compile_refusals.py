@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, TooManyProgramsError
 from hypertorch.inner import memo
 
-# Each attempt takes a second: problems of a family of which so many were refused are not tried any more.
+# An attempt takes a second. After this number of refusals no other problem of the family is tried.
 _MOST_ATTEMPTS = 3
 
 REFUSED = "problems that cannot be compiled"
@@ -30,7 +30,7 @@ def may_compile(family: Hashable, kind: Callable[[], Hashable]) -> bool:
 def refuse(family: Hashable, kind: Hashable, what: str, error: NotCompilableError) -> None:
     """Remembers that a problem cannot be compiled, and warns of it once.
 
-    Where there were too many programs those that there are go on being used, by the problems that they belong to.
+    Where there are too many programs, problems that have one already go on using it.
     """
     memo.note(REFUSED, (family, kind), True)
     attempts = memo.get(ATTEMPTS, family, 0)

@@ -25,7 +25,7 @@ class MemoryPlan:
     """How reverse mode runs a problem within a budget.
 
     Attributes:
-        method: "whole graph", "checkpoints" (a state kept every so many steps) or "revolve" (the binomial schedule).
+        method: "whole graph", "checkpoints" (states kept at a fixed distance) or "revolve" (the binomial schedule).
         checkpoint_every: steps between kept states; None for the other methods.
         snapshots: most states kept at once; None for the other methods.
         peak_bytes: the most bytes of tensors that will live at once, predicted, beside what lives before the run.
@@ -187,7 +187,7 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
 
 
 def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
-    """Returns the plan with a state kept every so many steps, counted from the end."""
+    """Returns the plan with a state kept every `every` steps, counted from the end."""
     kept = ceil(num_steps / every)
     states = memory.initial + (kept - 1) * memory.state
     before = num_steps - every  # steps that are run without a graph, to the last kept state

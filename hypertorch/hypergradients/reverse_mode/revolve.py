@@ -81,7 +81,7 @@ def binomial_schedule(num_steps: int, snapshots: int) -> Iterator[Action]:
 
 
 def recomputed_steps(num_steps: int, snapshots: int) -> int:
-    """Returns the least number of steps without a graph that reversing a run with so many snapshots takes.
+    """Returns the least number of steps without a graph that it takes to reverse a run with a number of snapshots.
 
     With `l = num_steps`, `c = snapshots` and the number of repetitions `r` such that `beta(c, r-1) < l <= beta(c, r)`:
 
@@ -125,5 +125,5 @@ def _repetitions(num_steps: int, snapshots: int) -> int:
 
 
 def _beta(snapshots: int, repetitions: int) -> int:
-    """Returns how many steps can be reversed with so many snapshots, running each at most `repetitions` times."""
+    """Returns how many steps can be reversed with `snapshots` states, running each at most `repetitions` times."""
     return comb(snapshots + repetitions, snapshots)

@@ -31,7 +31,7 @@ class Steps(ABC):
         """Runs a segment so that it can be differentiated."""
 
     def check_replays(self) -> None:
-        """Raises `ReplayError` if a step that was run again was another one, and `vjp` has not said so."""
+        """Raises `ReplayError` if a step gave another result when it was run again, and `vjp` has not noticed."""
         return
 
 
