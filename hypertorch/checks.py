@@ -16,6 +16,12 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def check_switch(name: str, value: object) -> None:
+    """Raises `TypeError` if a setting that is either on or off is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` is {value!r}, which is neither True nor False. Pass one of them.")
+
+
 def check_hparams(hparams: TensorMapping) -> torch.device:
     """Returns the device of the outer variables.
 
@@ -96,11 +102,6 @@ def check_scalar(value: Any, source: str) -> None:
             f"`{source}` returned a scalar of {value.dtype}: a loss is a real number, which has a gradient to descend. "
             f"{mend}."
         )
-
-
-def check_outer_loss(value: Any, method: str) -> None:
-    """Raises if an outer loss is no scalar tensor, or has no derivative."""
-    check_scalar(value, f"OuterProblem.{method}")
 
 
 def check_metrics(metrics: TensorMapping, shape: tuple[int, ...]) -> None:

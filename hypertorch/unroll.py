@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks import check_metrics
-from hypertorch.hypergradients.guards.side_effects import FirstTask, refuse_changed_arguments
-from hypertorch.hypergradients.guards.vectorised_tasks import refuse_wrong_vectorisation
+from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.kinds import kind_of
@@ -86,29 +85,21 @@ def unroll(
     # No path to the hyperparameters: a step's graph goes as soon as its gradient is there.
     constants = tree.detach(hparams)
     kind = kind_of(problem)
-    first = None if problem.num_tasks is None else TaskSlice(start=0, stop=1, squeeze=True)
-    with bound.running():
-        # Nothing is differentiated or run again here, so that other side effects do no harm.
-        refuse_changed_arguments(kind, FirstTask(bound=bound, hparams=hparams, item=first))
 
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
+        examine(bound, hparams, slices[0], kind=kind, use="run")
         with bound.running(), torch.no_grad():
-            return _join([_unroll_slice(bound, kind, constants, item, asked) for item in slices], slices)
+            return _join([_unroll_slice(bound, constants, item, asked) for item in slices], slices)
 
     return run(task_slices(problem.num_tasks, measured(execution, problem, ("unroll", kind), hparams, run)))
 
 
 def _unroll_slice(
-    bound: BoundProblem,
-    kind: Hashable,
-    hparams: TensorDict,
-    task_slice: TaskSlice | None,
-    metrics_after: tuple[int, ...],
+    bound: BoundProblem, hparams: TensorDict, task_slice: TaskSlice | None, metrics_after: tuple[int, ...]
 ) -> UnrollResult:
     context = bound.context(hparams, task_slice)
     loop = bound.loop(task_slice, context)
     variables = {**hparams, **context}
-    refuse_wrong_vectorisation(kind, bound, task_slice, variables, context, use="values")
     step_terms: list[Tensor] = []
     figures: list[TensorDict] = []
 

@@ -123,15 +123,49 @@ class InnerLoss:
         # A step that is run again needs its noise again. A traced function draws none, and cannot read a generator.
         watched = self._route == "leaf" and not torch.compiler.is_compiling()
         noise = generator_states(_device_of(params)) if watched else ()
-        gradients = self._autograd_gradient(
-            params, hparams, differentiable=torch.is_grad_enabled() and self._route == "differentiable"
-        )
+        differentiable = torch.is_grad_enabled() and self._route == "differentiable"
+        # Also under `no_grad`: the value of a gradient takes a graph of the loss.
+        with torch.enable_grad():
+            keep_path = differentiable or self._route == "dual"
+            if self._separate_params and differentiable:
+                variables = {name: value if value.requires_grad else _own(value) for name, value in params.items()}
+            else:
+                variables = {name: _own_view(value, keep_path) for name, value in params.items()}
+            value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
+            total = value.sum() if value.dim() else value
+            # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves among
+            # them), which dual numbers go through with a wrong tangent, with none, or not at all.
+            take = _gradient_saving_nothing if self._route == "dual" else torch.autograd.grad
+            # `torch.autograd` and not `torch.func`, which takes twice as long in a plain loop.
+            # A loss without a graph is handed over as a leaf and a param without a path is
+            # allowed, so that the error below is raised, not PyTorch's.
+            gradients = take(
+                total if total.requires_grad else total.detach().requires_grad_(),
+                list(variables.values()),
+                create_graph=keep_path,
+                allow_unused=True,
+            )
+        if all(gradient is None for gradient in gradients):
+            raise ValueError(
+                f"`InnerProblem.loss` returned a value that depends on none of the params {sorted(params)}: it has no "
+                "gradient to descend. Compute it from `params`, without `.detach()` or `torch.no_grad()`."
+            )
+        if self.value is None:
+            # A rule may take several gradients in a step: the loss of the step is that of the first.
+            self.value = value.detach()
+            if new_buffers:
+                self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
+                self.new_buffers = new_buffers if keep_path else tree.detach(new_buffers)
+        found = {
+            name: torch.zeros_like(value) if gradient is None else gradient
+            for (name, value), gradient in zip(variables.items(), gradients, strict=True)
+        }
         if self._route == "leaf":
             # The rule goes on from leaves: their cotangent is what reaches the gradient, without what lies behind it.
-            gradients = tree.leaves_requiring_grad(gradients)
-            self.evaluations.append((tree.detach(params), gradients))
-            self.calls.append(GradientCall(params, hparams, gradients, noise))
-        return gradients
+            found = tree.leaves_requiring_grad(found)
+            self.evaluations.append((tree.detach(params), found))
+            self.calls.append(GradientCall(params, hparams, found, noise))
+        return found
 
     def mixed_derivative(self, call: GradientCall, direction: TensorDict) -> MixedDerivative:
         """Returns the derivative of `<gradient, direction>` in the params and in the hparams of an evaluation.
@@ -183,44 +217,6 @@ class InnerLoss:
             {name: part.detach().to(hparams[name].dtype) for name, part in of_hparams.items()},
             value.detach(),
         )
-
-    def _autograd_gradient(self, params: TensorDict, hparams: TensorDict, *, differentiable: bool) -> TensorDict:
-        # Also under `no_grad`: the value of a gradient takes a graph of the loss.
-        with torch.enable_grad():
-            keep_path = differentiable or self._route == "dual"
-            if self._separate_params and differentiable:
-                variables = {name: value if value.requires_grad else _own(value) for name, value in params.items()}
-            else:
-                variables = {name: _own_view(value, keep_path) for name, value in params.items()}
-            value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
-            total = value.sum() if value.dim() else value
-            # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves among
-            # them), which dual numbers go through with a wrong tangent, with none, or not at all.
-            take = _gradient_saving_nothing if self._route == "dual" else torch.autograd.grad
-            # `torch.autograd` and not `torch.func`, which takes twice as long in a plain loop.
-            # A loss without a graph is handed over as a leaf and a param without a path is
-            # allowed, so that the error below is raised, not PyTorch's.
-            gradients = take(
-                total if total.requires_grad else total.detach().requires_grad_(),
-                list(variables.values()),
-                create_graph=keep_path,
-                allow_unused=True,
-            )
-        if all(gradient is None for gradient in gradients):
-            raise ValueError(
-                f"`InnerProblem.loss` returned a value that depends on none of the params {sorted(params)}: it has no "
-                "gradient to descend. Compute it from `params`, without `.detach()` or `torch.no_grad()`."
-            )
-        if self.value is None:
-            # A rule may take several gradients in a step: the loss of the step is that of the first.
-            self.value = value.detach()
-            if new_buffers:
-                self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
-                self.new_buffers = new_buffers if keep_path else tree.detach(new_buffers)
-        return {
-            name: torch.zeros_like(value) if gradient is None else gradient
-            for (name, value), gradient in zip(variables.items(), gradients, strict=True)
-        }
 
     def _functional_gradient(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         def total(variables: TensorDict) -> tuple[Tensor, tuple[Tensor, TensorDict]]:

@@ -31,7 +31,7 @@ def stopping_tangents(function: Callable[..., T], *arguments: Any) -> T:
     Raises:
         ForwardModeError: in forward mode, for a tensor hook, which changes gradients only.
     """
-    if torch.compiler.is_compiling() or not in_forward_mode():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return function(*arguments)
     # A function may return with gradients switched off: tangents are off then too, and are put back in the end.
     before = torch._C._is_fwd_grad_enabled()

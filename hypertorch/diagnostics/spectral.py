@@ -15,8 +15,8 @@ from hypertorch.autodiff.products import vjp
 from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Reverse, measured_execution
+from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.hypergradients.guards.finiteness import first_non_finite
-from hypertorch.hypergradients.guards.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.kinds import kind_of
@@ -155,13 +155,13 @@ def spectral_radius(
     )
     bound = BoundProblem(problem, hparams, outer_step, None, execution)
     constants = tree.detach(hparams)
-    kind = kind_of(problem)
+    slices = task_slices(problem.num_tasks, execution)
+    examine(bound, hparams, slices[0], kind=kind_of(problem), use="second")
 
     def of_slice(item: TaskSlice | None) -> tuple[Spectrum, Tensor]:
         with torch.no_grad():
             context = bound.context(constants, item)
         variables = {**constants, **context}
-        refuse_wrong_vectorisation(kind, bound, item, variables, context, use="second")
         trajectory = _Trajectory(bound.loop(item, context), variables, step)
         # A second run finds the step and the entry: the first has looked at its last state only.
         if not trajectory.is_finite:
@@ -177,7 +177,7 @@ def spectral_radius(
         return spectrum, trajectory.growths(spectrum.vectors)
 
     with bound.running():
-        parts = [of_slice(item) for item in task_slices(problem.num_tasks, execution)]
+        parts = [of_slice(item) for item in slices]
     has_tasks = problem.num_tasks is not None
 
     def joined(values: list[Tensor]) -> Tensor:

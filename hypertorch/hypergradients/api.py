@@ -10,18 +10,15 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import NonFiniteError
-from hypertorch.hypergradients.base import BlackBox, FirstDerivatives, Hypergradient, HypergradientResult
-from hypertorch.hypergradients.guards.faulty_operations import refuse_faulty_operations
+from hypertorch.hypergradients.base import BlackBox, Hypergradient, HypergradientResult, PathBlind
+from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.hypergradients.guards.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.guards.reachability import check_reachability, known_reach, moved_by_values
-from hypertorch.hypergradients.guards.side_effects import FirstTask, refuse_side_effects
-from hypertorch.hypergradients.guards.vectorised_tasks import refuse_wrong_vectorisation
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.kinds import kind_of
-from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.record import Cost
 from hypertorch.inner.tasks import TaskSlice, measured, task_slices
 from hypertorch.problem import BilevelProblem
@@ -69,14 +66,12 @@ def hypergradient(
             arguments.
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
-    slices = task_slices(problem.num_tasks, run.measured())
-    # First of all: what depends on more than its arguments has no right derivative, by any backend.
-    run.refuse_side_effects(slices[0])
+    slices = run.slices()
     found, parts = run.over(slices)
-    check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
+    if isinstance(backend, PathBlind) or any(value is None for value in found.values()):
+        check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
-    # By weight: the last chunk may hold fewer tasks than the others.
-    outer_loss = torch.stack([part.outer_loss * part.weight for part in parts]).sum() / _total_weight(slices)
+    outer_loss = torch.stack([part.outer_loss * part.share for part in parts]).sum()
     figures = join_tasks([part.figures for part in parts], slices)
     # One look at the end. A look at every inner step costs 7 % of a small one.
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
@@ -115,7 +110,7 @@ def measured_execution(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """The result for one slice of tasks, without its hypergradient; `weight` counts them."""
+    """The result for one slice of tasks, without its hypergradient; `share` is the slice's part of all tasks."""
 
     outer_loss: Tensor
     params: TensorDict
@@ -123,7 +118,7 @@ class _Part:
     figures: TensorDict
     cost: Cost
     inner_losses: Tensor
-    weight: int
+    share: float
 
 
 class _Run:
@@ -140,11 +135,8 @@ class _Run:
     ) -> None:
         _check_arguments(problem, backend)
         self._bound = BoundProblem(problem, hparams, outer_step, carry, execution)
-        _check_allow_unused(problem, hparams)
         self._hparams = hparams
         self._backend = backend
-        self._outer_step = outer_step
-        self._carry = carry
         self._kind = kind_of(problem)
 
     def measured(self) -> Execution:
@@ -152,23 +144,28 @@ class _Run:
         bound = self._bound
         return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, self.over)
 
+    def slices(self) -> list[TaskSlice | None]:
+        """Returns the slices of tasks in the order they are run; a single None for a problem without tasks."""
+        num_tasks = self._bound.problem.num_tasks
+        return [None] if num_tasks is None else [*task_slices(num_tasks, self.measured())]
+
     def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, list[_Part]]:
         """Returns the mean of the hypergradients over the tasks of these slices, and what else each slice gives.
 
         None stands for an entry that no task has a path from. One slice's hypergradient is held beside the sum.
         """
+        # First of all: what depends on more than its arguments has no right derivative, by any backend.
+        examine(self._bound, self._hparams, slices[0], kind=self._kind, use=self._backend.takes)
         mean: Grads = dict.fromkeys(self._hparams)
         parts: list[_Part] = []
+        # By weight: the last chunk may hold fewer tasks than the others.
+        total = sum(1 if item is None else item.stop - item.start for item in slices)
         with self._bound.running():
             for item in slices:
-                grads, part = self._slice(item, self._backend)
+                share = 1.0 if item is None else (item.stop - item.start) / total
+                grads, part = self._slice(item, self._backend, share)
                 parts.append(part)
-                share = part.weight / _total_weight(slices)
-                # A single slice is not multiplied by one, which would copy it.
-                mean = accumulate(
-                    mean,
-                    {name: value if value is None or share == 1.0 else value * share for name, value in grads.items()},
-                )
+                mean = accumulate(mean, grads)
         return mean, parts
 
     def reached(self, slices: list[TaskSlice | None]) -> frozenset[str]:
@@ -180,17 +177,8 @@ class _Run:
             )
         return known_reach(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
 
-    def refuse_side_effects(self, item: TaskSlice | None) -> None:
-        """Raises if the problem's functions are not functions of their arguments, or do what a derivative misses.
-
-        Args:
-            item: the first slice of the tasks, of which the first task is looked at.
-        """
-        first = FirstTask(bound=self._bound, hparams=self._hparams, item=item)
-        with self._bound.running():
-            refuse_side_effects(self._kind, first, by_values=isinstance(self._backend, BlackBox))
-
     def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
+        examine(self._bound, self._hparams, slices[0], kind=self._kind, use="second")
         reached: set[str] = set()
         with self._bound.running():
             for item in slices:
@@ -198,41 +186,21 @@ class _Run:
                 if reached == self._hparams.keys():
                     break
                 # In little memory: who asks may have taken a backend that fits where a whole graph does not.
-                grads, _ = self._slice(item, Reverse(checkpoint_every="sqrt"))
+                grads, _ = self._slice(item, Reverse(checkpoint_every="sqrt"), 1.0)
                 reached |= {name for name, value in grads.items() if value is not None}
         return frozenset(reached)
 
-    def _refuse_faults(
-        self,
-        loop: InnerLoop,
-        task_slice: TaskSlice | None,
-        variables: TensorDict,
-        context: TensorDict,
-        backend: Hypergradient,
-    ) -> None:
-        """Raises if PyTorch is known, or seen, to differentiate the problem wrongly."""
-        takes_second = not isinstance(backend, FirstDerivatives)
-        if loop.has_tasks_axis:
-            use = "second" if takes_second else "values" if isinstance(backend, BlackBox) else "first"
-            refuse_wrong_vectorisation(self._kind, self._bound, task_slice, variables, context, use=use)
-        # Nothing is remembered of a problem without steps: the same with another horizon has some.
-        elif takes_second and loop.num_steps > 0:
-            refuse_faulty_operations(self._kind, loop, variables)
-
-    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient) -> tuple[Grads, _Part]:
+    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient, share: float) -> tuple[Grads, _Part]:
+        """Returns a slice's hypergradient times its share, and what else it gives."""
         # Leaves of each slice, whose graphs go with it.
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
             context = self._bound.context(leaves, task_slice)
         loop = self._bound.loop(task_slice, context)
-        # What the context only passes on, data say, is no variable.
-        moving = {name for name, value in context.items() if value.requires_grad}
         # Cut from its graph, so that the backend differentiates in the context's entries, however it goes, and the
-        # graph behind them is gone through once, below.
-        cut = tree.leaves_requiring_grad({name: value for name, value in context.items() if name in moving})
-        variables = {**leaves, **{name: cut[name] if name in moving else value for name, value in context.items()}}
-        if loop.first_task == 0:  # whatever the tasks are, their losses run the same operations
-            self._refuse_faults(loop, task_slice, variables, context, backend)
+        # graph behind them is gone through once, below. What the context only passes on, data say, is no variable.
+        cut = {name: value.detach().requires_grad_(value.requires_grad) for name, value in context.items()}
+        variables = {**leaves, **cut}
         result = backend.compute(loop, variables)
         missing = variables.keys() - result.grads.keys()
         if missing:
@@ -241,8 +209,12 @@ class _Run:
                 "out could be one that was forgotten. Name every variable, with None where it follows no path."
             )
         # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
-        chained = vjp(list(context.values()), [result.grads[name] for name in context], leaves)
-        grads = {name: tree.add_optional(result.grads[name], chained[name]) for name in leaves}
+        chained = vjp([*context.values()], [result.grads[name] for name in context], leaves) if context else {}
+        grads: Grads = {}
+        for name in leaves:
+            grad = tree.add_optional(result.grads[name], chained.get(name))
+            # A single slice is not multiplied by one, which would copy it.
+            grads[name] = grad if grad is None or share == 1.0 else grad * share
         return grads, _Part(
             outer_loss=result.outer_loss,
             params=result.state.params,
@@ -250,7 +222,7 @@ class _Run:
             figures=result.figures,
             cost=loop.record.cost,
             inner_losses=torch.stack([*loop.record.losses.values()]) if loop.record.losses else result.outer_loss,
-            weight=_weight(task_slice),
+            share=share,
         )
 
     def explain_non_finite(
@@ -266,23 +238,6 @@ class _Run:
                 if found is not None:
                     return found
         return non_finite_hypergradient(grads, figures)
-
-
-def _weight(task_slice: TaskSlice | None) -> int:
-    return 1 if task_slice is None else task_slice.stop - task_slice.start
-
-
-def _total_weight(slices: list[TaskSlice | None]) -> int:
-    return sum(_weight(item) for item in slices)
-
-
-def _check_allow_unused(problem: BilevelProblem, hparams: TensorDict) -> None:
-    unknown = sorted(set(problem.allow_unused) - hparams.keys())
-    if unknown:
-        raise ValueError(
-            f"`allow_unused` names {unknown}, which are not among the hyperparameters {sorted(hparams)}: a misspelt "
-            "name would allow nothing. Correct it or leave it out."
-        )
 
 
 def _check_arguments(problem: BilevelProblem, backend: Hypergradient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -39,7 +40,13 @@ class Hypergradient(ABC):
 
     In the grads of `compute`, None says that the backend follows no path from a variable to the outer loss: there is
     none, or the backend drops it; the front door finds out which. A backend that cannot tell is a `PathBlind`.
+
+    Attributes:
+        takes: what the backend takes of the inner loss beside its gradient: values, first derivatives, or second ones
+            too. What PyTorch gets wrong beyond that does not concern it.
     """
+
+    takes: ClassVar[Literal["values", "first", "second"]] = "second"
 
     @abstractmethod
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
@@ -52,10 +59,6 @@ class Hypergradient(ABC):
         Raises:
             IncompatibleBackendError: if this backend cannot serve this problem.
         """
-
-
-class FirstDerivatives(Hypergradient):
-    """A marker: the backend takes no second derivative of the inner loss, so that faults of those do not concern it."""
 
 
 class PathBlind(Hypergradient):
@@ -72,11 +75,13 @@ class RandomDirections(PathBlind):
     """
 
 
-class BlackBox(PathBlind, FirstDerivatives):
+class BlackBox(PathBlind):
     """A marker: the backend sees values only, and answers noise where a variable does not change them.
 
     The front door moves every variable, once for each problem, to see which ones do.
     """
+
+    takes = "values"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

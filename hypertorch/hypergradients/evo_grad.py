@@ -12,14 +12,14 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
+from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvoGrad(FirstDerivatives):
+class EvoGrad(Hypergradient):
     """An estimate of the hypergradient through one imagined step of evolution in place of a gradient step.
 
     After `num_steps` steps (none if 0) the trained params `theta` are copied `K = num_copies` times and perturbed, and
@@ -60,6 +60,8 @@ class EvoGrad(FirstDerivatives):
     References:
         Bohdal, Yang and Hospedales (2021), EvoGrad, algorithm 1 and equations 2 to 5.
     """
+
+    takes = "first"
 
     num_copies: int = 2
     sigma: float = 0.001

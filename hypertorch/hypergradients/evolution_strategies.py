@@ -156,7 +156,7 @@ class EvolutionStrategies(BlackBox):
                 "`EvolutionStrategies(persistent=True)` got a problem with `num_steps` = 0: without an inner loop "
                 "nothing can persist. Leave `persistent` out, or use `Reverse()`."
             )
-        if not loop.is_warm_started:
+        if not loop.problem.warm_start:
             raise IncompatibleBackendError(
                 "`EvolutionStrategies(persistent=True)` got a problem with `warm_start` = False: its runs end with the "
                 "outer step, and nothing can persist. Set `warm_start=True`, or leave `persistent` out."
@@ -167,7 +167,7 @@ class EvolutionStrategies(BlackBox):
                 f"{loop.num_steps}: a run must be made of whole windows of at least one step. Make `horizon` a "
                 "multiple of `num_steps`."
             )
-        if loop.has_context:
+        if loop.problem.context is not None:
             raise IncompatibleBackendError(
                 "`EvolutionStrategies(persistent=True)` got a problem with a `context`: a run remembers contexts of "
                 "earlier outer steps, whose derivative is no longer known. Compute it in the inner loss, or leave "

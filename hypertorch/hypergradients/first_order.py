@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
-from hypertorch.hypergradients.base import BackendResult, FirstDerivatives
-from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
-from hypertorch.hypergradients.reverse_mode.segments import whole_run
-from hypertorch.hypergradients.reverse_mode.sweep import sweep
+from hypertorch.hypergradients.base import BackendResult, Hypergradient
+from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstOrder(FirstDerivatives):
+class FirstOrder(Hypergradient):
     """The hypergradient with every gradient of the inner loss held constant, as first-order MAML has it.
 
     A step `Phi_t(s, hparams) = U(g, s, hparams)`, `g = dL/dw`, is differentiated as the update rule `U` with `g` a
@@ -36,7 +33,9 @@ class FirstOrder(FirstDerivatives):
         On first-order meta-learning algorithms, section 2; Andrychowicz et al. (2016), section 2 (learnt rules).
     """
 
+    takes = "first"
+
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` at constant inner gradients."""
         # The sweep of `Reverse()`: all that differs is that the inner gradient is a number.
-        return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables, route="constant"))
+        return by_whole_graph(loop, variables, "constant")

@@ -214,12 +214,12 @@ def _unit_vectors(variables: TensorDict, entries: range) -> TensorDict:
 
 
 def _check_real_time(loop: InnerLoop) -> None:
-    if not loop.is_warm_started:
+    if not loop.problem.warm_start:
         raise IncompatibleBackendError(
             "`Forward(keep_tangents=True)` got a problem with `warm_start=False`: each of its runs starts from "
             "`init_params`, where no earlier tangent belongs. Set `warm_start=True`, or `keep_tangents=False`."
         )
-    if loop.has_context:
+    if loop.problem.context is not None:
         raise IncompatibleBackendError(
             "`Forward(keep_tangents=True)` got a problem with a `context`, which is computed anew at every outer step: "
             "tangents in the last one's entries mean nothing in this one's. Compute it in the losses instead, or pass "

@@ -136,7 +136,7 @@ class Implicit(Hypergradient):
         if first_size is not None:
             left = tree.norm(tree.detach(equation.values), tasks_axis=loop.has_tasks_axis)
             figures["stationarity"] = _ratio(left, first_size)
-            carry = {f"{_SCALE}.first": first_size} if loop.is_warm_started else {}
+            carry = {f"{_SCALE}.first": first_size} if loop.problem.warm_start else {}
         self._warn(figures, solved.iterations)
         return BackendResult(grads=grads, outer_loss=outer_loss, state=last.detached(), figures=figures, carry=carry)
 

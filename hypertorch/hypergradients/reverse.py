@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
+from hypertorch.checks import check_switch
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
-from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, compiled_whole, run_compiled
+from hypertorch.hypergradients.reverse_mode.compiled_run import compiled_whole, run_compiled
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
-from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, check_derivative, is_mixed
-from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, is_mixed
+from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_memory
-from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.steps import EagerSteps, Steps
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner import memo
@@ -109,8 +108,12 @@ class Reverse(Hypergradient):
     derivative: Derivative = "reverse"
 
     def __post_init__(self) -> None:
-        check_derivative(self.derivative)
-        check_compile(self.compile)
+        if self.derivative not in ("reverse", "mixed", "auto"):
+            raise ValueError(
+                f"`derivative` is {self.derivative!r}, which names no way to differentiate the inner gradient. Use "
+                "'reverse', 'mixed' or 'auto'."
+            )
+        check_switch("compile", self.compile)
         _ = self.checkpointing  # which checks the settings
         if self.memory_budget is not None and self.derivative != "reverse":
             raise ValueError(
@@ -157,9 +160,9 @@ class Reverse(Hypergradient):
         """
         # Planned for each loop: bytes depend on its data and on how many tasks run together.
         kept = self.checkpointing.planned(loop, variables)
-        # A closed form: no step to keep, compile or mix.
-        if loop.num_steps == 0:
-            return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
+        # A closed form has no step to keep, compile or mix.
+        if loop.num_steps == 0 or (kept.whole_graph and self.derivative == "reverse" and not self.compile):
+            return by_whole_graph(loop, variables)
         if self.compile:
             return run_compiled(
                 loop,
@@ -170,10 +173,12 @@ class Reverse(Hypergradient):
         return self._eager(loop, variables, kept)
 
     def _eager(self, loop: InnerLoop, variables: TensorDict, kept: Checkpointing) -> BackendResult:
-        mixed = is_mixed(self.derivative, loop, variables, _eager_steps, compiled=False)
+        mixed = self.derivative != "reverse" and is_mixed(
+            self.derivative, loop, variables, _eager_steps, compiled=False
+        )
         # One graph of all steps: no step is run twice, and none has to be compared.
         if kept.whole_graph and not mixed:
-            return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
+            return by_whole_graph(loop, variables)
         steps = EagerSteps(loop, variables, mixed=mixed)
         # Mixed mode goes by single steps, which hold states where reverse over reverse holds graphs.
         segments = kept.segments(loop, variables, steps, with_graphs=not mixed)
@@ -186,7 +191,9 @@ class Reverse(Hypergradient):
             result = compiled_whole(loop, variables)
             if result is not None:
                 return result
-        mixed = is_mixed(self.derivative, loop, variables, _compiled_steps, compiled=True)
+        mixed = self.derivative != "reverse" and is_mixed(
+            self.derivative, loop, variables, _compiled_steps, compiled=True
+        )
         steps = CompiledSteps(loop, variables, mixed=mixed)
         result = sweep(loop, variables, kept.segments(loop, variables, steps, with_graphs=False), steps.vjp)
         # After the sweep and all at once: comparing each step would wait for an accelerator each time.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
+from hypertorch.checks import check_switch
 from hypertorch.dynamics.reversible import ReversibleDynamics, reversible_rule
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.reverse_mode.compiled_run import check_compile, run_compiled
+from hypertorch.hypergradients.reverse_mode.compiled_run import run_compiled
 from hypertorch.hypergradients.reverse_mode.exact_reversal import CompiledReversal, ExactReversal
-from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
-from hypertorch.hypergradients.reverse_mode.segments import whole_run
+from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
@@ -63,13 +62,13 @@ class Reversible(Hypergradient):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_compile(self.compile)
+        check_switch("compile", self.compile)
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
         # Nothing to undo: the initial state is differentiated by its graph.
         if loop.num_steps == 0:
-            return sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
+            return by_whole_graph(loop, variables)
         rule = _checked_rule(loop)
 
         def run(loop: InnerLoop, kind: type[ExactReversal]) -> BackendResult:

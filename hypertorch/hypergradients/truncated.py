@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph, graph_vjp
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
-from hypertorch.hypergradients.reverse_mode.segments import whole_run
 from hypertorch.hypergradients.reverse_mode.sweep import Segment, sweep
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
@@ -53,10 +52,10 @@ class Truncated(Hypergradient):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` through the window, direct term included."""
-        differentiate = partial(graph_vjp, loop, variables)
         first = loop.num_steps - self.window
         if first <= 0:
-            return sweep(loop, variables, whole_run(loop, variables), differentiate)
+            return by_whole_graph(loop, variables)
         prefix = run_prefix(loop, variables, first)
         # Not connected: the state before the window is a constant, which is where the bias comes from.
-        return prefix.add_to(sweep(loop, variables, [Segment(first, loop.num_steps, prefix.state)], differentiate))
+        window = Segment(first, loop.num_steps, prefix.state)
+        return prefix.add_to(sweep(loop, variables, [window], partial(graph_vjp, loop, variables)))

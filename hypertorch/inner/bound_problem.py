@@ -30,8 +30,8 @@ class BoundProblem:
 
     Raises:
         TypeError: if `hparams` is no dictionary of floating-point tensors, or `execution` is none.
-        ValueError: if the outer data lacks the tasks axis, a carry meets a problem that starts afresh, or `inner_dtype`
-            one without an inner step.
+        ValueError: if `allow_unused` names no hyperparameter, the outer data lacks the tasks axis, a carry meets a
+            problem that starts afresh, or `inner_dtype` one without an inner step.
     """
 
     def __init__(
@@ -46,6 +46,12 @@ class BoundProblem:
         self.problem = problem
         self.execution = execution
         self.device = check_hparams(hparams)
+        unknown = sorted(set(problem.allow_unused) - hparams.keys())
+        if unknown:
+            raise ValueError(
+                f"`allow_unused` names {unknown}, which are not among the hyperparameters {sorted(hparams)}: a "
+                "misspelt name would allow nothing. Correct it or leave it out."
+            )
         self._outer_step = outer_step
         self._carry = carry or {}
         if self._carry and not problem.warm_start:

@@ -14,7 +14,7 @@ from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute, InnerLoss
 from hypertorch.autodiff.noise import mix, seed_generators
 from hypertorch.autodiff.stopped_gradients import stopping_tangents
-from hypertorch.checks import check_buffers, check_outer_loss, check_params, check_scalar
+from hypertorch.checks import check_buffers, check_params, check_scalar
 from hypertorch.dynamics import Dynamics
 from hypertorch.inner.precision import in_precision
 from hypertorch.inner.record import Record
@@ -115,16 +115,6 @@ class InnerLoop:
         return bool(self.problem.inner.buffers)
 
     @property
-    def has_context(self) -> bool:
-        """Whether some of the variables are computed from the others before the loop."""
-        return self.problem.context is not None
-
-    @property
-    def is_warm_started(self) -> bool:
-        """Whether the next run starts from this run's last state."""
-        return self.problem.warm_start
-
-    @property
     def num_tasks(self) -> int | None:
         """Length of the tasks axis of the state's tensors; None without one."""
         return None if self.tasks is None else self.tasks.num_tasks
@@ -168,7 +158,7 @@ class InnerLoop:
         check_params(params, problem.inner.buffers, problem.num_steps)
         trained = self.trained(params)
         # Rules check their settings against the params that a user wrote, those of one task.
-        one_task = {name: value[0] for name, value in trained.items()} if self.has_tasks_axis else trained
+        one_task = {name: value[0] for name, value in trained.items()} if self.num_tasks is not None else trained
         problem.dynamics.check(one_task, variables, problem.num_steps)
         # Without a step nobody reads the optimiser's buffers.
         return InnerState(params, problem.dynamics.init(trained, variables) if problem.num_steps else {})
@@ -242,7 +232,7 @@ class InnerLoop:
 
         def at_index(params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
             loss = stopping_tangents(outer.step_loss, params, variables, batch, index)
-            check_outer_loss(loss, "step_loss")
+            check_scalar(loss, "OuterProblem.step_loss")
             return loss
 
         self.seed(OUTER, step)
@@ -315,7 +305,7 @@ class InnerLoop:
 
     def carry_after(self, state: InnerState) -> TensorDict:
         """Returns what a warm-started next run needs: this run's last state; nothing if the problem starts afresh."""
-        if not self.is_warm_started:
+        if not self.problem.warm_start:
             return {}
         state = state.detached()
         return {
@@ -381,11 +371,13 @@ def inner_loop(
     if inner_dtype is not None:
         inner = partial(in_precision, inner, inner_dtype)
     functions = LoopFunctions(
-        initial=lift(partial(_initial_params, problem.inner), num_tasks, per_task),
-        inner=lift(inner, num_tasks, per_task),
-        outer=lift(partial(_outer_loss, problem.outer), num_tasks, per_task),
-        metrics=lift(problem.outer.metrics, num_tasks, per_task),
+        initial=partial(_initial_params, problem.inner),
+        inner=inner,
+        outer=partial(_outer_loss, problem.outer),
+        metrics=problem.outer.metrics,
     )
+    if num_tasks is not None:
+        functions = LoopFunctions(*(lift(function, num_tasks, per_task) for function in functions))
     # Data, noise and schedules of a warm-started run count on from its first outer step.
     first_index = int(carry["index"]) if carry else 0
     if draw is None:
@@ -441,7 +433,7 @@ def _inner_loss(
 
 def _outer_loss(outer: OuterProblem, params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
     value = stopping_tangents(outer.loss, params, variables, batch)
-    check_outer_loss(value, "loss")
+    check_scalar(value, "OuterProblem.loss")
     return value
 
 

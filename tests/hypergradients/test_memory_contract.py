@@ -171,6 +171,7 @@ def test_truncated_grows_with_its_window() -> None:
 def test_a_plain_unroll_keeps_one_state() -> None:
     def unroll_peak(num_steps: int) -> int:
         problem = problem_of(num_steps)
+        ht.unroll(problem, problem.init_hparams())  # which looks at the kind of problem
         with PeakMemory() as memory:
             ht.unroll(problem, problem.init_hparams())
         return memory.peak

@@ -62,6 +62,7 @@ def test_close_to_float32_and_summed_up_in_it(backend: ht.Hypergradient) -> None
 
 def test_products_of_the_inner_loss_alone_are_coarse() -> None:
     problem = sized_problem(mlp(10, 8, 5), 20, 10, num_steps=3)
+    ht.unroll(problem, problem.init_hparams(), execution=COARSE)  # which looks at the kind of problem
     with ProductDtypes() as products:
         ht.unroll(problem, problem.init_hparams(), execution=COARSE)
     assert products.calls[BF16] >= 3 * 2  # two layers, three steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
-from hypertorch.inner import memo
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -67,19 +66,17 @@ FAULTS = (
         _differentiates_a_bias_alone,
     ),
 )
-OPERATIONS = "operations with a wrong second derivative"
 
 
-def refuse_faulty_operations(kind: Hashable, loop: InnerLoop, variables: TensorDict) -> None:
+def refuse_faulty_operations(loop: InnerLoop, variables: TensorDict) -> None:
     """Raises if the inner loss uses an operation whose second derivative PyTorch gets wrong, or lacks without a name.
 
-    The graph of the loss is looked through once for every kind of problem. (Differences of gradients would find faults
-    that nobody knows of, but in float32 they cannot tell a fault from a kink, such as that of a ReLU.)
+    The graph of the loss is looked through. (Differences of gradients would find faults that nobody knows of, but in
+    float32 they cannot tell a fault from a kink, such as that of a ReLU.)
 
-    Cost: one inner loss, the first time.
+    Cost: one inner loss.
 
     Args:
-        kind: what is the same for problems that run the same code.
         loop: a loop of at least one step and without a tasks axis, which is left as it is. (The graph of vectorised
             tasks shows less: batching rules take some operations apart.)
         variables: hyperparameters and context.
@@ -87,17 +84,13 @@ def refuse_faulty_operations(kind: Hashable, loop: InnerLoop, variables: TensorD
     Raises:
         IncompatibleBackendError: naming the operation.
     """
-    fault = memo.recall(OPERATIONS, kind, lambda: _first_fault(loop, tree.detach(variables)))
+    with torch.enable_grad():
+        state = loop.initial(tree.detach(variables))
+        params = tree.leaves_requiring_grad(loop.trained(state.params))
+        nodes = list(graph_nodes(loop.loss_at(state, 0)(params, tree.detach(variables))))
+    fault = next((fault for fault in FAULTS if fault.is_in(nodes)), None)
     if fault is not None:
         raise IncompatibleBackendError(f"`InnerProblem.loss` uses {fault.operation}, {fault.reason}. {fault.advice}")
-
-
-def _first_fault(loop: InnerLoop, variables: TensorDict) -> Fault | None:
-    with torch.enable_grad():
-        state = loop.initial(variables)
-        params = tree.leaves_requiring_grad(loop.trained(state.params))
-        nodes = list(graph_nodes(loop.loss_at(state, 0)(params, variables)))
-    return next((fault for fault in FAULTS if fault.is_in(nodes)), None)
 
 
 def graph_nodes(value: Tensor) -> Iterator[Any]:

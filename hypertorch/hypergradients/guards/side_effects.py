@@ -1,10 +1,9 @@
-"""What a problem's functions do beside what they return: noticed once for each kind of problem, under every backend."""
+"""What a problem's functions do beside what they return: noticed on the first task, under every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -13,89 +12,29 @@ from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.parameter_slots import watching
 from hypertorch.errors import IncompatibleBackendError, ReplayError
+from hypertorch.hypergradients.guards.first_task import FirstTask, arguments_kept
 from hypertorch.hypergradients.guards.running_statistics import refuse_dropped_buffers
-from hypertorch.inner import memo
-from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
-from hypertorch.inner.tasks import TaskSlice
 from hypertorch.types import Batch, TensorDict
 
 _TOLERANCE = 100.0  # in units of machine epsilon, relative to the largest entry: some kernels differ in the last bits
 
-CLEAN = "problems without side effects"
-KEPT = "problems that leave their arguments as they are"
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FirstTask:
-    """The first task of a problem, which is looked at for all.
-
-    Attributes:
-        bound: the problem.
-        hparams: the outer variables.
-        item: the tasks that its context is computed with, by itself or together; None for a problem without tasks.
-    """
-
-    bound: BoundProblem
-    hparams: TensorDict
-    item: TaskSlice | None
-
-    def key(self, kind: Hashable) -> Hashable:
-        """Returns what is the same for problems of which this task tells as much."""
-        return kind, self.bound.problem.num_steps > 0, tuple(self.hparams)
-
-    def loop(self) -> tuple[InnerLoop, TensorDict]:
-        """Returns its loop and variables, with the outer data drawn and the context computed anew."""
-        bound, item = self.bound.drawn_again(self.hparams), self.item
-        leaves = tree.leaves_requiring_grad(self.hparams)
-        # Copies: PyTorch would object to a change of leaves in words of its own.
-        given = {name: value.clone() for name, value in leaves.items()}
-        with arguments_kept("context", hparams=given):
-            context = bound.context(given, item)
-        if item is not None and not item.squeeze:
-            own = context.keys() - set(bound.problem.shared_context)
-            context = {name: value[0] if name in own else value for name, value in context.items()}
-        task = None if item is None else replace(item, stop=item.start + 1, squeeze=True, whole=False)
-        return bound.loop(task, context), {**leaves, **tree.leaves_requiring_grad(context)}
-
-
-def refuse_changed_arguments(kind: Hashable, first: FirstTask) -> None:
-    """Raises if a function of a problem changes the dicts or the tensors that it is handed.
-
-    Cost: nothing for a kind of problem that was found to change none. Else, on the first task, one evaluation of each.
-
-    Args:
-        kind: what is the same for problems that run the same code.
-        first: the first task.
-
-    Raises:
-        ReplayError: naming the function and the argument.
-    """
-    memo.recall(KEPT, first.key(kind), lambda: _refuse_changed_arguments(*first.loop()))
-
-
-def refuse_side_effects(kind: Hashable, first: FirstTask, *, by_values: bool) -> None:
+def refuse_side_effects(first: FirstTask, *, by_values: bool) -> None:
     """Raises if functions of a problem are not functions of their arguments, or do what a derivative misses.
 
-    Cost: nothing for a kind of problem that was found to have none. Else, on the first task: one evaluation of each
-    loss; two steps and outer losses, which must agree; and unless the backend works by values alone two inner
-    gradients, and eight evaluations of losses with four derivatives of them.
+    Cost: on the first task, two steps and outer losses, which must agree; and unless the backend works by values alone
+    two inner gradients, and eight evaluations of losses with four derivatives of them.
 
     Args:
-        kind: what is the same for problems that run the same code.
         first: the first task.
         by_values: whether the backend takes no derivative, which then can miss nothing.
 
     Raises:
-        ReplayError: if something differs when it is evaluated again, or a function changes its arguments.
+        ReplayError: if something differs when it is evaluated again.
         IncompatibleBackendError: if a derivative would miss a path.
     """
-    refuse_changed_arguments(kind, first)
-    memo.recall(CLEAN, (first.key(kind), by_values), lambda: _look(first, by_values=by_values))
-
-
-def _look(first: FirstTask, *, by_values: bool) -> None:
     # The loop is made twice, with data drawn and context computed anew: a counter in either of them shows.
     once = _results(*first.loop())
     loop, variables = first.loop()
@@ -105,8 +44,14 @@ def _look(first: FirstTask, *, by_values: bool) -> None:
         refuse_dropped_buffers(loop, variables)
 
 
-def _refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:
-    """Raises if `init_params`, `dynamics.step` or a loss changes the dicts or the tensors that it is handed."""
+def refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:
+    """Raises if `init_params`, `dynamics.step` or a loss changes the dicts or the tensors that it is handed.
+
+    Cost: one evaluation of each.
+
+    Raises:
+        ReplayError: naming the function and the argument.
+    """
     hparams = _copies(variables)
     with arguments_kept("InnerProblem.init_params", hparams=hparams):
         state = loop.initial(hparams).detached()
@@ -135,38 +80,6 @@ def _copies(values: TensorDict) -> TensorDict:
 
 def _named(batch: Batch) -> TensorDict:
     return {str(position): value for position, value in enumerate(tree.batch_tensors(batch))}
-
-
-@contextmanager
-def arguments_kept(function: str, **arguments: TensorDict) -> Iterator[None]:
-    """Raises `ReplayError` at the end if a function has changed its arguments: the run would go on with what it left.
-
-    Args:
-        function: its name, for the message.
-        arguments: the dicts that it is handed, by the names of its arguments.
-    """
-    before = {
-        which: {name: (value, value.detach().clone()) for name, value in arguments[which].items()}
-        for which in arguments
-    }
-    yield
-    for which, entries in arguments.items():
-        for name in {**before[which], **entries}:
-            if not _is_kept(entries, name, before[which]):
-                raise ReplayError(
-                    f"`{function}` changes its argument `{which}[{name!r}]`: the run would go on with the changed "
-                    "value, and steps that are run again would start from it. Leave arguments as they are: make a new "
-                    f"dict, such as `{{**{which}, {name!r}: ...}}`, and new tensors, by operations that do not work "
-                    "in place (no `clamp_`, no `.data`, no assignment to an index); or change a copy (`.clone()`)."
-                )
-
-
-def _is_kept(entries: TensorDict, name: str, before: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
-    # By identity first: a new tensor in the caller's dict is a change, whatever it holds.
-    if name not in entries or name not in before or entries[name] is not before[name][0]:
-        return False
-    value, kept = entries[name].detach(), before[name][1]
-    return bool(((value == kept) | ((value != value) & (kept != kept))).all())  # NaN is kept where it was
 
 
 def _results(loop: InnerLoop, variables: TensorDict) -> dict[str, list[Tensor]]:

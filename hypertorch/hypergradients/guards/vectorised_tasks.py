@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -14,18 +14,14 @@ from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute
 from hypertorch.autodiff.missing_derivatives import NotVectorisableError
 from hypertorch.autodiff.products import vjp
-from hypertorch.hypergradients.guards.faulty_operations import refuse_faulty_operations
-from hypertorch.inner import memo
-from hypertorch.inner.bound_problem import BoundProblem
+from hypertorch.hypergradients.guards.first_task import FirstTask
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
-from hypertorch.inner.tasks import TaskSlice, not_vectorisable
+from hypertorch.inner.tasks import not_vectorisable
 from hypertorch.types import TensorDict
 
 Use: TypeAlias = Literal["values", "first", "second"]
 """What a run takes of the losses beside the inner gradient: values, first derivatives, or second ones too."""
-
-VECTORISED = "what differs between vectorised tasks and one alone"
 
 
 class _Bound(NamedTuple):
@@ -35,47 +31,23 @@ class _Bound(NamedTuple):
     variables: TensorDict
 
 
-def refuse_wrong_vectorisation(
-    kind: Hashable,
-    bound: BoundProblem,
-    task_slice: TaskSlice | None,
-    variables: TensorDict,
-    context: Iterable[str],
-    *,
-    use: Use,
-) -> None:
+def refuse_wrong_vectorisation(first: FirstTask, use: Use) -> None:
     """Raises if the first task comes out otherwise among vectorised tasks than alone, or its derivative does.
 
-    Compared are the first state, a step, and the outer loss with its term at that step, once for every kind of problem.
-    A part that draws noise is not compared: its noise differs.
+    Compared are the first state, a step, and the outer loss with its term at that step. A part that draws noise is not
+    compared: its noise differs.
 
-    Cost: nothing for tasks that run one by one, or for a kind that was compared before. Else, for all tasks and for
-    one: two steps and an evaluation of each loss, with a vjp of each where derivatives are used.
+    Cost: for all tasks and for one, two steps and an evaluation of each loss, with a vjp of each where derivatives are
+    used.
 
     Args:
-        kind: what is the same for problems that run the same code.
-        bound: the problem.
-        task_slice: the tasks that are run together; None for a problem without tasks.
-        variables: hyperparameters and context of these tasks.
-        context: names of the context's entries among the variables.
+        first: the first task, among others.
         use: what the run takes of the losses.
 
     Raises:
         NotVectorisableError: naming what differs, or the operation that PyTorch cannot vectorise.
-        IncompatibleBackendError: if the task alone has an operation without a right second derivative.
     """
-    if task_slice is None or task_slice.squeeze:
-        return
-
-    def compare() -> str | None:
-        together, alone = _together_and_alone(bound, task_slice, variables, frozenset(context))
-        if use == "second" and alone.loop.num_steps:
-            refuse_faulty_operations(kind, alone.loop, alone.variables)  # nothing right to compare with
-        return _difference(together, alone, use)
-
-    # A problem without steps says nothing of the same one with some.
-    # By the use, too: a run by values must not fail where there is no derivative, and tells nothing of one.
-    difference = memo.recall(VECTORISED, (kind, use, bound.problem.num_steps > 0), compare)
+    difference = _difference(_Bound(*first.loop_of_all()), _Bound(*first.loop()), use)
     if difference is not None:
         raise NotVectorisableError(
             f"{difference} differs between vectorised tasks (by `vmap`) and a task alone: PyTorch returns a wrong "
@@ -83,18 +55,6 @@ def refuse_wrong_vectorisation(
             "Run the tasks one by one with `execution=ht.Execution(tasks='loop')`, or write the operation out of "
             "simpler ones.",
         )
-
-
-def _together_and_alone(
-    bound: BoundProblem, task_slice: TaskSlice, variables: TensorDict, context: frozenset[str]
-) -> tuple[_Bound, _Bound]:
-    """Returns a loop of a slice's tasks and one of the first of them alone, each with its variables."""
-    variables = tree.detach(variables)
-    entries = {name: variables[name] for name in context}
-    per_task = context - frozenset(bound.problem.shared_context)
-    own = {name: value[0] if name in per_task else value for name, value in variables.items()}
-    first = TaskSlice(start=task_slice.start, stop=task_slice.start + 1, squeeze=True)
-    return _Bound(bound.loop(task_slice, entries), variables), _Bound(bound.loop(first, entries), own)
 
 
 def _difference(together: _Bound, alone: _Bound, use: Use) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +13,8 @@ from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
-from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
-from hypertorch.hypergradients.reverse_mode.segments import whole_run
-from hypertorch.hypergradients.reverse_mode.sweep import Grads, sweep
+from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
+from hypertorch.hypergradients.reverse_mode.sweep import Grads
 from hypertorch.inner import memo
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.loop import INIT, InnerLoop
@@ -27,12 +25,6 @@ from hypertorch.types import Batch, TensorDict
 LONGEST_PROGRAM = 8
 
 NOISY = "steps that draw noise"
-
-
-def check_compile(compile: object) -> None:  # noqa: A002 (the setting's name)
-    """Raises `TypeError` if the setting `compile` of a backend is neither True nor False."""
-    if not isinstance(compile, bool):
-        raise TypeError(f"`compile` is {compile!r}, which is neither True nor False. Pass one of them.")
 
 
 def run_compiled(
@@ -105,6 +97,6 @@ def _whole(
     # Leaves of the program: its inputs have no derivative outside.
     own = tree.leaves_requiring_grad(moving)
     variables = {**own, **fixed}
-    result = sweep(loop, variables, whole_run(loop, variables), partial(graph_vjp, loop, variables))
+    result = by_whole_graph(loop, variables)
     grads = {name: None if value is None else value.detach() for name, value in result.grads.items()}
     return grads, result.outer_loss, result.state.detached(), loop.record.losses

@@ -32,15 +32,6 @@ StepsOf: TypeAlias = Callable[[InnerLoop, TensorDict, bool], Steps]
 """`(loop, variables, mixed) -> steps`."""
 
 
-def check_derivative(derivative: str) -> None:
-    """Raises `ValueError` if this names no way to differentiate the inner gradient."""
-    if derivative not in ("reverse", "mixed", "auto"):
-        raise ValueError(
-            f"`derivative` is {derivative!r}, which names no way to differentiate the inner gradient. Use 'reverse', "
-            "'mixed' or 'auto'."
-        )
-
-
 def is_mixed(
     derivative: Derivative, loop: InnerLoop, variables: TensorDict, steps_of: StepsOf, *, compiled: bool
 ) -> bool:
@@ -61,7 +52,7 @@ def is_mixed(
         IncompatibleBackendError: if mixed mode is asked for by name and is not possible, or would be wrong.
         NotCompilableError: the same of compiled steps, which may be right without compilation.
     """
-    if derivative == "reverse" or loop.has_buffers:
+    if loop.has_buffers:
         return False
     case = case_of(loop, variables)
     way = "mixed mode, compiled" if compiled else "mixed mode"

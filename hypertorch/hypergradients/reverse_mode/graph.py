@@ -10,8 +10,16 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute
+from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_replay
-from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
+from hypertorch.hypergradients.reverse_mode.sweep import (
+    Cotangents,
+    Differentiable,
+    PulledBack,
+    Segment,
+    pull_back,
+    sweep,
+)
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
@@ -23,6 +31,22 @@ class _Run(NamedTuple):
 
     state: InnerState
     terms: Tensor | None
+
+
+def by_whole_graph(loop: InnerLoop, variables: TensorDict, route: GradientRoute = "differentiable") -> BackendResult:
+    """Returns the derivative of the outer loss by one graph of all steps: `sweep` over a single segment.
+
+    Cost: `num_steps` steps and as many vjps; memory of all their graphs.
+
+    Args:
+        loop: the inner loop.
+        variables: hyperparameters and context, as leaves.
+        route: how the gradient of the inner loss enters the derivative.
+    """
+    with torch.enable_grad():
+        # Connected: the initial state's part arrives in the variables by the same vjp.
+        run = Segment(0, loop.num_steps, loop.initial(variables), connected=True)
+    return sweep(loop, variables, [run], partial(graph_vjp, loop, variables, route=route))
 
 
 def graph_vjp(

@@ -15,11 +15,6 @@ from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 
-def whole_run(loop: InnerLoop, variables: TensorDict) -> Iterator[Segment]:
-    """Yields the whole run as one segment, connected to the variables through the initial state."""
-    yield Segment(0, loop.num_steps, _connected_initial(loop, variables), connected=True)
-
-
 def initialisation(loop: InnerLoop, variables: TensorDict, first: InnerState | None) -> Segment:
     """Returns the initial state as a segment without steps, connected to the variables.
 
@@ -30,7 +25,8 @@ def initialisation(loop: InnerLoop, variables: TensorDict, first: InnerState | N
         variables: hyperparameters and context, as leaves.
         first: the initial state that the run started from, to compare with.
     """
-    return Segment(0, 0, _connected_initial(loop, variables), first, connected=True)
+    with torch.enable_grad():
+        return Segment(0, 0, loop.initial(variables), first, connected=True)
 
 
 def kept_every(loop: InnerLoop, variables: TensorDict, steps: Steps, every: int) -> Iterator[Segment]:
@@ -104,11 +100,6 @@ def revolving(loop: InnerLoop, variables: TensorDict, steps: Steps, snapshots: i
                 yield Segment(step, step + 1, state, arrival)
                 arrival = state
     yield initialisation(loop, variables, arrival)
-
-
-def _connected_initial(loop: InnerLoop, variables: TensorDict) -> InnerState:
-    with torch.enable_grad():
-        return loop.initial(variables)
 
 
 def _kept(loop: InnerLoop, steps: Steps, starts: list[int]) -> list[InnerState]:
