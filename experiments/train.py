@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import process_time
 
 import hydra
 import torch
@@ -69,7 +70,7 @@ def main(config: DictConfig) -> float:
     write_results(folder.results, results(settings, trained, reports, baselines))
     plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", experiment.metric)
     experiment.draw(trained.best_hparams, folder.path)
-    show(settings, trained, reports, baselines, folder)
+    show(experiment, settings, trained, reports, baselines, folder)
     return merit(experiment, trained, reports)
 
 
@@ -145,6 +146,8 @@ def results(
         "num_outer_steps": trained.num_outer_steps,
         "best_step": trained.best_step,
         "training_minutes": trained.seconds / 60,
+        # Of this process, the work before an interruption left out.
+        "cpu_seconds": process_time(),
         "evaluation_minutes": sum(report.seconds for report in reports.values()) / 60,
         "peak_memory_mib": peak_memory_mib(settings.device),
         "device": str(settings.device),
@@ -155,7 +158,12 @@ def results(
 
 
 def show(
-    settings: TrainSettings, trained: ht.Trained, reports: Reports, baselines: dict[str, Reports], folder: RunFolder
+    experiment: Experiment,
+    settings: TrainSettings,
+    trained: ht.Trained,
+    reports: Reports,
+    baselines: dict[str, Reports],
+    folder: RunFolder,
 ) -> None:
     """Prints the closing table, and how to load the outcome."""
     console = Console()
@@ -165,9 +173,10 @@ def show(
     print_reports(console, f"after {trained.best_step} outer steps (best validation)", rows)
     memory = peak_memory_mib(settings.device)
     for line in (
+        *(f"published, {what}: {figure}" for what, figure in experiment.published.items()),
         f"training {duration(trained.seconds)} ({trained.num_outer_steps} outer steps), evaluation "
         f"{duration(sum(report.seconds for report in reports.values()))}, peak memory "
-        f"{'unknown' if memory is None else f'{memory:.0f} MiB'}",
+        f"{'unknown' if memory is None else f'{memory:.0f} MiB'}, {process_time():.0f} CPU seconds in all",
         f"everything is in {folder.path}",
         f"hypertorch.load_hparams({str(folder.path)!r}) loads the outer variables",
     ):

@@ -42,7 +42,7 @@ from hypertorch.outer import (
     load_hparams,
     save_hparams,
 )
-from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem, ProblemSource
+from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem, Problems, ProblemSource
 from hypertorch.unroll import UnrollResult, unroll
 
 __version__ = "0.1.0"
@@ -80,6 +80,7 @@ __all__ = [
     "OuterProblem",
     "Positive",
     "ProblemSource",
+    "Problems",
     "RealTime",
     "Report",
     "Simplex",

@@ -100,6 +100,43 @@ class ProblemSource(ABC):
         """Returns the problem of an outer step, a pure function of its index."""
 
 
+class Problems(ProblemSource):
+    """The problems that a function of the outer step returns: new data, another seed or a longer horizon each step.
+
+        source = ht.Problems(lambda outer_step: ht.BilevelProblem(inner, outer, ..., seed=outer_step))
+
+    The outer variables are those of the problem of step 0.
+
+    Args:
+        make: from the outer step to its problem, a pure function.
+
+    Raises:
+        TypeError: if `make` is no function, or (from `at`) returns no `BilevelProblem`.
+    """
+
+    def __init__(self, make: Callable[[int], BilevelProblem]) -> None:
+        if not callable(make):
+            raise TypeError(
+                f"`make` is a {type(make).__name__}, not a function of the outer step. Pass one, such as "
+                "`lambda outer_step: ht.BilevelProblem(...)`; a single problem is its own source."
+            )
+        self._make = make
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the outer variables of the problem of step 0."""
+        return self.at(0).init_hparams()
+
+    def at(self, outer_step: int) -> BilevelProblem:
+        """Returns the problem of an outer step."""
+        problem = self._make(outer_step)
+        if not isinstance(problem, BilevelProblem):
+            raise TypeError(
+                f"`make({outer_step})` returned a {type(problem).__name__}, not a `BilevelProblem`: the outer loop "
+                "differentiates through one at every step. Return one."
+            )
+        return problem
+
+
 # No equality of fields: two problems are the same only where they are one
 # object, and what is known of a kind of problem is kept by `kind_of`.
 @dataclass(frozen=True, eq=False)

@@ -78,3 +78,16 @@ def test_calling_step_loss_of_a_problem_without_one_is_an_error() -> None:
     assert not OUTER.has_step_loss
     with pytest.raises(TypeError, match="no terms at inner steps"):
         OUTER.step_loss({}, {}, None, 0)
+
+
+def test_problems_come_from_a_function_of_the_outer_step() -> None:
+    source = ht.Problems(lambda outer_step: ht.BilevelProblem(INNER, OUTER, dynamics=SGD(lr=0.1), num_steps=outer_step))
+    assert [source.at(outer_step).num_steps for outer_step in (0, 3)] == [0, 3]
+    assert source.init_hparams().keys() == {"c"}
+
+
+def test_problems_need_a_function_that_returns_one() -> None:
+    with pytest.raises(TypeError, match="`make` is a BilevelProblem, not a function of the outer step"):
+        ht.Problems(ht.BilevelProblem(INNER, OUTER, dynamics=SGD(lr=0.1), num_steps=1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`make\(2\)` returned a NoneType, not a `BilevelProblem`"):
+        ht.Problems(lambda outer_step: None).at(2)  # type: ignore[arg-type,return-value]

@@ -46,12 +46,14 @@ class Experiment(ABC):
         splits: names of what the outcome is judged on, in the order of the table; the last is the test.
         metric: the figure that validation goes by.
         mode: whether more ("max") or less ("min") of it is better.
+        published: what others report of this experiment, by what it is, with its source: shown under the table.
     """
 
     READS: ClassVar[Reads] = Reads()
     splits: tuple[str, ...]
     metric: str
     mode: Literal["max", "min"]
+    published: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: DictConfig, settings: ProblemSettings) -> None:
         self.config = config
