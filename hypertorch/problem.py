@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeAlias
+from inspect import signature
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -19,8 +20,26 @@ Context: TypeAlias = Callable[[TensorDict, Batch], TensorDict]
 """`(hparams, outer batch) -> tensors` that are computed once, before the inner loop."""
 
 
-class InnerProblem(ABC):
+class _AsksForContext:
+    """Which methods of a user's class have the context handed to them apart from the outer variables."""
+
+    asks_for_context: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Asked once for a class, not at every run.
+        cls.asks_for_context = frozenset(
+            name
+            for name in ("init_params", "loss", "step_loss", "metrics")
+            if hasattr(cls, name) and "context" in signature(getattr(cls, name)).parameters
+        )
+
+
+class InnerProblem(_AsksForContext, ABC):
     """The problem that is solved by training: its variables, its data and its loss `L(params, hparams)`.
+
+    A method with one more argument, called `context`, is handed the tensors of the problem's context by it, and the
+    outer variables alone by `hparams`; other methods find both in `hparams`.
 
     Attributes:
         buffers: names of the entries of `init_params` that are carried along but not trained (running statistics).
@@ -55,8 +74,12 @@ class InnerProblem(ABC):
         return type(self).full_batch is not InnerProblem.full_batch
 
 
-class OuterProblem(ABC):
-    """The problem that judges the trained params: outer variables, held-out data and the loss `E(params, hparams)`."""
+class OuterProblem(_AsksForContext, ABC):
+    """The problem that judges the trained params: outer variables, held-out data and the loss `E(params, hparams)`.
+
+    A method with one more argument, called `context`, is handed the tensors of the problem's context by it, and the
+    outer variables alone by `hparams`; other methods find both in `hparams`.
+    """
 
     @abstractmethod
     def init_hparams(self) -> TensorDict:

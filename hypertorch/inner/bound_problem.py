@@ -113,7 +113,7 @@ class BoundProblem:
             self.problem,
             outer_batch=outer_batch,
             tasks=task_slice,
-            per_task=frozenset(context) - frozenset(self.problem.shared_context),
+            context=frozenset(context),
             noise_key=(self.problem.seed, self._outer_step, first_task),
             device=self.device,
             carry=carry,

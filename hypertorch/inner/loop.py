@@ -50,12 +50,14 @@ class LoopFunctions(NamedTuple):
         inner: the inner loss and the new values of the buffers.
         outer: the outer loss.
         metrics: what is reported of a run.
+        term: the term of the outer loss at an inner step, `(params, hparams, batch, index) -> term` of one task.
     """
 
     initial: Callable[[TensorDict, TensorDict, Batch], TensorDict]
     inner: Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
     outer: Callable[[TensorDict, TensorDict, Batch], Tensor]
     metrics: Callable[[TensorDict, TensorDict, Batch], TensorDict]
+    term: Callable[[TensorDict, TensorDict, Batch, int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,7 +74,7 @@ class InnerLoop:
         problem: the problem.
         outer_batch: the outer data of the loop's tasks.
         tasks: which tasks of the batch; None for a problem without tasks.
-        per_task: names in variables (entries of the context) that have a tasks axis.
+        context: names of the variables that are the context's.
         noise_key: what the noise of the run is seeded from; None if whoever runs the loop seeds it.
         device: of the noise.
         carry: the state that the run starts from (warm start), as an earlier run's `carry_after` holds it; empty to
@@ -88,7 +90,7 @@ class InnerLoop:
     problem: BilevelProblem
     outer_batch: Batch
     tasks: TaskSlice | None
-    per_task: frozenset[str]
+    context: frozenset[str]
     noise_key: tuple[int, ...] | None
     device: torch.device
     carry: TensorDict
@@ -118,6 +120,11 @@ class InnerLoop:
     def num_tasks(self) -> int | None:
         """Length of the tasks axis of the state's tensors; None without one."""
         return None if self.tasks is None else self.tasks.num_tasks
+
+    @property
+    def per_task(self) -> frozenset[str]:
+        """Names of the variables that have a tasks axis: entries of the context."""
+        return self.context - frozenset(self.problem.shared_context)
 
     @property
     def has_tasks_axis(self) -> bool:
@@ -228,10 +235,10 @@ class InnerLoop:
         """Returns the term of the outer loss after a step, shape `()` or `(tasks,)`; None if there are none."""
         if not self.has_terms:
             return None
-        outer, index = self.problem.outer, self.first_index + step
+        index = self.first_index + step
 
         def at_index(params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
-            loss = stopping_tangents(outer.step_loss, params, variables, batch, index)
+            loss = stopping_tangents(self.functions.term, params, variables, batch, index)
             check_scalar(loss, "OuterProblem.step_loss")
             return loss
 
@@ -346,7 +353,7 @@ def inner_loop(
     *,
     outer_batch: Batch,
     tasks: TaskSlice | None,
-    per_task: frozenset[str],
+    context: frozenset[str],
     noise_key: tuple[int, ...] | None,
     device: torch.device,
     carry: TensorDict,
@@ -359,7 +366,7 @@ def inner_loop(
         problem: the problem.
         outer_batch: the outer data of these tasks.
         tasks: which tasks; None for a problem without tasks.
-        per_task: names in variables (entries of the context) that have a tasks axis.
+        context: names of the variables that are the context's.
         noise_key: of the run; None for a loop whose noise somebody else seeds.
         device: of the noise.
         carry: state to start from (warm start); empty to start from `init_params`.
@@ -367,17 +374,20 @@ def inner_loop(
         draw: the data of a step by its index, drawn and of these tasks already; None to ask the problem.
     """
     num_tasks = None if tasks is None else tasks.num_tasks
-    inner = partial(_inner_loss, problem.inner)
+    per_task = context - frozenset(problem.shared_context)
+    inner = partial(_inner_loss, _asked(problem.inner, "loss", context), problem.inner.buffers)
     if inner_dtype is not None:
         inner = partial(in_precision, inner, inner_dtype)
     functions = LoopFunctions(
-        initial=partial(_initial_params, problem.inner),
+        initial=partial(_initial_params, _asked(problem.inner, "init_params", context)),
         inner=inner,
-        outer=partial(_outer_loss, problem.outer),
-        metrics=problem.outer.metrics,
+        outer=partial(_outer_loss, _asked(problem.outer, "loss", context)),
+        metrics=_asked(problem.outer, "metrics", context),
+        term=_asked(problem.outer, "step_loss", context),
     )
     if num_tasks is not None:
-        functions = LoopFunctions(*(lift(function, num_tasks, per_task) for function in functions))
+        lifted = (lift(function, num_tasks, per_task) for function in functions[:-1])
+        functions = LoopFunctions(*lifted, term=functions.term)
     # Data, noise and schedules of a warm-started run count on from its first outer step.
     first_index = int(carry["index"]) if carry else 0
     if draw is None:
@@ -386,7 +396,7 @@ def inner_loop(
         problem=problem,
         outer_batch=outer_batch,
         tasks=tasks,
-        per_task=per_task,
+        context=context,
         noise_key=noise_key,
         device=device,
         carry=carry,
@@ -414,25 +424,43 @@ def _own_part(problem: BilevelProblem, tasks: TaskSlice, batch: Batch, *, check:
     return tasks.take(batch)
 
 
+def _asked(problem: InnerProblem | OuterProblem, method: str, context: frozenset[str]) -> Callable[..., Any]:
+    """Returns a method that finds the context among the variables, also where it asks for it apart from them."""
+    function = getattr(problem, method)
+    if method not in problem.asks_for_context:
+        return function
+    position = 0 if method == "init_params" else 1  # of the variables among the arguments
+
+    def with_context(*arguments: Any) -> Any:
+        variables = arguments[position]
+        hparams = {name: value for name, value in variables.items() if name not in context}
+        own = {name: value for name, value in variables.items() if name in context}
+        return function(*arguments[:position], hparams, *arguments[position + 1 :], context=own)
+
+    return with_context
+
+
 # What the user wrote is called through `stopping_tangents`: forward mode goes on through `torch.no_grad()` and
 # `.data`, and would differ from reverse mode.
-def _initial_params(inner: InnerProblem, _: TensorDict, variables: TensorDict, __: Batch) -> TensorDict:
-    return stopping_tangents(inner.init_params, variables)
+def _initial_params(
+    init_params: Callable[[TensorDict], TensorDict], _: TensorDict, variables: TensorDict, __: Batch
+) -> TensorDict:
+    return stopping_tangents(init_params, variables)
 
 
 def _inner_loss(
-    inner: InnerProblem, params: TensorDict, variables: TensorDict, batch: Batch
+    loss: Callable[..., Any], buffers: tuple[str, ...], params: TensorDict, variables: TensorDict, batch: Batch
 ) -> tuple[Tensor, TensorDict]:
-    result = stopping_tangents(inner.loss, params, variables, batch)
+    result = stopping_tangents(loss, params, variables, batch)
     value, new_buffers = result if isinstance(result, tuple) else (result, {})
     check_scalar(value, "InnerProblem.loss")
-    if new_buffers or inner.buffers:
-        check_buffers(new_buffers, inner.buffers)
+    if new_buffers or buffers:
+        check_buffers(new_buffers, buffers)
     return value, new_buffers
 
 
-def _outer_loss(outer: OuterProblem, params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
-    value = stopping_tangents(outer.loss, params, variables, batch)
+def _outer_loss(loss: Callable[..., Any], params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
+    value = stopping_tangents(loss, params, variables, batch)
     check_scalar(value, "OuterProblem.loss")
     return value
 

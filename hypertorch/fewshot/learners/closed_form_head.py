@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -50,13 +49,17 @@ class ClosedFormHead(FeatureLearner):
         owner = type(self).__name__
         return BilevelProblem(
             # With no step the first params are the last, so the head reaches the outer loss as the initialisation.
-            GivenHead(owner=owner, head=partial(tree.without_prefix, "head")),
+            GivenHead(owner=owner, head=_solved),
             QueryFeatures(learner=self, objective=self._objective, episode=episode, initial=self._initial),
             dynamics=_NoStep(owner=owner),
             num_steps=0,
             num_tasks=num_tasks,
             context=self.context if num_tasks is None else self.contexts,
         )
+
+
+def _solved(hparams: TensorDict, context: TensorDict) -> TensorDict:  # noqa: ARG001 (as a head may depend on them)
+    return tree.without_prefix("head", context)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

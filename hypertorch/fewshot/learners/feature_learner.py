@@ -212,11 +212,11 @@ class GivenHead(InnerProblem):
     """
 
     owner: str
-    head: Callable[[TensorDict], TensorDict]
+    head: Callable[[TensorDict, TensorDict], TensorDict]
 
-    def init_params(self, hparams: TensorDict) -> TensorDict:
+    def init_params(self, hparams: TensorDict, context: TensorDict) -> TensorDict:
         """Returns the head."""
-        return self.head(hparams)
+        return self.head(hparams, context)
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: None) -> Tensor:
         """Raises `IncompatibleBackendError`: a number here would be silently wrong, as the head is no minimum of it."""
@@ -247,13 +247,13 @@ class QueryFeatures(OuterProblem):
         """Returns the episodes, of which the context is computed and the labels of the queries are read."""
         return self.episode
 
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Episode) -> Tensor:
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Episode, context: TensorDict) -> Tensor:
         """Returns the loss of the queries."""
-        return self.objective.loss(self.learner.outputs(params, hparams["query"], hparams), batch.query.targets)
+        return self.objective.loss(self.learner.outputs(params, context["query"], hparams), batch.query.targets)
 
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Episode) -> TensorDict:
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Episode, context: TensorDict) -> TensorDict:
         """Returns what the objective reports of the queries."""
-        return self.objective.metrics(self.learner.outputs(params, hparams["query"], hparams), batch.query.targets)
+        return self.objective.metrics(self.learner.outputs(params, context["query"], hparams), batch.query.targets)
 
 
 def no_inner_loop(owner: str) -> IncompatibleBackendError:

@@ -89,7 +89,7 @@ class HeadLearner(FeatureLearner):
             # Without a step the support set's loss is minimised by nobody: a backend that solves for its minimum would
             # be silently wrong.
             if self._num_steps
-            else GivenHead(owner=type(self).__name__, head=self._head_of_context)
+            else GivenHead(owner=type(self).__name__, head=self._first)
         )
         return BilevelProblem(
             inner,
@@ -100,8 +100,8 @@ class HeadLearner(FeatureLearner):
             context=self.context if num_tasks is None else self.contexts,
         )
 
-    def _head_of_context(self, hparams: TensorDict) -> TensorDict:
-        return self.first_head(hparams["support"], hparams["support_targets"], hparams)
+    def _first(self, hparams: TensorDict, context: TensorDict) -> TensorDict:
+        return self.first_head(context["support"], context["support_targets"], hparams)
 
 
 def linear_head(head: TensorDict, features: Tensor) -> Tensor:
@@ -116,11 +116,10 @@ class _SupportFeatures(InnerProblem):
     learner: HeadLearner
     objective: Objective
 
-    def init_params(self, hparams: TensorDict) -> TensorDict:
-        return self.learner._head_of_context(hparams)
+    def init_params(self, hparams: TensorDict, context: TensorDict) -> TensorDict:
+        return self.learner._first(hparams, context)
 
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: None) -> Tensor:
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: None, context: TensorDict) -> Tensor:
         # The labels are read from the context, which is cut into tasks once; as a batch they would be cut at each step.
-        return self.objective.loss(
-            self.learner.outputs(params, hparams["support"], hparams), hparams["support_targets"]
-        )
+        outputs = self.learner.outputs(params, context["support"], hparams)
+        return self.objective.loss(outputs, context["support_targets"])

@@ -41,7 +41,7 @@ class Program(NamedTuple):
     Attributes:
         problem: the problem. A step does not know the horizon, and is the same program for all of them.
         num_tasks: length of the tasks axis; None without one.
-        per_task: names in variables (entries of the context) that have a tasks axis.
+        context: names of the variables that are the context's.
         outer_batch: the outer data of these tasks.
         device: of the tensors.
         inner_dtype: of the inner loss's products; None for that of the params.
@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
     problem: BilevelProblem
     num_tasks: int | None
-    per_task: frozenset[str]
+    context: frozenset[str]
     outer_batch: Batch
     device: torch.device
     inner_dtype: torch.dtype | None
@@ -57,7 +57,7 @@ class Program(NamedTuple):
     @classmethod
     def of(cls, loop: InnerLoop) -> Program:
         """Returns the program of a loop."""
-        return cls(loop.problem, loop.num_tasks, loop.per_task, loop.outer_batch, loop.device, loop.inner_dtype)
+        return cls(loop.problem, loop.num_tasks, loop.context, loop.outer_batch, loop.device, loop.inner_dtype)
 
     @property
     def key(self) -> Hashable:
@@ -75,7 +75,7 @@ class Program(NamedTuple):
             self.problem,
             outer_batch=self.outer_batch,
             tasks=None if self.num_tasks is None else TaskSlice(start=0, stop=self.num_tasks, whole=True),
-            per_task=self.per_task,
+            context=self.context,
             noise_key=None,
             device=self.device,
             carry={},
