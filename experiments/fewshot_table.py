@@ -8,9 +8,6 @@ Killed at any moment, the same command goes on where it was: a finished cell is 
 
 from __future__ import annotations
 
-import csv
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.cells import Cell, write_rows
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure, Failures
 from experiments.common.readers import (
@@ -37,7 +35,7 @@ from experiments.common.readers import (
     whole_number,
 )
 from experiments.common.reads import Reads, check_settings_are_read
-from experiments.common.run_folder import RunFolder, command, read_config, read_results
+from experiments.common.run_folder import RunFolder, command
 from experiments.common.typed_settings import parse, setting
 
 MAIN_CONFIG = CONFIGS / "fewshot_table.yaml"
@@ -74,7 +72,6 @@ class TableSettings:
 
 
 _READS = Reads(settings=(TableSettings,), entries=("known_settings.*", "cell_settings.*.*", "published.*.*"))
-_TRAIN = Path(__file__).resolve().parent / "train.py"
 _COLUMNS: tuple[str, ...] = (
     "learner",
     "setting",
@@ -90,85 +87,21 @@ _COLUMNS: tuple[str, ...] = (
 )
 NOT_RUN = "not run"
 NOT_JUDGED = "not evaluated"
-# Settings of a training command that say where and how it runs, not what is computed.
-_FREE = ("paths.", "resume=", "device=", "threads=", "dataset.root=", "outer_loop.progress=", "pictures.", "hydra.")
-# As in scripts/train, where it is explained.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class LearnerCell(Cell):
     """One learner in one setting.
 
     Args:
         learner: name of the experiment.
         setting: name of the setting.
-        overrides: settings of the training command.
-        folder: where its run is.
         published: the figure to compare with; None if there is none.
     """
 
     learner: str
     setting: str
-    overrides: tuple[str, ...]
-    folder: RunFolder
     published: str | None
-
-    def is_finished(self) -> bool:
-        """Returns whether the cell has its figures."""
-        return self.folder.results.is_file()
-
-    def check_folder(self, trusted: Sequence[str]) -> None:
-        """Refuses a folder whose configuration names classes that a run's folder may not name.
-
-        Args:
-            trusted: packages whose classes it may name too.
-
-        Raises:
-            ExpectedFailure: naming them.
-        """
-        if self.folder.config.exists():
-            read_config(self.folder.path, setting="cells", trusted=trusted)
-
-    def check_command(self) -> None:
-        """Refuses figures of other settings than those that the cell is to have.
-
-        Raises:
-            ExpectedFailure: naming the settings that only one of the two commands has.
-        """
-        recorded = self._results().get("command")
-        if recorded is None:
-            return
-        was, wanted = _settings(shlex.split(recorded)[1:]), _settings(self.overrides)
-        if was != wanted:
-            raise ExpectedFailure(
-                f"`cells` has a finished run of {self.learner} in {self.setting} that was made by another command: "
-                f"{sorted(was - wanted)} there, {sorted(wanted - was)} here, so its figures are not those asked for. "
-                f"Give another folder with cells=..., or delete {str(self.folder.path)!r}, or add run=false for the "
-                "table of what was run."
-            )
-
-    def run(self, data: str) -> None:
-        """Trains and evaluates, or goes on with a run that was interrupted.
-
-        Args:
-            data: the folder of data sets.
-
-        Raises:
-            ExpectedFailure: if the training command failed; it has said why.
-        """
-        begun = self.folder.config.is_file()
-        words = [*self.overrides, f"paths.run_dir={self.folder.path}", *(["resume=true"] if begun else [])]
-        done = subprocess.run(
-            [sys.executable, str(_TRAIN), *words],
-            check=False,
-            env={**_KEEP_MEMORY, **failures.environment(), "HYPERTORCH_DATA": data},
-        )
-        if done.returncode:
-            raise ExpectedFailure(
-                f"the cell {self.learner} in {self.setting} ended with exit code {done.returncode}: its message is "
-                "above. The same command of the table goes on from here once that is mended."
-            )
 
     def row(self, data: str | None) -> dict[str, str]:
         """Returns the cell as a row of the table, with the command that ran; what was not run is said to be not run."""
@@ -190,11 +123,11 @@ class Cell:
             ) from error
 
     def _figures(self, command_of_cell: str, data: str | None) -> dict[str, str]:
-        results = self._results()
+        results = self.read()
         figures = {split: metrics.get("accuracy") for split, metrics in results["metrics"].items()}
         train, val, test = (figures.get(split) for split in ("meta_train", "meta_val", "meta_test"))
         return {
-            "command": self._command_that_ran(results, data) or command_of_cell,
+            "command": self.command_that_ran(results, data) or command_of_cell,
             "accuracy (%)": _accuracy(test),
             "meta-train": _accuracy(train),
             "meta-val": _accuracy(val),
@@ -203,19 +136,6 @@ class Cell:
             "minutes": f"{results['training_minutes']:.0f}",
             "hardware": ", ".join([results.get("hardware", results["device"]), f"{results['torch_threads']} threads"]),
         }
-
-    def _results(self) -> dict[str, Any]:
-        return read_results(self.folder.results)
-
-    def _command_that_ran(self, results: Mapping[str, Any], data: str | None) -> str | None:
-        """Returns the command of the run itself, without where it lay; None if the run does not say."""
-        if "command" not in results:
-            return None
-        words = [
-            word.replace(str(Path(str(data)).resolve()), "...").replace(str(data), "...") if data else word
-            for word in shlex.split(results["command"])
-        ]
-        return shlex.join(word for word in words if not word.startswith(("paths.", "resume=")))
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
@@ -236,14 +156,14 @@ def main(config: DictConfig) -> None:
             cell.check_command()
     for cell in cells if own.run else ():
         if not cell.is_finished():
-            console.print(f"{cell.learner}, {cell.setting}", highlight=False)
-            cell.run(str(Path(str(config.data)).resolve()))
+            console.print(cell.name, highlight=False)
+            cell.run(failures, str(Path(str(config.data)).resolve()))
             write_table(folder, cells, config.data)
     write_table(folder, cells, config.data)
     console.print((folder / "table.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
 
 
-def planned_cells(config: DictConfig) -> Iterator[Cell]:
+def planned_cells(config: DictConfig) -> Iterator[LearnerCell]:
     """Yields the cells in the order of the table.
 
     Raises:
@@ -277,7 +197,8 @@ def planned_cells(config: DictConfig) -> Iterator[Cell]:
             )
         for learner in learners:
             figure = published.get(learner, {}).get(name)
-            yield Cell(
+            yield LearnerCell(
+                name=f"{learner} in {name}",
                 learner=learner,
                 setting=name,
                 overrides=(
@@ -297,7 +218,7 @@ def _is_few_shot(path: Path) -> bool:
     return "- /fewshot:" in path.read_text(encoding="utf-8")
 
 
-def write_table(folder: Path, cells: Sequence[Cell], data: str | None) -> None:
+def write_table(folder: Path, cells: Sequence[LearnerCell], data: str | None) -> None:
     """Writes table.md and table.csv.
 
     Args:
@@ -306,18 +227,7 @@ def write_table(folder: Path, cells: Sequence[Cell], data: str | None) -> None:
         data: the folder of data sets, left out of the commands shown.
     """
     rows = [cell.row(data) for cell in cells]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [f"| {' | '.join(_COLUMNS)} |", f"|{' --- |' * len(_COLUMNS)}"]
-    lines += [f"| {' | '.join(row[column] for column in _COLUMNS)} |" for row in rows]
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _settings(words: Sequence[str]) -> set[str]:
-    return {word for word in words if not word.lstrip("+~").startswith(_FREE)}
+    write_rows(folder, _COLUMNS, rows)
 
 
 def _accuracy(figure: Mapping[str, float] | None) -> str:

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from experiments.common.failures import ExpectedFailure
-from experiments.fewshot_table import NOT_RUN, Cell, planned_cells, write_table
+from experiments.fewshot_table import NOT_RUN, LearnerCell, failures, planned_cells, write_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -36,7 +36,7 @@ def test_nine_learners_are_planned_in_every_setting(tmp_path: Path) -> None:
         assert composed.learner_needs.outputs in (None, composed.episodes.way)
 
 
-def finished(cell: Cell) -> None:
+def finished(cell: LearnerCell) -> None:
     means = {"meta_train": (0.99887, 0.0012), "meta_val": (0.9, 0.0456), "meta_test": (0.98765, 0.0031)}
     cell.folder.path.mkdir(parents=True)
     results = {
@@ -95,16 +95,16 @@ def test_a_cell_goes_on_with_the_run_that_it_finds(tmp_path: Path, monkeypatch: 
     class Done:
         returncode = 0
 
-    monkeypatch.setattr("experiments.fewshot_table.subprocess.run", lambda words, **_: (calls.append(words), Done())[1])
+    monkeypatch.setattr("experiments.common.cells.subprocess.run", lambda words, **_: (calls.append(words), Done())[1])
     cell = next(planned_cells(config(f"data={tmp_path}", f"cells={tmp_path}")))
-    cell.run("data")
+    cell.run(failures, "data")
     cell.folder.path.mkdir(parents=True)
     cell.folder.config.write_text("")
-    cell.run("data")
+    cell.run(failures, "data")
     assert "resume=true" not in calls[0] and calls[1][-1] == "resume=true"
     Done.returncode = 1
     with pytest.raises(ExpectedFailure, match="the cell maml in omniglot_5way_1shot ended with exit code 1"):
-        cell.run("data")
+        cell.run(failures, "data")
 
 
 def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_cell_shows_its_error_without_a_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     cell = next(planned_cells(config(f"data={tmp_path}", f"cells={tmp_path / 'cells'}")))
     with pytest.raises(ExpectedFailure, match="ended with exit code 1"):
-        cell.run(str(tmp_path))
+        cell.run(failures, str(tmp_path))
     error = capfd.readouterr().err
     assert "`root` is" in error
     assert "Traceback" not in error
