@@ -85,6 +85,13 @@ class OuterProblem(_AsksForContext, ABC):
     def init_hparams(self) -> TensorDict:
         """Returns the outer variables before the first outer step."""
 
+    def constraints(self) -> Mapping[str, Constraint]:
+        """Returns the sets that the outer variables are kept in, by name or pattern; none unless overridden.
+
+        They win over the natural constraints of the dynamics, and those that the loop is given win over them.
+        """
+        return {}
+
     def batch(self, outer_step: int) -> Batch:
         """Returns the data of an outer step, a pure function of its index."""
         return None

@@ -8,32 +8,37 @@ from fnmatch import fnmatchcase
 import torch
 
 from hypertorch.constraints import Constraint
+from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorMapping
 
 
 def match_constraints(
-    names: Iterable[str], *, chosen: Mapping[str, Constraint], natural: Mapping[str, Constraint]
+    names: Iterable[str], *, chosen: Mapping[str, Constraint], problem: BilevelProblem
 ) -> dict[str, Constraint]:
     """Returns the constraint of each hyperparameter that has one.
 
-    A name wins over a pattern, an earlier pattern over a later one, and what the user chose over what is natural.
+    A name wins over a pattern, and an earlier pattern over a later one. What is chosen wins over what the outer problem
+    declares, and that over the natural constraints of the dynamics.
 
     Args:
         names: the hyperparameters.
         chosen: the user's constraints by name or pattern (`*`, `?`, `[...]`, as in file names).
-        natural: the problem's own, likewise.
+        problem: the problem, which has its own.
 
     Raises:
-        ValueError: if one of the chosen names or patterns matches no hyperparameter.
+        ValueError: if a name or pattern that is chosen, or that the outer problem declares, matches no hyperparameter.
     """
     names = list(names)
-    for pattern in chosen:
-        if not any(_matches(name, pattern) for name in names):
-            raise ValueError(
-                f"`constraints` has the entry {pattern!r}, which matches none of the hyperparameters {names}: it would "
-                "do nothing. Use one of these names, or a pattern such as 'lr*' that matches some."
-            )
-    found = {name: _first_match(name, chosen) or _first_match(name, natural) for name in names}
+    declared = problem.outer.constraints()
+    for whose, patterns in (("constraints", chosen), ("OuterProblem.constraints", declared)):
+        for pattern in patterns:
+            if not any(_matches(name, pattern) for name in names):
+                raise ValueError(
+                    f"`{whose}` has the entry {pattern!r}, which matches none of the hyperparameters {names}: it would "
+                    "do nothing. Use one of these names, or a pattern such as 'lr*' that matches some."
+                )
+    by_precedence = (chosen, declared, problem.constraints())
+    found = {name: next(filter(None, (_first_match(name, own) for own in by_precedence)), None) for name in names}
     return {name: constraint for name, constraint in found.items() if constraint is not None}
 
 

@@ -98,7 +98,7 @@ class OuterLoop:
         backend: how hypergradients are computed.
         scheduler: makes a learning-rate scheduler, stepped after every outer step.
         constraints: by name of an outer variable, or by pattern (`"lr*"`); a name wins over a pattern, an earlier
-            pattern over a later one, and all of these over the natural constraints that the problem declares.
+            pattern over a later one, and all of these over the constraints that the problem declares.
         clip_norm: greatest Euclidean norm of the hypergradient over all outer variables; None for no clipping.
         validation: when and on what to validate; None for never.
         loggers: receive the figures.
@@ -325,9 +325,7 @@ class _Run:
         if state.step >= self._num_outer_steps:
             return
         problem = loop.source.at(state.step)
-        self._constraints = match_constraints(
-            state.leaves, chosen=loop.constraints or {}, natural=problem.constraints()
-        )
+        self._constraints = match_constraints(state.leaves, chosen=loop.constraints or {}, problem=problem)
         # A resumed run starts from inside already: every step ends there.
         if state.step == 0:
             project_in_place(state.hparams, self._constraints)

@@ -146,9 +146,7 @@ class RealTime:
         # The run draws its own first values: this draw must not move torch's generator.
         with preserved_generators(torch.device("cpu")):
             hparams = {name: value.detach().clone() for name, value in problem.init_hparams().items()}
-        project_in_place(
-            hparams, match_constraints(hparams, chosen=self.constraints or {}, natural=problem.constraints())
-        )
+        project_in_place(hparams, match_constraints(hparams, chosen=self.constraints or {}, problem=problem))
         # Reverse mode: forward mode answers zeros, not None, where there is no path.
         hypergradient(problem, hparams, backend=Reverse(checkpoint_every="sqrt"), execution=self.execution)
         return tuple(hparams)

@@ -176,6 +176,53 @@ def test_natural_constraints_apply_unless_replaced() -> None:
     assert float(free.hparams["lr"]) < 0
 
 
+class KeptInside(ht.OuterProblem):
+    """The outer problem of `Quadratics` with constraints of its own.
+
+    Args:
+        problem: the outer problem.
+        own: the constraints.
+    """
+
+    def __init__(self, problem: ht.OuterProblem, own: dict[str, ht.Constraint]) -> None:
+        self.problem, self.own = problem, own
+
+    def init_hparams(self) -> TensorDict:
+        return self.problem.init_hparams()
+
+    def constraints(self) -> dict[str, ht.Constraint]:
+        return self.own
+
+    def batch(self, outer_step: int) -> Batch:
+        return self.problem.batch(outer_step)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return self.problem.loss(params, hparams, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptRate(LearntRate):
+    """Quadratics whose outer problem keeps the learnt step size in a set."""
+
+    own: dict[str, ht.Constraint]
+
+    def at(self, outer_step: int) -> ht.BilevelProblem:
+        problem = super().at(outer_step)
+        return replace(problem, outer=KeptInside(problem.outer, self.own))
+
+
+def test_constraints_of_the_outer_problem_win_over_natural_ones_and_lose_to_chosen_ones() -> None:
+    optimizer = partial(torch.optim.SGD, lr=10.0, maximize=True)
+    source = KeptRate(own={"l*": ht.Box(lower=0.5), "curvature": ht.Box(lower=1.0, upper=1.25)})
+    trained = make_loop(source, optimizer=optimizer).run(1)
+    assert float(trained.hparams["lr"]) == 0.5
+    assert float(trained.hparams["curvature"]) in (1.0, 1.25)
+    chosen = make_loop(source, optimizer=optimizer, constraints={"l?": ht.Box(lower=0.25)}).run(1)
+    assert float(chosen.hparams["lr"]) == 0.25
+    with pytest.raises(ValueError, match="`OuterProblem.constraints` has the entry 'rate', which matches none"):
+        make_loop(KeptRate(own={"rate": ht.Box()})).run(1)
+
+
 def test_a_name_wins_over_a_pattern_and_the_first_pattern_over_the_second() -> None:
     nine, eight, seven = (ht.constraints.Box(lower=value, upper=value) for value in (9.0, 8.0, 7.0))
     trained = make_loop(constraints={"*": nine, "c*": eight, "start": seven}).run(1)
