@@ -16,17 +16,18 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.nn import functional as F
 
 import hypertorch as ht
 from experiments.common.building import build
+from experiments.common.digits import CLASSES
 from experiments.common.experiment import Baseline, Experiment
 from experiments.common.failures import ExpectedFailure
+from experiments.common.image_grid import draw_image_grid
+from experiments.common.labelled_images import CleanImages, WeightedImages, first_params
 from experiments.common.reads import Reads
 from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
-_CLASSES = 10
 _SIDE = 8
 _PIXELS = _SIDE**2
 _ROWS, _COLUMNS = 3, 6
@@ -226,9 +227,9 @@ class Scans:
         return ht.BilevelProblem(
             LabelledScans(
                 data=self.training if training is None else training,
-                first={name: value.to(like) for name, value in _first_weights(hidden, generator).items()},
+                first={name: value.to(like) for name, value in first_params(_PIXELS, hidden, generator).items()},
             ),
-            CleanScans(
+            CleanImages(
                 data=self.judged[split],
                 first={"trust": like.new_zeros(self.num_labellers), "log_l2": like.new_tensor(log_l2)},
             ),
@@ -267,7 +268,7 @@ def load_scans(
     labeller = torch.arange(num_training) // scans_each
     wrong_share = most_wrong * labeller / max(num_labellers - 1, 1)
     is_wrong = torch.rand(num_training, generator=generator) < wrong_share
-    guesses = torch.randint(_CLASSES, (num_training,), generator=generator)
+    guesses = torch.randint(CLASSES, (num_training,), generator=generator)
     given = torch.where(is_wrong, guesses, labels[:num_training])
     ends = (num_training, num_training + num_validation, len(digits))
     return Scans(
@@ -281,17 +282,6 @@ def load_scans(
         generator=generator,
         seed=seed,
     )
-
-
-def _first_weights(hidden: int, generator: torch.Generator) -> TensorDict:
-    if not hidden:
-        return {"output.weight": torch.zeros(_CLASSES, _PIXELS), "output.bias": torch.zeros(_CLASSES)}
-    return {
-        "hidden.weight": torch.randn(hidden, _PIXELS, generator=generator) / _PIXELS**0.5,
-        "hidden.bias": torch.zeros(hidden),
-        "output.weight": torch.randn(_CLASSES, hidden, generator=generator) / hidden**0.5,
-        "output.bias": torch.zeros(_CLASSES),
-    }
 
 
 def draw_trust(scans: Scans, trust: Tensor, path: Path) -> None:
@@ -313,82 +303,22 @@ def draw_trust(scans: Scans, trust: Tensor, path: Path) -> None:
     axes.set(xlabel="wrong labels of a labeller (%)", ylabel="learnt weight", ylim=(-0.05, 1.05))
     axes.grid(alpha=0.3)
     right.suptitle("scans trusted least: the label given, and the true one where it is another", fontsize=9)
-    least = trust[labeller].argsort(stable=True)[: _ROWS * _COLUMNS].tolist()
-    for cell, index in zip(right.subplots(_ROWS, _COLUMNS, squeeze=False).flat, least, strict=False):
-        cell.imshow(inputs[index].reshape(_SIDE, _SIDE).numpy(), cmap="gray_r", vmin=0, vmax=1)
-        is_wrong = bool(given[index] != true[index])
-        label = f"{given[index]} ({true[index]})" if is_wrong else str(int(given[index]))
-        cell.set_title(label, fontsize=9, color="tab:red" if is_wrong else "tab:green")
-    for cell in right.axes:
-        cell.set(xticks=[], yticks=[], frame_on=False)
+    least = trust[labeller].argsort(stable=True)[: _ROWS * _COLUMNS]
+    draw_image_grid(right, (_ROWS, _COLUMNS), inputs[least], given[least], true[least])
     figure.savefig(path, dpi=120)
 
 
-class LabelledScans(ht.InnerProblem):
-    """Trains the classifier on what the labellers say, each as far as trusted.
+class LabelledScans(WeightedImages):
+    """Trains the classifier on what the labellers say, each as far as trusted."""
 
-    Args:
-        data: inputs of shape `(scans, pixels)`, labels as given and who gave them, both of shape `(scans,)`.
-        first: the first weights.
-    """
+    def weights(self, hparams: TensorDict, losses: Tensor, source: Tensor) -> Tensor:
+        """Returns the trust in each scan's labeller."""
+        return hparams["trust"].sigmoid()[source]
 
-    def __init__(self, *, data: tuple[Tensor, Tensor, Tensor], first: TensorDict) -> None:
-        self._data = data
-        self._first = first
-
-    def init_params(self, hparams: TensorDict) -> TensorDict:
-        """Returns the first weights, which are not learnt."""
-        return dict(self._first)
-
-    def batch(self, step: int) -> Batch:
-        """Returns all labelled scans, at every step."""
-        return self._data
+    def l2(self, hparams: TensorDict) -> Tensor:
+        """Returns the strength of the penalty, from its logarithm."""
+        return hparams["log_l2"].exp()
 
     def full_batch(self) -> Batch:
         """Returns all labelled scans."""
-        return self._data
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the weighted cross-entropy and the penalty."""
-        inputs, labels, labeller = batch
-        losses = F.cross_entropy(logits(params, inputs), labels, reduction="none")
-        penalty = sum(value.square().sum() for value in params.values()) / 2
-        return (hparams["trust"].sigmoid()[labeller] * losses).mean() + hparams["log_l2"].exp() * penalty
-
-
-class CleanScans(ht.OuterProblem):
-    """Judges the classifier on scans whose labels are true.
-
-    Args:
-        data: inputs of shape `(scans, pixels)` and labels of shape `(scans,)`.
-        first: the outer variables before the first outer step.
-    """
-
-    def __init__(self, *, data: tuple[Tensor, Tensor], first: TensorDict) -> None:
-        self._data = data
-        self._first = first
-
-    def init_hparams(self) -> TensorDict:
-        """Returns the trust in each labeller, before its sigmoid, and the logarithm of the penalty."""
-        return dict(self._first)
-
-    def batch(self, outer_step: int) -> Batch:
-        """Returns all clean scans."""
-        return self._data
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy."""
-        inputs, labels = batch
-        return F.cross_entropy(logits(params, inputs), labels)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the accuracy."""
-        inputs, labels = batch
-        return {"accuracy": (logits(params, inputs).argmax(dim=-1) == labels).to(inputs.dtype).mean()}
-
-
-def logits(params: TensorDict, inputs: Tensor) -> Tensor:
-    """Returns the classifier's outputs, shape `(scans, classes)`."""
-    if "hidden.weight" in params:
-        inputs = torch.tanh(F.linear(inputs, params["hidden.weight"], params["hidden.bias"]))
-    return F.linear(inputs, params["output.weight"], params["output.bias"])
+        return self.batch(0)

@@ -25,6 +25,7 @@ from experiments.common.typed_settings import parse
 from experiments.fewshot.learners import judged_learner, trained_learner
 from experiments.fewshot.settings import FewShotSettings
 from hypertorch.fewshot import Episode, EpisodeSource, Examples, Learner
+from tests.helpers.data import real_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
@@ -73,6 +74,8 @@ def test_every_command_composes(name: str) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}")
+    if OmegaConf.select(config, "experiment.data") == "mnist":
+        config.experiment.root = str(real_data("mnist"))
     built = build_experiment(config, parse(TrainSettings, config))
     assert isinstance(built, Experiment) and built.splits and built.metric and built.mode in ("max", "min")
     assert isinstance(make(config, "hypergradient")(), ht.Hypergradient)

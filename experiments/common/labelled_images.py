@@ -1,0 +1,123 @@
+"""A classifier of images: trained with a weight on the loss of each image, judged on images with true labels."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hypertorch as ht
+from experiments.common.digits import CLASSES
+from hypertorch.types import Batch, TensorDict
+
+
+class WeightedImages(ht.InnerProblem):
+    """Trains the classifier on labelled images: `L = mean_i v_i l_i + l2 |params|^2 / 2` with cross-entropies `l_i`.
+
+    Args:
+        data: inputs of shape `(images, pixels)`, labels as given, and who or what gave each, both of shape
+            `(images,)`; or a function of the inner step that returns them.
+        first: the first params.
+    """
+
+    def __init__(self, *, data: tuple[Tensor, Tensor, Tensor] | Callable[[int], Batch], first: TensorDict) -> None:
+        self._data = data
+        self._first = first
+
+    @abstractmethod
+    def weights(self, hparams: TensorDict, losses: Tensor, source: Tensor) -> Tensor:
+        """Returns the weights `v` of the images, of the shape of `losses` and `source`: `(images,)`."""
+
+    @abstractmethod
+    def l2(self, hparams: TensorDict) -> Tensor | float:
+        """Returns the strength of the penalty."""
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        """Returns the first params, which are not learnt."""
+        return dict(self._first)
+
+    def batch(self, step: int) -> Batch:
+        """Returns the images of a step."""
+        return self._data(step) if callable(self._data) else self._data
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the weighted cross-entropy and the penalty."""
+        inputs, labels, source = batch
+        losses = F.cross_entropy(logits(params, inputs), labels, reduction="none")
+        penalty = sum(value.square().sum() for value in params.values()) / 2
+        return (self.weights(hparams, losses, source) * losses).mean() + self.l2(hparams) * penalty
+
+
+class CleanImages(ht.OuterProblem):
+    """Judges the classifier on images whose labels are true.
+
+    Args:
+        data: inputs of shape `(images, pixels)` and labels of shape `(images,)`.
+        first: the outer variables before the first outer step.
+        constraints: the sets that they are kept in, by name.
+        figures: of the outer variables alone, reported beside the accuracy.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: tuple[Tensor, Tensor],
+        first: TensorDict,
+        constraints: Mapping[str, ht.Constraint] | None = None,
+        figures: Callable[[TensorDict], TensorDict] | None = None,
+    ) -> None:
+        self._data = data
+        self._first = first
+        self._constraints = constraints or {}
+        self._figures = figures
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the outer variables before the first outer step."""
+        return dict(self._first)
+
+    def constraints(self) -> Mapping[str, ht.Constraint]:
+        """Returns the sets that the outer variables are kept in."""
+        return self._constraints
+
+    def batch(self, outer_step: int) -> Batch:
+        """Returns all of the images."""
+        return self._data
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the cross-entropy."""
+        inputs, labels = batch
+        return F.cross_entropy(logits(params, inputs), labels)
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+        """Returns the accuracy, and the figures of the outer variables."""
+        inputs, labels = batch
+        accuracy = (logits(params, inputs).argmax(dim=-1) == labels).to(inputs.dtype).mean()
+        return {"accuracy": accuracy, **(self._figures(hparams) if self._figures else {})}
+
+
+def first_params(pixels: int, hidden: int, generator: torch.Generator) -> TensorDict:
+    """Returns first params of a classifier with one hidden layer, or of softmax regression, whose params start at 0.
+
+    Args:
+        pixels: of an image.
+        hidden: width of the hidden layer; 0 for none.
+        generator: of the first weights.
+    """
+    if not hidden:
+        return {"output.weight": torch.zeros(CLASSES, pixels), "output.bias": torch.zeros(CLASSES)}
+    return {
+        "hidden.weight": torch.randn(hidden, pixels, generator=generator) / pixels**0.5,
+        "hidden.bias": torch.zeros(hidden),
+        "output.weight": torch.randn(CLASSES, hidden, generator=generator) / hidden**0.5,
+        "output.bias": torch.zeros(CLASSES),
+    }
+
+
+def logits(params: TensorDict, inputs: Tensor) -> Tensor:
+    """Returns the classifier's outputs, shape `(images, classes)`."""
+    if "hidden.weight" in params:
+        inputs = torch.tanh(F.linear(inputs, params["hidden.weight"], params["hidden.bias"]))
+    return F.linear(inputs, params["output.weight"], params["output.bias"])
