@@ -77,3 +77,8 @@ def test_finite_entries_whose_sum_overflows_are_finite() -> None:
 def test_opposite_infinities_are_not_finite() -> None:
     assert not tree.all_finite([torch.tensor([float("inf"), -float("inf")])])
     assert not tree.all_finite([torch.tensor([float("inf")]), torch.tensor([-float("inf")])])
+
+
+def test_one_tree_is_concatenated_to_itself() -> None:
+    only = {"a": torch.arange(3.0)}
+    assert torch.equal(tree.concatenate([only])["a"], only["a"])

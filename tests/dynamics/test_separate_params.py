@@ -57,3 +57,10 @@ def test_hypergradient_is_right(dynamics: ht.Dynamics, backend: ht.Hypergradient
 def test_it_is_said_by_each_class_for_itself() -> None:
     assert ht.dynamics.SGD.separate_params and ht.dynamics.Adam.separate_params
     assert not OneAfterTheOther.separate_params and not ht.dynamics.Groups.separate_params
+
+
+@pytest.mark.parametrize(
+    "rule", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "RMSprop", "Lion", "ReversibleMomentum"]
+)
+def test_rules_that_go_entry_by_entry_save_the_view(rule: str) -> None:
+    assert getattr(ht.dynamics, rule).separate_params is True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hypertorch as ht
 from hypertorch.fewshot.backbones import BatchNorm
-from hypertorch.inner.tasks import task_slices
+from hypertorch.inner.tasks import measured, task_slices
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaOuter, one_by_one, task_problem
 
@@ -273,3 +273,17 @@ def test_the_hypergradients_of_tasks_one_by_one_are_not_kept_side_by_side() -> N
     torch.testing.assert_close(result.grads["long"], torch.full((10_000,), 0.7e-4))
     of_one = 10_000 * 4
     assert memory.peak < 6 * of_one  # the sum, one task's, and what makes it
+
+
+def test_a_route_measured_in_one_precision_serves_no_other() -> None:
+    problem = task_problem(net("none"), item=(1, 4, 4))
+    runs: list[object] = []
+
+    def count(dtype: torch.dtype) -> int:
+        before = len(runs)
+        measured(ht.Execution(), problem, "a kind of its own", {"c": torch.ones((), dtype=dtype)}, runs.append)
+        return len(runs) - before
+
+    assert count(torch.float32) > 0
+    assert count(torch.float32) == 0
+    assert count(F64) > 0

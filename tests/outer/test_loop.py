@@ -489,6 +489,21 @@ def test_an_outer_loss_that_rose_tenfold_is_said(factor: float) -> None:
     make_loop(Source(), **still).run(1)
 
 
+def test_an_outer_loss_that_rose_from_zero_is_no_multiple_of_it() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class FromZero(Outer):
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            return params["w"].square().sum() * self.step
+
+    @dataclass(frozen=True, kw_only=True)
+    class Source(Quadratics):
+        def at(self, outer_step: int) -> ht.BilevelProblem:
+            problem = super().at(outer_step)
+            return replace(problem, outer=FromZero(**vars(problem.outer)))
+
+    make_loop(Source(), optimizer=partial(torch.optim.SGD, lr=0.0)).run(3)
+
+
 def test_refused_arguments() -> None:
     source = Quadratics()
     with pytest.raises(TypeError, match=r"`source` is .*, not a `ProblemSource`"):

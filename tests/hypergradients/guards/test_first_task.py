@@ -1,0 +1,83 @@
+"""What is noticed of a function that changes its arguments, or does not return the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypertorch as ht
+from hypertorch.errors import NonFiniteError, ReplayError
+from hypertorch.hypergradients.guards.first_task import arguments_kept
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.problems import LambdaInner, LambdaOuter
+
+
+def replaced(values: TensorDict) -> None:
+    values["a"] = values["a"].clone()  # equal, and another tensor
+
+
+def added(values: TensorDict) -> None:
+    values["b"] = torch.zeros(2)
+
+
+def removed(values: TensorDict) -> None:
+    del values["a"]
+
+
+def moved(values: TensorDict) -> None:
+    values["a"].add_(1.0)
+
+
+@pytest.mark.parametrize("change", [replaced, added, removed, moved])
+def test_every_change_of_an_argument_is_named(change: Callable[[TensorDict], None]) -> None:
+    values = {"a": torch.tensor([1.0, float("nan")])}
+    name = "b" if change is added else "a"
+    with (
+        pytest.raises(ReplayError, match=rf"`f` changes its argument `values\['{name}'\]`"),
+        arguments_kept("f", values=values),
+    ):
+        change(values)
+
+
+def test_an_argument_that_is_left_as_it_is_is_no_change() -> None:
+    with arguments_kept("f", values={"a": torch.tensor([1.0, float("nan")])}):
+        pass
+
+
+def test_a_first_state_that_counts_its_calls_is_noticed() -> None:
+    calls: list[int] = []
+
+    def init(hparams: TensorDict) -> TensorDict:
+        calls.append(1)
+        return {"w": hparams["c"] + len(calls)}
+
+    problem = ht.BilevelProblem(
+        # The step forgets where it came from, so that nothing after it tells.
+        LambdaInner(init, lambda p, h, b: p["w"].square() / 2),
+        LambdaOuter({"c": torch.ones((), dtype=torch.float64)}, lambda p, h, b: p["w"] + h["c"]),
+        dynamics=ht.dynamics.SGD(lr=1.0),
+        num_steps=1,
+    )
+    with pytest.raises(ReplayError, match="`InnerProblem.init_params` differs"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=ht.hypergradients.Reverse())
+
+
+def test_where_infinity_appeared_is_told_of_a_problem_with_a_context() -> None:
+    def context(hparams: TensorDict, batch: Batch) -> TensorDict:
+        return {"target": 2.0 * hparams["c"]}
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return (params["w"] - hparams["target"]).square().square()
+
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.full((), 1e3, dtype=torch.float64)}, loss),
+        LambdaOuter({"c": torch.ones((), dtype=torch.float64)}, lambda p, h, b: p["w"]),
+        dynamics=ht.dynamics.SGD(lr=1.0),
+        num_steps=8,
+        context=context,
+    )
+    with pytest.raises(NonFiniteError, match="inner step"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=ht.hypergradients.Reverse())
