@@ -19,13 +19,12 @@ def plot_learning_curve(metrics: Path, path: Path, metric: str) -> None:
         path: the picture.
         metric: the main figure.
     """
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("outer_loss", metric), strict=True):
-        steps, values = _series(records, name)
+        steps, values = logged(metrics, name)
         axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=0.8)
         axes.plot(steps, _smoothed(values), color="tab:blue", label="training")
-        axes.plot(*_series(records, f"validation/{name}"), color="tab:orange", marker=".", label="validation")
+        axes.plot(*logged(metrics, f"validation/{name}"), color="tab:orange", marker=".", label="validation")
         if name in ("outer_loss", "mse") and values and min(values) > 0:
             axes.set_yscale("log")
         axes.set(xlabel="outer step", ylabel=name)
@@ -34,7 +33,14 @@ def plot_learning_curve(metrics: Path, path: Path, metric: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _series(records: Sequence[dict[str, float]], name: str) -> Series:
+def logged(metrics: Path, name: str) -> Series:
+    """Returns the outer steps at which a figure was logged, and its values.
+
+    Args:
+        metrics: a run's metrics.jsonl.
+        name: of the figure.
+    """
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     chosen = [record for record in records if record.get(name) is not None]
     return [record["step"] for record in chosen], [record[name] for record in chosen]
 
