@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import process_time
 
@@ -70,7 +70,7 @@ def main(config: DictConfig) -> float:
     write_results(folder.results, results(settings, trained, reports, baselines))
     plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", experiment.metric)
     experiment.draw(trained.best_hparams, folder.path)
-    show(experiment, settings, trained, reports, baselines, folder)
+    show(settings, trained, reports, baselines, experiment.published, folder)
     return merit(experiment, trained, reports)
 
 
@@ -158,11 +158,11 @@ def results(
 
 
 def show(
-    experiment: Experiment,
     settings: TrainSettings,
     trained: ht.Trained,
     reports: Reports,
     baselines: dict[str, Reports],
+    published: Mapping[str, str],
     folder: RunFolder,
 ) -> None:
     """Prints the closing table, and how to load the outcome."""
@@ -173,7 +173,7 @@ def show(
     print_reports(console, f"after {trained.best_step} outer steps (best validation)", rows)
     memory = peak_memory_mib(settings.device)
     for line in (
-        *(f"published, {what}: {figure}" for what, figure in experiment.published.items()),
+        *(f"published, {what}: {figure}" for what, figure in published.items()),
         f"training {duration(trained.seconds)} ({trained.num_outer_steps} outer steps), evaluation "
         f"{duration(sum(report.seconds for report in reports.values()))}, peak memory "
         f"{'unknown' if memory is None else f'{memory:.0f} MiB'}, {process_time():.0f} CPU seconds in all",

@@ -140,10 +140,12 @@ def compose_job(*overrides: str) -> DictConfig:
 
 def test_the_closing_lines_are_of_the_best_step(config: DictConfig, capsys: pytest.CaptureFixture[str]) -> None:
     settings = parse(TrainSettings, config)
-    train.show(settings, TRAINED, REPORTS, {"none": {"meta_val": REPORTS["meta_test"]}}, RunFolder(Path("here")))
+    baselines = {"none": {"meta_val": REPORTS["meta_test"]}}
+    train.show(settings, TRAINED, REPORTS, baselines, {"a paper": "51 %"}, RunFolder(Path("here")))
     shown = capsys.readouterr().out
     assert "after 40 outer steps (best validation)" in shown
     assert "training 2 min 30 s (50 outer steps), evaluation 2 min 0 s" in shown
+    assert "published, a paper: 51 %" in shown and "CPU seconds in all" in shown
     assert "everything is in here" in shown
     assert "hypertorch.load_hparams('here') loads the outer variables" in shown
     assert row(shown, "meta_val, none")[1] == "50.00 %" and row(shown, "meta_test")[1] == "50.00 %"
