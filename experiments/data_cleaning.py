@@ -20,7 +20,7 @@ from torch import Tensor
 import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.image_grid import draw_image_grid
 from experiments.common.labelled_images import CleanImages, WeightedImages, first_params
@@ -107,11 +107,7 @@ class DataCleaning(Experiment):
         Raises:
             ExpectedFailure: if other problems are asked for: there are none.
         """
-        if seed is not None:
-            raise ExpectedFailure(
-                f"`seed` is {seed}, but this experiment has one problem for each split: there are no others to choose. "
-                "Leave it out."
-            )
+        refuse_other_problems(seed)
         return self._problem(split, self._retrain_steps)
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:

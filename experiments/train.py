@@ -89,7 +89,7 @@ def start(settings: TrainSettings) -> TensorDict | None:
         if trusted:
             raise ExpectedFailure(
                 f"`trust` is {trusted}, but this run takes nothing from another run's folder (`start_from` is null): "
-                "nothing would come of it. Your own classes need no trust on the command line. Leave it out."
+                "it would do nothing. Your own classes need no trust on the command line. Leave it out."
             )
         return None
     run = RunFolder(Path(path))

@@ -43,7 +43,7 @@ def check_hparams(hparams: TensorMapping) -> torch.device:
         if not value.is_floating_point():
             raise TypeError(
                 f"`hparams[{name!r}]` has dtype {value.dtype}, which has no derivative. Use a floating-point tensor; "
-                "integers that the losses need belong into the context or the batch."
+                "integers that the losses need belong in the context or the batch."
             )
     # A run has one generator of noise beside the host's, that of its device.
     devices = sorted({str(value.device) for value in hparams.values()})

@@ -65,7 +65,7 @@ def digit_splits(
 
     Args:
         name: which images.
-        sizes: of each set, by its name. 0 stands for all that the others leave over.
+        sizes: of each set, by its name; for one of them, 0 stands for all that the others leave over.
         root: the folder with MNIST's four `.gz` files; only for "mnist".
         seed: of the draw.
         device: where the tensors are.
@@ -76,10 +76,18 @@ def digit_splits(
     """
     pixels, digits = _load(name, root)
     left = len(digits) - sum(sizes.values())
-    if left < 0:
+    open_ended = [split for split, size in sizes.items() if size == 0]
+    if len(open_ended) > 1 or min(sizes.values()) < 0:
         raise ExpectedFailure(
-            f"the experiment asks for {sum(sizes.values())} images ({_listed(sizes)}), but `experiment.data={name}` "
-            f"has {len(digits)}. Ask for fewer, or write experiment.data=mnist experiment.root=FOLDER."
+            f"the experiment asks for {_listed(sizes)} images: a size is at least 0, and 0 stands for all that the "
+            "others leave over, which one set alone can have. Give the others a size."
+        )
+    if left < len(open_ended):
+        rest = ", and the rest" if open_ended else ""
+        raise ExpectedFailure(
+            f"the experiment asks for {sum(sizes.values())} images ({_listed(sizes)}{rest}), but "
+            f"`experiment.data={name}` has {len(digits)}. Ask for fewer, or write experiment.data=mnist "
+            "experiment.root=FOLDER."
         )
     order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
     inputs = pixels[order].to(dtype) / _DARKEST[name]

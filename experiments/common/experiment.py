@@ -138,6 +138,19 @@ def build_experiment(config: DictConfig, settings: ProblemSettings) -> Experimen
     return build(config, "experiment", config, settings)
 
 
+def refuse_other_problems(seed: int | None) -> None:
+    """Refuses a seed for the evaluation of an experiment that has one problem for each split.
+
+    Raises:
+        ExpectedFailure: if one is given.
+    """
+    if seed is not None:
+        raise ExpectedFailure(
+            f"`seed` is {seed}, but this experiment has one problem for each split: there are no others to choose. "
+            "Leave it out."
+        )
+
+
 def check_repetitions(source: ht.ProblemSource, num_episodes: int, key: str) -> None:
     """Refuses to judge on the same single problem several times: the interval would be that of repetitions.
 

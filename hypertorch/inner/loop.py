@@ -164,11 +164,13 @@ class InnerLoop:
         problem = self.problem
         check_params(params, problem.inner.buffers, problem.num_steps)
         trained = self.trained(params)
+        # Without a step nobody reads the optimiser's settings or buffers: a schedule of any length fits.
+        if not problem.num_steps:
+            return InnerState(params, {})
         # Rules check their settings against the params that a user wrote, those of one task.
         one_task = {name: value[0] for name, value in trained.items()} if self.num_tasks is not None else trained
         problem.dynamics.check(one_task, variables, problem.num_steps)
-        # Without a step nobody reads the optimiser's buffers.
-        return InnerState(params, problem.dynamics.init(trained, variables) if problem.num_steps else {})
+        return InnerState(params, problem.dynamics.init(trained, variables))
 
     def step(
         self, state: InnerState, variables: TensorDict, step: int, route: GradientRoute = "differentiable"

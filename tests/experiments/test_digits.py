@@ -56,9 +56,12 @@ def test_what_cannot_be_read_is_named(root: Path) -> None:
             digit_splits(**{"name": "mnist", "sizes": {"train": 4}, "root": root, **arguments})  # type: ignore[arg-type]
 
     refused("asks for 9 images .9 train.*has 8", sizes={"train": 9})
+    refused("asks for 8 images .8 train, 0 test, and the rest.*has 8", sizes={"train": 8, "test": 0})
+    refused("asks for 0 train, 0 test images: .* one set alone", sizes={"train": 0, "test": 0})
+    refused("asks for -1 train images: a size is at least 0", sizes={"train": -1})
     refused("`experiment.root` is null", root=None)
     refused("`experiment.data` is 'mnits', which names no images", name="mnits")
-    refused("which need no folder|need no folder", name="digits")
+    refused("need no folder", name="digits")
     refused("train-images-idx3-ubyte.gz cannot be read there", root=root / "elsewhere")
     write_idx(root / "t10k-labels-idx1-ubyte.gz", np.arange(2))
     refused("8 images and 7 labels")

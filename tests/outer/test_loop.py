@@ -700,3 +700,18 @@ def test_the_check_for_infinity_is_no_work_of_a_step(tmp_path: Path, monkeypatch
     monkeypatch.setattr(loop_module, "check_finite", lambda hparams, *, where, remedy: asked.append(where))
     make_loop(checkpoints=outer.Checkpoints(tmp_path, every=10)).run(20)
     assert asked == ["after 10 outer steps", "after 20 outer steps", "after 20 outer steps"]
+
+
+def test_a_problem_with_metrics_learns_a_schedule() -> None:
+    class Judged(LambdaOuter):
+        def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+            return {"distance": params["w"].abs().sum()}
+
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": torch.ones(2)}, lambda p, h, b: p["w"].square().sum()),
+        Judged({"log_lr": torch.full((3,), -3.0)}, lambda p, h, b: p["w"].square().sum()),
+        dynamics=ht.dynamics.SGD(lr=ht.Hyper("log_lr", torch.exp, per="step"), momentum=[0.0, 0.1, 0.2]),
+        num_steps=3,
+    )
+    trained = make_loop(problem).run(4)
+    assert (trained.hparams["log_lr"] > -3.0).all()

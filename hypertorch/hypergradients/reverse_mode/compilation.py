@@ -162,7 +162,7 @@ def compilation() -> Iterator[None]:
             yield
         except dynamo.exc.FailOnRecompileLimitHit as error:
             raise TooManyProgramsError(
-                f"it became another program {_MOST_PROGRAMS} times. Numbers that change from step to step belong into "
+                f"it became another program {_MOST_PROGRAMS} times. Numbers that change from step to step belong in "
                 f"tensors of the batch, and those that change from run to run into hyperparameters (`Hyper`). "
                 f"{_first_sentence(str(error))}"
             ) from error
