@@ -36,6 +36,7 @@ class DataCleaning(Experiment):
 
     The inner problem is softmax regression on the weighted training images. For the test, the classifier is trained
     again on the weighted training images and the validation images together, for `retrain_steps` steps; baselines too.
+    `test_training_alone` judges on the test images what was trained on the weighted training images alone.
 
     Args:
         config: the configuration, for the group `dynamics`.
@@ -55,7 +56,8 @@ class DataCleaning(Experiment):
     """
 
     READS: ClassVar = Reads(blocks=("dynamics",))
-    splits = ("validation", "test")
+    # What precedes the test is what a sweep goes by, so that the other view of the test images comes first.
+    splits = ("test_training_alone", "validation", "test")
     # Accuracies of two runs differ by a few images; the loss shows more.
     metric = "outer_loss"
     mode = "min"
@@ -131,6 +133,7 @@ class DataCleaning(Experiment):
         images, form = self._images["training"], self._form
         inputs, labels = images.inputs, self._given
         clean = self._images["validation"] if split == "test" else self._images["validation"][:0]
+        judged = self._images["validation" if split == "validation" else "test"]
         first = first_params(inputs.shape[1], hidden=0, generator=torch.Generator())
         is_wrong = self._given != images.labels
         return ht.BilevelProblem(
@@ -143,7 +146,7 @@ class DataCleaning(Experiment):
                 scale=1.0 / form.first if learning else None,
             ),
             CleanImages(
-                data=self._images[split].pairs(),
+                data=judged.pairs(),
                 first={"weight": form.inverse(inputs.new_full((len(images),), form.first))},
                 constraints=form.constraints(),
                 figures=lambda hparams: {"F1": f1(form.detected(hparams["weight"]), is_wrong).to(inputs)},

@@ -68,7 +68,7 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:
 def test_training_validation_and_test_images_do_not_overlap() -> None:
     tiny = experiment()
     learning, final = inner_data(tiny.training()), inner_data(tiny.evaluation("test"))
-    sets = [learning[0], *(tiny.evaluation(split).at(0).outer.batch(0)[0] for split in tiny.splits)]
+    sets = [learning[0], *(tiny.evaluation(split).at(0).outer.batch(0)[0] for split in ("validation", "test"))]
     assert [tuple(images.shape) for images in sets] == [(40, 64), (30, 64), (20, 64)]
     rows = {tuple(row) for images in sets for row in images.tolist()}
     assert len(rows) == 90
@@ -76,6 +76,10 @@ def test_training_validation_and_test_images_do_not_overlap() -> None:
     assert torch.equal(final[0], torch.cat(sets[:2]))
     assert torch.equal(final[1][:40], learning[1])
     assert torch.equal(final[1][40:], tiny.evaluation("validation").at(0).outer.batch(0)[1])
+    # The other view of the test images trains on the training images alone.
+    alone = tiny.evaluation("test_training_alone")
+    assert torch.equal(inner_data(alone)[0], sets[0])
+    assert torch.equal(alone.at(0).outer.batch(0)[0], sets[2])
 
 
 @pytest.mark.parametrize("form", [(), SIGMOID])
