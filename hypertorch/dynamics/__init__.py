@@ -1,8 +1,7 @@
 """Inner optimisers as pure, differentiable maps: one file per update rule."""
 
 from hypertorch.dynamics.adagrad import Adagrad
-from hypertorch.dynamics.adam import Adam
-from hypertorch.dynamics.adamw import AdamW
+from hypertorch.dynamics.adam import Adam, AdamW
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
 from hypertorch.dynamics.clipped import Clipped
 from hypertorch.dynamics.coordinatewise_rules import CoordinatewiseLSTM, CoordinatewiseMLP

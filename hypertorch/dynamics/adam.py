@@ -1,8 +1,8 @@
-"""Adam, as `torch.optim.Adam` defines it."""
+"""Adam and AdamW, as `torch.optim` defines them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,8 @@ class Adam(GradientDynamics):
         v = beta2 * v + (1 - beta2) * d^2
         w = w - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    With `amsgrad` the largest `v` so far takes the place of `v` in the last line. Where betas follow a schedule, the
+    With `amsgrad` the largest `v` so far takes the place of `v` in the last line. With `decoupled_weight_decay` the
+    weights decay by themselves, `w = w - lr * weight_decay * w`, and `d = g`. Where betas follow a schedule, the
     correction is that of the step's own beta, as in `torch.optim.Adam`.
 
     The hypergradient is finite where a gradient is exactly zero, and right where it is zero whatever the outer
@@ -41,6 +42,7 @@ class Adam(GradientDynamics):
         eps: added to the root in the denominator, at least 0; above 0 where a coordinate may have no gradient.
         weight_decay: factor of the parameter added to its gradient, at least 0.
         amsgrad: divide by the largest mean square so far.
+        decoupled_weight_decay: let the weights decay by themselves, as in `AdamW`.
         maximize: ascend instead of descending.
 
     Raises:
@@ -59,6 +61,7 @@ class Adam(GradientDynamics):
     eps: Setting = setting(EPS, 1e-8)
     weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     amsgrad: bool = False
+    decoupled_weight_decay: bool = False
     maximize: bool = False
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
@@ -77,7 +80,10 @@ class Adam(GradientDynamics):
             # The order of `torch.optim.Adam`: the sign turns before the decay, which pulls towards zero either way.
             d = -grads[name] if self.maximize else grads[name]
             if "weight_decay" in self.active:
-                d = decayed(d, w, weight_decay[name])
+                if self.decoupled_weight_decay:
+                    w = (1.0 - lr[name] * weight_decay[name]) * w
+                else:
+                    d = decayed(d, w, weight_decay[name])
             m = new_state[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
             v = new_state[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
             if self.amsgrad:
@@ -89,3 +95,34 @@ class Adam(GradientDynamics):
             root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
             new_params[name] = descend_quotient(w, m, root + eps[name], lr[name] / (1.0 - beta1[name] ** t))
         return new_params, new_state
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdamW(Adam):
+    """Adam with weight decay that acts on the weights alone, not on the moments; every setting can be learnt.
+
+    It is `Adam` with `decoupled_weight_decay`, and decays by default.
+
+    Cost: one gradient per step; state of twice the size of the parameters, with `amsgrad` three times.
+
+    Args:
+        lr: step size, at least 0.
+        beta1: what the running mean of the gradient keeps at each step, in [0, 1).
+        beta2: what the running mean of its square keeps at each step, in [0, 1).
+        eps: added to the root in the denominator, at least 0; above 0 where a coordinate may have no gradient.
+        weight_decay: part of the parameter taken off at each step, in units of the step size, at least 0.
+        amsgrad: divide by the largest mean square so far.
+        maximize: ascend instead of descending.
+
+    Raises:
+        ValueError: if a number is out of its range.
+        TypeError: if a setting is of no known kind.
+
+    References:
+        Loshchilov and Hutter (2019), Decoupled weight decay regularization, algorithm 2.
+    """
+
+    separate_params: ClassVar[bool] = True
+
+    weight_decay: Setting = setting(WEIGHT_DECAY, 1e-2)
+    decoupled_weight_decay: bool = field(default=True, init=False)

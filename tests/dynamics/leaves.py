@@ -46,6 +46,7 @@ TORCH_OPTIM: dict[type[ht.Dynamics], tuple[type[torch.optim.Optimizer], list[dic
             {"lr": 0.1, "amsgrad": True, "beta2": 0.6},
             {"lr": 0.01, "maximize": True},
             {"lr": 0.01, "maximize": True, "amsgrad": True, "weight_decay": 0.05, "beta2": 0.8},
+            {"lr": 0.1, "weight_decay": 0.5, "decoupled_weight_decay": True},
         ],
     ),
     AdamW: (
@@ -184,6 +185,7 @@ LEARNT: list[Learnt] = [
     Learnt(Adam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-2, "weight_decay": 0.03}, step_size=1e-4),
     Learnt(Adam, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-2}, {"amsgrad": True}, step_size=1e-5),
     Learnt(Adam, {"lr": 0.05, "beta1": 0.8, "weight_decay": 0.03, "eps": 1e-2}, {"maximize": True}, step_size=1e-4),
+    Learnt(Adam, {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.3}, {"decoupled_weight_decay": True}, step_size=1e-4),
     Learnt(AdamW, {"lr": 0.05, "beta1": 0.8, "beta2": 0.9, "eps": 1e-2, "weight_decay": 0.3}, step_size=1e-4),
     Learnt(AdamW, {"lr": 0.05, "beta2": 0.6, "eps": 1e-2}, {"amsgrad": True, "maximize": True}, step_size=1e-4),
     Learnt(RMSprop, {"lr": 0.02, "alpha": 0.8, "eps": 1e-2, "weight_decay": 0.03}, step_size=1e-4),
