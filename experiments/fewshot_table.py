@@ -21,19 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.common.cells import Cell, write_rows
+from experiments.common.cells import Cell, CellSettings, run_cells, write_rows
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import (
-    as_given,
-    device,
-    listed_names,
-    optional,
-    package_names,
-    switch,
-    text,
-    whole_number,
-)
+from experiments.common.readers import device, listed_names, whole_number
 from experiments.common.reads import Reads, check_settings_are_read
 from experiments.common.run_folder import RunFolder, command
 from experiments.common.typed_settings import parse, setting
@@ -43,30 +34,18 @@ failures = Failures(MAIN_CONFIG)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSettings:
+class TableSettings(CellSettings):
     """What the command reads, beside what it keeps in tables of its configuration.
 
     Args:
-        data: folder of the data sets; None where nothing is run.
-        cells: folder of the cells' runs.
-        trust: packages whose classes the runs that are there may name.
         seed: of every cell.
         device: of every cell.
-        run: whether what is missing is run.
-        overrides: further settings of every cell.
-        resume: nothing beside the cells is resumed.
         learners: experiments to run; None for all.
         settings: settings to run; None for all.
     """
 
-    data: str | None = setting(optional(text))
-    cells: str = setting(text)
-    trust: list[str] = setting(package_names)
     seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the initial weights and the episodes"))
     device: torch.device = setting(device)
-    run: bool = setting(switch)
-    overrides: list[str] = setting(as_given)
-    resume: bool = setting(switch)
     learners: list[str] | None = setting(partial(listed_names, example="maml"))
     settings: list[str] | None = setting(partial(listed_names, example="omniglot_5way_1shot"))
 
@@ -149,16 +128,7 @@ def main(config: DictConfig) -> None:
     cells = list(planned_cells(config))
     console = Console()
     folder = Path(own.cells).parent
-    for cell in cells:
-        cell.check_folder(own.trust)
-    for cell in cells if own.run else ():
-        if cell.is_finished():
-            cell.check_command()
-    for cell in cells if own.run else ():
-        if not cell.is_finished():
-            console.print(cell.name, highlight=False)
-            cell.run(failures, str(Path(str(config.data)).resolve()))
-            write_table(folder, cells, config.data)
+    run_cells(cells, own, failures, console, lambda _: write_table(folder, cells, config.data))
     write_table(folder, cells, config.data)
     console.print((folder / "table.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
 
@@ -170,17 +140,8 @@ def planned_cells(config: DictConfig) -> Iterator[LearnerCell]:
         ExpectedFailure: if a setting is unknown, or there is no data to run on.
     """
     own = parse(TableSettings, config)
-    if own.run and own.data is None:
-        raise ExpectedFailure(
-            "`data` is not given, so there is nothing to train on. Pass data=... the folder that has `omniglot` and "
-            "`cifar100`, or run=false to write the table of what was run."
-        )
+    own.check_data(("omniglot", "cifar100"))
     published: Mapping[str, Mapping[str, Any]] = OmegaConf.to_container(config.published)  # type: ignore[assignment]
-    if own.run and not Path(str(own.data)).is_dir():
-        raise ExpectedFailure(
-            f"`data` is {own.data!r}, which is no folder: there is nothing to train on. Pass the folder that "
-            "has `omniglot` and `cifar100`."
-        )
     learners, settings = own.learners or list(published), own.settings or list(config.known_settings)
     experiments = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if _is_few_shot(path))
     for learner in learners:

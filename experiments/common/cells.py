@@ -6,13 +6,17 @@ import csv
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.readers import as_given, optional, package_names, switch, text
 from experiments.common.run_folder import RunFolder, read_config, read_results
+from experiments.common.typed_settings import setting
 
 _TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Settings of a training command that say where and how it runs, not what is computed.
@@ -22,6 +26,50 @@ _FREE = (
 )
 # As in scripts/train, where it is explained.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellSettings:
+    """What every command that runs cells reads.
+
+    Args:
+        data: folder of the data sets; None where nothing is run.
+        cells: folder of the cells' runs.
+        trust: packages whose classes the runs that are there may name.
+        run: whether what is missing is run.
+        overrides: further settings of every cell.
+        resume: nothing beside the cells is resumed.
+    """
+
+    data: str | None = setting(optional(text))
+    cells: str = setting(text)
+    trust: list[str] = setting(package_names)
+    run: bool = setting(switch)
+    overrides: list[str] = setting(as_given)
+    resume: bool = setting(switch)
+
+    def check_data(self, needed: Sequence[str]) -> None:
+        """Refuses to run without the data sets.
+
+        Args:
+            needed: names of the folders in `data`.
+
+        Raises:
+            ExpectedFailure: if `data` is not given, or is no folder.
+        """
+        folders = " and ".join(f"`{name}`" for name in needed)
+        if not self.run or not needed:
+            return
+        if self.data is None:
+            raise ExpectedFailure(
+                "`data` is not given, so there is nothing to train on. Pass data=... the folder that has "
+                f"{folders}, or run=false to write the table of what was run."
+            )
+        if not Path(self.data).is_dir():
+            raise ExpectedFailure(
+                f"`data` is {self.data!r}, which is no folder: there is nothing to train on. Pass the folder that "
+                f"has {folders}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +159,35 @@ class Cell:
             for word in shlex.split(results["command"])
         ]
         return shlex.join(word for word in words if not word.startswith(("paths.", "resume=")))
+
+
+def run_cells(
+    cells: Sequence[Cell], settings: CellSettings, failures: Failures, console: Console, after: Callable[[Cell], None]
+) -> None:
+    """Runs the cells that have no figures yet, in order.
+
+    Args:
+        cells: the cells.
+        settings: of the command that has the table.
+        failures: of the same command.
+        console: where the name of the cell that is run is shown.
+        after: called with each cell that was run.
+
+    Raises:
+        ExpectedFailure: if a cell's folder is not as it is to be, or its training command failed.
+    """
+    for cell in cells:
+        cell.check_folder(settings.trust)
+    if not settings.run:
+        return
+    for cell in cells:
+        if cell.is_finished():
+            cell.check_command()
+    for cell in cells:
+        if not cell.is_finished():
+            console.print(cell.name, highlight=False)
+            cell.run(failures, None if settings.data is None else str(Path(settings.data).resolve()))
+            after(cell)
 
 
 def write_rows(folder: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
