@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -161,8 +161,11 @@ class Cell:
         return shlex.join(word for word in words if not word.startswith(("paths.", "resume=")))
 
 
+CellT = TypeVar("CellT", bound=Cell)
+
+
 def run_cells(
-    cells: Sequence[Cell], settings: CellSettings, failures: Failures, console: Console, after: Callable[[Cell], None]
+    cells: Sequence[CellT], settings: CellSettings, failures: Failures, console: Console, after: Callable[[CellT], None]
 ) -> None:
     """Runs the cells that have no figures yet, in order.
 

@@ -1,0 +1,250 @@
+"""Runs the experiments with several seeds each, and writes their figures and pictures into their pages of results.
+
+python experiments/gallery.py data=path/to/data
+python experiments/gallery.py data=path/to/data 'experiments=[rotation]'
+
+Killed at any moment, the same command goes on where it was: a finished run is only read.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.cells import Cell, CellSettings, run_cells
+from experiments.common.config_errors import CONFIGS
+from experiments.common.experiment import experiment_class
+from experiments.common.failures import ExpectedFailure, Failures
+from experiments.common.readers import listed_names, text
+from experiments.common.reads import Reads, check_settings_are_read
+from experiments.common.run_folder import RunFolder, command, read_config
+from experiments.common.typed_settings import parse, setting
+
+MAIN_CONFIG = CONFIGS / "gallery.yaml"
+failures = Failures(MAIN_CONFIG)
+_START, _END = "<!-- figures: written by experiments/gallery.py -->", "<!-- end of figures -->"
+_LEARNT = "learnt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GallerySettings(CellSettings):
+    """What the command reads, beside what it keeps in tables of its configuration.
+
+    Args:
+        pages: folder that has, or is to have, a folder with a page for every experiment.
+        experiments: names of the experiments to run; None for all.
+    """
+
+    pages: str = setting(text)
+    experiments: list[str] | None = setting(partial(listed_names, example="rotation"))
+
+
+_READS = Reads(settings=(GallerySettings,), entries=("known.*.*", "known.*.variants.*"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedCell(Cell):
+    """One variant of an experiment with one seed.
+
+    Args:
+        experiment: name of the experiment.
+        variant: what differs from its other variants.
+        seed: of the run.
+        picture: name of the picture in the run's folder; None for none.
+    """
+
+    experiment: str
+    variant: str
+    seed: int
+    picture: str | None
+
+
+@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
+@failures.reported
+def main(config: DictConfig) -> None:
+    """Runs what is missing and writes the page of an experiment after each of its runs."""
+    check_settings_are_read(config, _READS)
+    own = parse(GallerySettings, config)
+    cells = list(planned_cells(config))
+    console = Console()
+
+    def write(name: str) -> None:
+        runs = [cell for cell in cells if cell.experiment == name]
+        write_page(Path(own.pages) / name, runs, own.data, trusted=own.trust)
+
+    run_cells(cells, own, failures, console, lambda cell: write(cell.experiment))
+    for name in dict.fromkeys(cell.experiment for cell in cells):
+        write(name)
+        console.print(f"{Path(own.pages) / name / 'README.md'}", highlight=False, soft_wrap=True)
+
+
+def planned_cells(config: DictConfig) -> Iterator[SeedCell]:
+    """Yields the runs in the order of the pages.
+
+    Raises:
+        ExpectedFailure: if an experiment is unknown, or there is no data to run on.
+    """
+    own = parse(GallerySettings, config)
+    chosen = own.experiments or list(config.known)
+    for name in chosen:
+        if name not in config.known:
+            raise ExpectedFailure(
+                f"`experiments` names {name!r}, which is not among {list(config.known)}. Choose of these, or add it: "
+                f"'+known.{name}={{seeds:[0],picture:null,variants:{{small:[\"experiment={name}\"]}}}}'."
+            )
+    if "${data}" in str([OmegaConf.to_container(config.known[name]) for name in chosen]):
+        own.check_data(("mnist",))
+    if own.data is None:
+        config.data = "..."  # as the commands of the pages have it
+    for name in chosen:
+        known: dict[str, Any] = OmegaConf.to_container(config.known[name], resolve=True)  # type: ignore[assignment]
+        for variant, overrides in known["variants"].items():
+            for seed in known["seeds"]:
+                yield SeedCell(
+                    name=f"{name}, {variant}, seed {seed}",
+                    experiment=name,
+                    variant=variant,
+                    seed=seed,
+                    picture=known["picture"],
+                    overrides=(*overrides, f"seed={seed}", *own.overrides),
+                    folder=RunFolder(Path(own.cells).resolve() / f"{name}-{variant}-seed{seed}"),
+                )
+
+
+def write_page(folder: Path, cells: Sequence[SeedCell], data: str | None, *, trusted: Sequence[str] = ()) -> None:
+    """Writes the figures of an experiment into its page, between two marks, and its pictures beside it.
+
+    What stands outside of the marks stays as it is; a page that is not there is made.
+
+    Args:
+        folder: of the page.
+        cells: its runs.
+        data: the folder of data sets, left out of the commands shown.
+        trusted: packages whose classes the runs may name.
+
+    Raises:
+        ExpectedFailure: if the page has no marks.
+    """
+    variants = dict.fromkeys(cell.variant for cell in cells)
+    lines: list[str] = []
+    for variant in variants:
+        runs = [cell for cell in cells if cell.variant == variant]
+        done = [cell for cell in runs if cell.is_finished()]
+        lines += [f"### {variant}", ""] if len(variants) > 1 else []
+        lines += [f"    {_command(runs[0], data)}", ""]
+        missing = [str(cell.seed) for cell in runs if cell not in done]
+        lines += [f"Not run: seed {', '.join(missing)}.", ""] if missing else []
+        if done:
+            lines += [*_figures(done), "", *_published(done[0], trusted)]
+            lines += _pictures(done, folder)
+    page = folder / "README.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    old = page.read_text(encoding="utf-8") if page.exists() else f"# {folder.name}\n\n{_START}\n{_END}\n"
+    if _START not in old or _END not in old:
+        raise ExpectedFailure(
+            f"{str(page)!r} has no lines {_START!r} and {_END!r}, so there is no place for its figures. Add both."
+        )
+    before, after = old.split(_START)[0], old.split(_END)[-1]
+    page.write_text("\n".join([f"{before}{_START}", "", *lines, f"{_END}{after}"]), encoding="utf-8")
+
+
+def _command(cell: SeedCell, data: str | None) -> str:
+    """Returns the command of one seed, with the folder of data sets as three dots."""
+    shown = [word.replace(str(data), "...") if data else word for word in cell.overrides]
+    return command("scripts/train", shown)
+
+
+def _figures(done: Sequence[SeedCell]) -> list[str]:
+    """Returns two tables: mean and standard deviation over the seeds of every row, and the learnt rows seed by seed."""
+    results = [cell.read() for cell in done]
+    names = list(dict.fromkeys(name for splits in results[0]["metrics"].values() for name in splits))
+    judged = {_LEARNT: [own["metrics"] for own in results]}
+    for name in results[0]["baselines"]:
+        judged[name] = [own["baselines"][name] for own in results]
+    rows = [
+        [
+            split,
+            what,
+            *(_spread(name, [own[split][name]["mean"] for own in runs if name in own[split]]) for name in names),
+        ]
+        for split in results[0]["metrics"]
+        for what, runs in judged.items()
+        if split in runs[0]
+    ]
+    last = list(results[0]["metrics"])[-1]
+    seeds = [
+        [
+            str(cell.seed),
+            *(_figure(name, own["metrics"][last][name]["mean"]) for name in names),
+            f"{own['cpu_seconds']:.0f}",
+        ]
+        for cell, own in zip(done, results, strict=True)
+    ]
+    spent = _spread("", [own["cpu_seconds"] for own in results], digits=0)
+    runs = f"seeds {', '.join(str(cell.seed) for cell in done)}" if len(done) > 1 else f"seed {done[0].seed} alone"
+    where = f"{results[0].get('hardware', results[0]['device'])}, {results[0]['torch_threads']} thread(s)"
+    return [
+        *_table(["split", "", *(_heading(name) for name in names)], rows),
+        "",
+        f"Mean ± standard deviation over {runs}; {spent} CPU seconds each, baselines included ({where}).",
+        "",
+        *_table([f"seed, on {last}", *(_heading(name) for name in names), "CPU seconds"], seeds),
+    ]
+
+
+def _published(cell: SeedCell, trusted: Sequence[str]) -> list[str]:
+    """Returns what others report of the experiment, which its class says."""
+    config = read_config(cell.folder.path, setting="cells", trusted=trusted)
+    found = experiment_class(config).published
+    return [*(f"- Published, {what}: {figures}." for what, figures in found.items()), ""] if found else []
+
+
+def _pictures(done: Sequence[SeedCell], folder: Path) -> list[str]:
+    """Copies the picture of the first seed beside the page, and returns the line that shows it."""
+    first = done[0]
+    if first.picture is None:
+        return []
+    shown = folder / f"{first.variant}_{first.picture}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(first.folder.path / first.picture, shown)
+    return [f"![{first.experiment}, {first.variant}, seed {first.seed}]({shown.name})", ""]
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+
+
+def _heading(name: str) -> str:
+    return f"{name} (%)" if _is_share(name) else name
+
+
+def _is_share(name: str) -> bool:
+    return name.endswith("accuracy")
+
+
+def _figure(name: str, value: float, digits: int | None = None) -> str:
+    scale, own = (100.0, 2) if _is_share(name) else (1.0, 4)
+    return f"{scale * value:.{own if digits is None else digits}f}"
+
+
+def _spread(name: str, values: Sequence[float], digits: int | None = None) -> str:
+    """Returns mean and standard deviation; the mean alone of one value, nothing of none."""
+    if not values:
+        return ""
+    mean = _figure(name, statistics.fmean(values), digits)
+    return mean if len(values) < 2 else f"{mean} ± {_figure(name, statistics.stdev(values), digits)}"
+
+
+if __name__ == "__main__":
+    sys.exit(failures.exit_code(main))
