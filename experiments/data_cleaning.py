@@ -286,12 +286,14 @@ class CleanedImages(WeightedImages):
         self._form, self._strength, self._scale = form, strength, scale
 
     def weights(self, hparams: TensorDict, losses: Tensor, source: Tensor) -> Tensor:
-        """Returns the weights; that of a clean image is the largest of the others', or 1 where all are 0."""
+        """Returns the weights; that of a clean image is the others' largest, or 1 if no label counts as right."""
         own = self._form.weights(hparams["weight"])
         num_clean = len(source) - len(own)
         if num_clean:
             largest = own.max()
-            own = torch.cat([own, torch.where(largest > 0, largest, 1.0).expand(num_clean)])
+            # By the threshold: no sigmoid is exactly 0.
+            clean = torch.where(largest < self._form.threshold, 1.0, largest)
+            own = torch.cat([own, clean.expand(num_clean)])
         return own * self._scale if self._scale is not None else own / own.mean()
 
     def l2(self, hparams: TensorDict) -> float:

@@ -111,20 +111,26 @@ def test_weights_start_alike_and_act_as_a_share_of_the_training_set(form: tuple[
         tiny.evaluation("validation").at(0).inner.loss({**source.inner.init_params({})}, first, inner_data(source)),
         torch.tensor(10.0, dtype=torch.float64).log(),
     )
-    right = tiny.baselines("test")["right labels alone"]
-    problem = right.source.at(0)
+    baselines = tiny.baselines("test")
+    problem = baselines["right labels alone"].source.at(0)
     inputs, labels, _ = inner_data(problem)
-    true = digit_splits("digits", {"training": 40}, seed=0)["training"].labels
-    kept = torch.cat([labels[:40] == true, torch.ones(30, dtype=torch.bool)])
+    right = labels[:40] == digit_splits("digits", {"training": 40}, seed=0)["training"].labels
     params = {name: torch.randn_like(value) for name, value in problem.inner.init_params({}).items()}
-    logits = inputs[kept] @ params["output.weight"].T + params["output.bias"]
-    torch.testing.assert_close(
-        problem.inner.loss(params, right.hparams, problem.inner.batch(0)),
-        torch.nn.functional.cross_entropy(logits, labels[kept]),
-        rtol=1e-5,  # a sigmoid of 1e-7 is not 0
-        atol=0.0,
-    )
-    assert float(ht.unroll(problem, right.hparams).metrics["F1"]) == 1.0
+    images = {
+        "all weights one": torch.ones_like(right),
+        "right labels alone": right,
+        "validation images alone": torch.zeros_like(right),
+    }
+    for name, own in images.items():
+        kept = torch.cat([own, torch.ones(30, dtype=torch.bool)])
+        logits = inputs[kept] @ params["output.weight"].T + params["output.bias"]
+        torch.testing.assert_close(
+            problem.inner.loss(params, baselines[name].hparams, problem.inner.batch(0)),
+            torch.nn.functional.cross_entropy(logits, labels[kept]),
+            rtol=1e-5,  # a sigmoid of 1e-7 is not 0
+            atol=0.0,
+        )
+    assert float(ht.unroll(problem, baselines["right labels alone"].hparams).metrics["F1"]) == 1.0
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
