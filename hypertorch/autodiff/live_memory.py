@@ -27,8 +27,8 @@ class PeakMemory(TorchDispatchMode):
     Tensors are followed after the context too: `current` falls when they die, but new ones are not seen.
 
     Not seen: workspace inside a single kernel, and tensors of other layouts than strided. A compiled function runs
-    eagerly in the context, and is counted as the code it was compiled from. The memory of an array of numpy counts
-    where PyTorch makes a tensor of it.
+    eagerly in the context, and is counted as the code it was compiled from; a backend with `compile=True` warns of it.
+    The memory of an array of numpy counts where PyTorch makes a tensor of it.
 
     Cost: Python code for every operation, many times that of a small one. Do not time anything inside.
 

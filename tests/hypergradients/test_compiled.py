@@ -332,3 +332,30 @@ def test_what_cannot_be_compiled_leaves_autograd_as_it_was() -> None:
     for backend in (Reverse(), ht.hypergradients.Forward()):
         again = ht.hypergradient(problem, hparams, backend=backend)
         torch.testing.assert_close(again.grads["c"], expected.grads["c"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_steps"), [(Reverse(compile=True), 3), (Reverse(compile=True, checkpoint_every=3), 12)]
+)
+def test_memory_of_a_compiled_backend_is_that_of_the_code_it_was_compiled_from(
+    backend: Reverse, num_steps: int
+) -> None:
+    problem = net_problem(MOMENTUM, LEARNT, num_steps=num_steps)
+    hparams = problem.init_hparams()
+    eager = replace(backend, compile=False)
+    expected = ht.hypergradient(problem, hparams, backend=eager)
+    peaks = []
+    for own in (eager, backend, backend):
+        with warnings.catch_warnings(record=True) as caught, ht.live_memory.PeakMemory() as memory:
+            warnings.simplefilter("always")
+            result = ht.hypergradient(problem, hparams, backend=own)
+        assert [str(entry.message)[:55] for entry in caught] == (
+            ["`compile=True`: a mode that watches every operation is "] if own is backend else []
+        )
+        torch.testing.assert_close(result.grads, expected.grads)
+        peaks.append(memory.peak)
+    assert peaks[1] == peaks[2] == peaks[0]
+    # Outside of the context it is compiled as ever.
+    before = programs()
+    assert_same(problem, backend)
+    assert programs() > before

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
@@ -38,6 +40,15 @@ def run_compiled(
         run: the run with compiled functions, of a loop that is counted only if the run succeeds.
         otherwise: the run without.
     """
+    if is_in_torch_dispatch_mode(include_infra_modes=False):
+        # Nothing is remembered against the problem: outside of the mode it can be compiled.
+        warnings.warn(
+            "`compile=True`: a mode that watches every operation is active, such as `PeakMemory`, and PyTorch compiles "
+            "nothing inside one. The run goes without compilation, with the same numbers. Pass `compile=False` here.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return otherwise()
     problem = loop.problem
     family = (Program.of(loop).key, derivative)
     if not may_compile(family, lambda: kind_of(problem)):
