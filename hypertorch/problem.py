@@ -181,8 +181,9 @@ class BilevelProblem(ProblemSource):
         num_tasks: None for one inner problem; else every tensor of the batches has a leading `tasks` axis of this
             length, each task has params of its own, all share hparams, and the outer loss is the mean over tasks.
         context: computed once before the inner loop; its entries are read like hparams by `init_params` and the
-            losses, and may be integers. With tasks, each entry has a leading tasks axis, and row `i` must depend on
-            row `i` of the outer batch only, since tasks may be run in chunks.
+            losses, and may be integers. A `Hyper` reads them too, so that each task can have settings of its own. With
+            tasks, each entry has a leading tasks axis, and row `i` must depend on row `i` of the outer batch only,
+            since tasks may be run in chunks.
         shared_context: names of context entries without a tasks axis.
         allow_unused: names of hparams that may have no path to the outer loss, or none that the backend follows; they
             get zeros.

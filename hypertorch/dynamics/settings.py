@@ -26,7 +26,8 @@ class Hyper:
     `SGD(lr=Hyper("lr", per="parameter"))` learns a step size for every weight (Meta-SGD).
 
     Args:
-        name: the entry of `hparams` to read; with a `"parameter"` in `per`, the entries `f"{name}.{parameter}"`.
+        name: the entry of `hparams`, or of the problem's context, to read; with a `"parameter"` in `per`, the entries
+            `f"{name}.{parameter}"`.
         transform: maps the entry to the value of the setting, elementwise; None leaves it as it is.
         per: what the entry holds: `"one"`, one value (shape `()`); `"step"`, a schedule (shape `(num_steps,)`);
             `"parameter"`, a tensor that broadcasts against the parameter; `"step,parameter"`, the same with a leading

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from hypertorch.dynamics import Dynamics
 from hypertorch.inner.precision import in_precision
 from hypertorch.inner.record import Record
 from hypertorch.inner.state import InnerState
+from hypertorch.inner.task_settings import for_tasks
 from hypertorch.inner.tasks import TaskSlice, check_tasks_axis, lift
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
 from hypertorch.types import Batch, TensorDict
@@ -388,6 +389,7 @@ def inner_loop(
         term=_asked(problem.outer, "step_loss", context),
     )
     if num_tasks is not None:
+        problem = replace(problem, dynamics=for_tasks(problem.dynamics, per_task)) if per_task else problem
         lifted = (lift(function, num_tasks, per_task) for function in functions[:-1])
         functions = LoopFunctions(*lifted, term=functions.term)
     # Data, noise and schedules of a warm-started run count on from its first outer step.
