@@ -281,7 +281,7 @@ def draw_matrices(matrices: TensorDict, names: Sequence[str], path: Path) -> Non
         names: of the alphabets.
         path: the picture.
     """
-    figure = Figure(figsize=(3.6 * len(matrices) + 3.4, 5.2), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(matrices) + 3.4, 6.4), layout="constrained")
     bound = max(float(matrix.abs().max()) for matrix in matrices.values())
     cells = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, (name, matrix) in zip(cells, matrices.items(), strict=True):

@@ -116,4 +116,4 @@ def _omniglot(name: str, root: str | None, image_size: int) -> dict[str, Tensor]
         raise ExpectedFailure(f"`experiment.root` is {root!r}, but Omniglot cannot be read there. {error}") from error
     images = classes.images.reshape(-1, _DRAWINGS, image_size, image_size)
     alphabets = groupby(enumerate(classes.class_names), key=lambda entry: entry[1].split("/")[0])
-    return {alphabet: images[[index for index, _ in members]] for alphabet, members in alphabets}
+    return {alphabet.replace("_", " "): images[[index for index, _ in members]] for alphabet, members in alphabets}
