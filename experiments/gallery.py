@@ -187,17 +187,19 @@ def _figures(done: Sequence[SeedCell]) -> list[str]:
         [
             str(cell.seed),
             *(_figure(name, own["metrics"][last][name]["mean"]) for name in names),
-            f"{own['cpu_seconds']:.0f}",
+            "" if own["cpu_seconds"] is None else f"{own['cpu_seconds']:.0f}",
         ]
         for cell, own in zip(done, results, strict=True)
     ]
-    spent = _spread("", [own["cpu_seconds"] for own in results], digits=0)
+    # Of a run that was interrupted it is not known.
+    known = [own["cpu_seconds"] for own in results if own["cpu_seconds"] is not None]
+    spent = f"; {_spread('', known, digits=0)} CPU seconds each, baselines included" if known else ""
     runs = f"seeds {', '.join(str(cell.seed) for cell in done)}" if len(done) > 1 else f"seed {done[0].seed} alone"
     where = f"{results[0].get('hardware', results[0]['device'])}, {results[0]['torch_threads']} thread(s)"
     return [
         *_table(["split", "", *(_heading(name) for name in names)], rows),
         "",
-        f"Mean ± standard deviation over {runs}; {spent} CPU seconds each, baselines included ({where}).",
+        f"Mean ± standard deviation over {runs}{spent} ({where}).",
         "",
         *_table([f"seed, on {last}", *(_heading(name) for name in names), "CPU seconds"], seeds),
     ]

@@ -67,10 +67,12 @@ def main(config: DictConfig) -> float:
     reports = evaluate_splits(experiment, settings, splits, trained.best_hparams)
     check_figures(reports, f"the best outer variables of {trained.num_outer_steps} outer steps")
     baselines = evaluate_baselines(experiment, settings, splits)
-    write_results(folder.results, results(settings, trained, reports, baselines))
+    # Only this process's: what a run took before it was interrupted is not known.
+    cpu_seconds = None if folder.resumed else process_time()
+    write_results(folder.results, results(settings, trained, reports, baselines, cpu_seconds))
     plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", experiment.metric)
     experiment.draw(trained.best_hparams, folder.path)
-    show(settings, trained, reports, baselines, experiment.published, folder)
+    show(settings, trained, reports, baselines, experiment.published, cpu_seconds, folder)
     return merit(experiment, trained, reports)
 
 
@@ -132,7 +134,11 @@ def _judged(source: ht.ProblemSource, hparams: TensorDict, settings: TrainSettin
 
 
 def results(
-    settings: TrainSettings, trained: ht.Trained, reports: Reports, baselines: dict[str, Reports]
+    settings: TrainSettings,
+    trained: ht.Trained,
+    reports: Reports,
+    baselines: dict[str, Reports],
+    cpu_seconds: float | None,
 ) -> dict[str, object]:
     """Returns the contents of results.json."""
     return {
@@ -146,8 +152,7 @@ def results(
         "num_outer_steps": trained.num_outer_steps,
         "best_step": trained.best_step,
         "training_minutes": trained.seconds / 60,
-        # Of this process, the work before an interruption left out.
-        "cpu_seconds": process_time(),
+        "cpu_seconds": cpu_seconds,
         "evaluation_minutes": sum(report.seconds for report in reports.values()) / 60,
         "peak_memory_mib": peak_memory_mib(settings.device),
         "device": str(settings.device),
@@ -163,6 +168,7 @@ def show(
     reports: Reports,
     baselines: dict[str, Reports],
     published: Mapping[str, str],
+    cpu_seconds: float | None,
     folder: RunFolder,
 ) -> None:
     """Prints the closing table, and how to load the outcome."""
@@ -172,11 +178,12 @@ def show(
         rows |= {f"{split}, {name}": report for split, report in judged.items()}
     print_reports(console, f"after {trained.best_step} outer steps (best validation)", rows)
     memory = peak_memory_mib(settings.device)
+    spent = "unknown CPU seconds (a resumed run)" if cpu_seconds is None else f"{cpu_seconds:.0f} CPU seconds in all"
     for line in (
         *(f"published, {what}: {figure}" for what, figure in published.items()),
         f"training {duration(trained.seconds)} ({trained.num_outer_steps} outer steps), evaluation "
         f"{duration(sum(report.seconds for report in reports.values()))}, peak memory "
-        f"{'unknown' if memory is None else f'{memory:.0f} MiB'}, {process_time():.0f} CPU seconds in all",
+        f"{'unknown' if memory is None else f'{memory:.0f} MiB'}, {spent}",
         f"everything is in {folder.path}",
         f"hypertorch.load_hparams({str(folder.path)!r}) loads the outer variables",
     ):

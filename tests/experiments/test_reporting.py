@@ -120,8 +120,9 @@ def test_results_are_of_the_best_step_and_the_times_of_their_parts(
 ) -> None:
     monkeypatch.setattr(train.HydraConfig, "get", lambda: compose_job("seed=7"))
     results = train.results(
-        parse(TrainSettings, config), TRAINED, REPORTS, {"none": {"meta_test": REPORTS["meta_val"]}}
+        parse(TrainSettings, config), TRAINED, REPORTS, {"none": {"meta_test": REPORTS["meta_val"]}}, 12.5
     )
+    assert results["cpu_seconds"] == 12.5
     assert (results["num_outer_steps"], results["best_step"], results["seed"]) == (50, 40, 7)
     assert (results["training_minutes"], results["evaluation_minutes"]) == (2.5, 2.0)
     assert results["command"] == "scripts/train seed=7"
@@ -141,11 +142,13 @@ def compose_job(*overrides: str) -> DictConfig:
 def test_the_closing_lines_are_of_the_best_step(config: DictConfig, capsys: pytest.CaptureFixture[str]) -> None:
     settings = parse(TrainSettings, config)
     baselines = {"none": {"meta_val": REPORTS["meta_test"]}}
-    train.show(settings, TRAINED, REPORTS, baselines, {"a paper": "51 %"}, RunFolder(Path("here")))
+    train.show(settings, TRAINED, REPORTS, baselines, {"a paper": "51 %"}, None, RunFolder(Path("here")))
+    assert "unknown CPU seconds (a resumed run)" in capsys.readouterr().out
+    train.show(settings, TRAINED, REPORTS, baselines, {"a paper": "51 %"}, 12.5, RunFolder(Path("here")))
     shown = capsys.readouterr().out
     assert "after 40 outer steps (best validation)" in shown
     assert "training 2 min 30 s (50 outer steps), evaluation 2 min 0 s" in shown
-    assert "published, a paper: 51 %" in shown and "CPU seconds in all" in shown
+    assert "published, a paper: 51 %" in shown and "12 CPU seconds in all" in shown
     assert "everything is in here" in shown
     assert "hypertorch.load_hparams('here') loads the outer variables" in shown
     assert row(shown, "meta_val, none")[1] == "50.00 %" and row(shown, "meta_test")[1] == "50.00 %"

@@ -83,6 +83,9 @@ def test_a_longer_run_goes_on_bit_for_bit(command: Command, tmp_path: Path) -> N
         for name in ("whole", "parts")
     ]
     assert untimed[0] == untimed[1]
+    # What the first part took is not known to the second.
+    spent = [json.loads((tmp_path / name / "results.json").read_text())["cpu_seconds"] for name in ("whole", "parts")]
+    assert spent[0] > 0 and spent[1] is None
 
 
 def test_resume_finds_the_latest_run_of_the_same_command(command: Command, tmp_path: Path) -> None:
