@@ -153,7 +153,7 @@ def _checked_names(source: _Source, part: OmniglotPart) -> list[str]:
     """Returns the paths of the drawings by character and drawing, after checking that each character is complete."""
     found: dict[str, list[str]] = {f"{part.folder}/{character.folder}": [] for character in part.characters}
     for name in source.names():
-        if PurePosixPath(name).name.startswith((".", "__")) or name.startswith("__MACOSX"):
+        if PurePosixPath(name).name.startswith(".") or name.startswith("__MACOSX"):
             continue  # what macOS adds to archives and folders
         folder = str(PurePosixPath(name).parent)
         if folder not in found:
