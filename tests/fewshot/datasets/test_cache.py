@@ -70,12 +70,19 @@ def test_an_error_while_making_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def data_set(folder):
+    return cached_array("a", "key", Maker(), folder)
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path):
     occupied = tmp_path / "file"
     occupied.write_text("")
-    with pytest.warns(UserWarning, match=r"`cache_dir` .*file' cannot be written .*Pass a `cache_dir`"):
-        array = cached_array("a", "key", Maker(), occupied)
+    with pytest.warns(UserWarning, match=r"`cache_dir` .*file' cannot be written .*Pass a `cache_dir`") as caught:
+        array = data_set(occupied)
     assert array[0, 0, 0] == 5
+    # The line that asks for the data set, and not one inside of it.
+    assert caught[0].filename == __file__
+    assert caught[0].lineno != data_set.__code__.co_firstlineno + 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the variable is a Linux convention")
