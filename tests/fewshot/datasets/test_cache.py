@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,16 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path):
     # The line that asks for the data set, and not one inside of it.
     assert caught[0].filename == __file__
     assert caught[0].lineno != data_set.__code__.co_firstlineno + 1
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.warns(UserWarning, match="cannot be written .no space left"):
+        data_set(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the variable is a Linux convention")
