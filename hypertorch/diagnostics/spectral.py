@@ -80,7 +80,7 @@ class SpectralRadius:
         return _judged(self.radius, self.num_steps)
 
     def __str__(self) -> str:
-        worst = int(self.eigenvalues.abs().argmax()) if self.eigenvalues.dim() else 0
+        worst = int(self.eigenvalues.abs().argmax())
         eigenvalue = complex(self.eigenvalues.reshape(-1)[worst])
         residual = float(self.residuals.max())
         unsettled = "" if residual < _SETTLED else "; not settled: a larger `dimension` helps"

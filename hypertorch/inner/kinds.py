@@ -48,7 +48,7 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if isinstance(value, (bool, int, float)):
         return type(value), value  # 1, 1.0 and True are equal, and choose other branches
     if isinstance(value, BuiltinFunctionType):  # of a method of an object, not the object
-        return value.__qualname__, type(value.__self__)
+        return value.__module__, value.__qualname__
     if isinstance(value, ModuleType):
         return value.__name__
     if not depth:

@@ -47,22 +47,24 @@ def main() -> int:
         results.parent.mkdir(parents=True, exist_ok=True)
 
         drawn = draw(source, arguments.folders, seed=arguments.seed, count=arguments.count)
-        if arguments.again:
-            survivors = {tuple(line["key"]) for line in _newest(results) if line["outcome"] == "survived"}
-            drawn = [mutant for mutant in drawn if mutant.key in survivors]
+        before = _noticed_before(results) if arguments.again else {}
+        open_ones = [mutant for mutant in drawn if mutant.key not in before]
         covering = Covering(_KEPT / "covering", source, files, most=arguments.most_seconds)
         warm_up()
         log = _logs(_KEPT / "logs")
         if not arguments.as_measured:
             covering.measure(copies, log, _say)
         covering.load()
-        done = _Run(source, drawn, covering, copies, results, log).run()
+        done = _Run(source, open_ones, covering, copies, results, log).run()
+        done |= {mutant.key: before[mutant.key] for mutant in drawn if mutant.key in before}
     minutes = (monotonic() - started) / 60
     _say(report.survivors(drawn, done))
     _say(report.table(drawn, done))
     _say(f"{minutes:.1f} minutes; results: {results.relative_to(ROOT)}")
     if arguments.page is not None:
         limit = f"At most {arguments.most_seconds:.0f} s of tests for each, the slowest left out."
+        if arguments.again:
+            limit += " What was noticed before tests were added was not run again."
         unmeasured = covering.unmeasured()
         if unmeasured:
             limit += f" Not measured, and so not run: {', '.join(unmeasured)}."
@@ -85,7 +87,7 @@ def _arguments() -> argparse.Namespace:
         action="store_true",
         help="measures no test file; those not measured are run whole or not at all",
     )
-    parser.add_argument("--again", action="store_true", help="runs only what survived the last run of this seed")
+    parser.add_argument("--again", action="store_true", help="runs only what no run of this seed has noticed")
     parser.add_argument("--page", type=Path, help="a page of the documentation to write the figures into")
     return parser.parse_args()
 
@@ -220,11 +222,12 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return [{**line, "key": tuple(line["key"])} for line in lines]
 
 
-def _newest(results: Path) -> list[dict[str, Any]]:
+def _noticed_before(results: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Returns what runs of this seed have noticed, whatever tests and library were then."""
     files = sorted(results.parent.glob("*.jsonl"), key=lambda file: file.stat().st_mtime)
     if not files:
         sys.exit("`--again` was asked for, but no run of this seed was made before. Leave it out for a first run.")
-    return _read(files[-1])
+    return {line["key"]: line for file in files for line in _read(file) if line["outcome"] == "noticed"}
 
 
 def _say(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
-import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,11 +91,13 @@ class Mutant:
 
 
 def draw(root: Path, folders: list[str], *, seed: int, count: int) -> list[Mutant]:
-    """Returns some of all mutants, each as likely as any other, in the order that they were drawn in."""
-    everything = [(path, *place) for path in sources(root, folders) for place in places((root / path).read_text())]
-    random.Random(seed).shuffle(everything)
+    """Returns some of all mutants, each as likely as any other, in the order that they were drawn in.
+
+    The order is that of a digest of the seed and the place: elsewhere the code may change, and the draw stays.
+    """
+    everything = [(rank, path, *place) for path in sources(root, folders) for rank, place in _ranked(root, path, seed)]
     drawn: dict[tuple[str, str], Mutant] = {}
-    for path, span, operator, occurrence in everything:
+    for _, path, span, operator, occurrence in sorted(everything):
         if len(drawn) == count:
             break
         made = make(root, path, span, operator, occurrence)
@@ -103,6 +105,18 @@ def draw(root: Path, folders: list[str], *, seed: int, count: int) -> list[Mutan
             mutant, meaning = made
             drawn.setdefault((path, meaning), mutant)
     return list(drawn.values())
+
+
+def _ranked(root: Path, path: str, seed: int) -> Iterator[tuple[bytes, Place]]:
+    """Yields the places of a file, each with what it is sorted by: made of its line's text, not of its number."""
+    source = (root / path).read_text()
+    lines = source.splitlines()
+    alike: Counter[tuple[str, str, int]] = Counter()
+    for span, operator, occurrence in places(source):
+        row, column = span[0]
+        where = (lines[row - 1], operator, column)
+        alike[where] += 1
+        yield hashlib.sha256(repr((seed, path, where, alike[where])).encode()).digest(), (span, operator, occurrence)
 
 
 def sources(root: Path, folders: list[str]) -> list[str]:

@@ -175,6 +175,20 @@ def test_running_statistics_are_part_of_the_state() -> None:
     assert bool(torch.isfinite(result.step_growths).all())
 
 
+@pytest.mark.parametrize(
+    ("logarithm", "verdict"),
+    [(-1.1, "contracts"), (-0.9, "is marginal"), (0.0, "is marginal"), (0.9, "is marginal"), (1.1, "explodes")],
+)
+def test_what_changes_less_than_by_a_factor_of_e_is_marginal(logarithm: float, verdict: str) -> None:
+    radius = torch.tensor(math.exp(logarithm / 8), dtype=F64)
+    ones = torch.ones(8, dtype=F64)
+    result = ht.SpectralRadius(
+        step=7, num_steps=8, eigenvalues=radius, residuals=ones[0], ritz_values=ones, step_growths=ones
+    )
+    assert result.verdict == verdict
+    assert " (of task " not in str(result)
+
+
 VERDICTS = {0.3: "contracts", 0.012: "is marginal", 0.9: "explodes"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 import subprocess
 import sys
@@ -530,6 +531,31 @@ def test_natural_constraints() -> None:
     assert set(constraints) == {"lr", "b0.*"}
     assert constraints["lr"].project(torch.tensor(-1.0)) > 0.0
     assert constraints["b0.*"].project(torch.tensor(2.0)) < 1.0
+
+
+NATURAL = {
+    (optim.SGD, "lr"): (0.0, math.inf, False),
+    (optim.SGD, "dampening"): (0.0, 1.0, True),
+    (optim.SGD, "weight_decay"): (0.0, math.inf, True),
+    (optim.Adagrad, "lr_decay"): (0.0, math.inf, True),
+    (optim.Adadelta, "eps"): (0.0, math.inf, False),
+    (optim.Adadelta, "rho"): (0.0, 1.0, True),
+    (optim.RMSprop, "alpha"): (0.0, 1.0, True),
+    (optim.Adamax, "betas[0]"): (0.0, 1.0, True),
+    (optim.Adamax, "betas[1]"): (0.0, 1.0, True),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "name"), NATURAL)
+def test_every_natural_range(optimizer: type[optim.Optimizer], name: str) -> None:
+    lower, upper, closed_below = NATURAL[optimizer, name]
+    learnt: Any = Hyper("x")
+    pair = {"betas[0]": (learnt, 0.999), "betas[1]": (0.9, learnt)}
+    option = {"betas": pair[name]} if name in pair else {name: learnt}
+    constraint = TorchOptim(optimizer, options={"lr": 0.1, **option}).constraints()["x"]
+    low, high = (float(constraint.project(torch.tensor(value, dtype=torch.float64))) for value in (-1e3, 1e3))
+    assert low == lower if closed_below else lower < low < 1e-3
+    assert high == 1e3 if upper == math.inf else 0.99 < high <= upper
 
 
 # Classes of the user's own

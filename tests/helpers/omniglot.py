@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +62,15 @@ def write_folders(root: Path, part: OmniglotPart) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return root / part.folder
+
+
+def broken_png() -> bytes:
+    """Returns a PNG file whose second block of pixels has lost its name, at which Pillow raises a `SyntaxError`."""
+
+    def block(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    pixels = zlib.compress(bytes(15 * 16))
+    head = block(b"IHDR", struct.pack(">IIBBBBB", 15, 15, 8, 0, 0, 0, 0))
+    blocks = (block(b"IDAT", pixels[:5]), block(b"\0\1\2\3", pixels[5:]), block(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(blocks)

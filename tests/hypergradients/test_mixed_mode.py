@@ -199,6 +199,33 @@ def test_a_path_of_a_longer_horizon_is_none_of_a_shorter() -> None:
         ht.hypergradient(replace(two, num_steps=1), hparams, backend=backend)
 
 
+def test_a_number_is_kept_where_another_problem_of_the_kind_has_no_path() -> None:
+    """Whether the inner loss reads `c` is told by a tensor, which no kind of problem looks into."""
+
+    def problem(reads: bool) -> ht.BilevelProblem:
+        switch = torch.tensor(reads)
+
+        def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+            fit = (params["w"] - hparams["a"]).square()
+            return fit + hparams["c"][0] * params["w"].square() if switch else fit
+
+        # Only where some derivative is zero, as that in `z`, is it asked which have a path.
+        hparams = {
+            "a": torch.tensor(0.5, dtype=F64), "c": torch.tensor([0.3, 0.7], dtype=F64), "z": torch.zeros((), dtype=F64)
+        }  # fmt: skip
+        return ht.BilevelProblem(
+            LambdaInner(lambda h: {"w": torch.ones((), dtype=F64)}, loss),
+            LambdaOuter(hparams, lambda p, h, b: p["w"].square() + h["z"].square()),
+            dynamics=ht.dynamics.SGD(lr=0.1),
+            num_steps=3,
+            allow_unused=("c",),
+        )
+
+    backend = Reverse(derivative="mixed")
+    assert not assert_same(problem(False), backend).grads["c"].any()
+    assert assert_same(problem(True), backend).grads["c"][0] != 0.0
+
+
 def no_forward_problem() -> ht.BilevelProblem:
     targets = normal(3, seed=4)
     inner = LambdaInner(

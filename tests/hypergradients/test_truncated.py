@@ -283,3 +283,20 @@ def test_an_initialisation_that_is_a_hyperparameter_leaves_no_graph_behind() -> 
     )
     result = ht.hypergradient(problem, problem.init_hparams(), backend=Truncated(window=1))
     assert float(result.grads["w"]) == 2.0  # the direct term alone, with w_T = w
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_weight_that_asks_for_its_own_gradient_is_a_constant(num_steps: int) -> None:
+    """`init_params` hands out a module's own parameter, which asks for its gradient where no graph is recorded, too."""
+    weight = torch.nn.Parameter(torch.tensor(2.0, dtype=F64))
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: {"w": weight}, lambda p, h, b: h["c"] * p["w"].square()),
+        LambdaOuter({"c": torch.tensor(0.5, dtype=F64)}, lambda p, h, b: p["w"].square() + h["c"]),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=num_steps,
+    )
+    backends = [ht.hypergradients.EvoGrad(num_copies=2), Truncated(window=1)]
+    for backend in [*backends, *([ht.hypergradients.OneStep()] if num_steps else [])]:
+        result = ht.hypergradient(problem, problem.init_hparams(), backend=backend)
+        assert not result.params["w"].requires_grad and not result.grads["c"].requires_grad
+    assert weight.grad is None

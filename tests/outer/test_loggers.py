@@ -17,7 +17,7 @@ def lines(path: Path) -> list[dict[str, float]]:
 
 
 def test_one_json_object_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "metrics.jsonl"
+    path = tmp_path / "new" / "run" / "metrics.jsonl"
     logger = JsonLinesLogger(path)
     assert not path.exists()
     logger.log(10, {"outer_loss": 0.1 + 0.2, "accuracy": 1.0})

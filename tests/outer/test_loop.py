@@ -23,7 +23,7 @@ from hypertorch.outer.state import OuterState
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter
 from tests.outer.problems import Outer, Quadratics, centres
-from tests.outer.runs import make_loop
+from tests.outer.runs import assert_same_run, make_loop
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -394,6 +394,21 @@ def test_a_metric_is_refused_before_the_first_step() -> None:
         make_loop(Measured(num_tasks=None, figures=lambda w: {"each": w}), backend=Loud()).run(2)
 
 
+def test_a_metric_of_a_later_problem_must_not_hide_a_figure_either() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Later(Quadratics):
+        def at(self, outer_step: int) -> ht.BilevelProblem:
+            return replace(self, metric="outer_loss" if outer_step == 2 else "distance").problem(outer_step)
+
+        def problem(self, outer_step: int) -> ht.BilevelProblem:
+            return super().at(outer_step)
+
+    memory = outer.MemoryLogger()
+    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned \['outer_loss'\]"):
+        make_loop(Later(), loggers=[memory]).run(4)
+    assert len(memory.records) == 2
+
+
 def test_every_name_that_the_loop_logs_is_refused_for_a_metric() -> None:
     memory = outer.MemoryLogger()
     validation = outer.Validation(source=Quadratics(), every=1, num_episodes=2, metric="distance")
@@ -482,8 +497,10 @@ def test_an_outer_loss_that_rose_tenfold_is_said(factor: float) -> None:
     if factor <= 10.0:
         make_loop(Source(), **still).run(3)
         return
-    with pytest.warns(UserWarning, match=r"`outer_loss` is .* at outer step 2, and was .* at outer step 0: .*`clip_no"):
+    message = r"`outer_loss` is .* at outer step 2, and was .* at outer step 0: .*`clip_no"
+    with pytest.warns(UserWarning, match=message) as caught:
         make_loop(Source(), **still).run(3)
+    assert caught[0].filename == __file__
     validation = outer.Validation(source=Quadratics(), every=1, num_episodes=2, metric="distance")
     make_loop(Source(), validation=validation, **still).run(3)
     make_loop(Source(), **still).run(1)
@@ -502,6 +519,17 @@ def test_an_outer_loss_that_rose_from_zero_is_no_multiple_of_it() -> None:
             return replace(problem, outer=FromZero(**vars(problem.outer)))
 
     make_loop(Source(), optimizer=partial(torch.optim.SGD, lr=0.0)).run(3)
+
+
+def test_a_run_that_is_done_asks_for_no_problem(tmp_path: Path) -> None:
+    checkpoints = outer.Checkpoints(tmp_path, every=1)
+    trained = make_loop(checkpoints=checkpoints).run(2)
+    again = make_loop(Quadratics(fail_at=2), checkpoints=checkpoints).run(2, resume=True)
+    assert_same_run(again, trained)
+    # Nor one whose steps are done, and whose last validation is not.
+    validation = outer.Validation(source=Quadratics(), every=2, num_episodes=2, metric="distance")
+    late = make_loop(Quadratics(fail_at=2), checkpoints=checkpoints, validation=validation).run(2, resume=True)
+    assert late.best_step == 2 and late.best_value is not None
 
 
 def test_refused_arguments() -> None:

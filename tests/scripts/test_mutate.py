@@ -80,6 +80,18 @@ def test_a_draw_is_the_seeds_own() -> None:
         assert mutant.code((ROOT / mutant.path).read_text()) != (ROOT / mutant.path).read_text()
 
 
+def test_a_draw_stays_when_other_lines_change(tmp_path: Path) -> None:
+    source = "def f(a):\n    b = a + 1\n    return b * 2\n\ndef g(a):\n    b = a + 1\n    return b < 3\n"
+
+    def drawn(text: str) -> list[tuple[str, ...]]:
+        mutants(tmp_path, text)
+        return [mutant.key for mutant in draw(tmp_path, ["core"], seed=3, count=100)]
+
+    before, now = drawn(source), drawn("x = 5\n\n" + source.replace("return b < 3", "return b < 4"))
+    kept = [key for key in before if "b < 3" not in key[2]]
+    assert kept and [key for key in now if key in kept] == kept
+
+
 def test_every_folder_is_drawn_from() -> None:
     folders = {path.name for path in (ROOT / PACKAGE).iterdir() if (path / "__init__.py").exists()}
     assert folders == set(FOLDERS) - {"core"}

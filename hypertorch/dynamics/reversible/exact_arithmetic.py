@@ -92,8 +92,7 @@ def factor_of(value: float) -> Factor:
     numerators = np.arange(1, _LARGEST_NUMERATOR + 1, dtype=np.float64)
     # A fraction above the value by its own rounding (49/50 for 0.98) is that value.
     denominators = np.ceil(numerators / value * (1.0 - _ROUND_OFF))
-    # Below zero by rounding only; with a negative rest the last step could map two integers to one.
-    rests = np.maximum(value * denominators / numerators - 1.0, 0.0)
+    rests = value * denominators / numerators - 1.0
     # `log(d/n)` is stored and `log(1/value)` is needed: `log(1 + rest)` is the excess.
     close = np.log1p(rests) <= _EXCESS * -math.log(value)
     # `argmax` finds the first, which is the smallest numerator and so the least noise.
@@ -105,6 +104,7 @@ def factor_of(value: float) -> Factor:
         numerator=best + 1,
         denominator=denominator,
         largest_denominator=denominator,
+        # Below zero by rounding only; with a negative rest the last step could map two integers to one.
         rest=rest if rest > 2 * _ROUND_OFF else 0.0,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.progress import track
 
 from hypertorch.errors import DatasetError
@@ -110,8 +110,8 @@ def open_image(file: Path, mode: str) -> Image.Image:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)
             return _on_white(_eight_bits(upright, image.format)).convert(mode)
-    # Pillow's PNG reader raises the first three; a conversion of colours that it lacks, the last.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    # Pillow's PNG reader raises the first two; a conversion of colours that it lacks, the last.
+    except (OSError, SyntaxError, ValueError) as error:
         raise DatasetError(
             f"{str(file)!r} is no readable image ({error}): it is damaged, or not what its name says. Copy it again, "
             "or remove it."

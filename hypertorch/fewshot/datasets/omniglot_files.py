@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import PIL
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import track
 
 from hypertorch.errors import DatasetError
@@ -153,7 +153,7 @@ def _checked_names(source: _Source, part: OmniglotPart) -> list[str]:
     """Returns the paths of the drawings by character and drawing, after checking that each character is complete."""
     found: dict[str, list[str]] = {f"{part.folder}/{character.folder}": [] for character in part.characters}
     for name in source.names():
-        if PurePosixPath(name).name.startswith((".", "__")) or name.startswith("__MACOSX"):
+        if PurePosixPath(name).name.startswith(".") or name.startswith("__MACOSX"):
             continue  # what macOS adds to archives and folders
         folder = str(PurePosixPath(name).parent)
         if folder not in found:
@@ -177,7 +177,7 @@ def _decode(content: bytes, name: str, path: Path, side: int, image_size: int) -
         with Image.open(io.BytesIO(content)) as drawing:
             # Grey before scaling: images of one bit Pillow scales by the nearest pixel, whatever filter is asked for.
             paper = np.asarray(drawing.convert("L"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises all three
+    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises both
         raise DatasetError(
             f"`root` has {str(path)!r} with {name!r}, which is no readable PNG file ({error}): it is damaged. "
             f"{_REPLACE}"

@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,12 +71,29 @@ def test_an_error_while_making_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def data_set(folder):
+    return cached_array("a", "key", Maker(), folder)
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path):
     occupied = tmp_path / "file"
     occupied.write_text("")
-    with pytest.warns(UserWarning, match=r"`cache_dir` .*file' cannot be written .*Pass a `cache_dir`"):
-        array = cached_array("a", "key", Maker(), occupied)
+    with pytest.warns(UserWarning, match=r"`cache_dir` .*file' cannot be written .*Pass a `cache_dir`") as caught:
+        array = data_set(occupied)
     assert array[0, 0, 0] == 5
+    # The line that asks for the data set, and not one inside of it.
+    assert caught[0].filename == __file__
+    assert caught[0].lineno != data_set.__code__.co_firstlineno + 1
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(self, target):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.warns(UserWarning, match="cannot be written .no space left"):
+        data_set(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the variable is a Linux convention")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot import CIFARFS
+from hypertorch.fewshot.datasets import cifar_fs
 from hypertorch.fewshot.datasets.cifar100_files import read_cifar100
 from hypertorch.fewshot.datasets.cifar_fs_classes import CIFAR_FS_CLASSES
 from tests.helpers.data import real_data
@@ -85,6 +86,35 @@ def test_files_as_python_2_wrote_them(tmp_path: Path, pickles: dict[str, bytes])
     assert b"_codecs" not in content and max(content) > 127
     images = read_cifar100(tmp_path, ("worm",))
     assert np.array_equal(np.unique(images[0], axis=0), np.unique(images_of(2, 600), axis=0))
+
+
+@pytest.mark.parametrize("spelling", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_arrays_of_every_numpy_are_read(tmp_path: Path, pickles: dict[str, bytes], spelling: bytes) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, content in pickles.items():
+        (folder / name).write_bytes(
+            content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray").replace(
+                b"numpy.core.multiarray", spelling
+            )
+        )
+    assert (folder / "train").read_bytes().count(spelling) == 1
+    assert read_cifar100(tmp_path, ("worm",)).shape == (1, 600, 3, 32, 32)
+
+
+def test_classes_that_the_archive_lacks_or_has_in_part_are_named(tmp_path: Path, pickles: dict[str, bytes]) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name, content in pickles.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(DatasetError, match="'beaver' has 0 images instead of 600: it was changed or cut off"):
+        read_cifar100(tmp_path, ("worm", "beaver"))
+    part = pickle.loads(pickles["test"])
+    content = {"data": part["data"][1:], "fine_labels": part["fine_labels"][1:]}
+    (folder / "test").write_bytes(pickle.dumps(content, protocol=2))
+    cut = NAMES[part["fine_labels"][0]]
+    with pytest.raises(DatasetError, match=f"{cut!r} has 599 images instead of 600"):
+        read_cifar100(tmp_path, NAMES)
 
 
 def test_a_manipulated_pickle_runs_nothing(tmp_path: Path, pickles: dict[str, bytes]) -> None:
@@ -178,6 +208,27 @@ def test_the_splits_are_disjoint_and_complete() -> None:
     assert sizes == {"meta_train": 64, "meta_val": 16, "meta_test": 20}
     every = [name for names in CIFAR_FS_CLASSES.values() for name in names]
     assert len(set(every)) == 100 and "train" in CIFAR_FS_CLASSES["meta_train"]
+
+
+@pytest.mark.parametrize("below", ["", "cifar100"])
+def test_a_split_is_the_images_of_its_classes(tmp_path: Path, below: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def read(root: Path, classes: list[str], **options: Any) -> np.ndarray:
+        asked.append((root, classes, options))
+        return np.arange(len(classes) * 600 * 3 * 2 * 2, dtype=np.uint8).reshape(len(classes), 600, 3, 2, 2)
+
+    monkeypatch.setattr(cifar_fs, "read_cifar100", read)
+    (tmp_path / below).mkdir(exist_ok=True)
+    dataset = CIFARFS(tmp_path, split="meta_val+meta_test", cache_dir=tmp_path / "cache", progress=True)
+    names = [*CIFAR_FS_CLASSES["meta_val"], *CIFAR_FS_CLASSES["meta_test"]]
+    assert asked == [(tmp_path / below, names, {"cache_dir": tmp_path / "cache", "progress": True})]
+    assert dataset.class_names == tuple(names) and dataset.counts == (600,) * 36
+    assert dataset.images.shape == (36 * 600, 3, 2, 2)
+    assert np.array_equal(dataset.images.reshape(36, 600, 3, 2, 2), read(tmp_path, names))
+    assert repr(dataset).startswith("CIFARFS(split='meta_val+meta_test', classes=36, images=21600")
+    CIFARFS(tmp_path, split="meta_val")
+    assert asked[-1][2] == {"cache_dir": None, "progress": False}
 
 
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

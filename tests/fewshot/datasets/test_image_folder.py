@@ -11,6 +11,7 @@ from PIL import Image
 
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot import ImageClasses, ImageFolder, MiniImageNet
+from tests.helpers.omniglot import broken_png
 
 
 def save(path: Path, grey: int, size: tuple[int, int] = (12, 8)) -> None:
@@ -157,6 +158,23 @@ def test_pixels_of_unknown_brightness_are_refused(tmp_path: Path, dtype: type) -
         ImageFolder(tmp_path / "data", image_size=2, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "suffix", ["txt", "md", "csv", "tsv", "json", "xml", "yaml", "yml", "html", "ini", "db", "TXT"]
+)
+def test_notes_and_tables_beside_images_are_passed_over(tmp_path: Path, suffix: str) -> None:
+    class_folders(tmp_path / "data", "a")
+    (tmp_path / "data" / "a" / f"beside.{suffix}").write_text("beside")
+    assert ImageFolder(tmp_path / "data", image_size=4, cache_dir=tmp_path / "cache").counts == (3,)
+
+
+@pytest.mark.parametrize("suffix", ["bufr", "eps", "ps", "grib", "h5", "hdf", "mpg", "mpeg", "wmf", "emf"])
+def test_formats_that_pillow_only_recognises_are_no_images(tmp_path: Path, suffix: str) -> None:
+    class_folders(tmp_path / "data", "a")
+    (tmp_path / "data" / "a" / f"film.{suffix}").write_bytes(b"?")
+    with pytest.warns(UserWarning, match=rf"1 entries are left out.*a/film\.{suffix}\. Convert"):
+        assert ImageFolder(tmp_path / "data", image_size=4, cache_dir=tmp_path / "cache").counts == (3,)
+
+
 def test_what_is_left_out_is_named_once(tmp_path: Path) -> None:
     class_folders(tmp_path / "data")
     for companion in ("notes.txt", "Thumbs.db", ".DS_Store", "boxes.xml", "desktop.ini"):
@@ -251,16 +269,21 @@ def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ImageFolder(tmp_path / "data", classes=["z"])
     with pytest.raises(ValueError, match="`channels` is 2"):
         ImageFolder(tmp_path / "data", channels=2)
-    (tmp_path / "data" / "a" / "0.png").write_bytes(b"no png")
-    with pytest.raises(DatasetError, match=r"0.png' is no readable image"):
-        ImageFolder(tmp_path / "data", cache_dir=tmp_path / "cache")
+    for content in (b"no png", broken_png()):
+        (tmp_path / "data" / "a" / "0.png").write_bytes(content)
+        with pytest.raises(DatasetError, match=r"0.png' is no readable image"):
+            ImageFolder(tmp_path / "data", cache_dir=tmp_path / "cache")
     (tmp_path / "data" / "empty").mkdir()
     with pytest.raises(DatasetError, match="class folder .*empty' without an image"):
         ImageFolder(tmp_path / "data")
     with pytest.raises(DatasetError, match="mini-ImageNet is not found"):
         MiniImageNet(split="meta_test")
-    (tmp_path / "train.csv").write_text("file,class\n")
-    with pytest.raises(DatasetError, match=r"columns \['file', 'class'\]: `filename` and `label` are needed"):
+    for columns in (["file", "class"], ["filename", "class"], ["file", "label"]):
+        (tmp_path / "train.csv").write_text(",".join(columns) + "\n")
+        with pytest.raises(DatasetError, match=r"columns \['file.*', .*\]: `filename` and `label` are needed"):
+            MiniImageNet(tmp_path, split="meta_train")
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(DatasetError, match=r"columns None: `filename` and `label` are needed"):
         MiniImageNet(tmp_path, split="meta_train")
 
 

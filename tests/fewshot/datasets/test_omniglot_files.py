@@ -7,7 +7,7 @@ from PIL import Image
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets import omniglot_files
 from hypertorch.fewshot.datasets.omniglot_files import read_part
-from tests.helpers.omniglot import SMALL_BACKGROUND, ink, official_files, png, write_archive, write_folders
+from tests.helpers.omniglot import SMALL_BACKGROUND, broken_png, ink, official_files, png, write_archive, write_folders
 
 FIRST = "images_background/Armenian/character01/0001_01.png"
 
@@ -149,6 +149,7 @@ def changed_archive(root, change):
         ),
         (lambda files: files.update({FIRST: b"no picture"}), r"0001_01.png', which is no readable PNG file.*damaged"),
         (lambda files: files.update({FIRST: files[FIRST][:60]}), r"0001_01.png', which is no readable PNG file"),
+        (lambda files: files.update({FIRST: broken_png()}), r"no readable PNG file \(broken PNG file"),
         (
             lambda files: files.update({FIRST: png(np.zeros((9, 7), dtype=np.uint8))}),
             r"0001_01.png' of 7 x 9 pixels instead of 15 x 15: these are not the official drawings.*`image_size`",

@@ -77,6 +77,29 @@ def test_what_cannot_be_copied_is_shared_and_all_else_is_not() -> None:
     assert module.training
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda layer: [layer],
+        lambda layer: (layer, 1),
+        lambda layer: {layer},
+        lambda layer: {"a": layer},
+        lambda layer: {layer: "a"},
+    ],
+    ids=["list", "tuple", "set", "dict", "key of a dict"],
+)
+def test_a_layer_with_a_lock_is_copied_wherever_it_is_held(around: Callable[[nn.Module], Any]) -> None:
+    layer = nn.Linear(2, 2)
+    layer.lock = threading.Lock()
+    module = nn.Module()
+    module.held = around(layer)
+    held = copy_module(module).held
+    assert type(held) is type(module.held)
+    parts = (*held, *held.values()) if isinstance(held, dict) else held
+    made = next(part for part in parts if isinstance(part, nn.Module))
+    assert made is not layer and made.weight is not layer.weight and made.lock is layer.lock
+
+
 def test_a_module_is_copied_as_a_whole_where_it_can_be() -> None:
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight

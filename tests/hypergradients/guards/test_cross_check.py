@@ -15,10 +15,12 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.guards import cross_check
 from hypertorch.hypergradients.reverse_mode import compilation, derivative_choice
 from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
+from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.inner.kinds import kind_of
+from hypertorch.inner.tasks import TaskSlice
 from hypertorch.types import TensorDict
 from tests.helpers.memo import set_aside
-from tests.helpers.problems import LambdaInner, LambdaOuter, normal
+from tests.helpers.problems import LambdaInner, LambdaOuter, normal, scalar_problem
 
 Reverse = ht.hypergradients.Reverse
 F64 = torch.float64
@@ -293,3 +295,22 @@ def test_a_list_that_something_is_noted_down_in_makes_no_other_kind() -> None:
     first = kind_of(replace(problem("nothing"), inner=inner))
     noted.append(0.7)
     assert kind_of(replace(problem("nothing"), inner=inner)) == first
+
+
+def test_sizes_of_a_case_are_those_of_one_task() -> None:
+    def case(size: int, num_tasks: int | None) -> object:
+        shape = (size,) if num_tasks is None else (num_tasks, size)
+        made = scalar_problem(
+            init=lambda h: {"w": torch.zeros(size, dtype=F64)},
+            inner=lambda p, h, b: (p["w"] - h["c"]).square().sum(),
+            num_tasks=num_tasks,
+            context=lambda h, b: {"seen": torch.zeros(shape, dtype=F64) + h["c"]},
+        )
+        bound = BoundProblem(made, made.init_hparams(), 0, None, ht.Execution(tasks="vmap"))
+        tasks = None if num_tasks is None else TaskSlice(start=0, stop=num_tasks, whole=True)
+        context = bound.context(made.init_hparams(), tasks)
+        return cross_check.case_of(bound.loop(tasks, context), {**made.init_hparams(), **context})[2:4]
+
+    assert case(2, None) == case(2, None) != case(3, None)
+    assert case(2, 4) == case(2, 5) != case(3, 4)
+    assert case(2, None) != case(2, 4)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import NonFiniteError, ReplayError
+from hypertorch.hypergradients.guards.finiteness import non_finite_hypergradient
 from hypertorch.hypergradients.guards.first_task import arguments_kept
 from hypertorch.types import Batch, TensorDict
-from tests.helpers.problems import LambdaInner, LambdaOuter
+from tests.helpers.problems import LambdaInner, LambdaOuter, scalars
 
 
 def replaced(values: TensorDict) -> None:
@@ -81,3 +82,56 @@ def test_where_infinity_appeared_is_told_of_a_problem_with_a_context() -> None:
     )
     with pytest.raises(NonFiniteError, match="inner step"):
         ht.hypergradient(problem, problem.init_hparams(), backend=ht.hypergradients.Reverse())
+
+
+def test_an_infinite_hypergradient_is_told_with_the_worst_figure() -> None:
+    grads = {"a": torch.zeros(2), "b": torch.tensor([0.0, float("inf")])}
+    figures = {"linear_residual": torch.tensor([1e-9, 2.0, 0.5])}
+    error = str(non_finite_hypergradient(grads, figures))
+    assert error.startswith("the hypergradient of `b` is not finite")
+    assert "Of its own accuracy the backend reports `linear_residual` = 2e+00." in error
+    assert "Of its own" not in str(non_finite_hypergradient(grads, {}))
+
+
+class Terms(LambdaOuter):
+    """Judges every step, and notes which."""
+
+    def __init__(self, seen: set[int]) -> None:
+        super().__init__(scalars(c=1.0), lambda p, h, b: p["w"].square() + h["c"])
+        self.seen = seen
+
+    def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+        self.seen.add(int(index))
+        return params["w"].square()
+
+
+class Drawing(LambdaInner):
+    """Draws data of every step, and notes which."""
+
+    def __init__(self, seen: set[int]) -> None:
+        super().__init__(lambda h: {"w": h["c"] * 2.0}, lambda p, h, b: (p["w"] - h["c"] * b).square())
+        self.seen = seen
+
+    def batch(self, step: int) -> Batch:
+        self.seen.add(int(step))
+        return torch.ones((), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        ht.hypergradients.Reverse(),
+        ht.hypergradients.Reverse(checkpoint_every=1),
+        ht.hypergradients.Reverse(derivative="mixed"),
+        ht.hypergradients.Forward(),
+        ht.hypergradients.Truncated(window=2),
+        ht.hypergradients.EvolutionStrategies(num_pairs=1, sigma=0.1),
+    ],
+    ids=repr,
+)
+def test_no_function_is_asked_for_a_step_outside_of_the_horizon(backend: ht.Hypergradient) -> None:
+    drawn: set[int] = set()
+    judged: set[int] = set()
+    problem = ht.BilevelProblem(Drawing(drawn), Terms(judged), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=3)
+    ht.hypergradient(problem, problem.init_hparams(), backend=backend)
+    assert drawn == judged == {0, 1, 2}

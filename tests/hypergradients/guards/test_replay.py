@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypertorch.errors import ReplayError
-from hypertorch.hypergradients.guards.replay import check_replay
+from hypertorch.hypergradients.guards.replay import check_replay, check_values
 from hypertorch.inner.state import InnerState
 
 
@@ -31,3 +31,19 @@ def test_rounding_is_allowed_relative_to_the_whole_state(dtype: torch.dtype) -> 
 def test_a_state_without_numbers_is_the_same() -> None:
     nothing = InnerState({"count": torch.tensor(4), "empty": torch.zeros(0)}, {})
     check_replay(nothing, nothing, 0, 0)
+
+
+def test_zeros_that_come_again_are_the_same() -> None:
+    zeros = InnerState({"w": torch.zeros(3)}, {"momentum.w": torch.zeros(3)})
+    check_replay(zeros, zeros, 0, 2)
+    check_values({0: torch.zeros(()), 1: torch.zeros(())}, {1: torch.zeros(())})
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_losses_are_compared_by_their_steps(shape: tuple[int, ...]) -> None:
+    first = {step: torch.full(shape, 1.0 + step, dtype=torch.float64) for step in range(4)}
+    check_values(first, {2: first[2] * (1.0 + 1e-15), 5: torch.zeros(shape)})
+    check_values(first, {})
+    with pytest.raises(ReplayError, match=r"the inner loss before step 2 differs by 0.1 "):
+        check_values(first, {1: first[1], 2: first[2] + 0.1})
+    check_values(first, {2: first[2] + 1e-4}, inner_eps=0.0078125)

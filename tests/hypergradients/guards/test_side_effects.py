@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import spectral_norm
 
 import hypertorch as ht
-from hypertorch.errors import IncompatibleBackendError, ReplayError
+from hypertorch.errors import IncompatibleBackendError, NonFiniteError, ReplayError
 from hypertorch.fewshot import BatchNorm
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal, scalar_problem, scalars, task_problem
@@ -698,3 +698,20 @@ def test_a_loss_may_change_copies_and_its_own_dict_and_keep_nan() -> None:
 
     made = scalar_problem(inner=loss, num_steps=2)
     assert ht.check_hypergradient(made, made.init_hparams(), backends.Reverse()).passed
+
+
+class Rooted(nn.Module):
+    """Reads its weights at once; one of them is empty, and the derivative in the other is NaN where it is zero."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight, self.empty = nn.Parameter(torch.full((1,), weight)), nn.Parameter(torch.zeros(0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, :1] * (self.weight.square().sum().sqrt() + self.weight) + self.empty.sum()
+
+
+def test_a_derivative_that_is_nan_or_empty_is_no_late_read() -> None:
+    with pytest.raises(NonFiniteError):
+        run(fitted(lambda: Rooted(0.0)))
+    assert bool(run(fitted(lambda: Rooted(0.5)))["weights"].isfinite().all())

@@ -202,6 +202,26 @@ def test_running_statistics_are_constants(kind: str) -> None:
 
 
 @maps
+def test_a_buffer_between_two_params_keeps_its_place(kind: str) -> None:
+    """Tensors of two states are paired by their order, and a rule returns the params without the buffers."""
+
+    class Inner(ht.InnerProblem):
+        buffers = ("mean",)
+
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            return {name: torch.zeros((), dtype=F64) for name in ("v", "mean", "w")}
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> tuple[Tensor, TensorDict]:
+            loss = (params["v"] - hparams["c"]) ** 2 + (params["w"] - params["v"]) ** 2
+            return loss, {"mean": 0.5 * params["mean"] + 0.5 * params["w"]}
+
+    outer = LambdaOuter({"c": scalar(0.4)}, lambda p, h, b: p["v"] ** 2 + 2 * p["w"])
+    problem = ht.BilevelProblem(Inner(), outer, dynamics=SGD(lr=0.2, momentum=0.2), num_steps=200)
+    assert list(ht.unroll(problem, problem.init_hparams()).params) == ["v", "mean", "w"]
+    torch.testing.assert_close(grads(problem, EXACT[kind])["c"], scalar(0.8 + 2.0), rtol=1e-9, atol=0)
+
+
+@maps
 def test_the_hypergradient_is_chained_through_a_context(kind: str) -> None:
     """Example weights computed once by a small map of what is learnt, with labels beside them."""
     plain = softmax(*LONG["momentum"])
