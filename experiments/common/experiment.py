@@ -47,6 +47,8 @@ class Experiment(ABC):
         metric: the figure that validation goes by.
         mode: whether more ("max") or less ("min") of it is better.
         published: what others report of this experiment, by what it is, with its source: shown under the table.
+        training_cpu_seconds: what training took, so that baselines can be given as much; the command sets it before it
+            asks for them. None if it is not known: before training, and in a run that was resumed.
     """
 
     READS: ClassVar[Reads] = Reads()
@@ -54,6 +56,7 @@ class Experiment(ABC):
     metric: str
     mode: Literal["max", "min"]
     published: ClassVar[Mapping[str, str]] = {}
+    training_cpu_seconds: float | None = None
 
     def __init__(self, config: DictConfig, settings: ProblemSettings) -> None:
         self.config = config
