@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
-from hypertorch.inner.loop import InnerLoop
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate, pull_back
+from hypertorch.inner.loop import MAP, InnerLoop
+from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 
@@ -44,8 +49,10 @@ class EvoGrad(Hypergradient):
     they act directly.
 
     Cost: `num_steps` steps; `num_copies` evaluations of the inner loss and its derivative in the hyperparameters,
-    counted as steps; two evaluations of the outer loss, one with its derivative. Memory: `num_copies` copies and the
-    graphs of their losses.
+    counted as steps; two evaluations of the outer loss, one with its derivative. With a gradient counted as three
+    forward passes and one inner step, that is `7 + K` passes; `Reverse` takes 8, and more with convolutions. Memory:
+    `K + 2` times the params, their gradient, and the larger of two graphs: that of the outer loss, and that of the
+    hyperparameters' part in the inner loss of one copy (of all copies, with vectorised tasks).
 
     Args:
         num_copies: copies of the model, at least 2.
@@ -95,19 +102,22 @@ class EvoGrad(Hypergradient):
                 "perturb. Use `Reverse()`, which differentiates through `init_params`."
             )
         noise = self._noise(loop, theta)
+        losses = self._losses(loop, state, noise, variables)
+        # Leaves: hyperparameters reach theta* through K numbers, so that the graph of E holds no inner loss.
+        values = torch.stack([loss.value for loss in losses], dim=-1).requires_grad_()
         with torch.enable_grad():
-            losses: list[Tensor] = []
-            for direction in noise:
-                copy = tree.add(theta, direction, alpha=self.sigma)
-                # Bound anew for each copy: the noise of the model is seeded again, and so the same.
-                losses.append(loop.map_loss(state)(copy, variables))
-                loop.record.add_step(None)
             # w = softmax(-l / temperature) over the copies, for each task by itself.
-            weights = torch.softmax(torch.stack(losses, dim=-1) / -self.temperature, dim=-1)
-            mixed = self._mix(theta, noise, weights)
+            weights = torch.softmax(values / -self.temperature, dim=-1)
+            mixed = {name: self._mix(value, noise[name], weights) for name, value in theta.items()}
             mixed_loss = loop.outer({**state.params, **mixed}, variables)
-        # Hyperparameters reach theta* through the weights, and E directly: first derivatives alone.
-        grads = vjp([mixed_loss], [torch.ones_like(mixed_loss)], variables)
+        # dE/dhparams at constant weights, and dE/dl_k.
+        grads, [cotangents] = pull_back(
+            [mixed_loss], [torch.ones_like(mixed_loss)], InnerState({"losses": values}, {}), variables
+        )
+        if cotangents is not None:
+            # sum_k dE/dl_k dl_k/dhparams
+            for loss, cotangent in zip(losses, cotangents.unbind(-1), strict=True):
+                grads = accumulate(grads, loss.pull_back(cotangent))
         with torch.no_grad():
             # Reported is what was trained; theta* is there to be differentiated.
             outer_loss = loop.outer(state.params, tree.detach(variables))
@@ -121,43 +131,83 @@ class EvoGrad(Hypergradient):
             )
         )
 
-    def _mix(self, theta: TensorDict, noise: list[TensorDict], weights: Tensor) -> TensorDict:
-        """Returns `sum_k w_k theta_k`, computed as `theta + sigma sum_k w_k e_k`.
+    def _losses(self, loop: InnerLoop, state: InnerState, noise: TensorDict, variables: TensorDict) -> list[_CopyLoss]:
+        """Returns the inner loss of each copy; one copy lives at a time."""
+        # One draw of the data serves all copies.
+        inner_loss = loop.map_loss(state)
+        losses = []
+        for position in range(self.num_copies):
+            # The noise of the model is seeded again, and so the same.
+            loop.seed(MAP)
+            own = {name: value.select(-2, position) for name, value in noise.items()}
+            copy = {
+                name: torch.add(value, own[name].view(value.shape), alpha=self.sigma)
+                for name, value in loop.trained(state.params).items()
+            }
+            losses.append(_copy_loss(inner_loss, copy, variables))
+            loop.record.add_step(None)
+        return losses
+
+    def _mix(self, value: Tensor, noise: Tensor, weights: Tensor) -> Tensor:
+        """Returns `sum_k w_k theta_k` for one param, computed as `theta + sigma sum_k w_k e_k`.
 
         The two are equal, as the weights sum to 1. But in the derivative in `w_k` the first has the whole of
         `theta_k`, next to which the perturbations, all that matters, drown in rounding.
         """
-        mixed: TensorDict = {}
-        for name, value in theta.items():
-            shape = weights.shape[:-1] + (1,) * (value.dim() - weights.dim() + 1)
-            shift = sum(
-                weights[..., position].reshape(shape).to(value.dtype) * direction[name]
-                for position, direction in enumerate(noise)
-            )
-            mixed[name] = value + self.sigma * shift
-        return mixed
+        weights = weights.to(value.dtype)
+        if weights.dim() == 1:
+            return torch.addmv(value.flatten(), noise.mT, weights, alpha=self.sigma).view(value.shape)
+        row = value.reshape(len(noise), 1, noise.shape[-1])
+        return torch.baddbmm(row, weights.unsqueeze(1), noise, alpha=self.sigma).view(value.shape)
 
-    def _noise(self, loop: InnerLoop, theta: TensorDict) -> list[TensorDict]:
-        """Returns `e_k` for each copy; a task's noise depends on its place in the batch, not on how tasks are run."""
+    def _noise(self, loop: InnerLoop, theta: TensorDict) -> TensorDict:
+        """Returns `e_k`, each entry of shape `(copies, size of the param)` or `(tasks, copies, size of the param)`.
+
+        A task's noise depends on its place in the batch, not on how tasks are run.
+        """
         if not loop.has_tasks_axis:
-            stacked = self._noise_of_task(loop, theta, loop.first_task)
-        else:
-            num_tasks = next(iter(theta.values())).shape[0]
-            # Drawn task by task from a generator of the task's own: vectorised or not, a task has the same copies.
-            tasks = [
-                self._noise_of_task(loop, {name: value[task] for name, value in theta.items()}, loop.first_task + task)
-                for task in range(num_tasks)
-            ]
-            stacked = {name: torch.stack([own[name] for own in tasks], dim=1) for name in theta}
-        return [{name: value[position] for name, value in stacked.items()} for position in range(self.num_copies)]
-
-    def _noise_of_task(self, loop: InnerLoop, theta: TensorDict, task: int) -> TensorDict:
-        """Returns the noise of all copies of a task, each entry of shape `(copies, *shape of the param)`."""
-        generator = loop.generator(task)
-        return {name: self._draw(value, generator) for name, value in theta.items()}
+            generator = loop.generator(loop.first_task)
+            return {name: self._draw(value, generator) for name, value in theta.items()}
+        num_tasks = next(iter(theta.values())).shape[0]
+        # Drawn task by task from a generator of the task's own: vectorised or not, a task has the same copies.
+        generators = [loop.generator(loop.first_task + task) for task in range(num_tasks)]
+        return {
+            name: torch.stack([self._draw(own, generator) for own, generator in zip(value, generators, strict=True)])
+            for name, value in theta.items()
+        }
 
     def _draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        shape = (self.num_copies, *like.shape)
+        """Returns the noise of all copies of one task's param, shape `(copies, size of the param)`."""
+        shape = (self.num_copies, like.numel())
         if self.noise == "sign":
-            return 2 * torch.randint(0, 2, shape, generator=generator, dtype=like.dtype, device=like.device) - 1
+            signs = torch.randint(0, 2, shape, generator=generator, dtype=like.dtype, device=like.device)
+            return signs.mul_(2).sub_(1)
         return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+class _CopyLoss(NamedTuple):
+    """The inner loss of one copy.
+
+    Attributes:
+        value: the loss without a graph, shape `()` or `(tasks,)`.
+        pull_back: from a cotangent of that shape to its product with the derivative in each variable.
+    """
+
+    value: Tensor
+    pull_back: Callable[[Tensor], Grads]
+
+
+def _copy_loss(inner_loss: InnerLoss, copy: TensorDict, variables: TensorDict) -> _CopyLoss:
+    """Returns the inner loss at a copy, whose params are constants: no backward pass reaches them."""
+    with torch.enable_grad():
+        loss = inner_loss(copy, variables)
+    if loss.dim():
+        # Tasks have cotangents of their own, and share their hyperparameters: the graph waits for them.
+        return _CopyLoss(loss.detach(), lambda cotangent: vjp([loss], [cotangent], variables))
+    # A single number has one derivative. Taken at once, it frees the graph before the next copy is run.
+    slope = vjp([loss], [torch.ones_like(loss)], variables)
+    return _CopyLoss(loss.detach(), partial(_scale, slope))
+
+
+def _scale(slope: Grads, factor: Tensor) -> Grads:
+    return {name: None if part is None else factor.to(part.dtype) * part for name, part in slope.items()}

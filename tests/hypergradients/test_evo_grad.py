@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import hypertorch as ht
+from hypertorch import tree
+from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, Ridge, net_problem, normal, scalars, task_problem
+from tests.helpers.sized_problems import conv_net, mlp, sized_problem
 
 EvoGrad = ht.hypergradients.EvoGrad
 SGD, Hyper = ht.dynamics.SGD, ht.Hyper
@@ -86,6 +91,119 @@ def test_the_estimate_for_given_noise_equals_the_formula(num_steps: int, noise: 
     # What is returned is the model, not the mixture of its copies.
     assert torch.equal(theta, ht.unroll(problem, {"lam": lam}, outer_step=2).params["w"])
     torch.testing.assert_close(result.outer_loss, theta.pow(3).sum() / 3 + lam.square().sum() / 2, rtol=1e-13, atol=0)
+
+
+class Evaluation(NamedTuple):
+    """What a loss was evaluated at, and the state of torch's generator before."""
+
+    params: TensorDict
+    batch: Batch
+    noise: Tensor
+
+
+class WatchedInner(ht.InnerProblem):
+    """A net with running statistics and dropout: `w(lam, losses) . losses` and a penalty, nonlinear in `hparams`."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)]
+        self.net = ht.FunctionalModule(nn.Sequential(*layers).double())
+        self.buffers = self.net.buffers
+        self.seen: list[Evaluation] = []
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return self.net.init_params()
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Tensor) -> tuple[Tensor, TensorDict]:
+        self.seen.append(Evaluation(tree.detach(params), batch, torch.get_rng_state()))
+        scores, buffers = self.net.with_buffers(params, batch)
+        losses = F.cross_entropy(scores, torch.arange(len(batch)) % 3, reduction="none")
+        penalty = (hparams["penalty"].exp() * params["4.weight"].square().sum(0)).sum()
+        return (hparams["weights"].sigmoid() * losses.pow(hparams["power"])).mean() + penalty, buffers
+
+    def batch(self, step: int) -> Tensor:
+        return normal(6, 4, seed=30 + step)
+
+
+class WatchedTasksInner(WatchedInner):
+    def batch(self, step: int) -> Tensor:
+        return normal(3, 6, 4, seed=30 + step)
+
+
+class WatchedOuter(ht.OuterProblem):
+    """The same net on other data, and a part of `hparams`, one of which has no part in the inner loss."""
+
+    def __init__(self, inner: WatchedInner, *shape: int) -> None:
+        self.inner, self.shape = inner, shape
+        self.seen: list[Evaluation] = []
+
+    def init_hparams(self) -> TensorDict:
+        return {"weights": normal(6, seed=3), "penalty": normal(6, seed=4) - 3, **scalars(power=1.5, direct=0.7)}
+
+    def batch(self, outer_step: int) -> Tensor:
+        return normal(*self.shape, 8, 4, seed=20)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Tensor) -> Tensor:
+        self.seen.append(Evaluation(tree.detach(params), batch, torch.get_rng_state()))
+        loss = F.cross_entropy(self.inner.net(params, batch), torch.arange(len(batch)) % 3)
+        return hparams["direct"].exp() * loss + (hparams["penalty"].exp() * params["4.weight"].cosh().sum(0)).sum()
+
+
+def by_autograd(
+    inner: WatchedInner,
+    outer: WatchedOuter,
+    copies: list[Evaluation],
+    end: Evaluation,
+    hparams: TensorDict,
+    tau: float,
+) -> tuple[TensorDict, Tensor]:
+    """The paper's algorithm 1 in plain autograd: one graph over all copies, `theta* = sum_k w_k theta_k`."""
+    leaves = tree.leaves_requiring_grad(hparams)
+    losses = []
+    for copy in copies:
+        torch.set_rng_state(copy.noise)
+        losses.append(inner.loss(copy.params, leaves, copy.batch)[0])
+    weights = torch.softmax(-torch.stack(losses) / tau, 0)
+    mixed = {
+        name: value
+        if name in inner.buffers
+        else sum(weight * copy.params[name] for weight, copy in zip(weights, copies, strict=True))
+        for name, value in end.params.items()
+    }
+    torch.set_rng_state(end.noise)
+    loss = outer.loss(mixed, leaves, end.batch)
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)), weights.detach()
+
+
+@pytest.mark.parametrize("num_tasks", [None, 3])
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+@pytest.mark.parametrize("num_copies", [2, 5])
+def test_the_estimate_equals_one_graph_over_all_copies(num_copies: int, num_steps: int, num_tasks: int | None) -> None:
+    """With running statistics, dropout, a direct term, hyperparameters that enter both losses nonlinearly, tasks."""
+    tau = 0.7
+    inner = WatchedInner() if num_tasks is None else WatchedTasksInner()
+    outer = WatchedOuter(inner, *(() if num_tasks is None else (num_tasks,)))
+    problem = ht.BilevelProblem(inner, outer, dynamics=SGD(lr=0.1), num_steps=num_steps, num_tasks=num_tasks)
+    hparams = outer.init_hparams()
+    execution = ht.Execution(tasks="auto" if num_tasks is None else "loop")
+    backend = EvoGrad(num_copies=num_copies, sigma=0.2, temperature=tau)
+    compute(problem, backend, execution=execution)  # the first of its kind is looked at for side effects
+    inner.seen.clear()
+    outer.seen.clear()
+    result = compute(problem, backend, execution=execution)
+
+    per_task = num_steps + num_copies
+    runs = [inner.seen[start + num_steps : start + per_task] for start in range(0, len(inner.seen), per_task)]
+    # The loss of the mixture, and that of the model, which is reported.
+    ends = outer.seen[1::2]
+    assert len(runs) == len(ends) == (num_tasks or 1)
+    estimates = [by_autograd(inner, outer, copies, end, hparams, tau) for copies, end in zip(runs, ends, strict=True)]
+    for name, value in result.grads.items():
+        expected = torch.stack([grads[name] for grads, _ in estimates]).mean(0)
+        assert float(expected.abs().max()) > 1e-6
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-13)
+    effective = torch.stack([1 / weights.square().sum() for _, weights in estimates])
+    torch.testing.assert_close(result.figures["effective_copies"].reshape(-1), effective, rtol=1e-12, atol=0)
 
 
 def test_noise_differs_between_outer_steps_and_is_repeatable() -> None:
@@ -394,6 +512,65 @@ def test_costs_are_as_documented(num_copies: int) -> None:
     stats = compute(problem, EvoGrad(num_copies=num_copies)).stats
     assert (stats.steps, stats.vjps, stats.graph_steps, stats.stored_states) == (5 + num_copies, 0, 0, 0)
     assert len(inner.seen) == 5 + num_copies
+
+
+def measured(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> tuple[int, int]:
+    """Returns the FLOPs of products and convolutions, and the peak of live bytes."""
+    compute(problem, backend)  # the first of its kind is looked at for side effects
+    with FlopCounterMode(display=False) as flops:
+        compute(problem, backend)
+    with PeakMemory() as memory:
+        compute(problem, backend)
+    return flops.get_total_flops(), memory.peak
+
+
+def weighted(module: nn.Module, *shape: int) -> ht.BilevelProblem:
+    return sized_problem(module, *shape, num_steps=1)
+
+
+@pytest.mark.parametrize("num_copies", [2, 5])
+def test_flops_are_those_of_the_evaluations_by_hand(num_copies: int) -> None:
+    """A step, one forward pass per copy, the outer loss with its gradient, the outer loss that is reported."""
+    problem = weighted(mlp(20, 16, 16, 5), 80, 20)
+    params, hparams = problem.inner.init_params({}), problem.init_hparams()
+    leaves = tree.leaves_requiring_grad(params)
+    with FlopCounterMode(display=False) as gradient:
+        torch.autograd.grad(problem.outer.loss(leaves, hparams, None), list(leaves.values()))
+    with FlopCounterMode(display=False) as value:
+        problem.outer.loss(params, hparams, None)
+    expected = 2 * gradient.get_total_flops() + (num_copies + 1) * value.get_total_flops()
+    assert measured(problem, EvoGrad(num_copies=num_copies))[0] == expected
+
+
+def test_it_is_cheaper_than_a_second_derivative_of_a_convolutional_net() -> None:
+    """A net of equal linear layers takes 7 + K passes here and 8 there, where K = 2 saves memory alone."""
+    conv, linear = weighted(conv_net(), 20, 1, 12, 12), weighted(mlp(20, 16, 5), 80, 20)
+    for second in (ht.hypergradients.Reverse(), ht.hypergradients.OneStep()):
+        flops, peak = measured(conv, EvoGrad())
+        flops_of_second, peak_of_second = measured(conv, second)
+        assert flops < flops_of_second
+        assert peak < 0.4 * peak_of_second
+        assert measured(linear, EvoGrad())[1] < 0.8 * measured(linear, second)[1]
+
+
+def test_the_graph_of_one_copy_lives_at_a_time() -> None:
+    """A shift of the inputs keeps the activations of the whole net; a further copy adds its noise and two numbers."""
+    net = ht.FunctionalModule(mlp(20, 16, 5).double())
+    inputs, labels = normal(400, 20, seed=1), torch.arange(400) % 5
+
+    def loss(params: TensorDict, shift: Tensor | float) -> Tensor:
+        return F.cross_entropy(net(params, inputs + shift), labels)
+
+    problem = ht.BilevelProblem(
+        LambdaInner(lambda h: net.init_params(), lambda p, h, b: loss(p, h["shift"])),
+        LambdaOuter(scalars(shift=0.1), lambda p, h, b: loss(p, 0.0)),
+        dynamics=SGD(lr=0.1),
+        num_steps=1,
+    )
+    params = net.init_params()
+    noise = 8 * sum(value.numel() for value in params.values())
+    few, many = (measured(problem, EvoGrad(num_copies=copies))[1] for copies in (2, 12))
+    assert 10 * noise <= many - few <= 10 * (noise + 16 * 8)
 
 
 @pytest.mark.parametrize(

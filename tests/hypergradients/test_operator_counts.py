@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypertorch as ht
-from hypertorch.hypergradients import Reverse
+from hypertorch.hypergradients import EvoGrad, Reverse
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
 
 LR = 0.1
@@ -135,3 +135,24 @@ def test_the_inner_loop_is_run_once(num_steps: int) -> None:
     with Count() as count:
         by_library(Reverse(), num_steps)
     assert count.calls["aten._log_softmax.default"] == num_steps + 1
+
+
+def test_a_further_copy_of_evo_grad_runs_one_forward_pass_and_no_backward_pass_of_the_net() -> None:
+    def counted(num_copies: int) -> Counter[str]:
+        by_library(EvoGrad(num_copies=num_copies), 1)  # the first of its kind is looked at for side effects
+        with Count() as count:
+            by_library(EvoGrad(num_copies=num_copies), 1)
+        return count.calls
+
+    module, weight = network(), START.clone().requires_grad_()
+    theta = {name: value.detach() for name, value in module.named_parameters()}
+    noise = {name: torch.randn_like(value).flatten() for name, value in theta.items()}
+    with Count() as by_hand:
+        copy = {name: value.add(noise[name].view(value.shape), alpha=0.1) for name, value in theta.items()}
+        loss = inner_loss(lambda inputs: torch.func.functional_call(module, copy, inputs), weight)
+        torch.autograd.grad(loss, weight)
+    extra = counted(5) - counted(4) - by_hand.calls
+    # A row of each param's noise, and the copy's part in the hypergradient: a product and a sum.
+    allowed = {"select.int": len(theta), "mul.Tensor": 1, "add.Tensor": 1, "detach.default": 8}
+    assert not extra - Counter({f"aten.{name}": number for name, number in allowed.items()}), extra
+    assert counted(5) - counted(4) == counted(4) - counted(3)
