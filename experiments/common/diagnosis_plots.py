@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import hypertorch as ht
 from experiments.common.line_styles import COLOURS, line_styles
+from experiments.common.settings_grid import Field
 from hypertorch.diagnostics.horizon import Series
 
 Row = Mapping[str, Any]
@@ -159,3 +160,51 @@ def _mark_lengths(axes: Axes, lengths: Sequence[int]) -> None:
 
 def _spelt(name: str) -> str:
     return name.replace("_", " ")
+
+
+def plot_field(field: Field, num_steps: int, path: Path) -> None:
+    """Draws the outer loss as filled contours, and the way downhill as arrows, whose length is cut.
+
+    Args:
+        field: losses and hypergradients at the points of a grid.
+        num_steps: of the runs (unit: inner steps).
+        path: the picture.
+    """
+    points = round(len(field.losses) ** 0.5)
+    # Drawn in the coordinates of the derivatives, in which the arrows are at right angles to the contours.
+    x, y, losses, right, up = (
+        value.double().cpu().numpy().reshape(points, points)
+        for value in (*field.coordinates, field.losses, *field.hypergradients)
+    )
+    figure = Figure(figsize=(8.5, 6.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("0.75")  # seen where a run diverged
+    finite = losses[np.isfinite(losses)]
+    if len(finite):
+        # Beyond three quarters of all losses the colour stays the same: a few large ones would take all of it.
+        low, high = float(finite.min()), float(np.quantile(finite, 0.75))
+        # Closer together where the loss is low, and is what one looks for.
+        levels = low + (high - low if high > low else 1.0) * np.linspace(0.0, 1.0, 25) ** 3
+        shown = axes.contourf(x, y, np.ma.masked_invalid(losses), levels=levels, cmap="viridis", extend="max")
+        figure.colorbar(shown, ax=axes, format="%.3g", label=f"outer loss after {num_steps} inner steps")
+    # In cells of the grid, so that an arrow is as long whatever the units of an axis.
+    cells = np.array([x[0, 1] - x[0, 0], y[1, 0] - y[0, 0]])
+    steps = -np.stack([right * cells[0], up * cells[1]])
+    lengths = np.hypot(*steps)
+    known = np.isfinite(lengths)
+    longest = float(np.quantile(lengths[known], 0.5)) if known.any() else 1.0
+    factor = 0.8 / np.maximum(lengths, max(longest, 1e-30))
+    axes.quiver(
+        x[known], y[known], (steps[0] * factor * cells[0])[known], (steps[1] * factor * cells[1])[known],
+        angles="xy", scale_units="xy", scale=1.0, color="white", edgecolor="black", linewidth=0.4, width=0.004,
+    )  # fmt: skip
+    axes.plot(x[~known], y[~known], "x", color="tab:red", markersize=5, label="run or hypergradient diverged")
+    if (~known).any():
+        figure.legend(loc="outside lower right", frameon=False)
+    names = [f"{axis.name} ({axis.scale} scale)" for axis in field.axes]
+    axes.set(xlabel=names[0], ylabel=names[1], title="Downhill by the hypergradient (arrows cut at the median length)")
+    for axis, own, limits in zip(field.axes, (axes.xaxis, axes.yaxis), (x[0], y[:, 0]), strict=True):
+        if axis.scale == "log":
+            decades = np.arange(np.ceil(limits[0] / np.log(10.0)), np.floor(limits[-1] / np.log(10.0)) + 1)
+            own.set_ticks(decades * np.log(10.0), [f"{10.0**decade:g}" for decade in decades])
+    figure.savefig(path, dpi=_PIXELS_PER_INCH)

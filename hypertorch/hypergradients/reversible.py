@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from hypertorch.autodiff.missing_derivatives import NotVectorisableError
 from hypertorch.checks import check_switch
 from hypertorch.dynamics.reversible import ReversibleDynamics, reversible_rule
 from hypertorch.errors import IncompatibleBackendError
@@ -13,6 +14,7 @@ from hypertorch.hypergradients.reverse_mode.exact_reversal import CompiledRevers
 from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.task_settings import TaskSettings
 from hypertorch.types import TensorDict
 
 
@@ -90,6 +92,12 @@ class Reversible(Hypergradient):
 def _checked_rule(loop: InnerLoop) -> ReversibleDynamics:
     """Returns the rule that the loop steps by, or raises if its steps cannot be undone."""
     rule = reversible_rule(loop.dynamics)
+    if isinstance(loop.dynamics, TaskSettings) and reversible_rule(loop.dynamics.rule) is not None:
+        raise NotVectorisableError(
+            f"`Reversible()` got tasks with {sorted(loop.dynamics.own)} of their own: its steps in exact integers have "
+            "one setting for all tasks that are run together",
+            "Run the tasks one by one with `execution=ht.Execution(tasks='loop')`.",
+        )
     if rule is None:
         raise IncompatibleBackendError(
             f"`Reversible()` got a problem with the dynamics `{type(loop.dynamics).__name__}`, whose steps cannot be "

@@ -9,7 +9,7 @@ from torch.func import vmap
 
 from hypertorch.autodiff.missing_derivatives import NotVectorisableError
 from hypertorch.constraints import Constraint
-from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper, ReversibleDynamics
+from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
 from hypertorch.dynamics.settings import Setting, parts
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -33,7 +33,7 @@ def for_tasks(dynamics: Dynamics, per_task: frozenset[str]) -> Dynamics:
     own = frozenset(name for name in per_task if any(fnmatchcase(name, pattern) for pattern in patterns))
     if not own:
         return dynamics
-    if not isinstance(dynamics, GradientDynamics) or isinstance(dynamics, ReversibleDynamics):
+    if not isinstance(dynamics, GradientDynamics):
         raise NotVectorisableError(
             f"`{type(dynamics).__name__}` reads {sorted(own)} from the context, with a value for every task, and its "
             "step is more than an update along one gradient, which alone is vectorised over tasks",

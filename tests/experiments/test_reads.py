@@ -17,7 +17,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks import compare_libraries
-from experiments import compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train
+from experiments import (
+    compare_backends,
+    evaluate,
+    fewshot_table,
+    gallery,
+    horizon_bias,
+    hyperfield,
+    spectral_radius,
+    train,
+)
 from experiments.common.config_errors import CONFIGS
 from experiments.common.experiment import experiment_class
 from experiments.common.failures import ExpectedFailure
@@ -30,7 +39,17 @@ from experiments.fewshot_table import planned_cells
 from tests.experiments.commands import SINUSOID, TINY, Command
 from tests.helpers import pages
 
-COMMANDS = [compare_libraries, compare_backends, evaluate, fewshot_table, horizon_bias, spectral_radius, train]
+COMMANDS = [
+    compare_libraries,
+    compare_backends,
+    evaluate,
+    fewshot_table,
+    gallery,
+    horizon_bias,
+    hyperfield,
+    spectral_radius,
+    train,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +79,7 @@ def check_training(*overrides: str) -> None:
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("word", ["+nonsense.foo=1", "++task_nam=1", "+hydra.foo=1", "+hypergradient@nonsense=reverse"])
 def test_every_command_refuses_what_it_does_not_read(module: ModuleType, word: str, command: Command) -> None:
-    needed = {"evaluate": ["run=nowhere"], "fewshot_table": ["run=false"]}
+    needed = {"evaluate": ["run=nowhere"], "fewshot_table": ["run=false"], "gallery": ["run=false"]}
     code, error = command(*needed.get(module.__name__.rpartition(".")[2], []), word, module=module)
     assert code == 1
     assert error.count("\n") == 1 and error.startswith("error: `"), error
@@ -226,7 +245,9 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "evaluate": (evaluate.EvaluateSettings,),
     "spectral_radius": (spectral_radius.SpectrumSettings,),
     "horizon_bias": (horizon_bias.HorizonSettings,),
+    "hyperfield": (hyperfield.FieldSettings,),
     "compare_backends": (compare_backends.CompareSettings,),
+    "gallery": (gallery.GallerySettings,),
     "fewshot_table": (fewshot_table.TableSettings,),
     "compare_libraries": (compare_libraries.BenchmarkSettings,),
 }
@@ -240,7 +261,9 @@ def all_classes(kinds: Iterable[type]) -> Iterator[type]:
         yield from all_classes(inner for inner in get_type_hints(kind).values() if is_dataclass(inner))
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "spectral_radius", "horizon_bias", "compare_backends"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "spectral_radius", "horizon_bias", "hyperfield", "compare_backends"]
+)
 def test_every_setting_that_is_declared_is_used(
     name: str, command: Command, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +285,7 @@ def test_every_setting_that_is_declared_is_used(
         "evaluate": (f"run={finished}", "num_episodes=2", "dataset_root=null"),
         "spectral_radius": (*small, "horizon=3", "steps=[0]", "dimension=8"),
         "horizon_bias": (*small, "horizon=3", "windows=[1]", "num_steps=[2,3]", "implicit.residual_tolerance=null"),
+        "hyperfield": (*small, "points=2", "num_steps=2"),
         "compare_backends": (*small, "num_steps=[2]", "repeats=1", "only=[reverse]"),
     }
     code, error = command(*words[name], "paths.run_dir=here", module=MODULES[name])
@@ -281,6 +305,7 @@ def test_every_plain_setting_of_a_file_is_declared_and_the_other_way_round(name:
         "horizon_bias": ("implicit.",),
         "compare_backends": ("backends.",),
         "fewshot_table": ("known_settings.", "cell_settings.", "published."),
+        "gallery": ("known.",),
         "compare_libraries": ("works.", "sweeps."),
     }.get(name, ())
     plain = {key for key in held if not key.startswith(("defaults", "hydra", "task_name", *blocks))}

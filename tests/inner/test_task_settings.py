@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +83,7 @@ RULES: dict[str, ht.Dynamics] = {
     "adagrad": Adagrad(lr=LR, initial_accumulator_value=Hyper("momentum")),
     "rmsprop": RMSprop(lr=LR, alpha=Hyper("momentum"), eps=1e-3),
     "lion": Lion(lr=LR),
+    "reversible": ReversibleMomentum(lr=LR, momentum=Hyper("momentum")),
     "groups": Groups({"weight": SGD(lr=LR, momentum=0.5), "*": Adam(lr=0.1, eps=1e-3)}),
 }
 
@@ -136,13 +135,18 @@ def test_each_task_is_the_problem_with_its_setting_as_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: ReversibleMomentum(lr=LR), lambda: ht.dynamics.Clipped(SGD(lr=LR), max_norm=1.0)]
+    ("rule", "backend"),
+    [
+        (ht.dynamics.Clipped(SGD(lr=LR), max_norm=1.0), ht.hypergradients.Reverse()),
+        (RULES["reversible"], ht.hypergradients.Reversible()),
+    ],
 )
-def test_rules_that_are_more_than_an_update_run_task_by_task(make: Callable[[], ht.Dynamics]) -> None:
-    own = problem(make())
-    with pytest.raises(ForwardModeError, match=r"with a value for every task.*tasks='loop'"):
-        ht.hypergradient(own, own.init_hparams(), backend=ht.hypergradients.Reverse(), execution=Together)
-    assert_same(own, ht.hypergradients.Reverse(), ht.Execution(tasks="auto"))
+def test_what_is_more_than_an_update_runs_task_by_task(rule: ht.Dynamics, backend: ht.Hypergradient) -> None:
+    own = problem(rule)
+    with pytest.raises(ForwardModeError, match=r"tasks='loop'"):
+        ht.hypergradient(own, own.init_hparams(), backend=backend, execution=Together)
+    assert_same(own, backend, Loop)
+    assert_same(own, backend, ht.Execution(tasks="auto"))
 
 
 def test_a_setting_of_the_wrong_shape_is_refused_in_the_words_of_one_task() -> None:
