@@ -114,23 +114,31 @@ def main(config: DictConfig) -> None:
     settings.set_threads()
     axes = settings.axes()
     problem = training_problem(config, settings, settings.num_steps)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     backend = ht.hypergradients.Reverse(checkpoint_every="sqrt")
     own = settings.execution
     # Not `of(problem)`: the points are the tasks, and the problem has none.
     execution = ht.Execution(tasks=own.tasks, chunk=own.chunk, inner_dtype=own.inner_dtype)
     found = field(problem, axes, settings.points, backend, execution)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     folder = open_folder(config, HydraConfig.get().overrides.task)
     rows = table(found)
     write_csv(folder.path / "field.csv", rows)
-    write_results(folder.results, {**run_description(), "seconds": seconds, "rows": [json_ready(row) for row in rows]})
+    write_results(
+        folder.results,
+        {
+            **run_description(),
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "rows": [json_ready(row) for row in rows],
+        },
+    )
     plot_field(found, settings.num_steps, folder.path / "field.png")
     lost = int((~found.losses.isfinite() | found.hypergradients[0].isnan()).sum())
     best = rows[int(torch.where(found.losses.isfinite(), found.losses, torch.inf).argmin())]
     console = Console()
     for line in (
-        f"{len(rows)} points in {duration(seconds)}; {lost} of them diverged",
+        f"{len(rows)} points in {duration(seconds)} ({cpu_seconds:.0f} CPU seconds); {lost} of them diverged",
         f"least outer loss {best['outer_loss']:.4f} at {settings.x}={best[settings.x]:.4g}, "
         f"{settings.y}={best[settings.y]:.4g}",
         f"everything is in {folder.path}",

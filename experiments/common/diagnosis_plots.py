@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 import hypertorch as ht
@@ -185,7 +186,10 @@ def plot_field(field: Field, num_steps: int, path: Path) -> None:
         low, high = float(finite.min()), float(np.quantile(finite, 0.75))
         # Closer together where the loss is low, and is what one looks for.
         levels = low + (high - low if high > low else 1.0) * np.linspace(0.0, 1.0, 25) ** 3
-        shown = axes.contourf(x, y, np.ma.masked_invalid(losses), levels=levels, cmap="viridis", extend="max")
+        norm = PowerNorm(1.0 / 3.0, vmin=float(levels[0]), vmax=float(levels[-1]))
+        shown = axes.contourf(
+            x, y, np.ma.masked_invalid(losses), levels=levels, norm=norm, cmap="viridis", extend="max"
+        )
         figure.colorbar(shown, ax=axes, format="%.3g", label=f"outer loss after {num_steps} inner steps")
     # In cells of the grid, so that an arrow is as long whatever the units of an axis.
     cells = np.array([x[0, 1] - x[0, 0], y[1, 0] - y[0, 0]])
