@@ -12,10 +12,12 @@ from hypertorch.diagnostics import (
     HorizonBias,
     HorizonPoint,
     HypergradientCheck,
+    Metasmoothness,
     SpectralRadius,
     check_hypergradient,
     compare_backends,
     horizon_bias,
+    metasmoothness,
     spectral_radius,
 )
 from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
@@ -75,6 +77,7 @@ __all__ = [
     "LinearSolver",
     "Logger",
     "MemoryLogger",
+    "Metasmoothness",
     "Minibatches",
     "OuterLoop",
     "OuterProblem",
@@ -103,6 +106,7 @@ __all__ = [
     "live_memory",
     "load_hparams",
     "memo",
+    "metasmoothness",
     "save_hparams",
     "spectral_radius",
     "tree",

@@ -5,6 +5,7 @@ from hypertorch.diagnostics.check import DirectionalCheck, HypergradientCheck, c
 from hypertorch.diagnostics.compare import BackendComparison, BackendFigures, compare_backends
 from hypertorch.diagnostics.geometric_fit import GeometricFit
 from hypertorch.diagnostics.horizon import HorizonBias, HorizonPoint, horizon_bias
+from hypertorch.diagnostics.metasmoothness import Metasmoothness, metasmoothness
 from hypertorch.diagnostics.spectral import SpectralRadius, spectral_radius
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "HorizonBias",
     "HorizonPoint",
     "HypergradientCheck",
+    "Metasmoothness",
     "SpectralRadius",
     "check_hypergradient",
     "compare_backends",
     "horizon_bias",
+    "metasmoothness",
     "spectral_radius",
 ]
