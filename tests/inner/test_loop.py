@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,6 +54,39 @@ def test_noise_of_terms_at_steps_differs_by_step_and_is_that_of_a_replay() -> No
     )
     torch.testing.assert_close(whole.outer_loss, segments.outer_loss)
     torch.testing.assert_close(whole.grads, segments.grads)
+
+
+@pytest.mark.parametrize("busy", ["init", "loss", "term"])
+def test_how_much_noise_one_function_draws_shifts_that_of_no_other(busy: str) -> None:
+    def noise(extra: int) -> dict[str, list[float]]:
+        """The first number that each function draws in a run."""
+        drawn: dict[str, list[float]] = {"init": [], "loss": [], "term": [], "outer": []}
+
+        def draw(place: str) -> Tensor:
+            value = torch.rand((1 + extra * (place == busy),), dtype=F64)[0]
+            drawn[place].append(float(value))
+            return value
+
+        class Outer(LambdaOuter):
+            def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+                return params["w"] * draw("term")
+
+        problem = ht.BilevelProblem(
+            LambdaInner(lambda h: {"w": h["c"] + draw("init")}, lambda p, h, b: p["w"].square() * draw("loss")),
+            Outer(scalars(c=1.0), lambda p, h, b: p["w"] + draw("outer")),
+            dynamics=ht.dynamics.SGD(lr=0.1),
+            num_steps=3,
+        )
+        ht.unroll(problem, problem.init_hparams())  # which looks at the kind of problem, and draws for that too
+        for numbers in drawn.values():
+            numbers.clear()
+        torch.manual_seed(extra)  # the noise is the problem's own, whatever the generators held before
+        ht.unroll(problem, problem.init_hparams())
+        return drawn
+
+    assert noise(0) == noise(3)
+    found = noise(0)
+    assert len({*found["init"], *found["loss"], *found["term"], *found["outer"]}) >= 1 + 3 + 3 + 1
 
 
 class LookAhead(ht.Dynamics):
