@@ -64,6 +64,7 @@ def main(config: DictConfig) -> float:
     console = Console(stderr=True)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     trained = loop.run(settings.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
+    experiment = experiment.after(trained)
     reports = evaluate_splits(experiment, settings, splits, trained.best_hparams)
     check_figures(reports, f"the best outer variables of {trained.num_outer_steps} outer steps")
     baselines = evaluate_baselines(experiment, settings, splits)
