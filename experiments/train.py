@@ -65,6 +65,7 @@ def main(config: DictConfig) -> float:
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     start_cpu = process_time()
     trained = loop.run(settings.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
+    experiment = experiment.after(trained)
     if not folder.resumed:
         experiment.training_cpu_seconds = process_time() - start_cpu
     reports = evaluate_splits(experiment, settings, splits, trained.best_hparams)

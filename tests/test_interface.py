@@ -87,6 +87,7 @@ COMPARED = [
     "TaskSpec",
     "Truncated",
     "_Declaration",
+    "Metasmoothness",
 ]
 
 

@@ -90,6 +90,16 @@ class Experiment(ABC):
             ExpectedFailure: naming the setting, its value and what to write instead.
         """
 
+    def after(self, trained: ht.Trained) -> Experiment:
+        """Returns the experiment that is judged and drawn after a run; this one unless overridden.
+
+        An experiment whose outcome is the inner state that a warm-started run ends at takes it from `trained.carry`.
+
+        Args:
+            trained: what the run found.
+        """
+        return self
+
     def draw(self, hparams: TensorDict, folder: Path) -> None:  # noqa: B027 (some have no pictures)
         """Writes pictures of what was learnt; none unless overridden.
 

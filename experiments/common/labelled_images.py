@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +12,18 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from experiments.common.digits import CLASSES
-from hypertorch.types import Batch, TensorDict
+from experiments.common.mlp import accuracy
+from hypertorch.types import Batch, TensorDict, TensorMapping
+
+Net: TypeAlias = Callable[[TensorMapping, Tensor], Tensor]
+"""A classifier as a function of its params and of images: its outputs, shape `(images, classes)`."""
+
+
+def logits(params: TensorMapping, inputs: Tensor) -> Tensor:
+    """Returns the outputs of softmax regression, or of a net with one hidden layer; see `first_params`."""
+    if "hidden.weight" in params:
+        inputs = torch.tanh(F.linear(inputs, params["hidden.weight"], params["hidden.bias"]))
+    return F.linear(inputs, params["output.weight"], params["output.bias"])
 
 
 class WeightedImages(ht.InnerProblem):
@@ -21,19 +33,23 @@ class WeightedImages(ht.InnerProblem):
         data: inputs of shape `(images, pixels)`, labels as given, and who or what gave each, both of shape
             `(images,)`; or a function of the inner step that returns them.
         first: the first params.
+        net: the classifier.
     """
 
-    def __init__(self, *, data: tuple[Tensor, Tensor, Tensor] | Callable[[int], Batch], first: TensorDict) -> None:
+    def __init__(
+        self, *, data: tuple[Tensor, Tensor, Tensor] | Callable[[int], Batch], first: TensorDict, net: Net = logits
+    ) -> None:
         self._data = data
         self._first = first
+        self._net = net
 
     @abstractmethod
     def weights(self, hparams: TensorDict, losses: Tensor, source: Tensor) -> Tensor:
         """Returns the weights `v` of the images, of the shape of `losses` and `source`: `(images,)`."""
 
     @abstractmethod
-    def l2(self, hparams: TensorDict) -> Tensor | float:
-        """Returns the strength of the penalty."""
+    def l2(self, hparams: TensorDict) -> Tensor | float | None:
+        """Returns the strength of the penalty; None for no penalty."""
 
     def init_params(self, hparams: TensorDict) -> TensorDict:
         """Returns the first params, which are not learnt."""
@@ -46,30 +62,40 @@ class WeightedImages(ht.InnerProblem):
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
         """Returns the weighted cross-entropy and the penalty."""
         inputs, labels, source = batch
-        losses = F.cross_entropy(logits(params, inputs), labels, reduction="none")
-        penalty = sum(value.square().sum() for value in params.values()) / 2
-        return (self.weights(hparams, losses, source) * losses).mean() + self.l2(hparams) * penalty
+        losses = F.cross_entropy(self._net(params, inputs), labels, reduction="none")
+        weighted = (self.weights(hparams, losses, source) * losses).mean()
+        strength = self.l2(hparams)
+        if strength is None:
+            return weighted
+        return weighted + strength * sum(value.square().sum() for value in params.values()) / 2
 
 
 class CleanImages(ht.OuterProblem):
     """Judges the classifier on images whose labels are true.
 
     Args:
-        data: inputs of shape `(images, pixels)` and labels of shape `(images,)`.
+        data: inputs of shape `(images, pixels)` and labels of shape `(images,)`; or a function of the outer step that
+            returns them.
         first: the outer variables before the first outer step.
         constraints: the sets that they are kept in, by name.
         figures: of the outer variables alone, reported beside the accuracy.
+        others: further images and labels, by the name that the accuracy on them is reported under.
+        net: the classifier.
     """
 
     def __init__(
         self,
         *,
-        data: tuple[Tensor, Tensor],
+        data: tuple[Tensor, Tensor] | Callable[[int], Batch],
         first: TensorDict,
         constraints: Mapping[str, ht.Constraint] | None = None,
         figures: Callable[[TensorDict], TensorDict] | None = None,
+        others: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        net: Net = logits,
     ) -> None:
         self._data = data
+        self._others = others or {}
+        self._net = net
         self._first = first
         self._constraints = constraints or {}
         self._figures = figures
@@ -83,19 +109,19 @@ class CleanImages(ht.OuterProblem):
         return self._constraints
 
     def batch(self, outer_step: int) -> Batch:
-        """Returns all of the images."""
-        return self._data
+        """Returns the images of an outer step."""
+        return self._data(outer_step) if callable(self._data) else self._data
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
         """Returns the cross-entropy."""
         inputs, labels = batch
-        return F.cross_entropy(logits(params, inputs), labels)
+        return F.cross_entropy(self._net(params, inputs), labels)
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the accuracy, and the figures of the outer variables."""
-        inputs, labels = batch
-        accuracy = (logits(params, inputs).argmax(dim=-1) == labels).to(inputs.dtype).mean()
-        return {"accuracy": accuracy, **(self._figures(hparams) if self._figures else {})}
+        """Returns the accuracy, here and on the other images, and the figures of the outer variables."""
+        sets = {"accuracy": batch, **self._others}
+        found = {name: accuracy(self._net(params, inputs), labels) for name, (inputs, labels) in sets.items()}
+        return {**found, **(self._figures(hparams) if self._figures else {})}
 
 
 def first_params(pixels: int, hidden: int, generator: torch.Generator) -> TensorDict:
@@ -114,10 +140,3 @@ def first_params(pixels: int, hidden: int, generator: torch.Generator) -> Tensor
         "output.weight": torch.randn(CLASSES, hidden, generator=generator) / hidden**0.5,
         "output.bias": torch.zeros(CLASSES),
     }
-
-
-def logits(params: TensorDict, inputs: Tensor) -> Tensor:
-    """Returns the classifier's outputs, shape `(images, classes)`."""
-    if "hidden.weight" in params:
-        inputs = torch.tanh(F.linear(inputs, params["hidden.weight"], params["hidden.bias"]))
-    return F.linear(inputs, params["output.weight"], params["output.bias"])
