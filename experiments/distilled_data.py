@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -48,6 +48,7 @@ class DistilledData(Experiment):
         root: the folder of MNIST's files; None for the embedded digits.
         hidden: width of the net's hidden layer; 0 for none, which is softmax regression.
         first_weights: "same" or "new".
+        rates: "one" learnt rate, or one for each inner "step".
         outer_batch_size: real images in an outer step.
         num_steps: the horizon (unit: inner steps).
         first_scale: standard deviation of the learnt pixels before the first outer step.
@@ -74,26 +75,32 @@ class DistilledData(Experiment):
         root: str | None = None,
         hidden: int = 0,
         first_weights: str = "new",
+        rates: Literal["one", "step"] = "one",
         outer_batch_size: int = 1000,
         num_steps: int = 20,
         first_scale: float = 0.1,
         weight_scale: float = 1.0,
     ) -> None:
         super().__init__(config, settings)
-        if first_weights not in ("same", "new"):
-            raise ExpectedFailure(
-                f"`experiment.first_weights` is {first_weights!r}, which is no way to start a net. Use same or new."
-            )
+        for name, value, known in (
+            ("first_weights", first_weights, ("same", "new")),
+            ("rates", rates, ("one", "step")),
+        ):
+            if value not in known:
+                raise ExpectedFailure(
+                    f"`experiment.{name}` is {value!r}, which this experiment does not know. Use {' or '.join(known)}."
+                )
         self.images = digit_splits(
             data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
         )
         inputs = self.images["train"].inputs
         self._net = MLP((inputs.shape[1], *([hidden] if hidden else []), CLASSES))
         # Built as it is set, for the checks of its numbers.
-        self._dynamics = replace(build(config, "dynamics"), lr=ht.Hyper("log_lr", torch.exp))
+        self._dynamics = replace(build(config, "dynamics"), lr=ht.Hyper("log_lr", torch.exp, per=rates))
         lr = positive_number(config, "dynamics.lr", purpose="its logarithm is learnt", example=0.1)
         noise = torch.randn((CLASSES, inputs.shape[1]), generator=torch.Generator().manual_seed(settings.seed))
-        self._first = hparams_of(first_scale * noise.to(inputs), lr)
+        self._num_rates = num_steps if rates == "step" else None
+        self._first = self._hparams(first_scale * noise.to(inputs), lr)
         self._same = first_weights == "same"
         self._weight_scale = weight_scale
         self._outer_batch_size, self._num_steps = outer_batch_size, num_steps
@@ -133,14 +140,17 @@ class DistilledData(Experiment):
         layers = len(self._net.widths) - 1
         net = "softmax regression" if layers == 1 else f"a net with {self._net.widths[1]} hidden units"
         weights = "the same first weights in every run" if self._same else "first weights drawn anew for every run"
-        title = (
-            f"All that {net} is trained on, for {self._num_steps} steps at the learnt rate "
-            f"{float(hparams['log_lr'].exp()):.2g}\n({weights})"
-        )
+        rate = f"{float(hparams['log_lr'].exp().mean()):.2g}{' (mean of all steps)' if self._num_rates else ''}"
+        title = f"All that {net} is trained on, for {self._num_steps} steps at the learnt rate {rate}\n({weights})"
         draw_row(hparams["images"], title, folder / "distilled.png")
 
+    def _hparams(self, images: Tensor, lr: float) -> TensorDict:
+        """Returns the outer variables of ten images and a learning rate."""
+        log_lr = images.new_tensor(math.log(lr))
+        return {"images": images, "log_lr": log_lr if self._num_rates is None else log_lr.repeat(self._num_rates)}
+
     def _with_best_rate(self, images: Tensor) -> TensorDict:
-        source, candidates = self.validation(), [hparams_of(images, lr) for lr in _RATES]
+        source, candidates = self.validation(), [self._hparams(images, lr) for lr in _RATES]
         runs = 1 if self._same else 5
         scores = [ht.evaluate(source, each, num_episodes=runs).metrics["accuracy"].mean for each in candidates]
         return candidates[scores.index(max(scores))]
@@ -199,7 +209,7 @@ class RealImages(ht.OuterProblem):
         self._first = first
 
     def init_hparams(self) -> TensorDict:
-        """Returns the learnt images, shape `(10, pixels)`, and the logarithm of the learning rate."""
+        """Returns the learnt images, shape `(10, pixels)`, and the logarithm of the learning rate or rates."""
         return dict(self._first)
 
     def batch(self, outer_step: int) -> Batch:
@@ -212,14 +222,9 @@ class RealImages(ht.OuterProblem):
         return F.cross_entropy(self._net(params, images), labels)
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the accuracy, and the learning rate."""
+        """Returns the accuracy, and the learning rate (the mean of all steps)."""
         images, labels = batch
-        return {"accuracy": accuracy(self._net(params, images), labels), "rate": hparams["log_lr"].exp()}
-
-
-def hparams_of(images: Tensor, lr: float) -> TensorDict:
-    """Returns the outer variables of ten images and a learning rate."""
-    return {"images": images, "log_lr": images.new_tensor(math.log(lr))}
+        return {"accuracy": accuracy(self._net(params, images), labels), "rate": hparams["log_lr"].exp().mean()}
 
 
 def draw_row(images: Tensor, title: str, path: Path) -> None:

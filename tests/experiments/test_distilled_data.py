@@ -40,9 +40,10 @@ def first_weights(problem: ht.BilevelProblem) -> torch.Tensor:
     return ht.unroll(start, problem.init_hparams()).params["layer1.weight"]
 
 
-@pytest.mark.parametrize("hidden", [0, 3])
-def test_the_hypergradient_is_right(hidden: int) -> None:
-    problem = tiny(f"experiment.hidden={hidden}").training().at(2)
+@pytest.mark.parametrize(("hidden", "rates"), [(0, "one"), (3, "step")])
+def test_the_hypergradient_is_right(hidden: int, rates: str) -> None:
+    problem = tiny(f"experiment.hidden={hidden}", f"experiment.rates={rates}").training().at(2)
+    assert problem.init_hparams()["log_lr"].shape == {"one": (), "step": (3,)}[rates]
     assert ht.check_hypergradient(problem, problem.init_hparams(), ht.hypergradients.Reverse()).passed
 
 
@@ -96,9 +97,10 @@ def test_a_baseline_has_the_rate_that_is_best_on_validation_images() -> None:
     assert max(scores) == scores[1] > scores[2]
 
 
-def test_other_first_weights_are_refused() -> None:
-    with pytest.raises(ExpectedFailure, match="`experiment.first_weights` is 'other', which is no way to start a net"):
-        tiny("experiment.first_weights=other")
+@pytest.mark.parametrize("name", ["first_weights", "rates"])
+def test_other_words_are_refused(name: str) -> None:
+    with pytest.raises(ExpectedFailure, match=f"`experiment.{name}` is 'other', which this experiment does not know"):
+        tiny(f"experiment.{name}=other")
 
 
 def test_a_small_run_draws_its_images(command: Command, tmp_path: Path) -> None:
