@@ -63,7 +63,11 @@ def main(config: DictConfig) -> float:
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console(stderr=True)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
+    start_cpu = process_time()
     trained = loop.run(settings.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
+    if not folder.resumed:
+        experiment.training_cpu_seconds = process_time() - start_cpu
+    experiment.carry = trained.carry
     reports = evaluate_splits(experiment, settings, splits, trained.best_hparams)
     check_figures(reports, f"the best outer variables of {trained.num_outer_steps} outer steps")
     baselines = evaluate_baselines(experiment, settings, splits)

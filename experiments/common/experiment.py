@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 import hypertorch as ht
 from experiments.common.building import build, make
@@ -47,6 +49,10 @@ class Experiment(ABC):
         metric: the figure that validation goes by.
         mode: whether more ("max") or less ("min") of it is better.
         published: what others report of this experiment, by what it is, with its source: shown under the table.
+        training_cpu_seconds: what training took, so that baselines can be given as much; the command sets it before it
+            asks for them. None if it is not known: before training, and in a run that was resumed.
+        carry: what the last hypergradient of a warm-started run handed on, its net for one; the command sets it after
+            training. Empty if nothing goes on from one outer step to the next.
     """
 
     READS: ClassVar[Reads] = Reads()
@@ -54,6 +60,8 @@ class Experiment(ABC):
     metric: str
     mode: Literal["max", "min"]
     published: ClassVar[Mapping[str, str]] = {}
+    training_cpu_seconds: float | None = None
+    carry: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, config: DictConfig, settings: ProblemSettings) -> None:
         self.config = config
