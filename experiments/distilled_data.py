@@ -1,0 +1,249 @@
+"""Ten images to learn from, one for each digit, found by gradient descent on their pixels, through training.
+
+scripts/train experiment=distilled_data
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import hypertorch as ht
+from experiments.common.building import build
+from experiments.common.digits import CLASSES, DigitsName, digit_splits
+from experiments.common.experiment import Baseline, Experiment
+from experiments.common.failures import ExpectedFailure
+from experiments.common.mlp import MLP, accuracy
+from experiments.common.readers import positive_number
+from experiments.common.reads import Reads
+from experiments.common.seeds import Purpose, run_seed
+from experiments.common.settings import ProblemSettings
+from hypertorch.types import Batch, TensorDict
+
+# The rates that a baseline chooses from.
+_RATES = tuple(10 ** (exponent / 4) for exponent in range(-14, 5))
+
+
+class DistilledData(Experiment):
+    """Learns one training image for each digit, and the learning rate, so that a net trained on these ten does well.
+
+    An inner run trains a net on the ten images, all of them at each step. The outer loss is that of the trained net on
+    real images. The first weights are the same in every run ("same"), or drawn anew for every outer step ("new").
+
+    Args:
+        config: the configuration; `dynamics.lr` is the learning rate before the first outer step.
+        settings: the plain settings of all experiments.
+        sizes: real images for "train" (the outer loss), "validation" and "test"; 0 for all that are left over.
+        data: "digits" (embedded) or "mnist".
+        root: the folder of MNIST's files; None for the embedded digits.
+        hidden: width of the net's hidden layer; 0 for none, which is softmax regression.
+        first_weights: "same" or "new".
+        rates: "one" learnt rate, or one for each inner "step".
+        outer_batch_size: real images in an outer step.
+        num_steps: the horizon (unit: inner steps).
+        first_scale: standard deviation of the learnt pixels before the first outer step.
+        weight_scale: standard deviation of the net's first weights, in units of `1/sqrt(fan_in)`.
+    """
+
+    READS: ClassVar = Reads(blocks=("dynamics",))
+    splits = ("validation", "test")
+    metric = "accuracy"
+    mode = "max"
+    published: ClassVar = {
+        "Wang et al. 2018 (LeNet on MNIST, from the project page)": "ten images, the same first weights 93.8 %; "
+        "100 images, new first weights 79.5 ± 8.1 %",
+        "Maclaurin et al. 2015 (softmax regression on MNIST)": "a picture, no figure",
+    }
+
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: ProblemSettings,
+        *,
+        sizes: Mapping[str, int],
+        data: DigitsName = "digits",
+        root: str | None = None,
+        hidden: int = 0,
+        first_weights: str = "new",
+        rates: Literal["one", "step"] = "one",
+        outer_batch_size: int = 1000,
+        num_steps: int = 20,
+        first_scale: float = 0.1,
+        weight_scale: float = 1.0,
+    ) -> None:
+        super().__init__(config, settings)
+        for name, value, known in (
+            ("first_weights", first_weights, ("same", "new")),
+            ("rates", rates, ("one", "step")),
+        ):
+            if value not in known:
+                raise ExpectedFailure(
+                    f"`experiment.{name}` is {value!r}, which this experiment does not know. Use {' or '.join(known)}."
+                )
+        self.images = digit_splits(
+            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
+        )
+        inputs = self.images["train"].inputs
+        self._net = MLP((inputs.shape[1], *([hidden] if hidden else []), CLASSES))
+        # Built as it is set, for the checks of its numbers.
+        self._dynamics = replace(build(config, "dynamics"), lr=ht.Hyper("log_lr", torch.exp, per=rates))
+        lr = positive_number(config, "dynamics.lr", purpose="its logarithm is learnt", example=0.1)
+        noise = torch.randn((CLASSES, inputs.shape[1]), generator=torch.Generator().manual_seed(settings.seed))
+        self._num_rates = num_steps if rates == "step" else None
+        self._first = self._hparams(first_scale * noise.to(inputs), lr)
+        self._same = first_weights == "same"
+        self._weight_scale = weight_scale
+        self._outer_batch_size, self._num_steps = outer_batch_size, num_steps
+        self._chosen: dict[str, TensorDict] = {}
+
+    def training(self) -> ht.ProblemSource:
+        """Returns runs on the learnt images, each judged on a new batch of real training images."""
+        train = TensorDataset(*self.images["train"].pairs())
+        batches = ht.Minibatches(train, self._outer_batch_size, seed=self.settings.seed)
+        return self._runs("training", batches)
+
+    def validation(self) -> ht.ProblemSource:
+        """Returns runs on the learnt images, judged on all validation images."""
+        return self._runs("validation", self._all("validation"))
+
+    def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
+        """Returns runs on the learnt images, judged on all images of a split; with a seed, from new first weights."""
+        return self._runs("evaluation", self._all(split), seed=seed)
+
+    def baselines(self, split: str) -> Mapping[str, Baseline]:
+        """Returns runs on the first training image of each class, and on the mean of each class.
+
+        The learning rate of either is the one of `_RATES` that is best on the validation images.
+        """
+        if not self._chosen:
+            of_class = [self.images["train"].inputs[self.images["train"].labels == digit] for digit in range(CLASSES)]
+            kinds = {
+                "real images": torch.stack([images[0] for images in of_class]),
+                "class means": torch.stack([images.mean(dim=0) for images in of_class]),
+            }
+            self._chosen = {name: self._with_best_rate(images) for name, images in kinds.items()}
+        source = self.evaluation(split)
+        return {name: Baseline(source=source, hparams=hparams) for name, hparams in self._chosen.items()}
+
+    def draw(self, hparams: TensorDict, folder: Path) -> None:
+        """Draws the learnt images."""
+        layers = len(self._net.widths) - 1
+        net = "softmax regression" if layers == 1 else f"a net with {self._net.widths[1]} hidden units"
+        weights = "the same first weights in every run" if self._same else "first weights drawn anew for every run"
+        rate = f"{float(hparams['log_lr'].exp().mean()):.2g}{' (mean of all steps)' if self._num_rates else ''}"
+        title = f"All that {net} is trained on, for {self._num_steps} steps at the learnt rate {rate}\n({weights})"
+        draw_row(hparams["images"], title, folder / "distilled.png")
+
+    def _hparams(self, images: Tensor, lr: float) -> TensorDict:
+        """Returns the outer variables of ten images and a learning rate."""
+        log_lr = images.new_tensor(math.log(lr))
+        return {"images": images, "log_lr": log_lr if self._num_rates is None else log_lr.repeat(self._num_rates)}
+
+    def _with_best_rate(self, images: Tensor) -> TensorDict:
+        source, candidates = self.validation(), [self._hparams(images, lr) for lr in _RATES]
+        runs = 1 if self._same else 5
+        scores = [ht.evaluate(source, each, num_episodes=runs).metrics["accuracy"].mean for each in candidates]
+        return candidates[scores.index(max(scores))]
+
+    def _all(self, split: str) -> Callable[[int], Batch]:
+        return lambda _: self.images[split].pairs()
+
+    def _runs(self, purpose: Purpose, judged: Callable[[int], Batch], *, seed: int | None = None) -> ht.ProblemSource:
+        """Returns the one problem of the same first weights, or one with first weights of its own for every step."""
+        inner = OnLearntImages(self._net, self._weight_scale)
+        outer = RealImages(self._net, judged, first=self._first)
+
+        def problem(own: int) -> ht.BilevelProblem:
+            return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self._num_steps, seed=own)
+
+        if self._same and seed is None:
+            return problem(run_seed(self.settings.seed, "training", 0))
+        start = self.settings.seed if seed is None else seed
+        return ht.Problems(lambda outer_step: problem(run_seed(start, purpose, outer_step)))
+
+
+class OnLearntImages(ht.InnerProblem):
+    """Trains a net on the learnt images, the digits 0 to 9 in this order.
+
+    Args:
+        net: the net.
+        scale: standard deviation of its first weights (unit: `1/sqrt(fan_in)`).
+    """
+
+    def __init__(self, net: MLP, scale: float = 1.0) -> None:
+        self._net = net
+        self._scale = scale
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        """Returns random first weights."""
+        return {name: self._scale * value for name, value in self._net.draw(hparams["images"]).items()}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the cross-entropy on the learnt images."""
+        images = hparams["images"]
+        return F.cross_entropy(self._net(params, images), torch.arange(CLASSES, device=images.device))
+
+
+class RealImages(ht.OuterProblem):
+    """Judges the net on real images.
+
+    Args:
+        net: the net.
+        batches: images and labels of an outer step.
+        first: the outer variables before the first outer step.
+    """
+
+    def __init__(self, net: MLP, batches: Callable[[int], Batch], *, first: TensorDict) -> None:
+        self._net = net
+        self._batches = batches
+        self._first = first
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the learnt images, shape `(10, pixels)`, and the logarithm of the learning rate or rates."""
+        return dict(self._first)
+
+    def batch(self, outer_step: int) -> Batch:
+        """Returns real images and labels."""
+        return self._batches(outer_step)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(self._net(params, images), labels)
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+        """Returns the accuracy, and the learning rate (the mean of all steps)."""
+        images, labels = batch
+        return {"accuracy": accuracy(self._net(params, images), labels), "rate": hparams["log_lr"].exp().mean()}
+
+
+def draw_row(images: Tensor, title: str, path: Path) -> None:
+    """Draws the ten images in a row: red above 0, blue below, white at 0.
+
+    Args:
+        images: shape `(10, pixels)`, the digits 0 to 9.
+        title: above them.
+        path: the picture.
+    """
+    images = images.detach().cpu()
+    side, most = round(images.shape[1] ** 0.5), float(images.abs().max())
+    figure = Figure(figsize=(11, 2.2), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    cells = figure.subplots(1, len(images))
+    for digit, (cell, image) in enumerate(zip(cells, images, strict=True)):
+        shown = cell.imshow(image.reshape(side, side).numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
+        cell.set_title(f"{digit}", fontsize=10)
+        cell.set(xticks=[], yticks=[])
+    bar = figure.colorbar(shown, ax=cells, fraction=0.02, pad=0.01)
+    bar.set_label("pixel (ink is 1)", fontsize=9)
+    figure.savefig(path, dpi=100)
