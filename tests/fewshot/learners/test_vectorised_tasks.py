@@ -254,8 +254,9 @@ def test_all_tasks_of_a_step_run_at_once(learner: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(MLP, "forward", lambda self, inputs: (calls.append(1), forward(self, inputs))[1])
 
     def counted(**execution: object) -> int:
-        calls.clear()
-        ht.hypergradient(problem, hparams, backend=backends.Reverse(), execution=ht.Execution(**execution))  # type: ignore[arg-type]
+        for _ in range(2):  # the first time the kind of problem is looked at, which calls the network, too
+            calls.clear()
+            ht.hypergradient(problem, hparams, backend=backends.Reverse(), execution=ht.Execution(**execution))  # type: ignore[arg-type]
         return len(calls)
 
     source = source_of(learner, "whole graph", F64)
