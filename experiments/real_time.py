@@ -131,7 +131,7 @@ class RealTime(Experiment):
                 "variables alone. Look into the run's results.json, or train again."
             )
         params = {name: self.carry[f"params.{name}"] for name in self._net.shapes()}
-        return replace(self._run(split), inner=Trained(params), num_steps=0)
+        return replace(self._run(split), inner=TrainedNet(params), num_steps=0)
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns the whole run with the first hyperparameters, and with the best of a random search."""
@@ -213,7 +213,7 @@ class TwoHeads(ht.InnerProblem):
         return primary + hparams["auxiliary"] * misplaced
 
 
-class Trained(ht.InnerProblem):
+class TrainedNet(ht.InnerProblem):
     """A net that was trained already.
 
     Args:
