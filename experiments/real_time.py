@@ -138,7 +138,7 @@ class RealTime(Experiment):
                 "`experiment` is RealTime, whose outcome is the net of its single run: it cannot be made of the outer "
                 "variables alone. Look into the run's results.json, or train again."
             )
-        return replace(self._run(split), inner=Trained(self._end), num_steps=0)
+        return replace(self._run(split), inner=TrainedNet(self._end), num_steps=0)
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns the whole run with the first hyperparameters, and with the best of a random search."""
@@ -220,7 +220,7 @@ class TwoHeads(ht.InnerProblem):
         return primary + hparams["auxiliary"] * misplaced
 
 
-class Trained(ht.InnerProblem):
+class TrainedNet(ht.InnerProblem):
     """A net that was trained already.
 
     Args:
