@@ -92,6 +92,7 @@ def main(config: DictConfig) -> float:
     num_episodes = settings.evaluation.num_episodes if own.num_episodes is None else own.num_episodes
     source = experiment.evaluation(split, seed=own.seed)
     check_repetitions(source, num_episodes, "num_episodes")
+    check_variables(hparams, source.init_hparams(), run)
     execution = settings.execution.of(source)
     report = ht.evaluate(source, hparams, num_episodes=num_episodes, progress=True, execution=execution)
     check_figures({split: report}, f"the best outer variables of {str(run.path)!r}")
@@ -116,6 +117,30 @@ def main(config: DictConfig) -> float:
     print_reports(console, f"best outer variables of {run.path}", {split: report})
     console.print(f"{duration(report.seconds)}; in {folder.results}", highlight=False, soft_wrap=True)
     return report.metrics[experiment.metric].mean
+
+
+def check_variables(found: TensorDict, expected: TensorDict, run: RunFolder) -> None:
+    """Refuses outer variables that are not those of the experiment.
+
+    Args:
+        found: those of the run.
+        expected: those that the experiment starts from.
+        run: the folder of the run.
+
+    Raises:
+        ExpectedFailure: naming those that differ in name or shape.
+    """
+    shapes, wanted = (
+        {name: tuple(value.shape) for name, value in own.items()} for own in (found, expected)
+    )  # fmt: skip
+    if shapes != wanted:
+        differing = sorted(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
+        raise ExpectedFailure(
+            f"`run` is {str(run.path)!r}, whose outer variables are not those of its experiment: {differing} have the "
+            f"shapes {[shapes.get(name, 'absent') for name in differing]} instead of "
+            f"{[wanted.get(name, 'absent') for name in differing]}. Its files do not belong together: restore them, or "
+            "use another run."
+        )
 
 
 def as_trained(own: EvaluateSettings, run: RunFolder, *, device_name: str) -> DictConfig:

@@ -19,6 +19,8 @@ from hypertorch.types import Batch, TensorDict
 
 Scale: TypeAlias = Literal["linear", "log"]
 _TOGETHER = ht.Execution(tasks="vmap")
+_ON_AXES = ("axis x", "axis y")  # entries of the context that settings of the dynamics are read from
+_FIRST = "first params: "
 _SETTING = re.compile(r"dynamics\.(\w+)")
 _VARIABLE = re.compile(r"(?P<name>.+?)(\[(?P<index>\d+)\])?")
 
@@ -115,47 +117,69 @@ def field(
 def grid_problem(problem: ht.BilevelProblem, axes: tuple[Axis, Axis], coordinates: TensorDict) -> ht.BilevelProblem:
     """Returns a problem with one task for every point.
 
+    The outer variables of the problem itself are its context, those on an axis with a value for every task.
+
     Args:
         problem: with one inner run.
         axes: the two hyperparameters.
         coordinates: of the points, `grid.x` and `grid.y`, shape `(points,)`; the outer variables of the result.
 
     Raises:
-        ExpectedFailure: if the problem has tasks, a context or buffers, or a name stands for nothing.
+        ExpectedFailure: if the problem has tasks, a context, buffers or terms at inner steps, a name stands for
+            nothing, both stand for one number, or a setting cannot be as large or small as its axis says.
     """
     if problem.num_tasks is not None or problem.context is not None or problem.inner.buffers:
         raise ExpectedFailure(
             "`experiment` has tasks, a context or running statistics, but every point of the field is a task of its "
             "own with one inner run. Choose an experiment with one run for each problem, such as noisy_digits."
         )
+    if problem.outer.has_step_loss:
+        raise ExpectedFailure(
+            "`experiment` has an outer loss with terms at inner steps, which the field leaves out. Choose an "
+            "experiment that judges the last params alone."
+        )
     constants = problem.init_hparams()
-    dynamics = problem.dynamics
-    for axis, name in zip(axes, ("x", "y"), strict=True):
-        setting = _SETTING.fullmatch(axis.name)
-        if setting is None:
-            _check_variable(axis, constants)
-        elif setting[1] not in dynamics.settings() or not dataclasses.is_dataclass(dynamics):
-            raise ExpectedFailure(
-                f"`{name}.name` is {axis.name!r}, but the dynamics has the settings {sorted(dynamics.settings())}. Use "
-                f"one of these, or one of the outer variables {sorted(constants)}."
-            )
-        else:
-            dynamics = dataclasses.replace(dynamics, **{setting[1]: ht.Hyper(name)})
+    targets = [_target(axis, problem.dynamics, constants) for axis in axes]
+    if targets[0] == targets[1]:
+        raise ExpectedFailure(
+            f"`x` and `y` are {axes[0].name!r} and {axes[1].name!r}, which is one number: a plane needs two. Change "
+            "one of them."
+        )
+    settings = {name: ht.Hyper(key) for key, (name, index) in zip(_ON_AXES, targets, strict=True) if index is None}
+    moved = {name for name, index in targets if index is not None}
+
+    def at(x: Tensor, y: Tensor) -> TensorDict:
+        """Returns the outer variables of the problem at a point."""
+        variables = dict(constants)
+        for value, (name, index) in zip((x, y), targets, strict=True):
+            if index is not None:
+                old = variables[name]
+                chosen = torch.arange(old.numel(), device=old.device).reshape(old.shape) == index
+                variables[name] = torch.where(chosen, value, old)
+        return variables
 
     def context(hparams: TensorDict, points: Batch) -> TensorDict:
         assert isinstance(points, Tensor)
-        own = {name: axis.values(hparams[f"grid.{name}"][points]) for axis, name in zip(axes, ("x", "y"), strict=True)}
+        x, y = (axis.values(hparams[f"grid.{side}"][points]) for axis, side in zip(axes, "xy", strict=True))
+        own = [at(*values) for values in zip(x, y, strict=True)]
         # Outside of the vectorised run, in which every task would draw first params of its own.
-        first = [_first_params(problem, _variables(axes, constants, x, y)) for x, y in zip(*own.values(), strict=True)]
-        return {**own, **{f"first.{name}": torch.stack([params[name] for params in first]) for name in first[0]}}
+        first = [_first_params(problem, variables) for variables in own]
+        return {
+            **dict(zip(_ON_AXES, (x, y), strict=True)),
+            **{name: torch.stack([variables[name] for variables in own]) for name in moved},
+            **{name: value for name, value in constants.items() if name not in moved},
+            **{f"{_FIRST}{name}": torch.stack([params[name] for params in first]) for name in first[0]},
+        }
 
+    points = len(coordinates["grid.x"])
     return ht.BilevelProblem(
-        _GridInner(problem, axes, constants, len(coordinates["grid.x"])),
-        _GridOuter(problem, axes, constants, coordinates),
-        dynamics=dynamics,
+        _GridInner(problem, list(constants), points),
+        _GridOuter(problem, list(constants), coordinates),
+        dynamics=dataclasses.replace(problem.dynamics, **settings) if settings else problem.dynamics,  # type: ignore[type-var]
         num_steps=problem.num_steps,
-        num_tasks=len(coordinates["grid.x"]),
+        num_tasks=points,
         context=context,
+        shared_context=tuple(name for name in constants if name not in moved),
         seed=problem.seed,
     )
 
@@ -168,39 +192,43 @@ def _first_params(problem: ht.BilevelProblem, variables: TensorDict) -> TensorDi
         return problem.inner.init_params(variables)
 
 
-def _check_variable(axis: Axis, constants: TensorDict) -> None:
+def _target(axis: Axis, dynamics: ht.Dynamics, constants: TensorDict) -> tuple[str, int | None]:
+    """Returns the setting that an axis is, with None; or the outer variable, with the number of the entry."""
+    setting = _SETTING.fullmatch(axis.name)
+    if setting is not None:
+        name = setting[1]
+        if not dataclasses.is_dataclass(dynamics) or name not in dynamics.settings():
+            raise ExpectedFailure(
+                f"an axis is {axis.name!r}, but the dynamics has the settings {sorted(dynamics.settings())}. Use one "
+                f"of these, or one of the outer variables {sorted(constants)}."
+            )
+        for end in (axis.start, axis.stop):
+            try:
+                dataclasses.replace(dynamics, **{name: end})
+            except ValueError as error:
+                raise ExpectedFailure(f"the axis {axis.name!r} reaches {end}, but {error}") from error
+        return name, None
     found = _VARIABLE.fullmatch(axis.name)
-    value = None if found is None else constants.get(found["name"])
-    if found is None or value is None:
+    if found is None or found["name"] not in constants:
         raise ExpectedFailure(
             f"an axis is {axis.name!r}, which is none of the outer variables {sorted(constants)}. Use one of these, "
             "with the number of an entry in brackets, or a setting such as dynamics.lr."
         )
-    if (found["index"] is None and value.numel() != 1) or int(found["index"] or 0) >= value.numel():
+    name, index, count = found["name"], int(found["index"] or 0), constants[found["name"]].numel()
+    if (found["index"] is None and count != 1) or index >= count:
         raise ExpectedFailure(
-            f"an axis is {axis.name!r}, but `{found['name']}` has {value.numel()} numbers, and an axis is one of them. "
-            f"Write for example '{found['name']}[0]'."
+            f"an axis is {axis.name!r}, but `{name}` has {count} numbers, and an axis is one of them. Write for "
+            f"example 'x=\"{name}[0]\"', with both kinds of quotes."
         )
-
-
-def _variables(axes: Sequence[Axis], constants: TensorDict, x: Tensor, y: Tensor) -> TensorDict:
-    """Returns the problem's outer variables at a point."""
-    variables = dict(constants)
-    for axis, value in zip(axes, (x, y), strict=True):
-        found = None if _SETTING.fullmatch(axis.name) else _VARIABLE.fullmatch(axis.name)
-        if found is not None:
-            old = variables[found["name"]]
-            chosen = torch.arange(old.numel(), device=old.device).reshape(old.shape) == int(found["index"] or 0)
-            variables[found["name"]] = torch.where(chosen, value, old)
-    return variables
+    return name, index
 
 
 class _GridInner(ht.InnerProblem):
-    def __init__(self, problem: ht.BilevelProblem, axes: Sequence[Axis], constants: TensorDict, points: int) -> None:
-        self._problem, self._axes, self._constants, self._points = problem, axes, constants, points
+    def __init__(self, problem: ht.BilevelProblem, names: Sequence[str], points: int) -> None:
+        self._problem, self._names, self._points = problem, names, points
 
     def init_params(self, hparams: TensorDict, context: TensorDict) -> TensorDict:
-        return {name.removeprefix("first."): value for name, value in context.items() if name.startswith("first.")}
+        return {name.removeprefix(_FIRST): value for name, value in context.items() if name.startswith(_FIRST)}
 
     def batch(self, step: int) -> Batch:
         return ht.tree.map_batch(
@@ -210,15 +238,12 @@ class _GridInner(ht.InnerProblem):
     def loss(
         self, params: TensorDict, hparams: TensorDict, batch: Batch, context: TensorDict
     ) -> Tensor | tuple[Tensor, TensorDict]:
-        variables = _variables(self._axes, self._constants, context["x"], context["y"])
-        return self._problem.inner.loss(params, variables, batch)
+        return self._problem.inner.loss(params, {name: context[name] for name in self._names}, batch)
 
 
 class _GridOuter(ht.OuterProblem):
-    def __init__(
-        self, problem: ht.BilevelProblem, axes: Sequence[Axis], constants: TensorDict, coordinates: TensorDict
-    ) -> None:
-        self._problem, self._axes, self._constants, self._coordinates = problem, axes, constants, coordinates
+    def __init__(self, problem: ht.BilevelProblem, names: Sequence[str], coordinates: TensorDict) -> None:
+        self._problem, self._names, self._coordinates = problem, names, coordinates
         self._batch = problem.outer.batch(0)
 
     def init_hparams(self) -> TensorDict:
@@ -229,5 +254,4 @@ class _GridOuter(ht.OuterProblem):
         return torch.arange(len(self._coordinates["grid.x"]))
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, context: TensorDict) -> Tensor:
-        variables = _variables(self._axes, self._constants, context["x"], context["y"])
-        return self._problem.outer.loss(params, variables, self._batch)
+        return self._problem.outer.loss(params, {name: context[name] for name in self._names}, self._batch)

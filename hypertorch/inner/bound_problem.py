@@ -98,7 +98,16 @@ class BoundProblem:
         if task_slice is None:
             return context
         per_task = {name: value for name, value in context.items() if name not in problem.shared_context}
-        check_tasks_axis("context", per_task, task_slice.stop - task_slice.start)
+        running = task_slice.stop - task_slice.start
+        for name, value in per_task.items():
+            if running != problem.num_tasks and value.dim() and len(value) == problem.num_tasks:
+                raise ValueError(
+                    f"`context` returned {name!r} of shape {tuple(value.shape)}, with an entry for each of `num_tasks` "
+                    f"= {problem.num_tasks} tasks, but {running} of them are run at once, and `batch` has the data of "
+                    "these alone. Return the rows that belong to `batch`: let the outer batch hold the number of each "
+                    "task, and index with it."
+                )
+        check_tasks_axis("context", per_task, running)
         return {name: task_slice.drop_axis(value) if name in per_task else value for name, value in context.items()}
 
     def loop(self, task_slice: TaskSlice | None, context: TensorDict) -> InnerLoop:

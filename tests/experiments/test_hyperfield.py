@@ -20,6 +20,7 @@ F64 = torch.float64
 LR = Axis(name="dynamics.lr", start=0.05, stop=0.4, scale="log")
 TRUST = Axis(name="trust[1]", start=-1.0, stop=1.0, scale="linear")
 L2 = Axis(name="l2", start=0.01, stop=0.5, scale="log")
+L2_START = 0.1  # of `Outer`
 REVERSE = ht.hypergradients.Reverse()
 
 
@@ -107,6 +108,38 @@ def test_names_that_stand_for_nothing_are_refused(axis: Axis, message: str) -> N
         grid_problem(problem(), (axis, L2), {"grid.x": ones, "grid.y": ones})
 
 
+class OuterWithRate(Outer):
+    def init_hparams(self) -> TensorDict:
+        return {**super().init_hparams(), "lr": torch.tensor(0.1, dtype=F64)}
+
+
+def test_settings_that_are_outer_variables_are_read_as_ever() -> None:
+    own = replace(problem(dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=0.5)), outer=OuterWithRate())
+    momentum = Axis(name="dynamics.momentum", start=0.5, stop=0.6, scale="linear")
+    rate = replace(LR, name="lr")
+    for axes, places in (((TRUST, momentum), [0]), ((rate, momentum), [0, 1])):
+        found = field(own, axes, 2, REVERSE)
+        for place in places:
+            x = float(axes[0].values(found.coordinates[0][place]))
+            alone = at(x, L2_START, None) if axes[0] is rate else at(0.1, x, trust=x)
+            torch.testing.assert_close(found.losses[place], alone.outer_loss)
+            slope = x * alone.grads["lr"] if axes[0] is rate else alone.grads["trust"][1]
+            torch.testing.assert_close(found.hypergradients[0][place], slope)
+
+
+class OuterWithTerms(Outer):
+    def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, step: int) -> Tensor:
+        return params["weight"].sum()
+
+
+def test_what_the_field_would_leave_out_is_refused() -> None:
+    ones = {"grid.x": torch.ones(1, dtype=F64), "grid.y": torch.ones(1, dtype=F64)}
+    with pytest.raises(ExpectedFailure, match="terms at inner steps, which the field leaves out"):
+        grid_problem(replace(problem(), outer=OuterWithTerms()), (LR, L2), ones)
+    with pytest.raises(ExpectedFailure, match=r"are 'l2' and 'l2\[0\]', which is one number"):
+        grid_problem(problem(), (L2, replace(L2, name="l2[0]")), ones)
+
+
 def test_the_command_leaves_a_table_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,7 +164,8 @@ def test_the_command_leaves_a_table_and_a_picture(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("y=dynamics.lr",), "`x` and `y` are both 'dynamics.lr'"),
+        (("y=dynamics.lr",), "`x` and `y` are 'dynamics.lr' and 'dynamics.lr', which is one number"),
+        (("y_range=[0.5,1.5]",), "reaches 1.5, but `momentum` of `ReversibleMomentum` is 1.5"),
         (("x_range=[0,1]",), "`x_range` starts at 0.0, which has no logarithm"),
         (("x_range=[2,1]",), "two ascending numbers are needed"),
         (("x_range=3",), "two ascending numbers are needed"),

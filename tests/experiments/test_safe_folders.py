@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import hypertorch as ht
 from experiments import evaluate, fewshot_table, train
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure
@@ -355,3 +356,21 @@ def test_the_configuration_of_a_run_is_what_was_written(finished: Path) -> None:
     assert config.dynamics.lr == 0.01 and config.learner._target_ == "hypertorch.fewshot.MAML"
     assert json.loads((finished / "results.json").read_text(encoding="utf-8"))["seed"] == config.seed == 0
     assert train.failures is not evaluate.failures
+
+
+def test_variables_of_another_experiment_are_not_judged(finished: Path, command: Command, tmp_path: Path) -> None:
+    variables = ht.load_hparams(finished)
+    name, value = next(iter(variables.items()))
+    others = {
+        "renamed": {**{key: own for key, own in variables.items() if key != name}, "other": value},
+        "longer": {**variables, name: torch.cat([value, value])},
+        "more": {**variables, "extra": torch.zeros(2)},
+    }
+    altered = tmp_path / "altered"
+    shutil.copytree(finished, altered)
+    path = altered / "checkpoints" / "hparams.safetensors"
+    for case, own in others.items():
+        ht.save_hparams(path, own)
+        code, error = command(f"run={altered}", f"paths.run_dir=judged-{case}", module=evaluate)
+        assert code == 1 and error.count("\n") == 1, error
+        assert "whose outer variables are not those of its experiment" in error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -153,3 +155,16 @@ def test_a_setting_of_the_wrong_shape_is_refused_in_the_words_of_one_task() -> N
     own = problem(SGD(lr=Hyper("lr_at_step")))
     with pytest.raises(ValueError, match=r"`lr_at_step` has shape \(4,\), but `lr` of `SGD` reads it as one value"):
         ht.hypergradient(own, own.init_hparams(), backend=ht.hypergradients.Reverse(), execution=Together)
+
+
+@pytest.mark.parametrize("execution", [Loop, ht.Execution(tasks="vmap", chunk=2)])
+def test_a_context_that_has_all_tasks_where_some_are_run_is_explained(execution: ht.Execution) -> None:
+    own = replace(problem(SGD(lr=LR)), context=lambda hparams, _: {"lr": hparams["log_lr"].exp()})
+    with pytest.raises(
+        ValueError, match=r"`context` returned 'lr' of shape \(5,\).*Return the rows that belong to `batch`"
+    ):
+        ht.hypergradient(own, own.init_hparams(), backend=ht.hypergradients.Reverse(), execution=execution)
+    torch.testing.assert_close(
+        ht.unroll(own, own.init_hparams(), execution=Together).params,
+        ht.unroll(problem(SGD(lr=LR)), own.init_hparams(), execution=Together).params,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,8 @@ def read_images(
         if not status.st_size:
             raise DatasetError(f"{str(file)!r} is an empty file: its copying was cut off. Copy it again, or remove it.")
         # Size and time, not content: with a full cache, none of thousands of files has to be opened.
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+        # A name is bytes, which need not be UTF-8.
+        digest.update(os.fsencode(file) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
     # Another version of Pillow may decode or scale to other pixels.
     key = f"{image_size} {channels} {_DECODING} Pillow {PIL.__version__} {digest.hexdigest()}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +361,11 @@ def test_what_mini_imagenet_lacks_is_said_for_both_layouts(tmp_path: Path) -> No
         mini(tmp_path / "data", "meta_train+meta_train")
     with pytest.raises(ValueError, match="`split` is None, which names no split"):
         MiniImageNet(tmp_path, split=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes a file name of any bytes")
+def test_a_class_may_have_a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    for name in ("a", os.fsdecode(b"\xff\xe9")):
+        save(tmp_path / "data" / name / "0.png", 40)
+    classes = ImageFolder(tmp_path / "data", image_size=8, cache_dir=tmp_path / "cache")
+    assert len(classes.class_names) == 2 and classes.counts == (1, 1)
