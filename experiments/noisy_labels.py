@@ -5,6 +5,7 @@ scripts/train experiment=noisy_labels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import cached_property
@@ -36,6 +37,7 @@ NetName: TypeAlias = Literal["mlp", "conv"]
 """One hidden layer, or two convolutional layers."""
 
 _WEIGHT_NET = MLP((1, 100, 1), torch.relu)
+_LEAST_LOSS = 1e-3  # in the picture, whose lowest bin holds all below
 _STOPS = 40  # numbers of steps that validation chooses the baselines from
 
 
@@ -281,22 +283,24 @@ def draw_weights(weight_net: TensorMapping, losses: Tensor, is_flipped: Tensor, 
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.3, 1.0))[0]
     above, below = left.subplots(2, 1, sharex=True)
-    most = float(losses.quantile(0.995))
-    grid = torch.linspace(0.0, most, 200, dtype=losses.dtype, device=losses.device)
+    most = max(float(losses.max()), 1.0)
+    grid = torch.logspace(math.log10(_LEAST_LOSS), math.log10(most), 200, dtype=losses.dtype, device=losses.device)
     with torch.no_grad():
         weights = weights_of(weight_net, grid)
     above.plot(grid.cpu().numpy(), weights.cpu().numpy(), color=COLOURS[0], linewidth=2.5)
-    above.set(ylabel="learnt weight", ylim=(0.0, 1.0), title="The higher the loss of an image, the less it weighs")
+    above.set_ylim(bottom=0.0)
+    above.set(ylabel="learnt weight", title="The higher the loss of an image, the less it weighs")
     kinds = {"right label": (~is_flipped, COLOURS[2]), "flipped label": (is_flipped, COLOURS[1])}
     below.hist(
-        [losses[which].clamp(max=most).cpu().numpy() for which, _ in kinds.values()],
-        bins=np.linspace(0.0, most, 31).tolist(),
+        [losses[which].clamp(min=_LEAST_LOSS).cpu().numpy() for which, _ in kinds.values()],
+        bins=np.geomspace(_LEAST_LOSS, most, 31).tolist(),
         color=[colour for _, colour in kinds.values()],
         label=[f"{name} ({int(which.sum()):,})" for name, (which, _) in kinds.items()],
     )
     below.set(xlabel="loss of a training image under the label given", ylabel="training images", yscale="log")
-    below.set_xlim(0.0, most)
-    below.legend(frameon=False)
+    below.set_xscale("log")
+    below.set_xlim(_LEAST_LOSS, most)
+    below.legend(frameon=False, loc="upper center")
     curve = right.subplots()
     steps, validation = logged(metrics, "validation_accuracy")
     _, test = logged(metrics, "test_accuracy")
