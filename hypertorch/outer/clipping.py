@@ -10,15 +10,19 @@ from hypertorch.types import TensorDict, TensorMapping
 
 def total_norm(grads: TensorMapping) -> Tensor:
     """Returns the Euclidean norm over all entries of all tensors, a scalar in at least single precision."""
-    # In half precision the squares of entries above 256 overflow.
-    norms = [
-        torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in grads.values()
-    ]
     # The widest type of all, so that the sum loses no digits of any variable.
     widest = torch.float32
-    for norm in norms:
-        widest = torch.promote_types(widest, norm.dtype)
-    return torch.linalg.vector_norm(torch.stack([norm.to(widest) for norm in norms]))
+    for grad in grads.values():
+        widest = torch.promote_types(widest, grad.dtype)
+    flat = [grad.detach().flatten().to(widest) for grad in grads.values() if grad.numel()]
+    if not flat:
+        return torch.zeros((), dtype=widest)
+    # Squares of large entries overflow, and clipping by an infinite norm would make zeros. A power of two of the size
+    # of the largest entry is taken out first, which changes no digit.
+    largest = torch.stack([values.abs().amax() for values in flat]).amax()
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    norms = [torch.linalg.vector_norm(values / scale) for values in flat]
+    return scale * torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_to_norm(grads: TensorMapping, norm: Tensor, clip_norm: float) -> TensorDict:

@@ -31,6 +31,16 @@ def test_the_norm_of_half_precision_does_not_overflow() -> None:
     assert clipped["a"].tolist() == pytest.approx([1.0] * 4, rel=1e-3)
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(1e30, torch.float32), (3e38, torch.float32), (1e200, torch.float64)])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_large_hypergradients_are_clipped_and_not_zeroed(size: float, dtype: torch.dtype, sign: float) -> None:
+    grads = {"a": torch.tensor([0.6 * size * sign, 0.0], dtype=dtype), "b": torch.tensor(0.8 * size, dtype=dtype)}
+    assert float(total_norm(grads)) == pytest.approx(size, rel=1e-6)
+    clipped = clip_to_norm(grads, total_norm(grads), 2.0)
+    assert clipped["a"].tolist() == pytest.approx([1.2 * sign, 0.0], rel=1e-5)
+    assert float(clipped["b"]) == pytest.approx(1.6, rel=1e-5)
+
+
 def test_clipping() -> None:
     grads = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
     clipped = clip_to_norm(grads, total_norm(grads), 1.0)
