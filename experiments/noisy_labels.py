@@ -109,7 +109,7 @@ class NoisyLabels(Experiment):
         """Returns one step of the run that goes on, judged on a few clean images."""
         clean = TensorDataset(*self._images["clean"].pairs())
         batches = ht.Minibatches(clean, self._outer_batch_size, seed=self.settings.seed)
-        others = {f"{split}_accuracy": self._images[split].pairs() for split in self.splits}
+        others = {"validation_accuracy": self._images["validation"].pairs()}
         # Without the steps of equal weights: the outer rate is 0 there, and the first weights are all near 1/2.
         return self._problem(self._noisy, batches, num_steps=1, warm_up=0, warm_start=True, others=others)
 
@@ -303,12 +303,10 @@ def draw_weights(weight_net: TensorMapping, losses: Tensor, is_flipped: Tensor, 
     below.legend(frameon=False, loc="upper center")
     curve = right.subplots()
     steps, validation = logged(metrics, "validation_accuracy")
-    _, test = logged(metrics, "test_accuracy")
-    for values, name, colour in ((validation, "validation", COLOURS[4]), (test, "test", COLOURS[0])):
-        curve.plot(steps, [100 * value for value in values], color=colour, label=name)
-    title = f"The classifier: {100 * test[-1]:.1f} % in the end"
-    curve.set(xlabel="outer step", ylabel="accuracy (%)", title=title)
-    curve.legend(frameon=False, loc="lower right")
+    curve.plot(steps, [100 * value for value in validation], color=COLOURS[4])
+    curve.set(
+        xlabel="outer step", ylabel="accuracy on validation images (%)", title="The classifier, while it is trained"
+    )
     for axes in (above, below, curve):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
