@@ -126,7 +126,6 @@ def defaulting_by_name(value: int) -> Callable[[], int]:
         (defaulting(1), defaulting(2)),
         (defaulting_by_name(1), defaulting_by_name(2)),
     ],
-    ids=str,
 )
 def test_what_chooses_other_operations_is_of_another_kind(pair: tuple[object, object]) -> None:
     left, right = (kind_of(holding(value)) for value in pair)
