@@ -74,8 +74,8 @@ def test_every_command_composes(name: str) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}")
-    if OmegaConf.select(config, "experiment.data") == "mnist":
-        config.experiment.root = str(real_data("mnist"))
+    if (data := OmegaConf.select(config, "experiment.data")) in ("mnist", "omniglot"):
+        config.experiment.root = str(real_data(data))
     built = build_experiment(config, parse(TrainSettings, config))
     assert isinstance(built, Experiment) and built.splits and built.metric and built.mode in ("max", "min")
     assert isinstance(make(config, "hypergradient")(), ht.Hypergradient)
