@@ -41,7 +41,7 @@ class SinusoidMAML(Work):
         network = Source.seeded(seed, device, dtype).network(MLP(hidden=(self.hidden, self.hidden)))
         lr = 0.01
         learner = MAML(network, dynamics=ht.dynamics.SGD(lr=lr), num_steps=self.num_steps, objective=Regression())
-        episode = Sinusoid(num_tasks=self.num_tasks, seed=seed, dtype=dtype, device=device).at(0)
+        episode = Sinusoid(num_tasks=self.num_tasks, seed=seed, dtype=dtype).to(device).at(0)
         return maml_job(learner, network, Regression(), episode, num_steps=self.num_steps, lr=lr)
 
     def contestants(self) -> Mapping[str, Contestant]:

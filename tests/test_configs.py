@@ -71,6 +71,31 @@ def test_every_command_composes(name: str) -> None:
     assert compose(name).task_name == name
 
 
+def leaves(block: object, path: str = "") -> dict[str, object]:
+    if not isinstance(block, dict):
+        return {path: block}
+    return {name: value for key in block for name, value in leaves(block[key], f"{path}.{key}".lstrip(".")).items()}
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "dataset"])
+def test_what_a_data_set_says_reaches_the_run(name: str) -> None:
+    """A default that is composed later must not take it back; an experiment's own file may."""
+    experiment = "sinusoid" if name == "sinusoid" else "protonet"
+    said, own = (
+        leaves(yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text(encoding="utf-8")))
+        for group, choice in (("dataset", name), ("experiment", experiment))
+    )
+    config = compose("train", [f"experiment={experiment}", f"dataset={name}"])
+    composed_leaves = leaves(OmegaConf.to_container(config, resolve=False))
+    kept = {path: value for path, value in said.items() if path != "defaults" and path not in own}
+    assert kept and {path: composed_leaves.get(path) for path in kept} == kept
+
+
+def test_the_inputs_of_a_network_follow_the_size_of_images() -> None:
+    config = composed("experiment=maml", "dataset=image_folder", "task.image_size=32")
+    assert config.task.in_features == 3 * 32 * 32
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import Any
 
@@ -28,7 +29,12 @@ def _names_of(block: DictConfig) -> str:
     return textwrap.fill(", ".join(str(name) for name in block), width=112, subsequent_indent="  ")
 
 
+def _product(*factors: int) -> int:
+    return math.prod(factors)
+
+
 OmegaConf.register_new_resolver("configs_folder", _configs_folder, replace=True)
 OmegaConf.register_new_resolver("is_null", _is_null, replace=True)
 OmegaConf.register_new_resolver("names_of", _names_of, replace=True)
+OmegaConf.register_new_resolver("product", _product, replace=True)
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

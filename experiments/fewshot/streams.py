@@ -60,10 +60,10 @@ class EpisodeStreams:
             given = {"num_queries": self.own.evaluation.num_queries}
         instead = {name: value for name, value in given.items() if value is not None}
         if config.dataset is None:
-            return build(config, "episodes", instead=instead, device=self.settings.device, **passed)
-        images = build(config, "dataset", split=split).to(self.settings.device)
+            return build(config, "episodes", instead=instead, **passed).to(self.settings.device)
+        images = build(config, "dataset", split=split)
         try:
-            return build(config, "episodes", images, instead=instead, **passed)
+            return build(config, "episodes", images, instead=instead, **passed).to(self.settings.device)
         except ValueError as error:
             # The class knows its arguments only, not that some come from settings of another name here.
             where, group = ("training", "training") if purpose == "train" else ("the evaluation", "evaluation")

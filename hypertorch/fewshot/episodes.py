@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -81,6 +82,13 @@ class EpisodeSource(ABC):
             An `Episode` whose tensors all start with a `tasks` axis of length `num_tasks`.
         """
 
+    def to(self, device: torch.device | str) -> EpisodeSource:
+        """Returns the same episodes on `device`, each batch copied there when it is asked for.
+
+        A source that can keep its data there, or make its episodes there, overrides it.
+        """
+        return _Moved(self, torch.device(device))
+
     def task_spec(self) -> TaskSpec:
         """Returns what a network must know of these tasks, read off the first batch.
 
@@ -91,3 +99,22 @@ class EpisodeSource(ABC):
         # Every class of an episode has a query, and values have an axis of their own behind tasks and examples.
         outputs = int(targets.max()) + 1 if is_classification else math.prod(targets.shape[2:])
         return TaskSpec(item_shape=tuple(inputs.shape[2:]), outputs=outputs, is_classification=is_classification)
+
+
+@dataclass(frozen=True)
+class _Moved(EpisodeSource):
+    source: EpisodeSource
+    device: torch.device
+
+    @property
+    def num_tasks(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.source.num_tasks
+
+    def at(self, step: int) -> Episode:
+        return Episode(*(Examples(*(part.to(self.device) for part in examples)) for examples in self.source.at(step)))
+
+    def to(self, device: torch.device | str) -> EpisodeSource:
+        return self.source.to(device)
+
+    def task_spec(self) -> TaskSpec:
+        return self.source.task_spec()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 import torch
@@ -117,6 +117,10 @@ class EpisodeSampler(EpisodeSource):
         inputs = self._changed(self.dataset.inputs(order, self.dtype), step)
         support, query = inputs.split([part.size for part in parts])
         return Episode(self._examples(support, self.shot), self._examples(query, self.num_queries))
+
+    def to(self, device: torch.device | str) -> EpisodeSampler:
+        """Returns a sampler of the same episodes that makes them on `device`, where it keeps the data set."""
+        return replace(self, dataset=self.dataset.to(device))
 
     def task_spec(self) -> TaskSpec:
         """Returns what a network must know: the shape of an item, and one output per class."""

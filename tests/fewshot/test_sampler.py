@@ -173,7 +173,7 @@ def test_seeds_and_steps_give_different_episodes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_gpu_gets_the_same_episodes():
     dataset = numbered_classes(*[10] * 8)
-    on_gpu = sampler(dataset.to("cuda")).at(4)
+    on_gpu = sampler(dataset).to("cuda").at(4)
     assert on_gpu.query.inputs.device.type == "cuda"
     assert on_gpu.query.targets.device.type == "cuda"
     moved = [tensor.cpu() for tensor in (*on_gpu.support, *on_gpu.query)]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+ClassesT = TypeVar("ClassesT", bound="Classes")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -79,6 +81,10 @@ class Classes(ABC):
     def starts(self) -> np.ndarray:
         """First row of each class, an int64 array."""
         return np.cumsum(self.counts_array) - self.counts_array
+
+    def to(self: ClassesT, device: torch.device | str) -> ClassesT:
+        """Returns the same classes with their items on `device`; episodes are then made there."""
+        return replace(self, **{self.field: self.tensor.to(device)})
 
     @abstractmethod
     def inputs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:

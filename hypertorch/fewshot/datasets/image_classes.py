@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -30,10 +30,6 @@ class ImageClasses(Classes):
     field: ClassVar[str] = "images"
 
     images: Tensor
-
-    def to(self, device: torch.device | str) -> ImageClasses:
-        """Returns the same classes with their images on `device`; episodes are then made there."""
-        return replace(self, images=self.images.to(device))
 
     def inputs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns images scaled to [0, 1], shape `(rows, channels, height, width)`.

@@ -32,7 +32,6 @@ class Sinusoid(EpisodeSource):
         num_tasks: episodes in a batch, at least 1.
         seed: selects the stream of episodes.
         dtype: floating-point type of inputs and targets.
-        device: where the episodes are wanted.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -47,7 +46,6 @@ class Sinusoid(EpisodeSource):
     num_tasks: int = 4
     seed: int = 0
     dtype: torch.dtype = torch.float32
-    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
         check_shot(self.shot)
@@ -85,7 +83,7 @@ class Sinusoid(EpisodeSource):
         )
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).unsqueeze(-1).to(device=self.device, dtype=self.dtype)
+        return torch.from_numpy(values).unsqueeze(-1).to(self.dtype)
 
 
 def _between(uniform: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:

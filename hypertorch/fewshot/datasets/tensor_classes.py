@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -74,10 +74,6 @@ class TensorClasses(Classes):
             source=source,
             split=split,
         )
-
-    def to(self, device: torch.device | str) -> TensorClasses:
-        """Returns the same classes with their items on `device`; episodes are then made there."""
-        return replace(self, items=self.items.to(device))
 
     def inputs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns items, shape `(rows, *item_shape)`.
