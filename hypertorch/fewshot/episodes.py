@@ -87,7 +87,7 @@ class EpisodeSource(ABC):
 
         A source that can keep its data there, or make its episodes there, overrides it.
         """
-        return _Moved(self, torch.device(device))
+        return _Moved(source=self, device=torch.device(device))
 
     def task_spec(self) -> TaskSpec:
         """Returns what a network must know of these tasks, read off the first batch.
@@ -101,7 +101,7 @@ class EpisodeSource(ABC):
         return TaskSpec(item_shape=tuple(inputs.shape[2:]), outputs=outputs, is_classification=is_classification)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Moved(EpisodeSource):
     source: EpisodeSource
     device: torch.device

@@ -48,7 +48,8 @@ def test_every_known_run_composes(tmp_path: Path) -> None:
     assert len({cell.folder.path for cell in cells}) == len(cells)
     for cell in {(cell.experiment, cell.variant): cell for cell in cells}.values():
         composed = config(*cell.overrides, name="train")
-        assert composed.experiment.root in (f"{tmp_path}/mnist", f"{tmp_path}/omniglot")
+        real = composed.experiment.data != "digits"
+        assert composed.experiment.root in ((f"{tmp_path}/mnist", f"{tmp_path}/omniglot") if real else (None,))
         assert composed.seed == cell.seed
 
 
