@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 
 from hypertorch.autodiff.noise import preserved_generators
-from hypertorch.constraints import Constraint
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
-from hypertorch.inner.execution import DEFAULT, Execution
-from hypertorch.outer.checkpoints import Checkpoints
 from hypertorch.outer.constraining import match_constraints, project_in_place
-from hypertorch.outer.loggers import Logger
-from hypertorch.outer.loop import OuterLoop, Trained, train
-from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
-from hypertorch.outer.validation import Validation
+from hypertorch.outer.run import train
+from hypertorch.outer.settings import OuterSettings
+from hypertorch.outer.trained import Trained
 from hypertorch.problem import BilevelProblem
 
-_OWN = ("problem", "every", "chunk_size")  # fields that the outer loop does not have
 _PROBE_STEPS = 2  # a momentum and a dampening have no effect in the first step
 
 
 @dataclass(frozen=True, eq=False)
-class RealTime:
+class RealTime(OuterSettings):
     """An outer loop that updates the outer variables while the inner run is still going (RTHO).
 
     The inner run is never started again. After every `every` inner steps the hypergradient of the outer loss at the
@@ -72,18 +66,8 @@ class RealTime:
 
     problem: BilevelProblem
     _: KW_ONLY
-    optimizer: OptimizerFactory
     every: int
     chunk_size: int | None = None
-    scheduler: SchedulerFactory | None = None
-    constraints: Mapping[str, Constraint] | None = None
-    clip_norm: float | None = None
-    validation: Validation | None = None
-    loggers: Sequence[Logger] = ()
-    log_every: int = 10
-    checkpoints: Checkpoints | None = None
-    progress: bool = False
-    execution: Execution = DEFAULT
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, BilevelProblem):
@@ -97,7 +81,10 @@ class RealTime:
                 f"`every` is {self.every!r}: it counts inner steps between two updates. Pass a whole number of at "
                 "least 1."
             )
-        self._loop()  # checks the other arguments
+        # Both check what they are made of.
+        self._source()
+        self._backend()
+        super().__post_init__()
 
     def run(self, num_inner_steps: int, *, resume: bool = False) -> Trained:
         """Returns what an inner run of `num_inner_steps` steps found, with an update after every `every` of them.
@@ -125,16 +112,19 @@ class RealTime:
             )
         names = self._check_reach()
         return train(
-            self._loop(names),
-            num_inner_steps // self.every,
+            self,
+            self._source(names),
+            self._backend(),
+            num_outer_steps=num_inner_steps // self.every,
             resume=resume,
             zeros_allowed=self.problem.allow_unused,
         )
 
-    def _loop(self, names: tuple[str, ...] = ()) -> OuterLoop:
-        problem = replace(self.problem, num_steps=self.every, warm_start=True, allow_unused=names)
-        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _OWN}
-        return OuterLoop(problem, backend=Forward(chunk_size=self.chunk_size, keep_tangents=True), **shared)
+    def _source(self, names: tuple[str, ...] = ()) -> BilevelProblem:
+        return replace(self.problem, num_steps=self.every, warm_start=True, allow_unused=names)
+
+    def _backend(self) -> Forward:
+        return Forward(chunk_size=self.chunk_size, keep_tangents=True)
 
     def _check_reach(self) -> tuple[str, ...]:
         """Returns the names of the outer variables; raises if one has no influence in a short fresh run.

@@ -570,11 +570,11 @@ LOOP = ht.Execution(tasks="loop")
 
 
 def test_the_task_route_is_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypertorch.outer import loop as loop_module
+    from hypertorch.outer import run as run_module
 
     seen: list[str] = []
     original = step_module.hypergradient
-    monkeypatch.setattr(loop_module, "measured_execution", lambda *args, **named: LOOP)
+    monkeypatch.setattr(run_module, "measured_execution", lambda *args, **named: LOOP)
     monkeypatch.setattr(
         step_module,
         "hypergradient",
@@ -722,10 +722,10 @@ def test_an_interrupt_saves_no_infinity(tmp_path: Path) -> None:
 
 
 def test_the_check_for_infinity_is_no_work_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypertorch.outer import loop as loop_module
+    from hypertorch.outer import run as run_module
 
     asked: list[str] = []
-    monkeypatch.setattr(loop_module, "check_finite", lambda hparams, *, where, remedy: asked.append(where))
+    monkeypatch.setattr(run_module, "check_finite", lambda hparams, *, where, remedy: asked.append(where))
     make_loop(checkpoints=outer.Checkpoints(tmp_path, every=10)).run(20)
     assert asked == ["after 10 outer steps", "after 20 outer steps", "after 20 outer steps"]
 

@@ -282,10 +282,10 @@ def test_every_scheduler_resumes(tmp_path: Path, scheduler: Any) -> None:
 
 
 def test_the_task_route_is_that_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypertorch.outer import loop as loop_module
+    from hypertorch.outer import run as run_module
 
     answers = iter([ht.Execution(tasks="loop")])
-    monkeypatch.setattr(loop_module, "measured_execution", lambda *args, **named: next(answers))
+    monkeypatch.setattr(run_module, "measured_execution", lambda *args, **named: next(answers))
     full_loop(tmp_path, Quadratics(), execution=ht.Execution()).run(5)
     full_loop(tmp_path, Quadratics(), execution=ht.Execution()).run(7, resume=True)
     newest = outer.Checkpoints(tmp_path / "checkpoints").newest()
@@ -294,13 +294,13 @@ def test_the_task_route_is_that_of_the_first_run(tmp_path: Path, monkeypatch: py
 
 
 def test_validations_take_the_same_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypertorch.outer import loop as loop_module
+    from hypertorch.outer import run as run_module
 
     routes: list[str] = []
-    original = loop_module.evaluate
-    monkeypatch.setattr(loop_module, "measured_execution", lambda *args, **named: ht.Execution(tasks="loop"))
+    original = run_module.evaluate
+    monkeypatch.setattr(run_module, "measured_execution", lambda *args, **named: ht.Execution(tasks="loop"))
     monkeypatch.setattr(
-        loop_module,
+        run_module,
         "evaluate",
         lambda *args, execution, **named: routes.append(execution.tasks) or original(*args, **named),
     )

@@ -1,0 +1,348 @@
+"""A call of an outer loop, from its first step or a checkpoint to the end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from hypertorch.checks import check_hparams
+from hypertorch.constraints import Constraint
+from hypertorch.errors import CheckpointError
+from hypertorch.hypergradients import Hypergradient, measured_execution
+from hypertorch.inner.execution import Execution
+from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
+from hypertorch.outer.constraining import match_constraints, project_in_place
+from hypertorch.outer.evaluation import evaluate
+from hypertorch.outer.finiteness import check_finite
+from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
+from hypertorch.outer.interrupts import uninterrupted
+from hypertorch.outer.progress import ProgressDisplay, progress_display
+from hypertorch.outer.report import Report
+from hypertorch.outer.scalars import to_floats
+from hypertorch.outer.settings import OuterSettings, check_count
+from hypertorch.outer.state import OuterState
+from hypertorch.outer.step import STEPS_PER_SECOND, VALIDATION, propose, refuse_reserved_metrics, take
+from hypertorch.outer.stopwatch import Stopwatch
+from hypertorch.outer.trained import Trained
+from hypertorch.outer.validation import Validation
+from hypertorch.outer.zero_hypergradients import ZeroWatch
+from hypertorch.problem import ProblemSource
+from hypertorch.types import TensorDict, TensorMapping
+
+_HALF_WIDTH = "_half_width"
+_RISE = 10.0  # the outer losses of single episodes differ by less
+
+
+def train(
+    loop: OuterSettings,
+    source: ProblemSource,
+    backend: Hypergradient,
+    *,
+    num_outer_steps: int,
+    start_from: TensorMapping | None = None,
+    resume: bool = False,
+    zeros_allowed: Collection[str] | None = None,
+) -> Trained:
+    """Returns what `OuterLoop.run` does, which see.
+
+    Args:
+        loop: the outer loop.
+        source: where its problems come from.
+        backend: how hypergradients are computed.
+        num_outer_steps: outer steps in all.
+        start_from: outer variables to start from.
+        resume: go on from the newest checkpoint if there is one.
+        zeros_allowed: outer variables of a single inner run that may have a zero hypergradient; they are watched from
+            its start only. None for outer steps that each have a run of their own, and for what the problems allow.
+    """
+    check_count("num_outer_steps", num_outer_steps, "outer steps to take")
+    state = OuterState(_start(source, start_from), optimizer=loop.optimizer, scheduler=loop.scheduler)
+    resumed = _begin(loop, state, resume=resume)
+    run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
+    if not run.is_over():
+        run.to_the_end()
+    return _conclude(loop, state)
+
+
+def _start(source: ProblemSource, given: TensorMapping | None) -> TensorDict:
+    """Returns the outer variables before the first step, in the order of the source."""
+    own = source.init_hparams()
+    if given is None:
+        return own
+    check_hparams(given)
+    differing = differences(given, own, "in `start_from`")
+    if differing:
+        raise ValueError(
+            f"`start_from` differs from the outer variables of the problem in {', '.join(differing)}: no step can "
+            "start there. Pass outer variables of the same problem, such as `trained.best_hparams` or "
+            "`ht.load_hparams(path)`."
+        )
+    # In the order of the source, on which the optimizer's state depends, and on its device.
+    return {name: given[name].to(value.device) for name, value in own.items()}
+
+
+def _begin(loop: OuterSettings, state: OuterState, *, resume: bool) -> bool:
+    """Brings state and loggers to where the run starts; returns whether that is a checkpoint."""
+    newest = None if loop.checkpoints is None else loop.checkpoints.newest()
+    if not resume:
+        if newest is not None:
+            raise CheckpointError(
+                f"`checkpoints` holds `{newest}` of an earlier run, which `resume=False` would mix with this one. "
+                "Pass `resume=True` to go on from it, choose another folder, or delete the earlier run's."
+            )
+        return False
+    if loop.checkpoints is None:
+        raise ValueError(
+            "`resume` is True, but the loop has no `checkpoints`: there is nothing to go on from. Pass "
+            "`checkpoints=Checkpoints(folder)`, to this run and to the one that it resumes."
+        )
+    if newest is not None:
+        checkpoint = loop.checkpoints.load(newest)
+        check_same_hparams(newest, checkpoint.hparams, state.hparams)
+        state.restore(checkpoint)
+    for logger in loop.loggers:
+        # Also where there is no checkpoint: a run that was killed before its first one has logged steps that come
+        # again.
+        logger.rewind(state.step)
+    return newest is not None
+
+
+def _conclude(loop: OuterSettings, state: OuterState) -> Trained:
+    hparams = state.copy_hparams()
+    _check_finite(state, loop.checkpoints)
+    best = state.best_hparams or hparams  # empty without a validation, or if every one gave NaN
+    if loop.checkpoints is not None:
+        save_hparams(loop.checkpoints.directory / HPARAMS_FILE, best)
+    return Trained(
+        hparams=hparams,
+        best_hparams=best,
+        best_step=state.step if state.best_step is None else state.best_step,
+        best_value=state.best_value,
+        num_outer_steps=state.step,
+        seconds=state.seconds,
+        carry=state.carry,
+    )
+
+
+class _Run:
+    """One call of `train`.
+
+    A run is a sequence of two kinds of action: a step with its record, and a validation with its record. Each changes
+    the state in a section that no interrupt can split, so that every checkpoint lies between two actions.
+    """
+
+    def __init__(
+        self,
+        loop: OuterSettings,
+        source: ProblemSource,
+        backend: Hypergradient,
+        state: OuterState,
+        num_outer_steps: int,
+        *,
+        resumed: bool,
+        zeros_allowed: Collection[str] | None,
+    ) -> None:
+        self._loop = loop
+        self._source = source
+        self._backend = backend
+        self._state = state
+        self._num_outer_steps = num_outer_steps
+        self._saved = self._position() if resumed else None
+        self._stopwatch = Stopwatch(seconds=state.seconds, step=state.step)
+        self._constraints: dict[str, Constraint] = {}
+        self._zeros_allowed = zeros_allowed
+        # In a single inner run the effect of its start fades, in the end to zero, which is no mistake.
+        is_watched = zeros_allowed is None or state.step == 0
+        self._zeros = ZeroWatch(state.leaves if is_watched else (), first=state.step, last=num_outer_steps - 1)
+        self._first = state.step
+        self._losses: list[Tensor] = []  # at the first and at the last step of this call
+
+    def is_over(self) -> bool:
+        """Returns whether all steps are done, and validated."""
+        state = self._state
+        return state.step > self._num_outer_steps or (
+            state.step == self._num_outer_steps and not self._validation_is_due()
+        )
+
+    def to_the_end(self) -> None:
+        """Takes the remaining steps."""
+        loop, metric = self._loop, self._loop.validation and self._loop.validation.metric
+        try:
+            with progress_display(
+                enabled=loop.progress,
+                title="outer steps",
+                total=self._num_outer_steps,
+                metric=metric,
+                first=self._state.step,
+            ) as display:
+                with self._stopwatch.excluded():
+                    self._prepare()
+                self._iterate(display)
+            self._warn_of_a_rise()
+        except (KeyboardInterrupt, SystemExit):
+            with uninterrupted():
+                self._save()
+            raise
+        finally:
+            self._state.seconds = self._stopwatch.seconds
+            for logger in loop.loggers:
+                logger.close()
+
+    def _prepare(self) -> None:
+        """Decides what holds for all steps, so that a mistake shows before the first."""
+        loop, state = self._loop, self._state
+        if state.step >= self._num_outer_steps:
+            return
+        problem = self._source.at(state.step)
+        self._constraints = match_constraints(state.leaves, chosen=loop.constraints or {}, problem=problem)
+        # A resumed run starts from inside already: every step ends there.
+        if state.step == 0:
+            project_in_place(state.hparams, self._constraints)
+        # Measured once and kept in the checkpoint: a resumed run that measured again could take the other route, whose
+        # rounding and dropout noise differ.
+        if state.task_route is None and problem.num_tasks is not None:
+            state.task_route = measured_execution(
+                problem, state.hparams, backend=self._backend, outer_step=state.step, execution=loop.execution
+            ).tasks
+        refuse_reserved_metrics(problem, state, execution=self._execution)
+        if loop.validation is not None:
+            # One episode shows a misspelt metric now, not at the first validation hours later.
+            report = self._evaluate(loop.validation, num_episodes=1)
+            loop.validation.figure(report)
+            _validation_figures(report)
+
+    def _iterate(self, display: ProgressDisplay) -> None:
+        state = self._state
+        while True:
+            if self._validation_is_due():
+                with self._stopwatch.excluded():
+                    self._validate(display)
+            if self._checkpoint_is_due():
+                # Torn apart, a checkpoint would be complete on disk and unknown here, and be written twice.
+                with self._stopwatch.excluded(), uninterrupted():
+                    self._save()
+            if state.step >= self._num_outer_steps:
+                return
+            self._step(display)
+
+    def _step(self, display: ProgressDisplay) -> None:
+        loop, state = self._loop, self._state
+        done = state.step + 1
+        to_log = done % loop.log_every == 0 or done == self._num_outer_steps
+        problem = self._source.at(state.step)
+        # Nothing of the state changes here, where most of the time goes: an interrupt needs no protection.
+        proposal = propose(
+            problem,
+            state,
+            backend=self._backend,
+            execution=self._execution,
+            clip_norm=loop.clip_norm,
+            with_figures=to_log,
+        )
+        allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
+        self._zeros.look(state.step, proposal.grads, allowed)
+        # Tensors, read at the end only: a number for every step would wait for the device.
+        self._losses = [*self._losses[:1], proposal.outer_loss]
+        # The record belongs to the step: an interrupt between the two would leave a checkpoint whose record is missing.
+        with uninterrupted():
+            take(proposal, state, self._constraints)
+            if to_log:
+                figures = to_floats(proposal.figures)
+                self._log({**figures, STEPS_PER_SECOND: self._stopwatch.rate(done)}, display)
+        display.advance(done)
+
+    def _warn_of_a_rise(self) -> None:
+        """Warns if the outer loss rose so far that the last outer variables cannot be what was wanted."""
+        # With a validation `best_hparams` are the best that were seen, however the run ended.
+        if self._loop.validation is not None or len(self._losses) < 2:
+            return
+        first, last = (float(loss) for loss in self._losses)
+        if 0.0 < _RISE * first < last:
+            warnings.warn(
+                f"`outer_loss` is {last:.3g} at outer step {self._state.step - 1}, and was {first:.3g} at outer step "
+                f"{self._first}: the outer run diverged, and without a `validation` `best_hparams` are the last outer "
+                "variables. Lower the learning rate of the outer optimizer, pass `clip_norm`, or pass a `validation`, "
+                "which keeps the best.",
+                stacklevel=5,  # the caller of `run`
+            )
+
+    @property
+    def _execution(self) -> Execution:
+        """How problems are run: as the loop says, and what was measured as it was in the run's first part."""
+        asked, measured = self._loop.execution, self._state.task_route
+        return asked if measured is None or asked.tasks != "auto" else replace(asked, tasks=measured)
+
+    def _validate(self, display: ProgressDisplay) -> None:
+        validation, state = self._loop.validation, self._state
+        if validation is None:
+            return
+        _check_finite(state, self._loop.checkpoints)
+        report = self._evaluate(validation, num_episodes=validation.num_episodes)
+        value = validation.figure(report)
+        with uninterrupted():
+            if validation.improves(value, state.best_value):
+                state.best_hparams, state.best_step, state.best_value = state.copy_hparams(), state.step, value
+            state.validated_step = state.step
+            self._log(_validation_figures(report), display)
+
+    def _evaluate(self, validation: Validation, *, num_episodes: int) -> Report:
+        # Rounding depends on how tasks are run, and the choice of the best may depend on rounding: a resumed run must
+        # evaluate as the run of its checkpoint did.
+        return evaluate(validation.source, self._state.hparams, num_episodes=num_episodes, execution=self._execution)
+
+    def _log(self, figures: Mapping[str, float], display: ProgressDisplay) -> None:
+        for logger in self._loop.loggers:
+            logger.log(self._state.step, figures)
+        display.show(figures)
+
+    def _validation_is_due(self) -> bool:
+        validation, step = self._loop.validation, self._state.step
+        if validation is None or step == self._state.validated_step:
+            return False
+        return step % validation.every == 0 or step == self._num_outer_steps
+
+    def _checkpoint_is_due(self) -> bool:
+        checkpoints, step = self._loop.checkpoints, self._state.step
+        if checkpoints is None or step == 0:
+            return False
+        return step % checkpoints.every == 0 or step == self._num_outer_steps
+
+    def _save(self) -> None:
+        """Writes a checkpoint, unless there is nothing new since the last."""
+        if self._loop.checkpoints is None or self._state.step == 0 or self._saved == self._position():
+            return
+        # A run that resumed from NaN could never recover, and the checkpoint may be the only one that is kept.
+        _check_finite(self._state, self._loop.checkpoints)
+        self._state.seconds = self._stopwatch.seconds
+        self._loop.checkpoints.save(self._state.capture())
+        self._saved = self._position()
+
+    def _position(self) -> tuple[int, int]:
+        return self._state.step, self._state.validated_step
+
+
+def _check_finite(state: OuterState, checkpoints: Checkpoints | None) -> None:
+    newest = None if checkpoints is None else checkpoints.newest()
+    kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
+    check_finite(
+        state.hparams,
+        where=f"after {state.step} outer steps",
+        remedy=(f"Lower the outer learning rate, or bound the hypergradient by `clip_norm`.{kept}"),
+    )
+
+
+def _validation_figures(report: Report) -> dict[str, float]:
+    clash = sorted(name for name in report.metrics if f"{name}{_HALF_WIDTH}" in report.metrics)
+    if clash:
+        raise ValueError(
+            f"`OuterProblem.metrics` returned `{clash[0]}{_HALF_WIDTH}` beside `{clash[0]}`: the interval of the "
+            "second is logged under the name of the first. Rename the metric."
+        )
+    figures: dict[str, float] = {}
+    for name, estimate in report.metrics.items():
+        figures[f"{VALIDATION}{name}"] = estimate.mean
+        figures[f"{VALIDATION}{name}{_HALF_WIDTH}"] = estimate.half_width
+    return figures

@@ -1,0 +1,67 @@
+"""What every outer loop is given, whatever it loops over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hypertorch.constraints import Constraint
+from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.outer.checkpoints import Checkpoints
+from hypertorch.outer.loggers import Logger
+from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
+from hypertorch.outer.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OuterSettings:
+    """The base of outer loops: how outer variables are moved, and what is kept, logged and validated of a run.
+
+    `OuterLoop` says what each means.
+    """
+
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory | None = None
+    constraints: Mapping[str, Constraint] | None = None
+    clip_norm: float | None = None
+    validation: Validation | None = None
+    loggers: Sequence[Logger] = ()
+    log_every: int = 10
+    checkpoints: Checkpoints | None = None
+    progress: bool = False
+    execution: Execution = DEFAULT
+
+    def __post_init__(self) -> None:
+        check_kind("execution", self.execution, Execution, "for example `ht.Execution(tasks='loop')`")
+        if not callable(self.optimizer):
+            raise TypeError(
+                f"`optimizer` is a {type(self.optimizer).__name__}, which is made already: the loop owns the outer "
+                "variables and makes the optimizer of them. Pass a class with its settings bound, for example "
+                "`functools.partial(torch.optim.Adam, lr=1e-3)`."
+            )
+        for pattern, constraint in (self.constraints or {}).items():
+            check_kind(f"constraints[{pattern!r}]", constraint, Constraint, "for example `ht.Positive()`")
+        for position, logger in enumerate(self.loggers):
+            check_kind(f"loggers[{position}]", logger, Logger, "for example `ht.JsonLinesLogger(path)`")
+        check_count("log_every", self.log_every, "outer steps between two records")
+        if self.clip_norm is not None and not (self.clip_norm > 0.0 and math.isfinite(self.clip_norm)):
+            raise ValueError(
+                f"`clip_norm` is {self.clip_norm}: no hypergradient can be scaled to that length. Pass a finite number "
+                "above 0, or None for no clipping."
+            )
+
+
+def check_kind(argument: str, value: object, kind: type, example: str) -> None:
+    """Raises a `TypeError` unless an argument is of a kind."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"`{argument}` is {value!r}, not a `{kind.__name__}`: the outer loop calls the methods of that interface. "
+            f"Pass {example}."
+        )
+
+
+def check_count(argument: str, value: object, meaning: str) -> None:
+    """Raises a `ValueError` unless a value is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{argument}` is {value!r}: it counts {meaning}. Pass a whole number of at least 1.")
