@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 
 from hypertorch.constraints import Constraint
+from hypertorch.outer.patterns import check_patterns, first_match
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorMapping
 
@@ -17,8 +17,7 @@ def match_constraints(
 ) -> dict[str, Constraint]:
     """Returns the constraint of each hyperparameter that has one.
 
-    A name wins over a pattern, and an earlier pattern over a later one. What is chosen wins over what the outer problem
-    declares, and that over the natural constraints of the dynamics.
+    What is chosen wins over what the outer problem declares, and that over the natural constraints of the dynamics.
 
     Args:
         names: the hyperparameters.
@@ -31,14 +30,9 @@ def match_constraints(
     names = list(names)
     declared = problem.outer.constraints()
     for whose, patterns in (("constraints", chosen), ("OuterProblem.constraints", declared)):
-        for pattern in patterns:
-            if not any(_matches(name, pattern) for name in names):
-                raise ValueError(
-                    f"`{whose}` has the entry {pattern!r}, which matches none of the hyperparameters {names}: it would "
-                    "do nothing. Use one of these names, or a pattern such as 'lr*' that matches some."
-                )
+        check_patterns(whose, patterns, names)
     by_precedence = (chosen, declared, problem.constraints())
-    found = {name: next(filter(None, (_first_match(name, own) for own in by_precedence)), None) for name in names}
+    found = {name: next(filter(None, (first_match(name, own) for own in by_precedence)), None) for name in names}
     return {name: constraint for name, constraint in found.items() if constraint is not None}
 
 
@@ -48,13 +42,3 @@ def project_in_place(hparams: TensorMapping, constraints: Mapping[str, Constrain
     with torch.no_grad():
         for name, constraint in constraints.items():
             hparams[name].copy_(constraint.project(hparams[name].detach()))
-
-
-def _first_match(name: str, constraints: Mapping[str, Constraint]) -> Constraint | None:
-    if name in constraints:
-        return constraints[name]
-    return next((constraint for pattern, constraint in constraints.items() if fnmatchcase(name, pattern)), None)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)

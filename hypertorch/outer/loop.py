@@ -37,6 +37,9 @@ class OuterLoop(OuterSettings):
         source: where the problems come from; a `BilevelProblem` is its own source.
         optimizer: makes the outer optimizer from the list of outer variables, in the order of `init_hparams`.
         backend: how hypergradients are computed.
+        learning_rates: those of outer variables that have one of their own, by name or by pattern (`"schedule.*"`), in
+            place of the optimizer's `lr`; a name wins over a pattern, an earlier pattern over a later one. A scheduler
+            scales them all alike. None for one rate.
         scheduler: makes a learning-rate scheduler, stepped after every outer step.
         constraints: by name of an outer variable, or by pattern (`"lr*"`); a name wins over a pattern, an earlier
             pattern over a later one, and all of these over the constraints that the problem declares.

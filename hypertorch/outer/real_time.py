@@ -46,6 +46,9 @@ class RealTime(OuterSettings):
         optimizer: makes the outer optimizer from the list of outer variables.
         every: inner steps between two updates (unit: steps, at least 1).
         chunk_size: entries of the outer variables whose tangents are computed together, as in `Forward`.
+        learning_rates: those of outer variables that have one of their own, by name or by pattern (`"schedule.*"`), in
+            place of the optimizer's `lr`; a name wins over a pattern, an earlier pattern over a later one. A scheduler
+            scales them all alike. None for one rate.
         scheduler: makes a learning-rate scheduler, stepped after every update.
         constraints: by name of an outer variable, or by pattern.
         clip_norm: greatest Euclidean norm of the hypergradient; None for no clipping.

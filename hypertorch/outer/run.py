@@ -59,7 +59,12 @@ def train(
             its start only. None for outer steps that each have a run of their own, and for what the problems allow.
     """
     check_count("num_outer_steps", num_outer_steps, "outer steps to take")
-    state = OuterState(_start(source, start_from), optimizer=loop.optimizer, scheduler=loop.scheduler)
+    state = OuterState(
+        _start(source, start_from),
+        optimizer=loop.optimizer,
+        scheduler=loop.scheduler,
+        learning_rates=loop.learning_rates,
+    )
     resumed = _begin(loop, state, resume=resume)
     run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
     if not run.is_over():

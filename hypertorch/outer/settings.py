@@ -22,6 +22,7 @@ class OuterSettings:
     """
 
     optimizer: OptimizerFactory
+    learning_rates: Mapping[str, float] | None = None
     scheduler: SchedulerFactory | None = None
     constraints: Mapping[str, Constraint] | None = None
     clip_norm: float | None = None
@@ -40,6 +41,12 @@ class OuterSettings:
                 "variables and makes the optimizer of them. Pass a class with its settings bound, for example "
                 "`functools.partial(torch.optim.Adam, lr=1e-3)`."
             )
+        for pattern, rate in (self.learning_rates or {}).items():
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate < math.inf:
+                raise ValueError(
+                    f"`learning_rates[{pattern!r}]` is {rate!r}: it is the step size of an outer variable. Pass a "
+                    "finite number of at least 0."
+                )
         for pattern, constraint in (self.constraints or {}).items():
             check_kind(f"constraints[{pattern!r}]", constraint, Constraint, "for example `ht.Positive()`")
         for position, logger in enumerate(self.loggers):

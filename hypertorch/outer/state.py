@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from hypertorch.checks import check_hparams
 from hypertorch.errors import CheckpointError, NonFiniteError
 from hypertorch.outer.checkpoints import Checkpoint
+from hypertorch.outer.patterns import check_patterns, first_match
 from hypertorch.types import TensorDict, TensorMapping
 
-OptimizerFactory: TypeAlias = Callable[[list[Tensor]], Optimizer]
-"""Makes the outer optimizer for the outer variables, such as `partial(torch.optim.Adam, lr=1e-3)`."""
+OptimizerFactory: TypeAlias = Callable[[Any], Optimizer]
+"""Makes the outer optimizer, such as `partial(torch.optim.Adam, lr=1e-3)`, for the list of outer variables; for a list
+of parameter groups where some have a learning rate of their own."""
 
 SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler]
 """Makes the scheduler of an outer optimizer, such as `partial(torch.optim.lr_scheduler.StepLR, step_size=1000)`."""
@@ -30,15 +32,21 @@ class OuterState:
         init_hparams: the outer variables to start from; they are copied.
         optimizer: makes the outer optimizer.
         scheduler: makes its scheduler; None for none.
+        learning_rates: those of outer variables that have one of their own, by name or pattern.
 
     Raises:
         TypeError: if the factories return something else, or an optimizer or scheduler that cannot be driven.
-        ValueError: if the optimizer holds other tensors than the outer variables, or `init_hparams` is no set of
-            outer variables.
+        ValueError: if the optimizer holds other tensors than the outer variables, `init_hparams` is no set of
+            outer variables, or a learning rate belongs to none of them or is not taken by the optimizer.
     """
 
     def __init__(
-        self, init_hparams: TensorDict, *, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None
+        self,
+        init_hparams: TensorDict,
+        *,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None,
+        learning_rates: Mapping[str, float] | None = None,
     ) -> None:
         check_hparams(init_hparams)
         # A checkpoint restores contiguous tensors. Kernels may round differently on another layout, and then a resumed
@@ -47,8 +55,10 @@ class OuterState:
             name: value.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
             for name, value in init_hparams.items()
         }
-        self.optimizer = optimizer(list(self.leaves.values()))
+        groups = _groups(self.leaves, learning_rates or {})
+        self.optimizer = optimizer(groups if learning_rates else list(self.leaves.values()))
         _check_optimizer(self.optimizer, self.leaves)
+        _check_rates(self.optimizer, groups)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         _check_scheduler(self.scheduler)
         self.step = 0
@@ -171,6 +181,16 @@ class OuterState:
             setattr(self, name, getattr(checkpoint, name))
 
 
+def _groups(leaves: TensorDict, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Returns parameter groups: the outer variables without a learning rate of their own, then those of each entry."""
+    check_patterns("learning_rates", rates, leaves)
+    grouped: dict[float | None, list[Tensor]] = {None: [], **{rate: [] for rate in rates.values()}}
+    for name, leaf in leaves.items():
+        grouped[first_match(name, rates)].append(leaf)
+    own = {None: {}, **{rate: {"lr": rate} for rate in rates.values()}}
+    return [{"params": found, **own[rate]} for rate, found in grouped.items() if found]
+
+
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     try:
         optimizer.load_state_dict(state)
@@ -222,6 +242,17 @@ def _check_optimizer(optimizer: Any, leaves: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"`optimizer` returned an optimizer that {detail}: it must update the outer variables, all of them and "
             "nothing else. Hand the list that it is called with to the optimizer as it is."
+        )
+
+
+def _check_rates(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    wanted = {id(leaf): group["lr"] for group in groups if "lr" in group for leaf in group["params"]}
+    taken = {id(leaf): group.get("lr") for group in optimizer.param_groups for leaf in group["params"]}
+    if ("lr" not in optimizer.defaults and wanted) or any(taken[leaf] != rate for leaf, rate in wanted.items()):
+        raise ValueError(
+            f"`learning_rates` are not taken by the {type(optimizer).__name__} that `optimizer` returned: the outer "
+            "variables would move at other rates. Hand the list that `optimizer` is called with to an optimizer of "
+            "`torch.optim` that has `lr`, or leave `learning_rates` out."
         )
 
 
