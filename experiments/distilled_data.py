@@ -135,6 +135,13 @@ class DistilledData(Experiment):
         source = self.evaluation(split)
         return {name: Baseline(source=source, hparams=hparams) for name, hparams in self._chosen.items()}
 
+    def pictures(self, hparams: TensorDict) -> TensorDict:
+        """Returns the ten images in a row: grey is 0, the largest entry of either sign black or white."""
+        images = hparams["images"]
+        side = round(images.shape[1] ** 0.5)
+        row = images.reshape(CLASSES, side, side).transpose(0, 1).reshape(1, side, CLASSES * side)
+        return {"images": (row / row.abs().max().clamp(min=1e-12) / 2 + 0.5).clamp(0.0, 1.0)}
+
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the learnt images."""
         layers = len(self._net.widths) - 1

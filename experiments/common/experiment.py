@@ -100,6 +100,17 @@ class Experiment(ABC):
         """
         return self
 
+    def pictures(self, hparams: TensorDict) -> TensorDict:
+        """Returns images of outer variables for TensorBoard, by name, while a run goes on; none unless overridden.
+
+        Args:
+            hparams: the outer variables.
+
+        Returns:
+            Images of shape `(1 or 3, height, width)`, entries from 0 to 1.
+        """
+        return {}
+
     def draw(self, hparams: TensorDict, folder: Path) -> None:  # noqa: B027 (some have no pictures)
         """Writes pictures of what was learnt; none unless overridden.
 

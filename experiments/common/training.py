@@ -13,7 +13,12 @@ from experiments.common.run_folder import RunFolder
 from experiments.common.settings import TrainSettings
 
 # Settings of the outer loop that are no arguments of its class.
-_LOOP_OWN = ("outer_loop.num_outer_steps", "outer_loop.scheduler", "outer_loop.checkpoints")
+_LOOP_OWN = (
+    "outer_loop.num_outer_steps",
+    "outer_loop.scheduler",
+    "outer_loop.checkpoints",
+    "outer_loop.snapshots",
+)
 
 TRAINING = Reads(
     settings=(TrainSettings,),
@@ -24,6 +29,7 @@ TRAINING = Reads(
         "outer_loop",
         "outer_loop.scheduler",
         "outer_loop.checkpoints",
+        "outer_loop.snapshots",
     ),
     own=_LOOP_OWN,
 )
@@ -69,4 +75,7 @@ def build_outer_loop(
         ),
         loggers=[ht.JsonLinesLogger(folder.metrics), ht.TensorBoardLogger(folder.tensorboard)],
         checkpoints=build(config, "outer_loop.checkpoints", folder.checkpoints),
+        snapshots=None
+        if config.outer_loop.snapshots.every is None
+        else build(config, "outer_loop.snapshots", pictures=experiment.pictures),
     )

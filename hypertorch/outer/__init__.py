@@ -7,6 +7,7 @@ from hypertorch.outer.loggers import JsonLinesLogger, Logger, MemoryLogger
 from hypertorch.outer.loop import OuterLoop
 from hypertorch.outer.real_time import RealTime
 from hypertorch.outer.report import Estimate, Report
+from hypertorch.outer.snapshots import Snapshots
 from hypertorch.outer.tensorboard_logger import TensorBoardLogger
 from hypertorch.outer.trained import Trained
 from hypertorch.outer.validation import Validation
@@ -22,6 +23,7 @@ __all__ = [
     "OuterLoop",
     "RealTime",
     "Report",
+    "Snapshots",
     "TensorBoardLogger",
     "Trained",
     "Validation",

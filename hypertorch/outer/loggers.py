@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from hypertorch.types import TensorDict, TensorMapping
+
 
 class Logger(ABC):
     """Receives the figures of an outer run. Subclass it to send them elsewhere."""
@@ -16,6 +18,17 @@ class Logger(ABC):
     @abstractmethod
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Receives figures by name, after `step` outer steps; more than once per step if there is a validation."""
+
+    def log_tensors(self, step: int, tensors: TensorMapping) -> None:  # noqa: B027 (most take numbers alone)
+        """Receives tensors by name, after `step` outer steps, from `Snapshots`; does nothing unless overridden."""
+
+    def log_pictures(self, step: int, pictures: TensorMapping) -> None:  # noqa: B027
+        """Receives pictures by name, after `step` outer steps, from `Snapshots`; does nothing unless overridden.
+
+        Args:
+            step: outer steps done.
+            pictures: each of shape `(1 or 3, height, width)`, entries from 0 to 1.
+        """
 
     @abstractmethod
     def rewind(self, step: int) -> None:
@@ -27,22 +40,36 @@ class Logger(ABC):
 
 
 class MemoryLogger(Logger):
-    """Keeps the figures in a list, for plots and tests.
+    """Keeps the figures in a list, for plots and tests; and what `Snapshots` shows.
 
     Attributes:
         records: one dict per call of `log`: `step` and the figures.
+        tensors: copies of tensors on the host, by step and name.
+        pictures: copies of pictures on the host, by step and name.
     """
 
     def __init__(self) -> None:
         self.records: list[dict[str, float]] = []
+        self.tensors: dict[int, TensorDict] = {}
+        self.pictures: dict[int, TensorDict] = {}
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a record."""
         self.records.append({"step": step, **scalars})
 
+    def log_tensors(self, step: int, tensors: TensorMapping) -> None:
+        """Keeps copies."""
+        self.tensors[step] = _copies(tensors)
+
+    def log_pictures(self, step: int, pictures: TensorMapping) -> None:
+        """Keeps copies."""
+        self.pictures[step] = _copies(pictures)
+
     def rewind(self, step: int) -> None:
-        """Removes the records after a step."""
+        """Removes what was logged after a step."""
         self.records = [record for record in self.records if record["step"] <= step]
+        self.tensors = {at: tensors for at, tensors in self.tensors.items() if at <= step}
+        self.pictures = {at: pictures for at, pictures in self.pictures.items() if at <= step}
 
     def close(self) -> None:
         """Does nothing: the records stay."""
@@ -97,6 +124,10 @@ class JsonLinesLogger(Logger):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _copies(tensors: TensorMapping) -> TensorDict:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _is_record_up_to(line: str, step: int) -> bool:

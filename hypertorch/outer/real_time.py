@@ -55,6 +55,7 @@ class RealTime(OuterSettings):
         validation: when and on what to validate; None for never.
         loggers: receive the figures.
         log_every: updates between two records, at least 1.
+        snapshots: which tensors and pictures the loggers are handed, and how often; None for none.
         checkpoints: where and how often (unit: updates) to write checkpoints; None for never.
         progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
         execution: how the problems are run, those of the validation too.

@@ -218,6 +218,8 @@ class _Run:
             report = self._evaluate(loop.validation, num_episodes=1)
             loop.validation.figure(report)
             _validation_figures(report)
+        if state.step == 0:
+            self._show_snapshot()
 
     def _iterate(self, display: ProgressDisplay) -> None:
         state = self._state
@@ -254,10 +256,16 @@ class _Run:
         # The record belongs to the step: an interrupt between the two would leave a checkpoint whose record is missing.
         with uninterrupted():
             take(proposal, state, self._constraints)
+            self._show_snapshot()
             if to_log:
                 figures = to_floats(proposal.figures)
                 self._log({**figures, STEPS_PER_SECOND: self._stopwatch.rate(done)}, display)
         display.advance(done)
+
+    def _show_snapshot(self) -> None:
+        snapshots, state = self._loop.snapshots, self._state
+        if snapshots is not None and (state.step % snapshots.every == 0 or state.step == self._num_outer_steps):
+            snapshots.show(state.step, state.copy_hparams(), self._loop.loggers)
 
     def _warn_of_a_rise(self) -> None:
         """Warns if the outer loss rose so far that the last outer variables cannot be what was wanted."""

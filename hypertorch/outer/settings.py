@@ -10,6 +10,7 @@ from hypertorch.constraints import Constraint
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints
 from hypertorch.outer.loggers import Logger
+from hypertorch.outer.snapshots import Snapshots, takes_snapshots
 from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
 from hypertorch.outer.validation import Validation
 
@@ -29,6 +30,7 @@ class OuterSettings:
     validation: Validation | None = None
     loggers: Sequence[Logger] = ()
     log_every: int = 10
+    snapshots: Snapshots | None = None
     checkpoints: Checkpoints | None = None
     progress: bool = False
     execution: Execution = DEFAULT
@@ -51,6 +53,11 @@ class OuterSettings:
             check_kind(f"constraints[{pattern!r}]", constraint, Constraint, "for example `ht.Positive()`")
         for position, logger in enumerate(self.loggers):
             check_kind(f"loggers[{position}]", logger, Logger, "for example `ht.JsonLinesLogger(path)`")
+        if self.snapshots is not None and not any(takes_snapshots(logger) for logger in self.loggers):
+            raise ValueError(
+                "`snapshots` is given, but none of the `loggers` takes tensors or pictures: they would be lost. Add "
+                "`ht.TensorBoardLogger(folder)` or `ht.MemoryLogger()`, or leave `snapshots` out."
+            )
         check_count("log_every", self.log_every, "outer steps between two records")
         if self.clip_norm is not None and not (self.clip_norm > 0.0 and math.isfinite(self.clip_norm)):
             raise ValueError(

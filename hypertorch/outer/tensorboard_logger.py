@@ -8,10 +8,13 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from hypertorch.outer.loggers import Logger
+from hypertorch.types import TensorMapping
 
 
 class TensorBoardLogger(Logger):
-    """Writes every figure as a TensorBoard scalar.
+    """Writes every figure as a TensorBoard scalar, and of snapshots tensors as histograms and pictures as images.
+
+    A tensor of one entry has no histogram: the loop logs it as a figure. Entries that are not finite are left out.
 
     Args:
         directory: folder of the event files; made when the first record comes.
@@ -24,12 +27,27 @@ class TensorBoardLogger(Logger):
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one scalar per figure."""
+        for name, value in scalars.items():
+            self._open().add_scalar(name, value, step)
+
+    def log_tensors(self, step: int, tensors: TensorMapping) -> None:
+        """Writes one histogram per tensor of several entries."""
+        for name, tensor in tensors.items():
+            finite = tensor.detach()[tensor.isfinite()]
+            if tensor.numel() > 1 and len(finite):
+                self._open().add_histogram(name, finite.cpu(), step)
+
+    def log_pictures(self, step: int, pictures: TensorMapping) -> None:
+        """Writes one image per picture."""
+        for name, picture in pictures.items():
+            self._open().add_image(name, picture.detach().cpu(), step)
+
+    def _open(self) -> SummaryWriter:
         if self._writer is None:  # made late, so that a run that fails before its first record leaves no file
             self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
             # Once: a file that is opened again later must not hide what this one wrote.
             self._purge_step = None
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        return self._writer
 
     def rewind(self, step: int) -> None:
         """Makes TensorBoard hide what earlier event files hold after a step."""
