@@ -1,0 +1,312 @@
+"""An optimiser that is learnt: a small network computes the step of every weight of a net.
+
+scripts/train experiment=learned_optimizer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import hypertorch as ht
+from experiments.common.building import build
+from experiments.common.digits import CLASSES, DigitsName, digit_splits
+from experiments.common.experiment import Baseline, Experiment
+from experiments.common.failures import ExpectedFailure
+from experiments.common.line_styles import line_styles
+from experiments.common.mlp import MLP, accuracy
+from experiments.common.reads import Reads
+from experiments.common.seeds import Purpose, run_seed
+from experiments.common.settings import ProblemSettings
+from experiments.common.settings_grid import Axis, grid_problem
+from hypertorch.types import Batch, TensorDict
+
+# What the optimisers that are written by hand are tuned over; from one rate to the next it is a factor 10 ** (1 / 6).
+_RATES = Axis(name="lr", start=1e-3, stop=10.0, scale="log")
+_NUM_RATES = 25
+_DECAYS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+_CURVES = 10  # nets in the picture
+_TOGETHER = ht.Execution(tasks="vmap")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandWritten:
+    """An optimiser with settings to tune.
+
+    Args:
+        dynamics: the optimiser; it reads `lr` and `decay` of the outer variables.
+        decays: of its running mean of gradients, to choose from.
+    """
+
+    dynamics: ht.Dynamics
+    decays: tuple[float, ...]
+
+
+_ADAM = ht.dynamics.Adam(lr=ht.Hyper("lr"), beta1=ht.Hyper("decay"))
+_HAND_WRITTEN = {
+    "Adam, rate and decay tuned": HandWritten(dynamics=_ADAM, decays=_DECAYS),
+    "Adam, rate tuned": HandWritten(dynamics=_ADAM, decays=(0.9,)),
+    "momentum, rate and decay tuned": HandWritten(
+        dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr"), momentum=ht.Hyper("decay")), decays=_DECAYS
+    ),
+    "SGD, rate tuned": HandWritten(dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr")), decays=(0.0,)),
+}
+
+
+_DRAWN = ("Adam, rate and decay tuned", "momentum, rate and decay tuned", "SGD, rate tuned")
+
+
+class LearnedOptimizer(Experiment):
+    """Learns the update rule that trains a small net, so that its training loss is least after some steps.
+
+    The rule is a network that sees the gradient of one weight at a time, with a memory of its own for each. Every outer
+    step trains a net from new first weights on new minibatches. The nets of the final evaluation have fresh seeds, and
+    those of the test are trained on images that the rule was not learnt on, for as many steps and for twice as many.
+
+    Args:
+        config: the configuration; `dynamics` is the rule.
+        settings: the plain settings of all experiments.
+        sizes: images for "train", "validation" and "test", on each of which nets are trained; 0 for all left over.
+        data: "digits" (embedded) or "mnist".
+        root: the folder of MNIST's files; None for the embedded digits.
+        hidden: widths of the hidden layers of the nets.
+        batch_size: images in a minibatch of an inner step.
+        outer_batch_size: training images that the loss of an outer step is taken on.
+        num_steps: the horizon (unit: inner steps).
+        search_seeds: nets that each setting of Adam, momentum and SGD is judged on.
+    """
+
+    READS: ClassVar = Reads(blocks=("dynamics",))
+    splits = ("validation", "test_twice_as_long", "test")
+    metric = "training_loss"
+    mode = "min"
+
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: ProblemSettings,
+        *,
+        sizes: Mapping[str, int],
+        data: DigitsName = "digits",
+        root: str | None = None,
+        hidden: list[int],
+        batch_size: int = 64,
+        outer_batch_size: int = 200,
+        num_steps: int = 40,
+        search_seeds: int = 5,
+    ) -> None:
+        super().__init__(config, settings)
+        self.images = digit_splits(
+            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
+        )
+        self._net = MLP((self.images["train"].inputs.shape[1], *hidden, CLASSES))
+        self._batch_size, self._outer_batch_size = batch_size, outer_batch_size
+        self._num_steps, self._search_seeds = num_steps, search_seeds
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self._rule = build(config, "dynamics")
+        if not isinstance(self._rule, ht.dynamics.LearnedUpdate):
+            raise ExpectedFailure(
+                f"`dynamics` is {type(self._rule).__name__}, which has no update rule to learn. Write "
+                "dynamics=learned_update or dynamics=learned_update_mlp."
+            )
+        self._rule.rule.to(settings.device, settings.dtype)
+        self._tuned = cache(self._tune)
+
+    def training(self) -> ht.ProblemSource:
+        """Returns a net with new first weights for every outer step."""
+        images = TensorDataset(*self.images["train"].pairs())
+        judged = ht.Minibatches(images, self._outer_batch_size, seed=self.settings.seed)
+        return self._nets("training", "train", self._rule, judged=judged)
+
+    def validation(self) -> ht.ProblemSource:
+        """Returns nets with other seeds, trained on other images."""
+        return self._nets("validation", "validation", self._rule)
+
+    def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
+        """Returns nets with fresh seeds, trained on the images of a split."""
+        return self._judged(split, self._rule, seed=seed)
+
+    def baselines(self, split: str) -> Mapping[str, Baseline]:
+        """Returns Adam, momentum and SGD, each with the settings that are best on validation at the same horizon."""
+        num_steps = self._horizon(split)
+        return {
+            name: Baseline(source=self._judged(split, own.dynamics), hparams=self._tuned(name, num_steps))
+            for name, own in _HAND_WRITTEN.items()
+        }
+
+    def draw(self, hparams: TensorDict, folder: Path) -> None:
+        """Draws how the loss of fresh nets falls with each optimiser."""
+        chosen = {"learnt rule": (self._rule, hparams)}
+        for name in _DRAWN:
+            own, found = _HAND_WRITTEN[name], self._tuned(name, self._num_steps)
+            decay = f", decay {float(found['decay']):g}" if float(found["decay"]) else ""
+            label = f"{name.split(',')[0]} (rate {float(found['lr']):.2g}{decay})"
+            chosen[label] = own.dynamics, found
+        curves = {label: self._curves(dynamics, values) for label, (dynamics, values) in chosen.items()}
+        draw_curves(curves, self._num_steps, folder / "training_curves.png")
+
+    def _horizon(self, split: str) -> int:
+        return self._num_steps * (2 if split.endswith("twice_as_long") else 1)
+
+    def _judged(self, split: str, dynamics: ht.Dynamics, *, seed: int | None = None) -> ht.ProblemSource:
+        images = "test" if split.startswith("test") else split
+        return self._nets("evaluation", images, dynamics, num_steps=self._horizon(split), seed=seed)
+
+    def _nets(
+        self,
+        purpose: Purpose,
+        split: str,
+        dynamics: ht.Dynamics,
+        *,
+        judged: Callable[[int], Batch] | None = None,
+        num_steps: int | None = None,
+        seed: int | None = None,
+    ) -> ht.ProblemSource:
+        """Returns nets with first weights and minibatches of their own, trained and judged on the images of a split."""
+        seed = self.settings.seed if seed is None else seed
+        images = self.images[split]
+        data = TensorDataset(*images.pairs())
+        first = {} if dynamics is self._rule else {name: images.inputs.new_tensor(0.0) for name in ("lr", "decay")}
+        judged = (lambda _: images.pairs()) if judged is None else judged
+        outer = TrainingLoss(net=self._net, batches=judged, first=first)
+
+        def problem(outer_step: int) -> ht.BilevelProblem:
+            own = run_seed(seed, purpose, outer_step)
+            inner = NetTraining(
+                net=self._net, batches=ht.Minibatches(data, self._batch_size, seed=own), like=images.inputs
+            )
+            steps = self._num_steps if num_steps is None else num_steps
+            return ht.BilevelProblem(inner, outer, dynamics=dynamics, num_steps=steps, seed=own)
+
+        return ht.Problems(problem)
+
+    def _tune(self, name: str, num_steps: int) -> TensorDict:
+        """Returns the settings of an optimiser with which validation's nets have the least loss after so many steps."""
+        own = _HAND_WRITTEN[name]
+        source = self._nets("validation", "validation", own.dynamics, num_steps=num_steps)
+        like = self.images["validation"].inputs
+        decays = Axis(name="decay", start=min(own.decays), stop=max(own.decays), scale="linear")
+        rates = _RATES.coordinates(_NUM_RATES, like)
+        points = torch.cartesian_prod(rates, like.new_tensor(own.decays)).T
+        grid = {"grid.x": points[0], "grid.y": points[1]}
+        # All settings at once: each is a task of one problem.
+        losses = [
+            ht.unroll(grid_problem(source.at(net), (_RATES, decays), grid), grid, execution=_TOGETHER).outer_loss
+            for net in range(self._search_seeds)
+        ]
+        rate, decay = points[:, torch.stack(losses).mean(dim=0).nan_to_num(torch.inf).argmin()]
+        return {"lr": _RATES.values(rate), "decay": decay}
+
+    def _curves(self, dynamics: ht.Dynamics, hparams: TensorDict) -> Tensor:
+        """Returns the loss of fresh nets after 0, 1, ... steps, shape `(nets, 2 * num_steps + 1)`."""
+        source = self._judged("test_twice_as_long", dynamics)
+        after = range(2 * self._num_steps + 1)
+        runs = (ht.unroll(source.at(net), hparams, outer_step=net, metrics_after=after) for net in range(_CURVES))
+        return torch.stack([run.metrics_after[self.metric] for run in runs])
+
+
+class NetTraining(ht.InnerProblem):
+    """Trains a net from random first weights.
+
+    Args:
+        net: the net.
+        batches: images and labels of an inner step.
+        like: a tensor of the weights' dtype and device.
+    """
+
+    def __init__(self, *, net: MLP, batches: ht.Minibatches, like: Tensor) -> None:
+        self._net = net
+        self._batches = batches
+        self._like = like
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        """Returns random first weights."""
+        return self._net.draw(self._like)
+
+    def batch(self, step: int) -> Batch:
+        """Returns images and labels."""
+        return self._batches(step)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the cross-entropy."""
+        images, labels = batch
+        return F.cross_entropy(self._net(params, images), labels)
+
+
+class TrainingLoss(ht.OuterProblem):
+    """Judges an optimiser by the loss that is left on the images that the net is trained on.
+
+    Args:
+        net: the net.
+        batches: images and labels of an outer step.
+        first: the outer variables that the dynamics do not own.
+    """
+
+    def __init__(self, *, net: MLP, batches: Callable[[int], Batch], first: TensorDict) -> None:
+        self._net = net
+        self._batches = batches
+        self._first = first
+
+    def init_hparams(self) -> TensorDict:
+        """Returns rate and decay of an optimiser that is written by hand; nothing beside a learnt rule's weights."""
+        return dict(self._first)
+
+    def batch(self, outer_step: int) -> Batch:
+        """Returns images and labels."""
+        return self._batches(outer_step)
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        """Returns the cross-entropy after the last step."""
+        images, labels = batch
+        return F.cross_entropy(self._net(params, images), labels)
+
+    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
+        """Returns the cross-entropy and the accuracy after the last step."""
+        images, labels = batch
+        outputs = self._net(params, images)
+        return {"training_loss": F.cross_entropy(outputs, labels), "accuracy": accuracy(outputs, labels)}
+
+
+def draw_curves(curves: Mapping[str, Tensor], num_steps: int, path: Path) -> None:
+    """Draws the mean and the middle half of losses over the inner steps.
+
+    Args:
+        curves: by optimiser, the first the learnt one; shape `(nets, steps + 1)`.
+        num_steps: the horizon that was learnt on (unit: inner steps).
+        path: the picture.
+    """
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for label, style in line_styles(curves).items():
+        losses = curves[label].cpu()
+        steps = range(losses.shape[1])
+        low, high = losses.quantile(losses.new_tensor([0.25, 0.75]), dim=0)
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        mark = {"markevery": max(1, len(steps) // 16), "markersize": 7}
+        axes.plot(steps, losses.mean(dim=0), label=label, **{**style, **mark})
+    axes.axvline(num_steps, color="black", linestyle=":", linewidth=1)
+    axes.annotate(
+        "the rule is learnt, and the others are\ntuned, for this number of steps",
+        (num_steps, 1),
+        (5, -5),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        va="top",
+        fontsize=9,
+    )
+    axes.set(xlabel="inner step", ylabel="cross-entropy on all training images", yscale="log")
+    axes.set_title(f"Mean and middle half of {len(losses)} fresh nets", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(path, dpi=110)
