@@ -32,6 +32,7 @@ from experiments.common.random_search import Draw, RandomSearch, random_search
 from experiments.common.readers import positive_number
 from experiments.common.reads import Reads
 from experiments.common.settings import ProblemSettings
+from experiments.common.trained_net import TrainedNet
 from hypertorch.errors import NonFiniteError
 from hypertorch.types import Batch, TensorDict
 
@@ -218,25 +219,6 @@ class TwoHeads(ht.InnerProblem):
         primary = F.cross_entropy(self._net(params, images)[:, :CLASSES], labels)
         misplaced = (self._net(params, others)[:, CLASSES:] - places).square().sum(dim=1).mean()
         return primary + hparams["auxiliary"] * misplaced
-
-
-class TrainedNet(ht.InnerProblem):
-    """A net that was trained already.
-
-    Args:
-        params: its weights.
-    """
-
-    def __init__(self, params: TensorDict) -> None:
-        self._params = params
-
-    def init_params(self, hparams: TensorDict) -> TensorDict:
-        """Returns the weights."""
-        return dict(self._params)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Refuses: there are no steps."""
-        raise AssertionError("a trained net takes no steps")
 
 
 class PrimaryHead(ht.OuterProblem):
