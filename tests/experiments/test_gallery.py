@@ -49,7 +49,8 @@ def test_every_known_run_composes(tmp_path: Path) -> None:
     for cell in {(cell.experiment, cell.variant): cell for cell in cells}.values():
         composed = config(*cell.overrides, name="train")
         # Only embedded data is in no folder.
-        assert (composed.experiment.root is None) == (composed.experiment.data in ("digits", "strokes"))
+        is_embedded = OmegaConf.select(composed, "experiment.data") in ("digits", "strokes")
+        assert (composed.experiment.root is None) == is_embedded
         assert composed.experiment.root in (None, str(tmp_path), f"{tmp_path}/mnist", f"{tmp_path}/omniglot")
         assert composed.seed == cell.seed
 
