@@ -101,6 +101,8 @@ def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}")
     if (data := OmegaConf.select(config, "experiment.data")) in ("mnist", "omniglot"):
         config.experiment.root = str(real_data(data))
+    if "omniglot" in OmegaConf.select(config, "experiment.domains", default=[]):
+        config.experiment.root = str(real_data("omniglot").parent)
     built = build_experiment(config, parse(TrainSettings, config))
     assert isinstance(built, Experiment) and built.splits and built.metric and built.mode in ("max", "min")
     assert isinstance(make(config, "hypergradient")(), ht.Hypergradient)
