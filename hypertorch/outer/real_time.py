@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 
 from hypertorch.autodiff.noise import preserved_generators
+from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.run import train
@@ -63,6 +64,7 @@ class RealTime(OuterSettings):
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if a number is out of range, or the dynamics has a schedule over the horizon.
+        IncompatibleBackendError: if the problem has a context.
 
     References:
         Franceschi, Donini, Frasconi and Pontil (2017), section 3.3.
@@ -85,6 +87,12 @@ class RealTime(OuterSettings):
                 f"`every` is {self.every!r}: it counts inner steps between two updates. Pass a whole number of at "
                 "least 1."
             )
+        if self.problem.context is not None:
+            raise IncompatibleBackendError(
+                "`problem` has a `context`, which is computed anew at every update: the tangents that a real-time run "
+                "carries on belong to the entries of the last one. Compute it in the losses instead, or use an "
+                "`OuterLoop`."
+            )
         # Both check what they are made of.
         self._source()
         self._backend()
@@ -100,8 +108,7 @@ class RealTime(OuterSettings):
         Raises:
             ValueError: if `num_inner_steps` is not a positive multiple of `every`, or as `OuterLoop.run` says.
             DetachedHyperparameterError: if a hyperparameter does not reach the outer loss.
-            IncompatibleBackendError: if the problem has a context, or PyTorch has no right forward derivative of an
-                operation.
+            IncompatibleBackendError: if PyTorch has no right forward derivative of an operation.
             HypertorchError: whatever else `OuterLoop.run` raises.
         """
         if isinstance(num_inner_steps, bool) or not isinstance(num_inner_steps, int) or num_inner_steps < 1:

@@ -413,8 +413,11 @@ def test_wrong_numbers_of_steps_are_explained() -> None:
 
 def test_a_context_is_refused() -> None:
     problem = regression(context=lambda h, b: {"more": h["start"]})
-    with pytest.raises(IncompatibleBackendError, match="a `context`, which is computed anew"):
-        ht.RealTime(problem, optimizer=FROZEN, every=2).run(4)
+    with pytest.raises(IncompatibleBackendError, match="`problem` has a `context`, .*use an `OuterLoop`"):
+        ht.RealTime(problem, optimizer=FROZEN, every=2)
+    with pytest.raises(IncompatibleBackendError, match="got a problem with a `context`, which is computed anew"):
+        backend = Forward(keep_tangents=True)
+        ht.hypergradient(replace(problem, warm_start=True), problem.init_hparams(), backend=backend)
 
 
 def test_infinity_after_the_last_update_is_refused() -> None:
