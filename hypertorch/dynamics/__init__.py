@@ -1,7 +1,7 @@
-"""Inner optimisers as pure, differentiable maps: one file per update rule."""
+"""Inner optimisers as pure, differentiable maps: a file per update rule, and one for Adam's family."""
 
 from hypertorch.dynamics.adagrad import Adagrad
-from hypertorch.dynamics.adam import Adam, AdamW
+from hypertorch.dynamics.adam import Adam, AdamW, NAdam, RAdam
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
 from hypertorch.dynamics.clipped import Clipped
 from hypertorch.dynamics.coordinatewise_rules import CoordinatewiseLSTM, CoordinatewiseMLP
@@ -11,8 +11,6 @@ from hypertorch.dynamics.learned_buffers import LearnedBuffers
 from hypertorch.dynamics.learned_update import LearnedUpdate, UpdateRule
 from hypertorch.dynamics.lion import Lion
 from hypertorch.dynamics.muon import Muon
-from hypertorch.dynamics.nadam import NAdam
-from hypertorch.dynamics.radam import RAdam
 from hypertorch.dynamics.reversible import ReversibleDynamics, ReversibleMomentum
 from hypertorch.dynamics.rmsprop import RMSprop
 from hypertorch.dynamics.settings import Hyper, Setting, resolve

@@ -10,7 +10,7 @@ import torch
 
 from hypertorch.dynamics.base import GradientDynamics
 from hypertorch.dynamics.declared import EPS, NON_NEGATIVE, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
-from hypertorch.dynamics.elementwise import decayed, descend_quotient, safe_sqrt
+from hypertorch.dynamics.elementwise import descend_quotient, descent_directions, safe_sqrt
 from hypertorch.dynamics.settings import Setting, resolve
 from hypertorch.types import TensorDict
 
@@ -71,12 +71,12 @@ class Adagrad(GradientDynamics):
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and sums of squares after one step along `grads`."""
         lr, lr_decay, weight_decay, eps = self.values(params, hparams, index)
+        penalty = weight_decay if "weight_decay" in self.active else None
+        directions = descent_directions(grads, params, penalty, maximize=self.maximize)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():
-            d = -grads[name] if self.maximize else grads[name]
-            if "weight_decay" in self.active:
-                d = decayed(d, w, weight_decay[name])
+            d = directions[name]
             # Not in place as in `torch.optim.Adagrad`: the sum before the step belongs to the graph.
             s = new_state[f"sum.{name}"] = torch.addcmul(state[f"sum.{name}"], d, d)
             step_size = lr[name]

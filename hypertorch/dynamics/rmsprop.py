@@ -16,9 +16,9 @@ from hypertorch.dynamics.declared import (
     setting,
 )
 from hypertorch.dynamics.elementwise import (
-    decayed,
     descend,
     descend_quotient,
+    descent_directions,
     running_mean,
     running_square,
     safe_sqrt,
@@ -88,12 +88,12 @@ class RMSprop(GradientDynamics):
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and buffers after one step along `grads`."""
         lr, alpha, eps, weight_decay, momentum = self.values(params, hparams, index)
+        penalty = weight_decay if "weight_decay" in self.active else None
+        directions = descent_directions(grads, params, penalty, maximize=self.maximize)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():
-            d = -grads[name] if self.maximize else grads[name]
-            if "weight_decay" in self.active:
-                d = decayed(d, w, weight_decay[name])
+            d = directions[name]
             v = new_state[f"square_avg.{name}"] = running_square(state[f"square_avg.{name}"], d, alpha[name])
             if self.centered:
                 a = new_state[f"grad_avg.{name}"] = running_mean(state[f"grad_avg.{name}"], d, alpha[name])

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from hypertorch.dynamics.base import GradientDynamics, zero_buffers
 from hypertorch.dynamics.declared import MOMENTUM, PROPORTION, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
-from hypertorch.dynamics.elementwise import decayed, descend
+from hypertorch.dynamics.elementwise import descend, descent_directions
 from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
 
@@ -74,12 +74,14 @@ class SGD(GradientDynamics):
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and momentum buffers after one step along `grads`."""
         lr, momentum, dampening, weight_decay = self.values(params, hparams, index)
+        decays = "weight_decay" in self.active
+        # Most runs have neither, and every inner step pays for a call.
+        if decays or self.maximize:
+            grads = descent_directions(grads, params, weight_decay if decays else None, maximize=self.maximize)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():
-            d = -grads[name] if self.maximize else grads[name]
-            if "weight_decay" in self.active:
-                d = decayed(d, w, weight_decay[name])
+            d = grads[name]
             if "momentum" in self.active:
                 if "dampening" not in self.active:
                     # The first step too: the buffer is zero then, or learnt.
