@@ -147,7 +147,7 @@ class RealTime(Experiment):
         found = {"not learnt": Baseline(source=source, hparams=self._first)}
         search = self._random_search()
         if search is not None:
-            found[f"best of {len(search.draws)} random"] = Baseline(source=source, hparams=self._drawn(search.best))
+            found["best random run"] = Baseline(source=source, hparams=self._drawn(search.best))
         return found
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
@@ -157,6 +157,13 @@ class RealTime(Experiment):
         search = self._random_search()
         best = None if search is None else (len(search.draws), 1.0 - min(search.losses))
         draw_run(folder / "metrics.jsonl", self._every, plain.tolist(), best, folder / "real_time.png")
+        if search is not None:
+            search.plot(
+                folder / "random_search.png",
+                label="validation error",
+                reached=1.0 - logged(folder / "metrics.jsonl", "accuracy")[1][-1],
+                reached_by="learnt in real time, at the end",
+            )
 
     def _run(self, split: str) -> ht.BilevelProblem:
         """Returns the whole run, judged on a split."""

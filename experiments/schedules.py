@@ -120,8 +120,7 @@ class Schedules(Experiment):
         found = {"first constants": Baseline(source=source, hparams=self._first)}
         search = self._random_search()
         if search is not None:
-            name = f"best of {len(search.draws)} random constants"
-            found[name] = Baseline(source=source, hparams=self.constants(search.best))
+            found["best random constants"] = Baseline(source=source, hparams=self.constants(search.best))
         return found
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:

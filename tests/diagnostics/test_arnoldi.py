@@ -31,6 +31,19 @@ def test_a_batch_of_nonsymmetric_maps() -> None:
     assert not complex_ones.all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_residual_is_that_of_the_leading_pair(seed: int) -> None:
+    """Of a symmetric map the vector is an eigenvector, or nearly: `|A v - z v| / |z|`, by its definition."""
+    half = normal(3, 40, 40, seed=seed)
+    matrices = half + half.mT
+    result = spectrum_of(matrices, dimension=8, max_restarts=0)
+    values, vectors = result.eigenvalues.real, result.vectors
+    left_over = torch.einsum("tij,tj->ti", matrices, vectors) - values[:, None] * vectors
+    expected = left_over.norm(dim=-1) / vectors.norm(dim=-1) / values.abs()
+    torch.testing.assert_close(result.residuals, expected, rtol=1e-8, atol=0)
+    assert float(expected.min()) > 1e-3
+
+
 def test_a_small_space_is_the_whole_spectrum() -> None:
     matrices = normal(3, 7, 7, seed=3)
     result = spectrum_of(matrices)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
+from hypertorch.diagnostics import spectral
 from hypertorch.errors import NonFiniteError
 from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.types import Batch, TensorDict
@@ -147,6 +149,23 @@ def test_tasks_by_either_route_and_each_on_its_own() -> None:
     assert together.growth == pytest.approx(max(math.prod(row) ** (1 / 3) for row in together.step_growths.tolist()))
     worst = int(together.eigenvalues.abs().argmax())
     assert f"of task {worst}, the largest of 3" in str(together)
+
+
+def test_tasks_are_run_the_way_that_measured_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    problem = task_problem(module(), item=(4,))
+    original = problem.inner.loss
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Batch) -> Any:
+        seen.append(any(torch._C._functorch.is_batchedtensor(value) for value in params.values()))
+        return original(params, hparams, batch)
+
+    monkeypatch.setattr(problem.inner, "loss", loss)
+    for route in ("loop", "vmap"):
+        monkeypatch.setattr(spectral, "measured_execution", lambda *_, r=route, **__: ht.Execution(tasks=r))
+        seen.clear()
+        measured(problem, execution=ht.Execution(tasks="auto"))
+        assert seen and any(seen) == (route == "vmap")
 
 
 @pytest.mark.parametrize("route", ["vmap", "loop"])

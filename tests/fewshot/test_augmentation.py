@@ -193,3 +193,14 @@ def test_one_number_normalises_all_channels_but_three_no_grey_images() -> None:
             num_tasks=1,
             normalisation=Normalisation(mean=(0.5,) * 3, std=(1.0,) * 3),
         )
+
+
+def test_a_seed_means_the_same_changes_for_ever() -> None:
+    """The documented order of draws, by hand: mirror, two shifts, brightness."""
+    images = torch.full((3, 1, 5, 5), 0.5)
+    changed = Augmentation(flip=True, crop_padding=1, brightness=0.4)(images, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    torch.rand(3, 1, generator=generator)
+    torch.randint(3, (2, 3, 1), generator=generator)
+    factors = 1.0 + 0.4 * (2.0 * torch.rand(3, 1, 1, 1, generator=generator) - 1.0)
+    torch.testing.assert_close(changed[:, 0, 2, 2], 0.5 * factors.flatten())

@@ -303,6 +303,26 @@ def test_costs_are_as_documented() -> None:
     assert (stats.steps, stats.vjps, stats.jvps, stats.stored_states, stats.graph_steps) == (10, 5, 0, 2, 1)
 
 
+@pytest.mark.parametrize("rule", ["fixed", "per step and parameter"])
+def test_params_with_the_same_settings_are_one_tensor(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a step costs as many operations for a net of many layers as for one."""
+    dynamics, extra = RULES[rule]
+    problem = net_problem(dynamics, extra, num_steps=NUM_STEPS)
+    made: list[int] = []
+    original = ReversibleMomentum.start_exact
+
+    def start_exact(*args: Any, **named: Any) -> Any:
+        exact = original(*args, **named)
+        made.append(len(exact.params))
+        return exact
+
+    monkeypatch.setattr(ReversibleMomentum, "start_exact", start_exact)
+    hparams = problem.init_hparams()
+    ht.hypergradient(problem, hparams, backend=Reversible())
+    num_params = len(problem.inner.init_params(hparams))
+    assert made == [1 if rule == "fixed" else num_params] and num_params > 1
+
+
 class _LiveBytes(TorchDispatchMode):
     """The bytes of all tensors that any operation has made and that are still alive, looked at when asked."""
 

@@ -415,8 +415,8 @@ def test_a_context_is_refused() -> None:
     problem = regression(context=lambda h, b: {"more": h["start"]})
     with pytest.raises(IncompatibleBackendError, match="`problem` has a `context`, .*use an `OuterLoop`"):
         ht.RealTime(problem, optimizer=FROZEN, every=2)
+    backend = Forward(keep_tangents=True)
     with pytest.raises(IncompatibleBackendError, match="got a problem with a `context`, which is computed anew"):
-        backend = Forward(keep_tangents=True)
         ht.hypergradient(replace(problem, warm_start=True), problem.init_hparams(), backend=backend)
 
 

@@ -234,6 +234,19 @@ def test_splits_are_folders(tmp_path: Path) -> None:
     assert repr(folders) == "ImageFolder(split='meta_test', classes=2, images=6, item_shape=(3, 4, 4))"
 
 
+@pytest.mark.parametrize(
+    ("split", "folder"),
+    [
+        ("meta_train", "meta_train"), ("meta_train", "train"), ("meta_val", "meta_val"), ("meta_val", "val"),
+        ("meta_val", "validation"), ("meta_test", "meta_test"), ("meta_test", "test"),
+    ],
+)  # fmt: skip
+def test_a_split_has_a_folder_of_any_usual_name(tmp_path: Path, split: str, folder: str) -> None:
+    class_folders(tmp_path / "data" / folder, "ab")
+    found = ImageFolder(tmp_path / "data", split=split, image_size=4, cache_dir=tmp_path / "cache")
+    assert found.class_names == ("a", "b")
+
+
 @pytest.mark.parametrize("place", ["images", "", "{label}"])
 def test_split_files(tmp_path: Path, place: str) -> None:
     root = tmp_path / "mini_imagenet"

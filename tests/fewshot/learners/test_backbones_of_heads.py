@@ -32,7 +32,8 @@ def features(*layers: nn.Module) -> nn.Module:
     "layers",
     [
         (nn.Dropout(0.5), nn.Linear(16, 5)),
-        (nn.Linear(16, 5), nn.AlphaDropout(0.1)),
+        *((nn.Linear(16, 5), kind(0.1)) for kind in (nn.AlphaDropout, nn.FeatureAlphaDropout)),
+        *((nn.Linear(16, 5), kind(0.1)) for kind in (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)),
         (nn.Linear(16, 5), nn.TransformerEncoderLayer(5, 1, 4, dropout=0.2)),
     ],
 )

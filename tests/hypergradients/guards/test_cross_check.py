@@ -314,3 +314,48 @@ def test_sizes_of_a_case_are_those_of_one_task() -> None:
     assert case(2, None) == case(2, None) != case(3, None)
     assert case(2, 4) == case(2, 5) != case(3, 4)
     assert case(2, None) != case(2, 4)
+
+
+class RunningMean(nn.Module):
+    """Scales by a running mean of its own outputs, which has a derivative in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1, dtype=F64)
+        self.register_buffer("mean", torch.tensor(1.0, dtype=F64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs)
+        self.mean.mul_(0.9).add_(0.1 * outputs.mean())
+        return outputs * self.mean.clone()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_the_derivative_of_a_buffer_is_compared_too(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = ht.FunctionalModule(RunningMean())
+
+    class Inner(ht.InnerProblem):
+        buffers = net.buffers
+
+        def init_params(self, hparams: TensorDict) -> TensorDict:
+            return net.init_params()
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Any) -> Any:
+            outputs, buffers = net.with_buffers(params, INPUTS)
+            return (hparams["weights"] * (outputs[:, 0] - TARGETS).square()).mean(), buffers
+
+    outer = LambdaOuter({"weights": torch.ones(12, dtype=F64)}, lambda p, h, b: p["layer.weight"].sum() * p["mean"])
+    problem = ht.BilevelProblem(Inner(), outer, dynamics=ht.dynamics.SGD(lr=0.01), num_steps=num_steps)
+    compared: list[frozenset[str]] = []
+    original = cross_check._products_of_step
+
+    def products(loop: Any, *rest: Any) -> Any:
+        compared.append(loop.record.tracked_buffers)
+        return original(loop, *rest)
+
+    monkeypatch.setattr(cross_check, "_products_of_step", products)
+    hparams = problem.init_hparams()
+    forward = ht.hypergradient(problem, hparams, backend=ht.hypergradients.Forward()).grads
+    torch.testing.assert_close(forward, ht.hypergradient(problem, hparams, backend=Reverse()).grads)
+    assert compared == [{"mean"}]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import NonFiniteError, ReplayError
+from hypertorch.hypergradients.guards import first_task
 from hypertorch.hypergradients.guards.finiteness import non_finite_hypergradient
 from hypertorch.hypergradients.guards.first_task import arguments_kept
 from hypertorch.types import Batch, TensorDict
@@ -135,3 +136,19 @@ def test_no_function_is_asked_for_a_step_outside_of_the_horizon(backend: ht.Hype
     problem = ht.BilevelProblem(Drawing(drawn), Terms(judged), dynamics=ht.dynamics.SGD(lr=0.1), num_steps=3)
     ht.hypergradient(problem, problem.init_hparams(), backend=backend)
     assert drawn == judged == {0, 1, 2}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_kept"),
+    [([1.0, NAN], [1.0, NAN], True), ([1.0, 2.0], [1.0, NAN], False), ([1.0, NAN], [1.0, 2.0], False)],
+)
+def test_nan_that_was_there_is_no_change_and_any_other_is(
+    before: list[float], after: list[float], is_kept: bool
+) -> None:
+    value = torch.tensor(before)
+    kept = {"w": (value, value.clone())}
+    value.copy_(torch.tensor(after))
+    assert first_task._is_kept({"w": value}, "w", kept) is is_kept

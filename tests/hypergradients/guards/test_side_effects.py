@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError, NonFiniteError, ReplayError
 from hypertorch.fewshot import BatchNorm
+from hypertorch.hypergradients.guards import side_effects
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal, scalar_problem, scalars, task_problem
 
@@ -715,3 +716,30 @@ def test_a_derivative_that_is_nan_or_empty_is_no_late_read() -> None:
     with pytest.raises(NonFiniteError):
         run(fitted(lambda: Rooted(0.0)))
     assert bool(run(fitted(lambda: Rooted(0.5)))["weights"].isfinite().all())
+
+
+# What counts as a difference
+
+
+def gap(again: Tensor, first: Tensor) -> float:
+    return side_effects._gap([again], [first], inner_eps=0.0)
+
+
+def test_another_shape_or_type_is_a_difference_of_equal_numbers() -> None:
+    assert gap(torch.zeros(1, 2), torch.zeros(2)) == gap(torch.zeros(2, dtype=F64), torch.zeros(2)) == float("inf")
+    assert side_effects._gap([], [torch.zeros(2)], inner_eps=0.0) == float("inf")
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_difference_is_measured_by_the_size_of_the_numbers(size: float) -> None:
+    first = size * torch.tensor([1.0, -0.3], dtype=F64)
+    assert gap(first * (1.0 + 1e-15), first) == 0.0
+    assert gap(first * (1.0 + 1e-6), first) == pytest.approx(1e-6 * size)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_gradients_of_the_same_graph_may_differ_by_rounding(size: float) -> None:
+    first = size * torch.tensor([1.0, -0.3, 0.0], dtype=F64)
+    assert side_effects._same(first * (1.0 + 1e-9), first)
+    assert not side_effects._same(first * (1.0 + 1e-6), first)
+    assert not side_effects._same(first + 1e-6 * size, first)
