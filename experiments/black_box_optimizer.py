@@ -149,18 +149,23 @@ class BlackBoxOptimizer(Experiment):
     def _curves(self, split: str, hparams: TensorDict) -> dict[str, Curve]:
         """Returns the best values of each search on the functions of the evaluation, by its name."""
         functions, source, count = self._family(split), self.evaluation(split), self._curve_functions
-        parts = range(-(-count // _AT_ONCE))
+        parts, execution = range(-(-count // _AT_ONCE)), self.settings.execution.of(source)
 
         def learnt() -> Tensor:
             after = range(self._queries)
-            runs = [ht.unroll(source.at(part), hparams, outer_step=part, metrics_after=after) for part in parts]
+            runs = [
+                ht.unroll(source.at(part), hparams, outer_step=part, metrics_after=after, execution=execution)
+                for part in parts
+            ]
             return torch.cat([run.metrics_after[self.metric] for run in runs])[:count]
 
         def random() -> Tensor:
             problems = self._random(split, 2 * self._queries)
-            runs = [ht.unroll(problems.at(part), hparams, outer_step=part).params["place"] for part in parts]
-            drawn = [source.at(part).outer.batch(part) for part in parts]
-            return torch.cat([torch.vmap(functions)(*own) for own in zip(runs, drawn, strict=True)])[:count]
+            values = []
+            for part in parts:
+                places = ht.unroll(problems.at(part), hparams, outer_step=part, execution=execution).params["place"]
+                values.append(torch.vmap(functions)(places, source.at(part).outer.batch(part)))
+            return torch.cat(values)[:count]
 
         def by_optuna(name: SamplerName) -> Tensor:
             rows = []
