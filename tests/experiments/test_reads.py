@@ -24,6 +24,7 @@ from experiments import (
     gallery,
     horizon_bias,
     hyperfield,
+    metasmoothness,
     spectral_radius,
     train,
 )
@@ -47,6 +48,7 @@ COMMANDS = [
     gallery,
     horizon_bias,
     hyperfield,
+    metasmoothness,
     spectral_radius,
     train,
 ]
@@ -246,6 +248,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "spectral_radius": (spectral_radius.SpectrumSettings,),
     "horizon_bias": (horizon_bias.HorizonSettings,),
     "hyperfield": (hyperfield.FieldSettings,),
+    "metasmoothness": (metasmoothness.SmoothnessSettings,),
     "compare_backends": (compare_backends.CompareSettings,),
     "gallery": (gallery.GallerySettings,),
     "fewshot_table": (fewshot_table.TableSettings,),
@@ -262,7 +265,7 @@ def all_classes(kinds: Iterable[type]) -> Iterator[type]:
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "spectral_radius", "horizon_bias", "hyperfield", "compare_backends"]
+    "name", ["train", "evaluate", "spectral_radius", "horizon_bias", "hyperfield", "compare_backends", "metasmoothness"]
 )
 def test_every_setting_that_is_declared_is_used(
     name: str, command: Command, finished: Path, monkeypatch: pytest.MonkeyPatch
@@ -286,6 +289,7 @@ def test_every_setting_that_is_declared_is_used(
         "spectral_radius": (*small, "horizon=3", "steps=[0]", "dimension=8"),
         "horizon_bias": (*small, "horizon=3", "windows=[1]", "num_steps=[2,3]", "implicit.residual_tolerance=null"),
         "hyperfield": (*small, "points=2", "num_steps=2"),
+        "metasmoothness": ("experiment.num_steps=2", "num_problems=1"),
         "compare_backends": (*small, "num_steps=[2]", "repeats=1", "only=[reverse]"),
     }
     code, error = command(*words[name], "paths.run_dir=here", module=MODULES[name])
@@ -306,6 +310,7 @@ def test_every_plain_setting_of_a_file_is_declared_and_the_other_way_round(name:
         "compare_backends": ("backends.",),
         "fewshot_table": ("known_settings.", "cell_settings.", "published."),
         "gallery": ("known.",),
+        "metasmoothness": ("variants.",),
         "compare_libraries": ("works.", "sweeps."),
     }.get(name, ())
     plain = {key for key in held if not key.startswith(("defaults", "hydra", "task_name", *blocks))}
