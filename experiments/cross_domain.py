@@ -476,7 +476,8 @@ def draw_accuracies(results: Mapping[str, Mapping], hparams: TensorMapping, held
         cell.set_ylim(bottom=0.0)
     cells[0].set(ylabel="standard deviation\nof the scale", title="Learnt noise of each channel")
     cells[1].set(ylabel="standard deviation\nof the shift", xlabel="channel, layer by layer")
-    cells[0].legend(frameon=False, ncols=len(COLOURS), loc="lower left", handletextpad=0.2, columnspacing=0.8)
+    handles, names = cells[0].get_legend_handles_labels()
+    right.legend(handles, names, frameon=False, ncols=len(names), loc="outside lower center", columnspacing=1.2)
     for axes in (bars, *cells):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import cycle
@@ -27,7 +27,7 @@ from experiments.common.digits import CLASSES, DigitsName, digit_splits
 from experiments.common.experiment import Baseline, Experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS, line_styles
+from experiments.common.line_styles import COLOURS, MARKERS
 from experiments.common.mlp import accuracy
 from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
@@ -395,24 +395,26 @@ def draw_sizes(
     figure = Figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.0, 1.5))[0]
     against = left.subplots()
-    # One curve for the learnt nets and one for each kind of baseline, whose name ends in it.
-    curves: dict[str, list[Mapping]] = {
-        "learnt, cut and trained anew": [results["metrics"][name] for name in names if name in results["metrics"]]
-    }
+    learnt = {net: results["metrics"][name] for net, name in enumerate(names) if name in results["metrics"]}
+    # One curve for each kind of baseline, whose name ends in it.
+    curves: dict[str, list[Mapping]] = {}
     for name, splits in results["baselines"].items():
         curves.setdefault(f"given widths, {name.split(', ')[-1]}", []).extend(splits.values())
-    for (label, nets_of_curve), style in zip(curves.items(), line_styles(curves).values(), strict=True):
-        points = sorted((judged["units"]["mean"], judged["loss"]["mean"]) for judged in nets_of_curve)
-        against.plot([units for units, _ in points], [loss for _, loss in points], label=label, **style)
-    for name in names:
-        if judged := results["metrics"].get(name):
-            place = judged["units"]["mean"], judged["loss"]["mean"]
-            against.annotate(name.removeprefix("test at "), place, (6, -14), textcoords="offset points", fontsize=8)
+    styles = zip(MARKERS[1:], ("-", "--", ":"), strict=False)
+    for (label, judged), (marker, dashes) in zip(curves.items(), styles, strict=False):
+        against.plot(*_places(judged), marker=marker, linestyle=dashes, color="0.55", markersize=7, label=label)
+    against.plot(*_places(learnt.values()), color="black", zorder=2, label="learnt, cut and trained anew (by price)")
+    for net, judged in learnt.items():
+        against.plot(*_places([judged]), "o", color=COLOURS[net % len(COLOURS)], markersize=11, zorder=3)
     against.set(xlabel="units in use", ylabel="cross-entropy on test images", title="Loss against size")
     against.set_ylim(bottom=0.0)
     against.legend(frameon=False)
     parts = {layer: f"units of {layer.replace('block', 'block ')}" for layer in nets.units}
-    parts |= {"channels": "channels of the first layer", "convolution": "share of the convolution"}
+    parts |= {
+        "channels": "channels of the first layer",
+        "stream": "units of the stream",
+        "convolution": "share of the convolution",
+    }
     # One place more than there are parts: for the legend.
     cells = list(right.subplots(2, len(parts) // 2 + 1, squeeze=False, sharex=True).flat)
     for cell, (part, title) in zip(cells, parts.items(), strict=False):
@@ -429,3 +431,9 @@ def draw_sizes(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=100)
+
+
+def _places(judged: Iterable[Mapping]) -> tuple[list[float], list[float]]:
+    """Returns units and losses, from the smallest net to the largest."""
+    points = sorted((figures["units"]["mean"], figures["loss"]["mean"]) for figures in judged)
+    return [units for units, _ in points], [loss for _, loss in points]
