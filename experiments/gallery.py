@@ -201,8 +201,23 @@ def _figures(done: Sequence[SeedCell]) -> list[str]:
         "",
         f"Mean ± standard deviation over {runs}{spent} ({where}).",
         "",
+        *_gains(results, last, names[0]),
         *_table([f"seed, on {last}", *(_heading(name) for name in names), "CPU seconds"], seeds),
     ]
+
+
+def _gains(results: Sequence[dict[str, Any]], split: str, name: str) -> list[str]:
+    """Returns how much more than each baseline was reached in the same run: what the runs share drops out."""
+    gains = []
+    for baseline in results[0]["baselines"]:
+        runs = [own for own in results if name in own["baselines"][baseline].get(split, {})]
+        differences = [
+            own["metrics"][split][name]["mean"] - own["baselines"][baseline][split][name]["mean"] for own in runs
+        ]
+        gains += [f"{baseline} {_spread(name, differences, sign='+')}"] if len(differences) > 1 else []
+    if not gains:
+        return []
+    return [f"Learnt minus the baseline of the same run, {_heading(name)} on {split}: {'; '.join(gains)}.", ""]
 
 
 def _published(cell: SeedCell, trusted: Sequence[str]) -> list[str]:
@@ -235,16 +250,16 @@ def _is_share(name: str) -> bool:
     return name.endswith("accuracy")
 
 
-def _figure(name: str, value: float, digits: int | None = None) -> str:
+def _figure(name: str, value: float, digits: int | None = None, sign: str = "") -> str:
     scale, own = (100.0, 2) if _is_share(name) else (1.0, 4)
-    return f"{scale * value:.{own if digits is None else digits}f}"
+    return f"{scale * value:{sign}.{own if digits is None else digits}f}"
 
 
-def _spread(name: str, values: Sequence[float], digits: int | None = None) -> str:
+def _spread(name: str, values: Sequence[float], digits: int | None = None, sign: str = "") -> str:
     """Returns mean and standard deviation; the mean alone of one value, nothing of none."""
     if not values:
         return ""
-    mean = _figure(name, statistics.fmean(values), digits)
+    mean = _figure(name, statistics.fmean(values), digits, sign)
     return mean if len(values) < 2 else f"{mean} ± {_figure(name, statistics.stdev(values), digits)}"
 
 

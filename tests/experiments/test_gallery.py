@@ -69,6 +69,7 @@ def test_a_page_has_mean_and_standard_deviation_over_the_seeds(tmp_path: Path) -
         "Mean ± standard deviation over seeds 0, 1; 12 ± 3 CPU seconds each, baselines included (cpu, 1 thread(s))."
         in lines
     )
+    assert "Learnt minus the baseline of the same run, accuracy (%) on test: no rotation +17.50 ± 4.95." in lines
     assert "| 1 | 94.00 | 14 |" in lines
     assert "Not run: seed 2, 3, 4." in lines
     assert any(line.startswith("- Published, EvoGrad") for line in lines)
@@ -86,6 +87,7 @@ def test_the_words_around_the_figures_stay(tmp_path: Path) -> None:
     write_page(page.parent, cells, None)
     assert page.read_text(encoding="utf-8") == once
     assert once.startswith("Before.\n") and once.endswith("\nAfter.\n")
+    assert "Learnt minus" not in once
     assert "over seed 0 alone (cpu" in once and "| test | learnt | 91.00 |" in once and "| 0 | 91.00 |  |" in once
     page.write_text("A page without marks.\n", encoding="utf-8")
     with pytest.raises(ExpectedFailure, match="so there is no place for its figures"):
