@@ -130,7 +130,7 @@ class CrossDomain(Experiment):
     def after(self, trained: ht.Trained) -> CrossDomain:
         """Returns the experiment that judges the learner at the end of the run."""
         found = copy(self)
-        found._end = {name: trained.carry[f"params.{name}"] for name in self._learner.first_weights}
+        found._end = trained.params
         found._learnt = trained.best_hparams
         return found
 

@@ -129,7 +129,7 @@ class NoisyLabels(Experiment):
     def after(self, trained: ht.Trained) -> NoisyLabels:
         """Returns the experiment that judges and draws the classifier of the run."""
         found = copy(self)
-        found._end = {name: trained.carry[f"params.{name}"] for name in self._first_params}
+        found._end = trained.params
         return found
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:

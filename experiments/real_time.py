@@ -124,7 +124,7 @@ class RealTime(Experiment):
     def after(self, trained: ht.Trained) -> RealTime:
         """Returns the experiment that judges the net at the end of the run."""
         found = copy(self)
-        found._end = {name: trained.carry[f"params.{name}"] for name in self._net.shapes()}
+        found._end = trained.params
         return found
 
     def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:

@@ -126,7 +126,7 @@ class Regularisation(Experiment):
         found._trained = {
             "learnt": ht.unroll(rerun, trained.best_hparams).params,
             _STARTS: ht.unroll(rerun, self.first).params,
-            _RUN: {name: trained.carry[f"params.{name}"] for name in self.nets.names},
+            _RUN: trained.params,
         }
         return found
 

@@ -93,7 +93,7 @@ class Experiment(ABC):
     def after(self, trained: ht.Trained) -> Experiment:
         """Returns the experiment that is judged and drawn after a run; this one unless overridden.
 
-        An experiment whose outcome is the inner state that a warm-started run ends at takes it from `trained.carry`.
+        An experiment whose outcome is the inner state that a warm-started run ends at takes it from `trained.params`.
 
         Args:
             trained: what the run found.

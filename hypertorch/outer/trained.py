@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hypertorch import tree
 from hypertorch.types import TensorDict
 
 
@@ -20,6 +21,8 @@ class Trained:
         num_outer_steps: outer steps done.
         seconds: run time, that of the runs it was resumed from included.
         carry: what the last hypergradient handed on, a warm-started run's inner state (`params.<name>`) for one.
+        params: the inner params that a warm-started or real-time run ended at, by their own names; empty of a run whose
+            outer steps each started afresh.
     """
 
     hparams: TensorDict
@@ -29,6 +32,11 @@ class Trained:
     num_outer_steps: int
     seconds: float
     carry: TensorDict = field(default_factory=dict)
+
+    @property
+    def params(self) -> TensorDict:
+        """The inner params that a warm-started run ended at."""
+        return tree.without_prefix("params", self.carry)
 
     def __repr__(self) -> str:
         # Sizes instead of entries, once: both sets of outer variables have the same.

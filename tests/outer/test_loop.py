@@ -622,6 +622,14 @@ def test_the_carry_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [int(carry["index"]) for carry in seen[1:] if carry] == [3, 6]
 
 
+def test_a_warm_run_says_where_its_params_ended() -> None:
+    warm = ht.Problems(lambda step: replace(Warm().at(step), allow_unused=("start",)))
+    trained = make_loop(warm).run(3)
+    assert set(trained.params) == {"w"}
+    assert torch.equal(trained.params["w"], trained.carry["params.w"])
+    assert make_loop().run(1).params == {}
+
+
 def test_a_carry_shares_no_memory_with_the_outer_variables() -> None:
     state = OuterState(Quadratics().init_hparams(), optimizer=SGD, scheduler=None)
     start = state.leaves["start"].detach()
