@@ -61,13 +61,13 @@ class SeedCell(Cell):
         experiment: name of the experiment.
         variant: what differs from its other variants.
         seed: of the run.
-        picture: name of the picture in the run's folder; None for none.
+        pictures: their names in the run's folder.
     """
 
     experiment: str
     variant: str
     seed: int
-    picture: str | None
+    pictures: tuple[str, ...]
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
@@ -101,7 +101,7 @@ def planned_cells(config: DictConfig) -> Iterator[SeedCell]:
         if name not in config.known:
             raise ExpectedFailure(
                 f"`experiments` names {name!r}, which is not among {list(config.known)}. Choose of these, or add it: "
-                f"'+known.{name}={{seeds:[0],picture:null,variants:{{small:[\"experiment={name}\"]}}}}'."
+                f"'+known.{name}={{seeds:[0],pictures:[],variants:{{small:[\"experiment={name}\"]}}}}'."
             )
     if "${data}" in str([OmegaConf.to_container(config.known[name]) for name in chosen]):
         own.check_data(("mnist", "omniglot"))
@@ -116,7 +116,7 @@ def planned_cells(config: DictConfig) -> Iterator[SeedCell]:
                     experiment=name,
                     variant=variant,
                     seed=seed,
-                    picture=known["picture"],
+                    pictures=tuple(known["pictures"]),
                     overrides=(*overrides, f"seed={seed}", *own.overrides),
                     folder=RunFolder(Path(own.cells).resolve() / f"{name}-{variant}-seed{seed}"),
                 )
@@ -228,14 +228,15 @@ def _published(cell: SeedCell, trusted: Sequence[str]) -> list[str]:
 
 
 def _pictures(done: Sequence[SeedCell], folder: Path) -> list[str]:
-    """Copies the picture of the first seed beside the page, and returns the line that shows it."""
+    """Copies the pictures of the first seed beside the page, and returns the lines that show them."""
     first = done[0]
-    if first.picture is None:
-        return []
-    shown = folder / f"{first.variant}_{first.picture}"
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(first.folder.path / first.picture, shown)
-    return [f"![{first.experiment}, {first.variant}, seed {first.seed}]({shown.name})", ""]
+    lines: list[str] = []
+    for name in first.pictures:
+        shown = folder / f"{first.variant}_{name}"
+        shutil.copyfile(first.folder.path / name, shown)
+        lines += [f"![{first.experiment}, {first.variant}, seed {first.seed}]({shown.name})", ""]
+    return lines
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

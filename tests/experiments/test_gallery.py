@@ -102,7 +102,7 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     with pytest.raises(ExpectedFailure, match="which is no folder"):
         list(planned_cells(config(f"data={gone}")))
-    small = '+known.small={seeds:[0],picture:null,variants:{digits:["experiment=rotation"]}}'
+    small = '+known.small={seeds:[0],pictures:[],variants:{digits:["experiment=rotation"]}}'
     assert len(list(planned_cells(config("experiments=[small]", small, "data=null")))) == 1
 
 
