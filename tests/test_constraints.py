@@ -24,6 +24,7 @@ CASES = {
     "bounded sum": BoundedSum(total=1.5),
     "bounded sum, tight": BoundedSum(total=0.0),
     "bounded sum, slack": BoundedSum(total=1e6),
+    "bounded sum, above a bound": BoundedSum(lower=0.2, upper=0.9, total=1.7),
     "bounded sum, signed": BoundedSum(lower=-0.3, upper=0.4, total=-0.2),
 }
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import hypertorch as ht
+from hypertorch.autodiff import stopped_gradients
 from hypertorch.autodiff.stopped_gradients import stopping_tangents
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import TensorDict
@@ -147,3 +148,20 @@ def test_an_error_leaves_tangents_on() -> None:
             stopping_tangents(failing, torch.ones(2))
         assert torch._C._is_fwd_grad_enabled()
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("options", "is_plain"),
+    [
+        ({}, True),
+        ({"reduction": "mean"}, True),
+        ({"reduction": "sum"}, False),
+        ({"weight": torch.ones(3)}, False),
+        ({"size_average": False}, False),
+        ({"reduce": False}, False),
+    ],
+)
+def test_only_a_plain_mean_is_written_out(options: dict, is_plain: bool) -> None:
+    values = torch.zeros(3), torch.ones(3)
+    assert stopped_gradients._is_plain_mean(values, options) is is_plain
+    assert stopped_gradients._is_plain_mean((*values, False), {}) is False

@@ -157,6 +157,12 @@ def test_a_setting_of_the_wrong_shape_is_refused_in_the_words_of_one_task() -> N
         ht.hypergradient(own, own.init_hparams(), backend=ht.hypergradients.Reverse(), execution=Together)
 
 
+def test_a_schedule_of_another_length_is_refused() -> None:
+    own = replace(problem(SGD(lr=Hyper("lr_at_step", per="step"))), num_steps=STEPS + 1)
+    with pytest.raises(ValueError, match=r"`lr_at_step` has shape \(4,\), but `lr` of `SGD` reads it as a schedule"):
+        ht.hypergradient(own, own.init_hparams(), backend=ht.hypergradients.Reverse(), execution=Together)
+
+
 @pytest.mark.parametrize("execution", [Loop, ht.Execution(tasks="vmap", chunk=2)])
 def test_a_context_that_has_all_tasks_where_some_are_run_is_explained(execution: ht.Execution) -> None:
     own = replace(problem(SGD(lr=LR)), context=lambda hparams, _: {"lr": hparams["log_lr"].exp()})

@@ -287,3 +287,25 @@ def test_a_route_measured_in_one_precision_serves_no_other() -> None:
     assert count(torch.float32) > 0
     assert count(torch.float32) == 0
     assert count(F64) > 0
+
+
+def test_noise_in_the_context_is_each_tasks_own() -> None:
+    """Tasks that are run one after the other, or in chunks, draw other numbers than the first."""
+    hparams = {"theta": torch.tensor(0.7, dtype=F64), "scale": torch.tensor(1.3, dtype=F64)}
+
+    def context(h: TensorDict, batch: Batch) -> TensorDict:
+        return {"centre": torch.randn(len(batch["x"]), 3, dtype=F64), "shift": h["theta"].exp()}
+
+    problem = ht.BilevelProblem(
+        Prototype(),
+        Judge(hparams, lambda p, h, b: h["centre"].sum()),
+        dynamics=ht.dynamics.SGD(lr=0.1),
+        num_steps=1,
+        num_tasks=4,
+        context=context,
+        shared_context=("shift",),
+        allow_unused=("theta", "scale"),
+    )
+    for execution in (ht.Execution(tasks="loop"), ht.Execution(tasks="vmap", chunk=2)):
+        losses = ht.unroll(problem, hparams, execution=execution).outer_loss
+        assert losses.unique().numel() == 4

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
+from hypertorch.hypergradients.guards import vectorised_tasks
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaOuter, normal, scalars
 
@@ -319,3 +320,11 @@ def test_first_derivatives_need_no_second_to_be_compared() -> None:
     torch.testing.assert_close(together, one_by_one)
     with pytest.raises(IncompatibleBackendError, match="`linear_cross_entropy` in chunks"):
         compute(problem_of(once), "vmap")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01])
+def test_an_entry_that_is_small_beside_the_others_is_compared_too(share: float) -> None:
+    of_one = {"large": torch.ones(3, dtype=torch.float64), "small": share * torch.ones(3, dtype=torch.float64)}
+    of_all = {name: torch.stack([value, value]) for name, value in of_one.items()}
+    assert vectorised_tasks._different_entry(of_all, of_one, 0.0) is None
+    assert vectorised_tasks._different_entry({**of_all, "small": 1.2 * of_all["small"]}, of_one, 0.0) == "small"
