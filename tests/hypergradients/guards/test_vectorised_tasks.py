@@ -322,7 +322,7 @@ def test_first_derivatives_need_no_second_to_be_compared() -> None:
         compute(problem_of(once), "vmap")
 
 
-@pytest.mark.parametrize("share", [1.0, 0.01])
+@pytest.mark.parametrize("share", [1.0, 0.01, 1e-6])
 def test_an_entry_that_is_small_beside_the_others_is_compared_too(share: float) -> None:
     of_one = {"large": torch.ones(3, dtype=torch.float64), "small": share * torch.ones(3, dtype=torch.float64)}
     of_all = {name: torch.stack([value, value]) for name, value in of_one.items()}
