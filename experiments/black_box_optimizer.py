@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import hypertorch as ht
 from experiments.common.black_boxes import Functions, GaussianProcess, Varied, branin, hartmann3
 from experiments.common.experiment import Baseline, Experiment
+from experiments.common.failures import ExpectedFailure
 from experiments.common.line_styles import line_styles
 from experiments.common.optuna_search import SamplerName, optuna, search
 from experiments.common.reporting import write_csv
@@ -87,6 +88,11 @@ class BlackBoxOptimizer(Experiment):
             torch.manual_seed(settings.seed)
             self._dynamics = LearnedSearch(Proposer(dimension, hidden).to(self._like))
         self._queries, self._num_functions = queries, num_functions
+        if curve_functions < 1:
+            raise ExpectedFailure(
+                f"`experiment.curve_functions` is {curve_functions}: the picture shows means over so many functions. "
+                "Use 1 or more."
+            )
         self._curve_functions, self._search_functions = curve_functions, search_functions
 
     def training(self) -> ht.ProblemSource:

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.domains import load_domain
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.experiment import Baseline, Experiment, refuse_other_length
 from experiments.common.failures import ExpectedFailure
 from experiments.common.line_styles import COLOURS, MARKERS
 from experiments.common.mlp import accuracy
 from experiments.common.reads import Reads
 from experiments.common.seeds import run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.settings import ProblemSettings, TrainSettings
 from hypertorch.autodiff.noise import mix, random_permutation
 from hypertorch.fewshot import BatchNorm, ClosedFormHead, Conv4, Episode, EpisodeSampler, Examples, ProtoNet
 from hypertorch.types import Batch, TensorDict, TensorMapping
@@ -153,6 +153,10 @@ class CrossDomain(Experiment):
             name: Baseline(source=self._judged(split, params), hparams=hparams)
             for name, (hparams, params) in self._trained.items()
         }
+
+    def check_training(self, settings: TrainSettings) -> None:
+        """Refuses a run of another length than `num_updates`."""
+        refuse_other_length(settings, self._num_updates)
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the accuracy on each domain, and how strong each channel's noise became."""

@@ -85,6 +85,10 @@ class LearnedWidth(Experiment):
         final_steps: int = 600,
     ) -> None:
         super().__init__(config, settings)
+        if not all(0.0 <= price < float("inf") for price in prices):
+            raise ExpectedFailure(
+                f"`experiment.prices` is {list(prices)}: a unit costs something or nothing. Use numbers of at least 0."
+            )
         if len(hard_widths) != len(prices) or not all(0.0 < share <= 1.0 for share in hard_widths):
             raise ExpectedFailure(
                 f"`experiment.hard_widths` is {list(hard_widths)} for {len(prices)} prices: the baselines train as "

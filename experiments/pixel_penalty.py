@@ -21,6 +21,7 @@ import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, digit_splits
 from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
+from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages, first_params, logits
 from experiments.common.reads import Reads
 from experiments.common.settings import ProblemSettings
@@ -72,6 +73,10 @@ class PixelPenalty(Experiment):
         )
         self._batch_size, self._num_steps = batch_size, num_steps
         self._dynamics: ht.Dynamics = build(config, "dynamics")
+        if not 0.0 < l2 < float("inf"):
+            raise ExpectedFailure(
+                f"`experiment.l2` is {l2}, but its logarithm is learnt: it must be above 0. Use for instance 1e-3."
+            )
         self._l2 = l2
         self._first = self._constant(l2)
 

@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
+from experiments.common.experiment import Baseline, Experiment, refuse_other_length, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
@@ -31,7 +31,7 @@ from experiments.common.mlp import MLP, accuracy
 from experiments.common.random_search import Draw, RandomSearch, random_search
 from experiments.common.readers import positive_number
 from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings
+from experiments.common.settings import ProblemSettings, TrainSettings
 from experiments.common.trained_net import TrainedNet
 from hypertorch.errors import NonFiniteError
 from hypertorch.types import Batch, TensorDict
@@ -149,6 +149,10 @@ class RealTime(Experiment):
         if search is not None:
             found["best random run"] = Baseline(source=source, hparams=self._drawn(search.best))
         return found
+
+    def check_training(self, settings: TrainSettings) -> None:
+        """Refuses a run of another length than `num_updates`."""
+        refuse_other_length(settings, self._num_updates)
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the hyperparameters over the run beside the accuracy on the validation images, and the search."""

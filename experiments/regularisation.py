@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.experiment import Baseline, Experiment, refuse_other_length
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
@@ -31,7 +31,7 @@ from experiments.common.mlp import MLP
 from experiments.common.outer_updates import build_outer_optimizer
 from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.settings import ProblemSettings, TrainSettings
 from experiments.common.trained_net import TrainedNet
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
@@ -134,6 +134,10 @@ class Regularisation(Experiment):
         """Returns reruns with the values of the starts, and the nets whose training the values were learnt in."""
         names = (_STARTS, _RUN) if self._trained else ()
         return {name: Baseline(source=self._judged(name, split), hparams=self.first) for name in names}
+
+    def check_training(self, settings: TrainSettings) -> None:
+        """Refuses a run of another length than `num_updates`."""
+        refuse_other_length(settings, self._num_updates)
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the path of every value, and the test errors of reruns with the first and with the learnt values."""

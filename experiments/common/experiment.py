@@ -175,6 +175,20 @@ def refuse_other_problems(seed: int | None) -> None:
         )
 
 
+def refuse_other_length(settings: TrainSettings, num_updates: int) -> None:
+    """Refuses a run of another length than its baselines are trained for.
+
+    Raises:
+        ExpectedFailure: naming both.
+    """
+    if settings.outer_loop.num_outer_steps != num_updates:
+        raise ExpectedFailure(
+            f"`experiment.num_updates` is {num_updates}, but `outer_loop.num_outer_steps` is "
+            f"{settings.outer_loop.num_outer_steps}: what the run is compared with would be trained for another "
+            "length. Leave experiment.num_updates out."
+        )
+
+
 def check_repetitions(source: ht.ProblemSource, num_episodes: int, key: str) -> None:
     """Refuses to judge on the same single problem several times: the interval would be that of repetitions.
 

@@ -25,6 +25,10 @@ class MLP:
     widths: tuple[int, ...]
     activation: Callable[[Tensor], Tensor] = torch.tanh
 
+    def __post_init__(self) -> None:
+        if min(self.widths) < 1:
+            raise ValueError(f"`widths` are {list(self.widths)}: a layer needs a unit. Use 1 or more.")
+
     @property
     def layers(self) -> list[str]:
         """Names of the layers, first to last."""

@@ -34,3 +34,20 @@ def check_patterns(argument: str, patterns: Iterable[str], names: Iterable[str])
                 f"`{argument}` has the entry {pattern!r}, which matches none of the hyperparameters {names}: it would "
                 "do nothing. Use one of these names, or a pattern such as 'lr*' that matches some."
             )
+
+
+def check_each_wins(argument: str, patterns: Iterable[str], names: Iterable[str]) -> None:
+    """Raises if a name or pattern is chosen for no outer variable, as others win before it.
+
+    Raises:
+        ValueError: naming the pattern and the outer variables.
+    """
+    names, own = list(names), {pattern: pattern for pattern in patterns}
+    chosen = {first_match(name, own) for name in names}
+    for pattern in own:
+        if pattern not in chosen:
+            raise ValueError(
+                f"`{argument}` has the entry {pattern!r}, before which others win for every hyperparameter that it "
+                f"matches, of {names}: a name wins over a pattern, and an earlier pattern over a later one. Leave it "
+                "out, or put it first."
+            )

@@ -43,7 +43,12 @@ class OuterSettings:
                 "variables and makes the optimizer of them. Pass a class with its settings bound, for example "
                 "`functools.partial(torch.optim.Adam, lr=1e-3)`."
             )
+        if self.learning_rates is not None:
+            check_kind("learning_rates", self.learning_rates, Mapping, "for example `{'log_*': 0.1}`")
+        if self.snapshots is not None:
+            check_kind("snapshots", self.snapshots, Snapshots, "for example `ht.Snapshots(every=50)`")
         for pattern, rate in (self.learning_rates or {}).items():
+            check_kind("learning_rates", pattern, str, "names of outer variables, or patterns, with their rates")
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate < math.inf:
                 raise ValueError(
                     f"`learning_rates[{pattern!r}]` is {rate!r}: it is the step size of an outer variable. Pass a "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from torch import Tensor
 
 from hypertorch.outer.loggers import Logger
 from hypertorch.types import TensorDict, TensorMapping
@@ -53,10 +55,14 @@ class Snapshots:
             loggers: those of the run.
 
         Raises:
+            TypeError: if what is to be shown is no dict of tensors.
             ValueError: if a picture has another shape, or entries outside of 0 to 1.
         """
         tensors = self.tensors(hparams)
         pictures = {} if self.pictures is None else self.pictures(hparams)
+        for which, shown in (("tensors", tensors), ("pictures", pictures)):
+            if not isinstance(shown, Mapping) or not all(isinstance(value, Tensor) for value in shown.values()):
+                raise TypeError(f"`Snapshots.{which}` returned {shown!r}. Return a dict from names to tensors.")
         for name, picture in pictures.items():
             _check_picture(name, picture)
         for logger in loggers:

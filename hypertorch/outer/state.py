@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from hypertorch.checks import check_hparams
 from hypertorch.errors import CheckpointError, NonFiniteError
 from hypertorch.outer.checkpoints import Checkpoint
-from hypertorch.outer.patterns import check_patterns, first_match
+from hypertorch.outer.patterns import check_each_wins, check_patterns, first_match
 from hypertorch.types import TensorDict, TensorMapping
 
 OptimizerFactory: TypeAlias = Callable[[Any], Optimizer]
@@ -61,6 +62,7 @@ class OuterState:
         _check_rates(self.optimizer, groups)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         _check_scheduler(self.scheduler)
+        _check_scaled(self.optimizer, self.scheduler)
         self.step = 0
         self.carry: TensorDict = {}
         self.task_route: Any = None
@@ -184,14 +186,31 @@ class OuterState:
 def _groups(leaves: TensorDict, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """Returns parameter groups: the outer variables without a learning rate of their own, then those of each entry."""
     check_patterns("learning_rates", rates, leaves)
+    check_each_wins("learning_rates", rates, leaves)
     grouped: dict[float | None, list[Tensor]] = {None: [], **{rate: [] for rate in rates.values()}}
     for name, leaf in leaves.items():
         grouped[first_match(name, rates)].append(leaf)
-    own = {None: {}, **{rate: {"lr": rate} for rate in rates.values()}}
-    return [{"params": found, **own[rate]} for rate, found in grouped.items() if found]
+    names: dict[float | None, list[str]] = {rate: [] for rate in grouped}
+    for name in leaves:
+        names[first_match(name, rates)].append(name)
+    # An optimizer keeps further entries of a group with its state: a checkpoint says whose rates they were.
+    return [
+        {"params": found, "names": names[rate], "own_rate": rate, **({} if rate is None else {"lr": rate})}
+        for rate, found in grouped.items()
+        if found
+    ]
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    stored = [_rate_of(group) for group in state["param_groups"]]
+    present = [_rate_of(group) for group in optimizer.param_groups]
+    # Where none has its own, another number of groups is for PyTorch to tell.
+    if stored != present and any(names for names, _ in (*stored, *present)):
+        raise CheckpointError(
+            f"`learning_rates` give {_told(present)}, but the checkpoint was made with {_told(stored)}: what the "
+            "optimizer knows of one outer variable would go to another, or a rate would not be taken. Resume with the "
+            "settings that the run was started with, or choose another folder."
+        )
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
@@ -206,6 +225,16 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for name, value in entries.items():
             if isinstance(value, Tensor) and current[name].dtype != value.dtype:
                 current[name] = value.to(current[name].device)
+
+
+def _rate_of(group: Mapping[str, Any]) -> tuple[tuple[str, ...], float | None]:
+    """Returns names of outer variables with a learning rate of their own, and the rate; no names of the others."""
+    rate = group.get("own_rate")
+    return ((), None) if rate is None else (tuple(group["names"]), rate)
+
+
+def _told(rates: list[tuple[tuple[str, ...], float | None]]) -> str:
+    return ", ".join(f"{list(names)} the rate {rate:g}" for names, rate in rates if rate is not None) or "none"
 
 
 def _kind(value: object) -> str:
@@ -253,6 +282,23 @@ def _check_rates(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
             f"`learning_rates` are not taken by the {type(optimizer).__name__} that `optimizer` returned: the outer "
             "variables would move at other rates. Hand the list that `optimizer` is called with to an optimizer of "
             "`torch.optim` that has `lr`, or leave `learning_rates` out."
+        )
+
+
+def _check_scaled(optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    """Raises if a scheduler sets learning rates of its own instead of scaling those that it finds."""
+    if scheduler is None:
+        return
+    scales = []
+    for group in optimizer.param_groups:
+        if "own_rate" in group:  # there is one where `learning_rates` are given
+            rate = optimizer.defaults["lr"] if group["own_rate"] is None else group["own_rate"]
+            scales += [float(group["lr"]) / rate] if rate else [math.inf] * bool(group["lr"])
+    if scales and max(scales) > (1.0 + 1e-6) * min(scales):
+        raise ValueError(
+            f"`scheduler` returned a {type(scheduler).__name__} that sets learning rates itself: `learning_rates` "
+            "would not be taken. Use one that scales them, such as `CosineAnnealingLR` or `StepLR`, or leave "
+            "`learning_rates` out."
         )
 
 

@@ -42,7 +42,7 @@ def test_a_run_with_several_learning_rates_resumes_bit_for_bit(tmp_path: Path) -
     whole = full_loop(tmp_path / "whole", learning_rates=rates).run(12)
     full_loop(tmp_path / "parts", learning_rates=rates).run(6)
     assert_same_run(whole, full_loop(tmp_path / "parts", learning_rates=rates).run(12, resume=True))
-    with pytest.raises(CheckpointError, match="`optimizer` does not fit the state"):
+    with pytest.raises(CheckpointError, match="`learning_rates` give none, but the checkpoint was made with"):
         full_loop(tmp_path / "parts").run(14, resume=True)
 
 
@@ -61,3 +61,31 @@ def test_learning_rates_that_reach_nothing_are_refused() -> None:
 
     with pytest.raises(ValueError, match="`learning_rates` are not taken by the SGD that `optimizer` returned"):
         make_loop(optimizer=flat, learning_rates={"curvature": 0.2}).run(1)
+
+
+def test_the_state_of_a_rate_is_not_handed_to_another_variable(tmp_path: Path) -> None:
+    full_loop(tmp_path, learning_rates={"curvature": 0.01}).run(6)
+    for other in ({"start": 0.01}, {"curvature": 0.02}, None):
+        with pytest.raises(CheckpointError, match="`learning_rates` give .*, but the checkpoint was made with"):
+            full_loop(tmp_path, learning_rates=other).run(12, resume=True)
+
+
+def test_an_entry_that_never_wins_is_refused() -> None:
+    for rates in ({"*": 0.1, "cur*": 0.2}, {"curv*": 0.1, "curvature": 0.2}):
+        with pytest.raises(ValueError, match="`learning_rates` has the entry .*, before which others win"):
+            make_loop(learning_rates=rates).run(1)
+
+
+def test_a_scheduler_that_sets_rates_itself_is_refused() -> None:
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.5, total_steps=20)
+    for rates in ({"curvature": 0.02}, {"curvature": 0.0}):
+        with pytest.raises(ValueError, match="`scheduler` returned a OneCycleLR that sets learning rates itself"):
+            make_loop(learning_rates=rates, scheduler=one_cycle).run(1)
+    warm_up = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: min(1.0, step / 3))
+    make_loop(learning_rates={"curvature": 0.02}, scheduler=warm_up).run(2)
+
+
+@pytest.mark.parametrize("rates", [0.1, [0.1], {1: 0.1}])
+def test_learning_rates_are_a_mapping_from_names(rates: object) -> None:
+    with pytest.raises(TypeError, match="`learning_rates` is "):
+        make_loop(learning_rates=rates)

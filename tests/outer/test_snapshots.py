@@ -94,3 +94,12 @@ def test_snapshots_that_nobody_takes_are_refused(tmp_path: Path) -> None:
     for every in (0, True, 1.5):
         with pytest.raises(ValueError, match="`every` is .*: it counts outer steps between two snapshots"):
             ht.Snapshots(every=every)
+
+
+@pytest.mark.parametrize("shown", [None, {"a": 1.0}, [torch.zeros(1)]])
+def test_what_is_no_dict_of_tensors_is_refused(shown: object) -> None:
+    loop = make_loop(loggers=[ht.MemoryLogger()], snapshots=ht.Snapshots(every=1, tensors=lambda _: shown))
+    with pytest.raises(TypeError, match="`Snapshots.tensors` returned .*Return a dict from names to tensors"):
+        loop.run(1)
+    with pytest.raises(TypeError, match="`snapshots` is 5"):
+        make_loop(loggers=[ht.MemoryLogger()], snapshots=5)
