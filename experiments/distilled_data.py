@@ -23,7 +23,8 @@ from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, digit_splits
 from experiments.common.experiment import Baseline, Experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.mlp import MLP, accuracy
+from experiments.common.labelled_images import CleanImages
+from experiments.common.mlp import MLP
 from experiments.common.readers import positive_number
 from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
@@ -168,7 +169,7 @@ class DistilledData(Experiment):
     def _runs(self, purpose: Purpose, judged: Callable[[int], Batch], *, seed: int | None = None) -> ht.ProblemSource:
         """Returns the one problem of the same first weights, or one with first weights of its own for every step."""
         inner = OnLearntImages(self._net, self._weight_scale)
-        outer = RealImages(self._net, judged, first=self._first)
+        outer = CleanImages(data=judged, first=self._first, figures=mean_rate, net=self._net)
 
         def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self._num_steps, seed=own)
@@ -201,37 +202,9 @@ class OnLearntImages(ht.InnerProblem):
         return F.cross_entropy(self._net(params, images), torch.arange(CLASSES, device=images.device))
 
 
-class RealImages(ht.OuterProblem):
-    """Judges the net on real images.
-
-    Args:
-        net: the net.
-        batches: images and labels of an outer step.
-        first: the outer variables before the first outer step.
-    """
-
-    def __init__(self, net: MLP, batches: Callable[[int], Batch], *, first: TensorDict) -> None:
-        self._net = net
-        self._batches = batches
-        self._first = first
-
-    def init_hparams(self) -> TensorDict:
-        """Returns the learnt images, shape `(10, pixels)`, and the logarithm of the learning rate or rates."""
-        return dict(self._first)
-
-    def batch(self, outer_step: int) -> Batch:
-        """Returns real images and labels."""
-        return self._batches(outer_step)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy."""
-        images, labels = batch
-        return F.cross_entropy(self._net(params, images), labels)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the accuracy, and the learning rate (the mean of all steps)."""
-        images, labels = batch
-        return {"accuracy": accuracy(self._net(params, images), labels), "rate": hparams["log_lr"].exp().mean()}
+def mean_rate(hparams: TensorDict) -> TensorDict:
+    """Returns the learning rate, or the mean of those of all steps."""
+    return {"rate": hparams["log_lr"].exp().mean()}
 
 
 def draw_row(images: Tensor, title: str, path: Path) -> None:

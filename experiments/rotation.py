@@ -20,9 +20,10 @@ import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
 from experiments.common.experiment import Baseline, Experiment
+from experiments.common.labelled_images import CleanImages
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP, accuracy
+from experiments.common.mlp import MLP
 from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
 from experiments.common.settings import ProblemSettings
@@ -134,7 +135,9 @@ class Rotation(Experiment):
             own = run_seed(seed, purpose, outer_step)
             return ht.BilevelProblem(
                 RotatedTraining(net=self._net, batches=ht.Minibatches(train, self._batch_size, seed=own)),
-                RotatedImages(net=self._net, batches=judged, first=torch.zeros_like(self.true_angle)),
+                CleanImages(
+                    data=judged, first={"angle": torch.zeros_like(self.true_angle)}, figures=angle, net=self._net
+                ),
                 dynamics=self._dynamics,
                 num_steps=num_steps,
                 seed=own,
@@ -169,37 +172,9 @@ class RotatedTraining(ht.InnerProblem):
         return F.cross_entropy(self._net(params, rotate(images, hparams["angle"])), labels)
 
 
-class RotatedImages(ht.OuterProblem):
-    """Judges the net on images that are rotated already.
-
-    Args:
-        net: the net.
-        batches: images and labels of an outer step.
-        first: the angle before the first outer step (unit: degrees).
-    """
-
-    def __init__(self, *, net: MLP, batches: Callable[[int], Batch], first: Tensor) -> None:
-        self._net = net
-        self._batches = batches
-        self._first = first
-
-    def init_hparams(self) -> TensorDict:
-        """Returns the angle (unit: degrees)."""
-        return {"angle": self._first}
-
-    def batch(self, outer_step: int) -> Batch:
-        """Returns rotated images and labels."""
-        return self._batches(outer_step)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy, on which the angle has no direct effect."""
-        images, labels = batch
-        return F.cross_entropy(self._net(params, images), labels)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the accuracy, and the angle (unit: degrees)."""
-        images, labels = batch
-        return {"accuracy": accuracy(self._net(params, images), labels), "angle": hparams["angle"]}
+def angle(hparams: TensorDict) -> TensorDict:
+    """Returns the angle (unit: degrees)."""
+    return {"angle": hparams["angle"]}
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from scipy.ndimage import affine_transform
 
 import hypertorch as ht
+from experiments.common.labelled_images import CleanImages
 from experiments.common.mlp import MLP
-from experiments.rotation import RotatedImages, RotatedTraining, rotate
+from experiments.rotation import RotatedTraining, angle, rotate
 from tests.experiments.commands import Command
 
 SGD = ht.dynamics.SGD
@@ -29,7 +30,12 @@ def tiny_problem() -> ht.BilevelProblem:
     data = torch.utils.data.TensorDataset(images, labels)
     return ht.BilevelProblem(
         RotatedTraining(net=net, batches=ht.Minibatches(data, 6)),
-        RotatedImages(net=net, batches=lambda _: (rotate(images, degrees(30.0)), labels), first=degrees(7.0)),
+        CleanImages(
+            data=lambda _: (rotate(images, degrees(30.0)), labels),
+            first={"angle": degrees(7.0)},
+            figures=angle,
+            net=net,
+        ),
         dynamics=SGD(lr=0.5),
         num_steps=4,
     )
