@@ -90,8 +90,8 @@ class BlackBoxOptimizer(Experiment):
         self._queries, self._num_functions = queries, num_functions
         if curve_functions < 1:
             raise ExpectedFailure(
-                f"`experiment.curve_functions` is {curve_functions}: the picture shows means over so many functions. "
-                "Use 1 or more."
+                f"`experiment.curve_functions` is {curve_functions}: the picture shows means over them, and of "
+                "none there is no mean. Use 1 or more."
             )
         self._curve_functions, self._search_functions = curve_functions, search_functions
 

@@ -192,7 +192,7 @@ class LearnedOptimizer(Experiment):
         return ht.Problems(problem)
 
     def _tune(self, name: str, num_steps: int) -> TensorDict:
-        """Returns the settings of an optimiser with which validation's nets have the least loss after so many steps."""
+        """Returns the settings of an optimiser with which the nets of validation have the least loss at a horizon."""
         own = _HAND_WRITTEN[name]
         source = self._nets("validation", "validation", own.dynamics, num_steps=num_steps)
         like = self.images["validation"].inputs

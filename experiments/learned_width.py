@@ -53,7 +53,7 @@ class LearnedWidth(Experiment):
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
         data: "digits" (embedded) or "mnist".
         root: the folder of MNIST's files; None for the embedded digits.
-        pool: squares of so many pixels a side become one pixel first.
+        pool: side of the squares of pixels that become one pixel first (unit: pixels).
         channels: of the first layer, before any is cut.
         width: units of every other layer, before any is cut.
         num_blocks: blocks that can become the identity.
@@ -378,8 +378,8 @@ def pooled(images: Tensor, pool: int) -> Tensor:
     side = round(images.shape[1] ** 0.5)
     if pool < 1 or side % pool:
         raise ExpectedFailure(
-            f"`experiment.pool` is {pool}, but the images have {side} pixels a side, which squares of so many do not "
-            "fill. Give a divisor; 1 leaves the images as they are."
+            f"`experiment.pool` is {pool}, but the images have {side} pixels a side: squares of that side do not "
+            "fill them. Give a divisor; 1 leaves the images as they are."
         )
     return F.avg_pool2d(images.reshape(-1, 1, side, side), pool).flatten(1)
 

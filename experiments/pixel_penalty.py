@@ -103,7 +103,7 @@ class PixelPenalty(Experiment):
         The learnt penalties have seen the validation images, so one baseline of the test is trained on these too.
         """
         best = min(_SINGLE, key=lambda l2: float(ht.unroll(self._run("validation"), self._constant(l2)).outer_loss))
-        constants = {"the first penalty": self._l2, "no penalty": _NONE, f"best single penalty ({best:.1g})": best}
+        constants = {"the first penalty": self._l2, "no penalty": _NONE, "best single penalty": best}
         found = {name: Baseline(source=self._run(split), hparams=self._constant(l2)) for name, l2 in constants.items()}
         if split == "test":
             source = self._run(split, trained_on=("train", "validation"))

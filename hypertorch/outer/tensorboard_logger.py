@@ -14,7 +14,7 @@ from hypertorch.types import TensorMapping
 class TensorBoardLogger(Logger):
     """Writes every figure as a TensorBoard scalar, and of snapshots tensors as histograms and pictures as images.
 
-    A tensor of one entry has no histogram: the loop logs it as a figure. Entries that are not finite are left out.
+    A tensor of one entry is a scalar, too. A histogram leaves out entries that are not finite.
 
     Args:
         directory: folder of the event files; made when the first record comes.
@@ -31,10 +31,12 @@ class TensorBoardLogger(Logger):
             self._open().add_scalar(name, value, step)
 
     def log_tensors(self, step: int, tensors: TensorMapping) -> None:
-        """Writes one histogram per tensor of several entries."""
+        """Writes one histogram per tensor of several entries, and one scalar per tensor of one."""
         for name, tensor in tensors.items():
             finite = tensor.detach()[tensor.isfinite()]
-            if tensor.numel() > 1 and len(finite):
+            if tensor.numel() == 1:
+                self._open().add_scalar(name, tensor.detach().item(), step)
+            elif len(finite):
                 self._open().add_histogram(name, finite.cpu(), step)
 
     def log_pictures(self, step: int, pictures: TensorMapping) -> None:

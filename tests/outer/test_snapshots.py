@@ -59,7 +59,9 @@ def test_tensorboard_gets_histograms_and_images(tmp_path: Path) -> None:
     trained = loop.run(4)
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0, "images": 0})
     events.Reload()
-    # The curvature has one entry, which is a figure already.
+    # The curvature has one entry.
+    assert [event.step for event in events.Scalars("curvature")] == [0, 2, 4]
+    assert events.Scalars("curvature")[-1].value == pytest.approx(float(trained.hparams["curvature"]))
     assert events.Tags()["histograms"] == ["start"] and events.Tags()["images"] == ["bar"]
     histograms = events.Histograms("start")
     assert [event.step for event in histograms] == [0, 2, 4] == [event.step for event in events.Images("bar")]
