@@ -21,6 +21,7 @@ LAYERS = (
     ("hypergradients",),
     ("unroll",),
     ("diagnostics", "outer"),
+    ("search",),
 )
 BELOW = (*LAYERS[0], *LAYERS[1])
 BESIDE = {
