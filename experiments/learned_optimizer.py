@@ -23,6 +23,7 @@ from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, digit_splits
 from experiments.common.experiment import Baseline, Experiment
 from experiments.common.failures import ExpectedFailure
+from experiments.common.labelled_images import CleanImages
 from experiments.common.line_styles import line_styles
 from experiments.common.mlp import MLP, accuracy
 from experiments.common.reads import Reads
@@ -37,6 +38,8 @@ _NUM_RATES = 25
 _DECAYS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 _CURVES = 10  # nets in the picture
 _TOGETHER = ht.Execution(tasks="vmap")
+# Of the images that the net is trained on, after its last step.
+_MEASURES = {"training_loss": F.cross_entropy, "accuracy": accuracy}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +182,7 @@ class LearnedOptimizer(Experiment):
         data = TensorDataset(*images.pairs())
         first = {} if dynamics is self._rule else {name: images.inputs.new_tensor(0.0) for name in ("lr", "decay")}
         judged = (lambda _: images.pairs()) if judged is None else judged
-        outer = TrainingLoss(net=self._net, batches=judged, first=first)
+        outer = CleanImages(data=judged, first=first, net=self._net, measures=_MEASURES)
 
         def problem(outer_step: int) -> ht.BilevelProblem:
             own = run_seed(seed, purpose, outer_step)
@@ -242,40 +245,6 @@ class NetTraining(ht.InnerProblem):
         """Returns the cross-entropy."""
         images, labels = batch
         return F.cross_entropy(self._net(params, images), labels)
-
-
-class TrainingLoss(ht.OuterProblem):
-    """Judges an optimiser by the loss that is left on the images that the net is trained on.
-
-    Args:
-        net: the net.
-        batches: images and labels of an outer step.
-        first: the outer variables that the dynamics do not own.
-    """
-
-    def __init__(self, *, net: MLP, batches: Callable[[int], Batch], first: TensorDict) -> None:
-        self._net = net
-        self._batches = batches
-        self._first = first
-
-    def init_hparams(self) -> TensorDict:
-        """Returns rate and decay of an optimiser that is written by hand; nothing beside a learnt rule's weights."""
-        return dict(self._first)
-
-    def batch(self, outer_step: int) -> Batch:
-        """Returns images and labels."""
-        return self._batches(outer_step)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy after the last step."""
-        images, labels = batch
-        return F.cross_entropy(self._net(params, images), labels)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the cross-entropy and the accuracy after the last step."""
-        images, labels = batch
-        outputs = self._net(params, images)
-        return {"training_loss": F.cross_entropy(outputs, labels), "accuracy": accuracy(outputs, labels)}
 
 
 def draw_curves(curves: Mapping[str, Tensor], num_steps: int, path: Path) -> None:

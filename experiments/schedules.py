@@ -20,11 +20,12 @@ from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
+from experiments.common.digits import CLASSES, DigitsName, digit_splits
 from experiments.common.experiment import Baseline, Experiment
+from experiments.common.labelled_images import CleanImages
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP, accuracy
+from experiments.common.mlp import MLP, error_rate
 from experiments.common.random_search import Draw, RandomSearch, random_search
 from experiments.common.readers import positive_number
 from experiments.common.reads import Reads
@@ -165,7 +166,9 @@ class Schedules(Experiment):
         """Returns runs with first weights and minibatches of their own, judged on a split."""
         seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self.images["train"].pairs())
-        outer = FinalLoss(net=self._net, images=self.images[split], first=self._first)
+        outer = CleanImages(
+            data=self.images[split].pairs(), first=self._first, net=self._net, measures={"error": error_rate}
+        )
 
         def problem(outer_step: int) -> ht.BilevelProblem:
             own = run_seed(seed, purpose, outer_step)
@@ -201,39 +204,6 @@ class ScaledTraining(ht.InnerProblem):
         images, labels = batch
         penalties = [hparams[f"log_l2.{name}"].exp() * value.square().sum() for name, value in params.items()]
         return F.cross_entropy(self._net(params, images), labels) + torch.stack(penalties).sum() / 2
-
-
-class FinalLoss(ht.OuterProblem):
-    """Judges the trained net by its cross-entropy.
-
-    Args:
-        net: the net.
-        images: what it is judged on.
-        first: the outer variables before the first outer step.
-    """
-
-    def __init__(self, *, net: MLP, images: Images, first: TensorDict) -> None:
-        self._net = net
-        self._images = images
-        self._first = first
-
-    def init_hparams(self) -> TensorDict:
-        """Returns rates, momenta, scales and penalties, as logarithms and logits."""
-        return dict(self._first)
-
-    def batch(self, outer_step: int) -> Batch:
-        """Returns all images and labels."""
-        return self._images.pairs()
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy."""
-        images, labels = batch
-        return F.cross_entropy(self._net(params, images), labels)
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the share of wrong answers."""
-        images, labels = batch
-        return {"error": 1.0 - accuracy(self._net(params, images), labels)}
 
 
 def draw_schedules(before: TensorDict, after: TensorDict, net: MLP, metrics: Path, path: Path) -> None:

@@ -81,6 +81,7 @@ class CleanImages(ht.OuterProblem):
         figures: of the outer variables alone, reported beside the accuracy.
         others: further images and labels, by the name that the accuracy on them is reported under.
         net: the classifier.
+        measures: what is reported of the answers, from outputs and labels, by name; None for the accuracy.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class CleanImages(ht.OuterProblem):
         figures: Callable[[TensorDict], TensorDict] | None = None,
         others: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         net: Net = logits,
+        measures: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     ) -> None:
         self._data = data
+        self._measures = measures or {"accuracy": accuracy}
         self._others = others or {}
         self._net = net
         self._first = first
@@ -118,9 +121,11 @@ class CleanImages(ht.OuterProblem):
         return F.cross_entropy(self._net(params, inputs), labels)
 
     def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        """Returns the accuracy, here and on the other images, and the figures of the outer variables."""
-        sets = {"accuracy": batch, **self._others}
-        found = {name: accuracy(self._net(params, inputs), labels) for name, (inputs, labels) in sets.items()}
+        """Returns the measures, the accuracy on the other images, and the figures of the outer variables."""
+        inputs, labels = batch
+        outputs = self._net(params, inputs)
+        found = {name: measure(outputs, labels) for name, measure in self._measures.items()}
+        found |= {name: accuracy(self._net(params, inputs), labels) for name, (inputs, labels) in self._others.items()}
         return {**found, **(self._figures(hparams) if self._figures else {})}
 
 

@@ -71,3 +71,8 @@ class MLP:
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
     """Returns the share of right answers, shape `()`."""
     return (outputs.argmax(dim=-1) == labels).to(outputs.dtype).mean()
+
+
+def error_rate(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the share of wrong answers, shape `()`."""
+    return 1.0 - accuracy(outputs, labels)

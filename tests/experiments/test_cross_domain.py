@@ -17,15 +17,9 @@ from experiments.common.config_errors import CONFIGS
 from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.settings import TrainSettings
+from experiments.common.transformed_learner import TransformedLearner, episodes_at, with_transformations
 from experiments.common.typed_settings import parse
-from experiments.cross_domain import (
-    CrossDomain,
-    EpisodeTraining,
-    OtherEpisodes,
-    TransformedLearner,
-    episodes_at,
-    with_transformations,
-)
+from experiments.cross_domain import CrossDomain, EpisodeTraining, OtherEpisodes
 from hypertorch.fewshot import Conv4, EpisodeSampler, ImageClasses, ProtoNet
 from tests.experiments.commands import Command
 
