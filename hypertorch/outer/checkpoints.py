@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from hypertorch.errors import CheckpointError
@@ -14,7 +16,7 @@ from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tenso
 from hypertorch.types import TensorDict, TensorMapping
 
 _FORMAT = "hypertorch.checkpoint"
-_VERSION = "1"
+_VERSION = "2"
 # A whole name: a file that is still being written ends in `.partial` and does not match.
 _FILE_NAME = re.compile(r"step_(\d+)\.safetensors")
 
@@ -27,9 +29,7 @@ class Checkpoint:
         step: outer steps done.
         hparams: the outer variables after them.
         optimizer: the outer optimizer's state dictionary.
-        optimizer_kind: its class.
         scheduler: the scheduler's state dictionary; None without one.
-        scheduler_kind: its class; None without one.
         carry: what the last hypergradient handed on to the next.
         carry_on_host: names of the entries of `carry` that stay in host memory, even if `hparams` do not.
         task_route: how tasks are run; None if that was not yet decided.
@@ -38,14 +38,13 @@ class Checkpoint:
         best_value: their figure of merit.
         validated_step: outer steps done at the last validation.
         seconds: run time so far.
+        settings: what decides the numbers of the run, as text; see `fingerprint`.
     """
 
     step: int
     hparams: TensorDict
     optimizer: dict[str, Any]
-    optimizer_kind: str
     scheduler: dict[str, Any] | None = None
-    scheduler_kind: str | None = None
     carry: TensorDict = field(default_factory=dict)
     carry_on_host: tuple[str, ...] = ()
     task_route: str | None = None
@@ -54,9 +53,23 @@ class Checkpoint:
     best_value: float | None = None
     validated_step: int = 0
     seconds: float = 0.0
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 _TENSOR_FIELDS = ("hparams", "best_hparams", "carry")
+# What the other entries are; None where there was none.
+_KINDS: dict[str, Any] = {
+    "step": int,
+    "optimizer": dict,
+    "scheduler": (dict, NoneType),
+    "carry_on_host": tuple,
+    "task_route": (str, NoneType),
+    "best_step": (int, NoneType),
+    "best_value": (float, NoneType),
+    "validated_step": int,
+    "seconds": float,
+    "settings": dict,
+}
 _JSON_FIELDS = tuple(name for name in Checkpoint.__dataclass_fields__ if name not in _TENSOR_FIELDS)
 
 
@@ -166,13 +179,32 @@ def load_checkpoint(path: Path, *, remedy: str) -> Checkpoint:
     try:
         state = json.loads(texts["state"])
         entries = {name: {key: tensors[f"{name}/{key}"] for key in keys} for name, keys in state.pop("order").items()}
-        return Checkpoint(**entries, **{name: decode(value, tensors) for name, value in state.items()})
+        unusual = {*entries, *state} ^ {*_TENSOR_FIELDS, *_JSON_FIELDS}
+        if unusual:
+            raise ValueError(f"entries {sorted(unusual)} are missing or unknown")
+        return _checked(Checkpoint(**entries, **{name: decode(value, tensors) for name, value in state.items()}))
     # A checksum protects from damage, not from a forger: a header may hold anything, and these are what it can cause.
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"`{path}` has a header that no run writes ({type(error).__name__}: {error}): its content was altered. "
             f"{remedy}"
         ) from error
+
+
+def _checked(found: Checkpoint) -> Checkpoint:
+    """Returns a checkpoint; raises a `TypeError` or `ValueError` if an entry is none that a run writes."""
+    for name, kinds in _KINDS.items():
+        value = getattr(found, name)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"`{name}` is {value!r}")
+    counts = (found.step, found.validated_step, *([] if found.best_step is None else [found.best_step]))
+    if not all(0 <= count <= found.step for count in counts):
+        raise ValueError(f"`step`, `validated_step` and `best_step` are {counts}")
+    if not 0.0 <= found.seconds < math.inf:
+        raise ValueError(f"`seconds` is {found.seconds}")
+    if not all(isinstance(text, str) for text in (*found.carry_on_host, *found.settings, *found.settings.values())):
+        raise TypeError("`carry_on_host` or `settings` holds what is no text")
+    return found
 
 
 def check_same_hparams(path: Path, stored: TensorDict, expected: TensorDict) -> None:

@@ -66,7 +66,14 @@ class OuterLoop(OuterSettings):
         check_kind("backend", self.backend, Hypergradient, "for example `ht.hypergradients.Reverse()`")
         super().__post_init__()
 
-    def run(self, num_outer_steps: int, *, start_from: TensorMapping | None = None, resume: bool = False) -> Trained:
+    def run(
+        self,
+        num_outer_steps: int,
+        *,
+        start_from: TensorMapping | None = None,
+        resume: bool = False,
+        override: bool = False,
+    ) -> Trained:
         """Returns what `num_outer_steps` outer steps found.
 
         With checkpoints, the best outer variables are also written to `hparams.safetensors` in their folder, and an
@@ -80,17 +87,28 @@ class OuterLoop(OuterSettings):
                 takes that one's.
             resume: go on from the newest checkpoint if there is one; a run that has done as many steps returns at
                 once. False starts afresh, and refuses a folder that holds checkpoints.
+            override: go on although settings that decide the numbers are not those of the checkpoint: backend,
+                dynamics, horizon, classes of the problems, optimizer, scheduler, constraints, `clip_norm`, the metric
+                of the validation. The present ones hold from here on: an optimizer of another class starts with an
+                empty state, a schedule goes on from where the present one would be. False refuses such a checkpoint.
 
         Raises:
             ValueError: if `num_outer_steps` is below 1, `resume` is asked for without `checkpoints`, a constraint or
                 the validation's metric names nothing, a metric has a name that the loop logs another figure under, or
                 `start_from` are not the outer variables of the source.
-            CheckpointError: if a checkpoint is damaged, of another problem or in the way, or cannot be written.
+            CheckpointError: if a checkpoint is damaged, of another problem, of other settings (each is listed), or in
+                the way, or cannot be written.
             NonFiniteError: if NaN or infinity appears in a hypergradient (names the outer step, the inner step and the
                 entry), or in the outer variables. Those are checked before every validation and checkpoint and at the
                 end, so neither a checkpoint nor the result ever holds it.
             HypertorchError: whatever else the hypergradient raises.
         """
         return train(
-            self, self.source, self.backend, num_outer_steps=num_outer_steps, start_from=start_from, resume=resume
+            self,
+            self.source,
+            self.backend,
+            num_outer_steps=num_outer_steps,
+            start_from=start_from,
+            resume=resume,
+            override=override,
         )

@@ -98,12 +98,13 @@ class RealTime(OuterSettings):
         self._backend()
         super().__post_init__()
 
-    def run(self, num_inner_steps: int, *, resume: bool = False) -> Trained:
+    def run(self, num_inner_steps: int, *, resume: bool = False, override: bool = False) -> Trained:
         """Returns what an inner run of `num_inner_steps` steps found, with an update after every `every` of them.
 
         Args:
             num_inner_steps: inner steps in all, those of the runs it resumes included; a multiple of `every`.
             resume: go on from the newest checkpoint if there is one, as `OuterLoop.run` does: bit for bit.
+            override: go on although settings are not those of the checkpoint, as `OuterLoop.run` does.
 
         Raises:
             ValueError: if `num_inner_steps` is not a positive multiple of `every`, or as `OuterLoop.run` says.
@@ -128,6 +129,7 @@ class RealTime(OuterSettings):
             self._backend(),
             num_outer_steps=num_inner_steps // self.every,
             resume=resume,
+            override=override,
             zeros_allowed=self.problem.allow_unused,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from hypertorch.inner.execution import Execution
 from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
+from hypertorch.outer.fingerprint import VALIDATION_SETTINGS, changes, fingerprint
 from hypertorch.outer.finiteness import check_finite
 from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
 from hypertorch.outer.interrupts import uninterrupted
@@ -44,6 +45,7 @@ def train(
     num_outer_steps: int,
     start_from: TensorMapping | None = None,
     resume: bool = False,
+    override: bool = False,
     zeros_allowed: Collection[str] | None = None,
 ) -> Trained:
     """Returns what `OuterLoop.run` does, which see.
@@ -55,6 +57,7 @@ def train(
         num_outer_steps: outer steps in all.
         start_from: outer variables to start from.
         resume: go on from the newest checkpoint if there is one.
+        override: go on with other settings than the checkpoint was made with.
         zeros_allowed: outer variables of a single inner run that may have a zero hypergradient; they are watched from
             its start only. None for outer steps that each have a run of their own, and for what the problems allow.
     """
@@ -65,7 +68,16 @@ def train(
         scheduler=loop.scheduler,
         learning_rates=loop.learning_rates,
     )
-    resumed = _begin(loop, state, resume=resume)
+    if override and not resume:
+        raise ValueError(
+            "`override` is True, but `resume` is False: a new run has no earlier settings to go on with. Pass "
+            "`resume=True` too, or leave `override` out."
+        )
+
+    def settings(*, of_problem: bool) -> dict[str, str]:
+        return fingerprint(loop, backend, source.at(0) if of_problem else None, state.first_settings())
+
+    resumed = _begin(loop, state, num_outer_steps, settings, resume=resume, override=override)
     run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
     if not run.is_over():
         run.to_the_end()
@@ -89,7 +101,15 @@ def _start(source: ProblemSource, given: TensorMapping | None) -> TensorDict:
     return {name: given[name].to(value.device) for name, value in own.items()}
 
 
-def _begin(loop: OuterSettings, state: OuterState, *, resume: bool) -> bool:
+def _begin(
+    loop: OuterSettings,
+    state: OuterState,
+    num_outer_steps: int,
+    settings: Callable[..., dict[str, str]],
+    *,
+    resume: bool,
+    override: bool,
+) -> bool:
     """Brings state and loggers to where the run starts; returns whether that is a checkpoint."""
     newest = None if loop.checkpoints is None else loop.checkpoints.newest()
     if not resume:
@@ -98,16 +118,39 @@ def _begin(loop: OuterSettings, state: OuterState, *, resume: bool) -> bool:
                 f"`checkpoints` holds `{newest}` of an earlier run, which `resume=False` would mix with this one. "
                 "Pass `resume=True` to go on from it, choose another folder, or delete the earlier run's."
             )
+        state.settings = settings(of_problem=True) if loop.checkpoints is not None else {}
         return False
     if loop.checkpoints is None:
         raise ValueError(
             "`resume` is True, but the loop has no `checkpoints`: there is nothing to go on from. Pass "
             "`checkpoints=Checkpoints(folder)`, to this run and to the one that it resumes."
         )
-    if newest is not None:
+    if newest is None:
+        state.settings = settings(of_problem=True)
+    else:
         checkpoint = loop.checkpoints.load(newest)
         check_same_hparams(newest, checkpoint.hparams, state.hparams)
-        state.restore(checkpoint)
+        # A run that is done asks for no problem.
+        is_done = checkpoint.step >= num_outer_steps
+        state.settings = settings(of_problem=not is_done)
+        before = {name: text for name, text in checkpoint.settings.items() if not is_done or name in state.settings}
+        changed = changes(before, state.settings)
+        if checkpoint.best_value is None:
+            changed = {name: text for name, text in changed.items() if name not in VALIDATION_SETTINGS}
+        if changed and not override:
+            raise CheckpointError(
+                f"`{newest}` was made with other settings: {'; '.join(changed.values())}. It would not go on as the "
+                "same run. Resume with the settings that it was started with, pass `override=True` to go on with the "
+                "present ones, or choose another folder."
+            )
+        if checkpoint.step and not checkpoint.carry and state.settings.get("warm_start") == "True":
+            raise CheckpointError(
+                f"`{newest}` lacks the inner state after {checkpoint.step} outer steps, from which a warm-started run "
+                "goes on: it was altered, or made without `warm_start`. Delete it to go on from an earlier checkpoint, "
+                "or choose another folder."
+            )
+        state.settings = {**checkpoint.settings, **state.settings}
+        state.restore(checkpoint, changed)
     for logger in loop.loggers:
         # Also where there is no checkpoint: a run that was killed before its first one has logged steps that come
         # again.

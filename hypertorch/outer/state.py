@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,13 @@ of parameter groups where some have a learning rate of their own."""
 
 SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler]
 """Makes the scheduler of an outer optimizer, such as `partial(torch.optim.lr_scheduler.StepLR, step_size=1000)`."""
+
+# Entries of a scheduler's state that are no settings: they move with the steps, or are the optimizer's.
+_MOVING = ("base_lrs", "last_epoch", "_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial")
+# Entries of a parameter group that are no settings of the optimizer; a scheduler adds the last one.
+_NO_SETTINGS = ("params", "names", "own_rate", "initial_lr")
+
+_OWN_SETTINGS = ("optimizer", "learning_rates", "scheduler")
 
 
 class OuterState:
@@ -71,6 +79,29 @@ class OuterState:
         self.best_value: float | None = None
         self.validated_step = 0
         self.seconds = 0.0
+        self.settings: dict[str, str] = {}
+
+    def first_settings(self) -> dict[str, object]:
+        """Returns optimizer and scheduler with their settings, as they are before the first step."""
+        groups = self.optimizer.param_groups
+        rates = {name: group["own_rate"] for group in groups if _has_own_rate(group) for name in group["names"]}
+        others = [
+            {name: value for name, value in group.items() if name not in _NO_SETTINGS}
+            for group in groups
+            if not _has_own_rate(group)
+        ]
+        # One group is the rule, and its settings are named as they are written.
+        own = others[0] if len(others) == 1 else {str(index): group for index, group in enumerate(others)}
+        found: dict[str, object] = {
+            "optimizer": {"class": type(self.optimizer), **own},
+            "learning_rates": rates,
+            "scheduler": None,
+        }
+        if self.scheduler is not None:
+            state = self.scheduler.state_dict()
+            fixed = {name: value for name, value in state.items() if name not in _MOVING}
+            found["scheduler"] = {"class": type(self.scheduler), **fixed}
+        return found
 
     @property
     def hparams(self) -> TensorDict:
@@ -145,9 +176,7 @@ class OuterState:
             step=self.step,
             hparams=self.hparams,
             optimizer=self.optimizer.state_dict(),
-            optimizer_kind=_kind(self.optimizer),
             scheduler=None if self.scheduler is None else self.scheduler.state_dict(),
-            scheduler_kind=None if self.scheduler is None else _kind(self.scheduler),
             carry=self.carry,
             carry_on_host=tuple(name for name, value in self.carry.items() if value.device.type == "cpu"),
             task_route=self.task_route,
@@ -156,24 +185,27 @@ class OuterState:
             best_value=self.best_value,
             validated_step=self.validated_step,
             seconds=self.seconds,
+            settings=self.settings,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, changed: Collection[str] = ()) -> None:
         """Goes back to a checkpoint of the same problem.
 
+        Args:
+            checkpoint: the checkpoint.
+            changed: names of the settings that are to be as they are now, not as they were when it was made. An
+                optimizer of another class, or of other groups, starts with an empty state; a scheduler is brought to
+                where it would be, had it and its optimizer been so from the first step.
+
         Raises:
-            CheckpointError: if it was made with another class of optimizer or scheduler.
+            CheckpointError: if its optimizer's state does not fit that of this run.
         """
-        _check_kind("optimizer", checkpoint.optimizer_kind, _kind(self.optimizer))
-        _check_kind("scheduler", checkpoint.scheduler_kind, None if self.scheduler is None else _kind(self.scheduler))
         device = next(iter(self.leaves.values())).device
         with torch.no_grad():
             for name, leaf in self.leaves.items():
                 # In place: the optimizer holds these tensors.
                 leaf.copy_(checkpoint.hparams[name])
-        _load_optimizer(self.optimizer, checkpoint.optimizer)
-        if self.scheduler is not None and checkpoint.scheduler is not None:
-            self.scheduler.load_state_dict(checkpoint.scheduler)
+        self._restore_optimizer(checkpoint, [name for name in changed if name.split(".")[0] in _OWN_SETTINGS])
         self.carry = {
             name: value if name in checkpoint.carry_on_host else value.to(device)
             for name, value in checkpoint.carry.items()
@@ -181,6 +213,26 @@ class OuterState:
         self.best_hparams = {name: value.to(device) for name, value in checkpoint.best_hparams.items()}
         for name in ("step", "task_route", "best_step", "best_value", "validated_step", "seconds"):
             setattr(self, name, getattr(checkpoint, name))
+
+    def _restore_optimizer(self, checkpoint: Checkpoint, changed: Collection[str]) -> None:
+        """Restores optimizer and scheduler, but for the settings that have changed."""
+        if not changed:
+            _load_optimizer(self.optimizer, checkpoint.optimizer)
+            if self.scheduler is not None and checkpoint.scheduler is not None:
+                self.scheduler.load_state_dict(checkpoint.scheduler)
+            return
+        present = [dict(group) for group in self.optimizer.param_groups]
+        stored = [_members(group) for group in checkpoint.optimizer["param_groups"]]
+        if "optimizer.class" not in changed and stored == [_members(group) for group in present]:
+            _load_optimizer(self.optimizer, checkpoint.optimizer)
+            for group, settings in zip(self.optimizer.param_groups, present, strict=True):
+                group.update({name: value for name, value in settings.items() if name != "params"})
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                # PyTorch warns of a scheduler that moves before its optimizer, whose steps were taken earlier.
+                warnings.simplefilter("ignore", UserWarning)
+                for _ in range(checkpoint.step):
+                    self.scheduler.step()
 
 
 def _groups(leaves: TensorDict, rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -202,15 +254,6 @@ def _groups(leaves: TensorDict, rates: Mapping[str, float]) -> list[dict[str, An
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    stored = [_rate_of(group) for group in state["param_groups"]]
-    present = [_rate_of(group) for group in optimizer.param_groups]
-    # Where none has its own, another number of groups is for PyTorch to tell.
-    if stored != present and any(names for names, _ in (*stored, *present)):
-        raise CheckpointError(
-            f"`learning_rates` give {_told(present)}, but the checkpoint was made with {_told(stored)}: what the "
-            "optimizer knows of one outer variable would go to another, or a rate would not be taken. Resume with the "
-            "settings that the run was started with, or choose another folder."
-        )
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
@@ -227,26 +270,13 @@ def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 current[name] = value.to(current[name].device)
 
 
-def _rate_of(group: Mapping[str, Any]) -> tuple[tuple[str, ...], float | None]:
-    """Returns names of outer variables with a learning rate of their own, and the rate; no names of the others."""
-    rate = group.get("own_rate")
-    return ((), None) if rate is None else (tuple(group["names"]), rate)
+def _has_own_rate(group: Mapping[str, Any]) -> bool:
+    return group.get("own_rate") is not None
 
 
-def _told(rates: list[tuple[tuple[str, ...], float | None]]) -> str:
-    return ", ".join(f"{list(names)} the rate {rate:g}" for names, rate in rates if rate is not None) or "none"
-
-
-def _kind(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _check_kind(argument: str, stored: str | None, present: str | None) -> None:
-    if stored != present:
-        raise CheckpointError(
-            f"`{argument}` is {present or 'not given'}, but the checkpoint was made with {stored or 'none'}: its state "
-            "fits no other. Resume with the settings that the run was started with, or choose another folder."
-        )
+def _members(group: Mapping[str, Any]) -> tuple[object, int]:
+    """Returns whose group it is: the names of its outer variables where `learning_rates` made it, and how many."""
+    return group.get("names"), len(group["params"])
 
 
 def _check_optimizer(optimizer: Any, leaves: Mapping[str, Tensor]) -> None:

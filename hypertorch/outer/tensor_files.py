@@ -78,6 +78,11 @@ def read_tensor_file(path: Path, *, remedy: str) -> tuple[TensorDict, dict[str, 
     return tensors, texts
 
 
+def tensor_checksum(value: Tensor, start: int = 0) -> int:
+    """Returns a checksum of the bytes of a tensor, from any device, that goes on from another checksum."""
+    return zlib.crc32(_bytes(value.detach().to("cpu").contiguous()), start)
+
+
 def _on_host(tensors: TensorMapping) -> TensorDict:
     """Returns contiguous copies in host memory that do not overlap, as the format demands."""
     on_host: TensorDict = {}
@@ -99,7 +104,7 @@ def _checksum(tensors: TensorMapping, texts: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
-        total = zlib.crc32(_bytes(value), total)
+        total = tensor_checksum(value, total)
     return f"{total:08x}"
 
 
