@@ -82,7 +82,7 @@ class Checkpoints:
     `every` outer steps, at the end, and when it is interrupted.
 
     Args:
-        directory: folder of the files; made when the first is written.
+        directory: folder of the files; made when a run starts.
         every: outer steps between two checkpoints, at least 1.
         keep: how many of the newest are kept, at least 1.
 
@@ -152,7 +152,8 @@ class Checkpoints:
         return f"Delete this file; the run then resumes from {goes_on}."
 
     def _remove_old(self) -> None:
-        leftovers = self.directory.glob(f"step_*{PARTIAL}")
+        # The second kind is safetensors' own, of a process that was killed while it wrote.
+        leftovers = [*self.directory.glob(f"step_*{PARTIAL}"), *self.directory.glob(".tmp??????")]
         for path in [*self.paths()[: -self.keep], *leftovers]:
             path.unlink(missing_ok=True)
 

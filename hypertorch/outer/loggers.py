@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from hypertorch.errors import CheckpointError
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -100,9 +102,22 @@ class JsonLinesLogger(Logger):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._check_is_there()
         # By default Python writes a bare `NaN`, which is no JSON and which other readers refuse.
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
+
+    def _check_is_there(self) -> None:
+        """Raises if the file was deleted or replaced: the system would take lines that nobody can read."""
+        try:
+            is_there = self._file is not None and os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            raise CheckpointError(
+                f"`{self._path}` was deleted or replaced while the run wrote to it: its records are lost. Start the "
+                "run again, in a folder that nothing else changes; if its checkpoints are there, by `resume=True`."
+            )
 
     def rewind(self, step: int) -> None:
         """Removes the lines after a step, and lines that a killed process left unfinished."""

@@ -97,7 +97,7 @@ class OuterLoop(OuterSettings):
                 the validation's metric names nothing, a metric has a name that the loop logs another figure under, or
                 `start_from` are not the outer variables of the source.
             CheckpointError: if a checkpoint is damaged, of another problem, of other settings (each is listed), or in
-                the way, or cannot be written.
+                the way, or cannot be written; if another run writes into the folder of the checkpoints.
             NonFiniteError: if NaN or infinity appears in a hypergradient (names the outer step, the inner step and the
                 entry), or in the outer variables. Those are checked before every validation and checkpoint and at the
                 end, so neither a checkpoint nor the result ever holds it.

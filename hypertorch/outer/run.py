@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from hypertorch.outer.fingerprint import VALIDATION_SETTINGS, changes, fingerpri
 from hypertorch.outer.finiteness import check_finite
 from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
 from hypertorch.outer.interrupts import uninterrupted
+from hypertorch.outer.one_writer import one_writer
 from hypertorch.outer.progress import ProgressDisplay, progress_display
 from hypertorch.outer.report import Report
 from hypertorch.outer.scalars import to_floats
@@ -77,11 +79,12 @@ def train(
     def settings(*, of_problem: bool) -> dict[str, str]:
         return fingerprint(loop, backend, source.at(0) if of_problem else None, state.first_settings())
 
-    resumed = _begin(loop, state, num_outer_steps, settings, resume=resume, override=override)
-    run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
-    if not run.is_over():
-        run.to_the_end()
-    return _conclude(loop, state)
+    with nullcontext() if loop.checkpoints is None else one_writer(loop.checkpoints.directory):
+        resumed = _begin(loop, state, num_outer_steps, settings, resume=resume, override=override)
+        run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
+        if not run.is_over():
+            run.to_the_end()
+        return _conclude(loop, state)
 
 
 def _start(source: ProblemSource, given: TensorMapping | None) -> TensorDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Mapping
@@ -44,10 +45,22 @@ def write_tensor_file(path: Path, tensors: TensorMapping, texts: Mapping[str, st
         partial.replace(path)
         _flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"`{path}` could not be written ({error}): the disk may be full or the folder read-only. Files written "
-            "before are untouched; make room, or choose another folder, and start again."
-        ) from error
+        raise CheckpointError(not_written(path, error)) from error
+
+
+def not_written(path: Path, error: Exception) -> str:
+    """Returns the message about a file or folder that could not be written, and why."""
+    # Safetensors hands on the system's words, not its number.
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
+        reason, remedy = "the disk is full", "Make room, or choose another folder, and start again."
+    elif code in (errno.EACCES, errno.EPERM, errno.EROFS) or "os error 13" in str(error):
+        reason, remedy = "this user may not write there", "Get write access, or choose another folder, and start again."
+    elif code == errno.ENOENT or "os error 2)" in str(error):
+        reason, remedy = "the folder is gone", "Put it back, or choose another folder, and start again."
+    else:
+        reason, remedy = "the system refused it", "Mend that, or choose another folder, and start again."
+    return f"`{path}` could not be written ({error}): {reason}. Files written before are untouched. {remedy}"
 
 
 def read_tensor_file(path: Path, *, remedy: str) -> tuple[TensorDict, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections import Counter, OrderedDict
@@ -185,10 +186,10 @@ def test_a_failed_write_leaves_the_file_as_it_was(
     save_hparams(path, {"x": torch.zeros(2)})
 
     def fail(*args: Any, **named: Any) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tensor_files, failing, fail)
-    with pytest.raises(CheckpointError, match=r"could not be written \(No space left on device\).*make room"):
+    with pytest.raises(CheckpointError, match=r"could not be written \(.*No space left on device\): the disk is full"):
         save_hparams(path, {"x": torch.ones(2)})
     assert load_hparams(path)["x"].tolist() == [0.0, 0.0]
 
