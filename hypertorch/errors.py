@@ -28,7 +28,19 @@ class DetachedHyperparameterError(HypertorchError):
 
 
 class NonFiniteError(HypertorchError):
-    """A run produced NaN or infinity; the message names the inner step and the entry."""
+    """A run produced NaN or infinity; the message names the inner step and the entry.
+
+    Attributes:
+        inner_step: inner steps that were taken before it appeared; None if it did not appear in an inner step.
+    """
+
+    def __init__(self, message: str, *, inner_step: int | None = None) -> None:
+        super().__init__(message)
+        self.inner_step = inner_step
+
+
+class NonFiniteWarning(UserWarning):
+    """An outer step met NaN or infinity, and was skipped, or taken over a shorter horizon."""
 
 
 class ReplayError(HypertorchError):

@@ -33,6 +33,8 @@ class Checkpoint:
         carry: what the last hypergradient handed on to the next.
         carry_on_host: names of the entries of `carry` that stay in host memory, even if `hparams` do not.
         task_route: how tasks are run; None if that was not yet decided.
+        chunk: most tasks at once, where more did not fit into memory; None where they did.
+        non_finite_steps: outer steps that were skipped or shortened for NaN or infinity.
         best_hparams: the best outer variables by validation; empty without any.
         best_step: outer steps done when they were found.
         best_value: their figure of merit.
@@ -48,6 +50,8 @@ class Checkpoint:
     carry: TensorDict = field(default_factory=dict)
     carry_on_host: tuple[str, ...] = ()
     task_route: str | None = None
+    chunk: int | None = None
+    non_finite_steps: int = 0
     best_hparams: TensorDict = field(default_factory=dict)
     best_step: int | None = None
     best_value: float | None = None
@@ -64,6 +68,8 @@ _KINDS: dict[str, Any] = {
     "scheduler": (dict, NoneType),
     "carry_on_host": tuple,
     "task_route": (str, NoneType),
+    "chunk": (int, NoneType),
+    "non_finite_steps": int,
     "best_step": (int, NoneType),
     "best_value": (float, NoneType),
     "validated_step": int,
@@ -198,9 +204,11 @@ def _checked(found: Checkpoint) -> Checkpoint:
         value = getattr(found, name)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise TypeError(f"`{name}` is {value!r}")
-    counts = (found.step, found.validated_step, *([] if found.best_step is None else [found.best_step]))
+    counts = (found.step, found.validated_step, found.non_finite_steps, found.best_step or 0)
     if not all(0 <= count <= found.step for count in counts):
-        raise ValueError(f"`step`, `validated_step` and `best_step` are {counts}")
+        raise ValueError(f"`step`, `validated_step`, `non_finite_steps` and `best_step` are {counts}")
+    if found.chunk is not None and found.chunk < 1:
+        raise ValueError(f"`chunk` is {found.chunk}")
     if not 0.0 <= found.seconds < math.inf:
         raise ValueError(f"`seconds` is {found.seconds}")
     if not all(isinstance(text, str) for text in (*found.carry_on_host, *found.settings, *found.settings.values())):

@@ -41,6 +41,7 @@ def fingerprint(
         "backend": backend,
         "clip_norm": loop.clip_norm,
         "constraints": dict(loop.constraints or {}),
+        "on_non_finite": loop.on_non_finite,
         "inner_dtype": loop.execution.inner_dtype,
         **parts,
     }

@@ -50,7 +50,12 @@ class OuterLoop(OuterSettings):
         snapshots: which tensors and pictures the loggers are handed, and how often; None for none.
         checkpoints: where and how often to write checkpoints; None for never.
         progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
-        execution: how the problems are run, those of the validation too.
+        execution: how the problems are run, those of the validation too. Tasks that do not fit into memory together are
+            run in smaller chunks from there on, with a warning.
+        on_non_finite: what is done about an outer step that meets NaN or infinity: "raise" ends the run; "skip" leaves
+            the step out; "shorten" takes it over the inner steps before the first NaN, or half as many where that is
+            not finite either. The record says how many there were, as `non_finite_steps`.
+        most_non_finite: outer steps that may be skipped or shortened before the run ends, at least 1.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -99,8 +104,8 @@ class OuterLoop(OuterSettings):
             CheckpointError: if a checkpoint is damaged, of another problem, of other settings (each is listed), or in
                 the way, or cannot be written; if another run writes into the folder of the checkpoints.
             NonFiniteError: if NaN or infinity appears in a hypergradient (names the outer step, the inner step and the
-                entry), or in the outer variables. Those are checked before every validation and checkpoint and at the
-                end, so neither a checkpoint nor the result ever holds it.
+                entry) and `on_non_finite` does not go on, or in the outer variables. Those are checked before every
+                validation and checkpoint and at the end, so neither a checkpoint nor the result ever holds it.
             HypertorchError: whatever else the hypergradient raises.
         """
         return train(

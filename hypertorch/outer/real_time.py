@@ -60,6 +60,8 @@ class RealTime(OuterSettings):
         checkpoints: where and how often (unit: updates) to write checkpoints; None for never.
         progress: show a bar on a terminal, or an occasional line elsewhere, on standard error.
         execution: how the problems are run, those of the validation too.
+        on_non_finite: what is done about an update that meets NaN or infinity; see `OuterLoop`.
+        most_non_finite: updates that may be skipped or shortened before the run ends, at least 1.
 
     Raises:
         TypeError: if an argument is of the wrong kind.

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,19 +22,31 @@ from hypertorch.outer.fingerprint import VALIDATION_SETTINGS, changes, fingerpri
 from hypertorch.outer.finiteness import check_finite
 from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
 from hypertorch.outer.interrupts import uninterrupted
+from hypertorch.outer.memory_limit import within_memory
+from hypertorch.outer.non_finite_steps import check_can_be_shortened, finite_step
 from hypertorch.outer.one_writer import one_writer
 from hypertorch.outer.progress import ProgressDisplay, progress_display
 from hypertorch.outer.report import Report
 from hypertorch.outer.scalars import to_floats
 from hypertorch.outer.settings import OuterSettings, check_count
 from hypertorch.outer.state import OuterState
-from hypertorch.outer.step import STEPS_PER_SECOND, VALIDATION, propose, refuse_reserved_metrics, take
+from hypertorch.outer.step import (
+    NON_FINITE_STEPS,
+    STEPS_PER_SECOND,
+    VALIDATION,
+    Proposal,
+    propose,
+    refuse_reserved_metrics,
+    take,
+)
 from hypertorch.outer.stopwatch import Stopwatch
 from hypertorch.outer.trained import Trained
 from hypertorch.outer.validation import Validation
 from hypertorch.outer.zero_hypergradients import ZeroWatch
-from hypertorch.problem import ProblemSource
+from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict, TensorMapping
+
+T = TypeVar("T")
 
 _HALF_WIDTH = "_half_width"
 _RISE = 10.0  # the outer losses of single episodes differ by less
@@ -258,6 +271,8 @@ class _Run:
             state.task_route = measured_execution(
                 problem, state.hparams, backend=self._backend, outer_step=state.step, execution=loop.execution
             ).tasks
+        if loop.on_non_finite == "shorten":
+            check_can_be_shortened(problem)
         refuse_reserved_metrics(problem, state, execution=self._execution)
         if loop.validation is not None:
             # One episode shows a misspelt metric now, not at the first validation hours later.
@@ -287,26 +302,50 @@ class _Run:
         to_log = done % loop.log_every == 0 or done == self._num_outer_steps
         problem = self._source.at(state.step)
         # Nothing of the state changes here, where most of the time goes: an interrupt needs no protection.
-        proposal = propose(
+        proposal = finite_step(
+            lambda problem: self._propose(problem, with_figures=to_log),
             problem,
             state,
-            backend=self._backend,
-            execution=self._execution,
-            clip_norm=loop.clip_norm,
-            with_figures=to_log,
+            on_non_finite=loop.on_non_finite,
+            most=loop.most_non_finite,
         )
-        allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
-        self._zeros.look(state.step, proposal.grads, allowed)
-        # Tensors, read at the end only: a number for every step would wait for the device.
-        self._losses = [*self._losses[:1], proposal.outer_loss]
+        if proposal is not None:
+            allowed = problem.allow_unused if self._zeros_allowed is None else self._zeros_allowed
+            self._zeros.look(state.step, proposal.grads, allowed)
+            # Tensors, read at the end only: a number for every step would wait for the device.
+            self._losses = [*self._losses[:1], proposal.outer_loss]
         # The record belongs to the step: an interrupt between the two would leave a checkpoint whose record is missing.
         with uninterrupted():
-            take(proposal, state, self._constraints)
+            if proposal is None:
+                state.skip()
+            else:
+                take(proposal, state, self._constraints)
             self._show_snapshot()
             if to_log:
-                figures = to_floats(proposal.figures)
+                figures = {} if proposal is None else to_floats(proposal.figures)
+                if loop.on_non_finite != "raise":
+                    figures[NON_FINITE_STEPS] = float(state.non_finite_steps)
                 self._log({**figures, STEPS_PER_SECOND: self._stopwatch.rate(done)}, display)
         display.advance(done)
+
+    def _propose(self, problem: BilevelProblem, *, with_figures: bool) -> Proposal:
+        def of(execution: Execution) -> Proposal:
+            return propose(
+                problem,
+                self._state,
+                backend=self._backend,
+                execution=execution,
+                clip_norm=self._loop.clip_norm,
+                with_figures=with_figures,
+            )
+
+        return self._in_memory(of, lambda: problem.num_tasks)
+
+    def _in_memory(self, compute: Callable[[Execution], T], num_tasks: Callable[[], int | None]) -> T:
+        found, execution = within_memory(compute, self._execution, num_tasks)
+        if execution.chunk != self._execution.chunk:
+            self._state.chunk = execution.chunk
+        return found
 
     def _show_snapshot(self) -> None:
         snapshots, state = self._loop.snapshots, self._state
@@ -330,9 +369,13 @@ class _Run:
 
     @property
     def _execution(self) -> Execution:
-        """How problems are run: as the loop says, and what was measured as it was in the run's first part."""
-        asked, measured = self._loop.execution, self._state.task_route
-        return asked if measured is None or asked.tasks != "auto" else replace(asked, tasks=measured)
+        """How problems are run: as the loop says, and what was found out about it as it was in the run's first part."""
+        asked, state = self._loop.execution, self._state
+        return replace(
+            asked,
+            tasks=asked.tasks if state.task_route is None or asked.tasks != "auto" else state.task_route,
+            chunk=asked.chunk if state.chunk is None else state.chunk,
+        )
 
     def _validate(self, display: ProgressDisplay) -> None:
         validation, state = self._loop.validation, self._state
@@ -350,7 +393,12 @@ class _Run:
     def _evaluate(self, validation: Validation, *, num_episodes: int) -> Report:
         # Rounding depends on how tasks are run, and the choice of the best may depend on rounding: a resumed run must
         # evaluate as the run of its checkpoint did.
-        return evaluate(validation.source, self._state.hparams, num_episodes=num_episodes, execution=self._execution)
+        return self._in_memory(
+            lambda execution: evaluate(
+                validation.source, self._state.hparams, num_episodes=num_episodes, execution=execution
+            ),
+            lambda: validation.source.at(0).num_tasks,
+        )
 
     def _log(self, figures: Mapping[str, float], display: ProgressDisplay) -> None:
         for logger in self._loop.loggers:

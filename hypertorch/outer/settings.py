@@ -10,6 +10,7 @@ from hypertorch.constraints import Constraint
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints
 from hypertorch.outer.loggers import Logger
+from hypertorch.outer.non_finite_steps import POLICIES, OnNonFinite
 from hypertorch.outer.snapshots import Snapshots, takes_snapshots
 from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
 from hypertorch.outer.validation import Validation
@@ -34,6 +35,8 @@ class OuterSettings:
     checkpoints: Checkpoints | None = None
     progress: bool = False
     execution: Execution = DEFAULT
+    on_non_finite: OnNonFinite = "raise"
+    most_non_finite: int = 10
 
     def __post_init__(self) -> None:
         check_kind("execution", self.execution, Execution, "for example `ht.Execution(tasks='loop')`")
@@ -63,6 +66,12 @@ class OuterSettings:
                 "`snapshots` is given, but none of the `loggers` takes tensors or pictures: they would be lost. Add "
                 "`ht.TensorBoardLogger(folder)` or `ht.MemoryLogger()`, or leave `snapshots` out."
             )
+        if self.on_non_finite not in POLICIES:
+            raise ValueError(
+                f"`on_non_finite` is {self.on_non_finite!r}, which names no way to go on after NaN or infinity. Use "
+                "'raise', 'skip' or 'shorten'."
+            )
+        check_count("most_non_finite", self.most_non_finite, "outer steps that may be skipped or shortened")
         check_count("log_every", self.log_every, "outer steps between two records")
         if self.clip_norm is not None and not (self.clip_norm > 0.0 and math.isfinite(self.clip_norm)):
             raise ValueError(

@@ -31,6 +31,17 @@ _MOVING = ("base_lrs", "last_epoch", "_last_lr", "_step_count", "_get_lr_called_
 # Entries of a parameter group that are no settings of the optimizer; a scheduler adds the last one.
 _NO_SETTINGS = ("params", "names", "own_rate", "initial_lr")
 
+# What is restored as it is.
+_PLAIN = (
+    "step",
+    "task_route",
+    "chunk",
+    "non_finite_steps",
+    "best_step",
+    "best_value",
+    "validated_step",
+    "seconds",
+)
 _OWN_SETTINGS = ("optimizer", "learning_rates", "scheduler")
 
 
@@ -74,6 +85,8 @@ class OuterState:
         self.step = 0
         self.carry: TensorDict = {}
         self.task_route: Any = None
+        self.chunk: int | None = None
+        self.non_finite_steps = 0
         self.best_hparams: TensorDict = {}
         self.best_step: int | None = None
         self.best_value: float | None = None
@@ -142,9 +155,16 @@ class OuterState:
             ) from error
         for leaf in self.leaves.values():
             leaf.grad = None  # frees the hypergradient before the next one is computed
-        if self.scheduler is not None:
-            self.scheduler.step()
         self.carry = carry
+        self.skip()
+
+    def skip(self) -> None:
+        """Counts an outer step: a schedule moves on, the outer variables stay."""
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                # PyTorch warns of a scheduler that moves before its optimizer, as it does if the first step is skipped.
+                warnings.simplefilter("ignore", UserWarning)
+                self.scheduler.step()
         self.step += 1
 
     def _settings_out_of_range(self) -> str:
@@ -180,6 +200,8 @@ class OuterState:
             carry=self.carry,
             carry_on_host=tuple(name for name, value in self.carry.items() if value.device.type == "cpu"),
             task_route=self.task_route,
+            chunk=self.chunk,
+            non_finite_steps=self.non_finite_steps,
             best_hparams=self.best_hparams,
             best_step=self.best_step,
             best_value=self.best_value,
@@ -211,7 +233,7 @@ class OuterState:
             for name, value in checkpoint.carry.items()
         }
         self.best_hparams = {name: value.to(device) for name, value in checkpoint.best_hparams.items()}
-        for name in ("step", "task_route", "best_step", "best_value", "validated_step", "seconds"):
+        for name in _PLAIN:
             setattr(self, name, getattr(checkpoint, name))
 
     def _restore_optimizer(self, checkpoint: Checkpoint, changed: Collection[str]) -> None:

@@ -21,12 +21,13 @@ from hypertorch.unroll import outer_metrics, unroll
 
 HYPERGRADIENT_NORM = "hypergradient_norm"
 STEPS_PER_SECOND = "steps_per_second"
+NON_FINITE_STEPS = "non_finite_steps"
 LEARNING_RATE = "learning_rate"
 HPARAMS = "hparams/"
 VALIDATION = "validation/"
 _STEP = "step"  # what loggers call the number of the step in a record
 # A metric of one of these names would replace the loop's own figure in a record.
-_OWN_NAMES = (OUTER_LOSS, HYPERGRADIENT_NORM, STEPS_PER_SECOND, LEARNING_RATE, _STEP)
+_OWN_NAMES = (OUTER_LOSS, HYPERGRADIENT_NORM, STEPS_PER_SECOND, NON_FINITE_STEPS, LEARNING_RATE, _STEP)
 _OWN_BEGINNINGS = (f"{LEARNING_RATE}/", HPARAMS, VALIDATION)
 
 
@@ -79,7 +80,7 @@ def propose(
             execution=execution,
         )
     except NonFiniteError as error:
-        raise NonFiniteError(f"outer step {state.step}: {error}") from error
+        raise NonFiniteError(f"outer step {state.step}: {error}", inner_step=error.inner_step) from error
     # Not computed where nobody reads it: it is one pass over the hypergradient.
     norm = total_norm(result.grads) if with_figures or clip_norm is not None else None
     figures: dict[str, float | Tensor] = {}

@@ -39,10 +39,10 @@ def first_non_finite(loop: InnerLoop, variables: TensorDict) -> NonFiniteError |
             advice = _SMALLER_STEPS if step > 0 else "Nothing was stepped yet: look at the loss and the initial params."
             if not _is_finite(loop.draw(loop.first_index + step)):
                 advice = _BAD_DATA.format(method="InnerProblem.batch")
-            found.append(_non_finite("the inner loss", f"at inner step {step}", advice))
+            found.append(_non_finite("the inner loss", f"at inner step {step}", advice, inner_step=step))
         for name, value in zip(state.names(), state.tensors(), strict=True):
             if not tree.all_finite([value]):
-                found.append(_non_finite(f"`{name}`", f"after inner step {step}", _SMALLER_STEPS))
+                found.append(_non_finite(f"`{name}`", f"after inner step {step}", _SMALLER_STEPS, inner_step=step))
         return state
 
     state = scan(advance, state, range(loop.num_steps))
@@ -58,8 +58,9 @@ def _is_finite(batch: Batch) -> bool:
     return tree.all_finite(tree.batch_tensors(batch))
 
 
-def _non_finite(entry: str, where: str, advice: str) -> NonFiniteError:
-    return NonFiniteError(f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {advice}")
+def _non_finite(entry: str, where: str, advice: str, *, inner_step: int | None = None) -> NonFiniteError:
+    message = f"{entry} holds NaN or infinity {where}: no hypergradient exists there. {advice}"
+    return NonFiniteError(message, inner_step=inner_step)
 
 
 def non_finite_hypergradient(grads: TensorDict, figures: TensorDict) -> NonFiniteError:
