@@ -221,7 +221,7 @@ def test_the_settings_that_are_listed_are_those_of_the_choice(command: Command) 
             ("hydra/sweeper=optuna",),
             "`hydra/sweeper` is 'optuna', which is not installed: it cannot be used. Choose one of",
         ),
-        (("--multirun", "hydra/launcher=joblib", "seed=1,2"), "`hydra/launcher` is 'joblib', which is not installed"),
+        (("--multirun", "hydra/launcher=ray", "seed=1,2"), "`hydra/launcher` is 'ray', which is not installed"),
         (("+experiment=maml",), "`+experiment=...` adds a second choice"),
         (("+experiment=mmal",), "`experiment` is 'mmal'"),
         (("hydra.foo=1",), "`hydra.foo` is no setting of Hydra"),
