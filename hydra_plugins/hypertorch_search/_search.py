@@ -103,16 +103,27 @@ class Search:
                 settings=settings.settings or {},
                 batch=settings.n_jobs,
             )
-            if settings.sampler == "grid":
-                self.studied.enqueue(self.space.grid())
-            if self.brackets:
-                self._refuse_company(process)
-                for index, bracket in enumerate(self.brackets):
-                    self._run_bracket(index, bracket)
-            else:
-                while batch := self._next_batch():
-                    self._run_batch(batch)
+            try:
+                self._run_trials(process)
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt(
+                    "interrupted. The study was in memory and is lost; the runs of its trials are kept."
+                    if settings.storage == "memory"
+                    else "interrupted. What was found so far is kept; the same command with "
+                    f"paths.sweep_dir={folder} goes on from there."
+                ) from interrupt
         self._summary(storage_shown(settings.storage, folder), folder).show()
+
+    def _run_trials(self, process: Process) -> None:
+        if self.settings.sampler == "grid":
+            self.studied.enqueue(self.space.grid())
+        if not self.brackets:
+            while batch := self._next_batch():
+                self._run_batch(batch)
+            return
+        self._refuse_company(process)
+        for index, bracket in enumerate(self.brackets):
+            self._run_bracket(index, bracket)
 
     # What is known before the first trial.
 
@@ -181,9 +192,9 @@ class Search:
             brackets = [successive_halving(settings.num_trials or 1, settings.min_steps, longest, eta)]
         for point in self.space.ends():
             words = overrides_of(point)
+            whole = self.jobs.with_config(words, _itself)
             rungs = [
-                self.jobs.with_config([*words, *self._up_to(words, steps)], lambda config: config)
-                for steps in brackets[0].steps
+                self.jobs.with_config([*words, *self._up_to(whole, steps)], _itself) for steps in brackets[0].steps
             ]
             self.command.check_rungs(rungs)
         return brackets
@@ -301,6 +312,7 @@ class Search:
 
     def _run_bracket(self, index: int, bracket: Bracket) -> None:
         trials = self._trials_of(index, bracket)
+        configs = {trial.number: self.jobs.with_config(overrides_of(trial.point), _itself) for trial in trials}
         for rung, steps in enumerate(bracket.steps):
             reached = {one.number: one.intermediate_values for one in self.studied.trials()}
             is_next = {
@@ -310,7 +322,7 @@ class Search:
             due = [one for one in trials if is_next.get(one.number) and steps not in reached[one.number]]
             for start in range(0, len(due), self.settings.n_jobs):
                 chunk = due[start : start + self.settings.n_jobs]
-                words = [self._up_to(overrides_of(trial.point), steps) for trial in chunk]
+                words = [self._up_to(configs[trial.number], steps) for trial in chunk]
                 for trial, outcome in self._launch(chunk, words, goes_on=rung > 0):
                     if not isinstance(outcome, FailedTrial):
                         self.studied.report(trial.number, steps, outcome[0])
@@ -351,11 +363,8 @@ class Search:
             elif is_last:
                 self._complete(trial, [values[place]])
 
-    def _up_to(self, words: Sequence[str], steps: int) -> list[str]:
-        def lengthened(config: Any) -> list[str]:
-            return [] if self.command is None else self.command.lengthened(config, steps)
-
-        return self.jobs.with_config(words, lengthened)
+    def _up_to(self, config: Any, steps: int) -> list[str]:
+        return [] if self.command is None else self.command.lengthened(config, steps)
 
     # What both have.
 
@@ -433,3 +442,7 @@ class Search:
 
 def _direction(word: str) -> Direction:
     return "max" if word == "max" else "min"
+
+
+def _itself(config: Any) -> Any:
+    return config

@@ -121,7 +121,7 @@ class Summary:
             writer.writerow(["trial", "state", *self.objectives, *self._names(), "last_step", "why"])
             for trial in trials:
                 values = trial.values or [""] * len(self.objectives)
-                settings = [self._shown(trial, name) for name in self._names()]
+                settings = [trial.params.get(name, "") for name in self._names()]
                 last = max(trial.intermediate_values, default="")
                 writer.writerow(
                     [trial.number, trial.state.name, *values, *settings, last, trial.user_attrs.get("why", "")]
