@@ -15,16 +15,25 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 import hypertorch as ht
 from experiments import train
+from experiments.common.config_errors import CONFIGS
 from hydra_plugins.hypertorch_search import _summary
+from hydra_plugins.hypertorch_search._settings import check_settings
+from hydra_plugins.hypertorch_search._space import overrides_of, read_space
+from hydra_plugins.hypertorch_search.config import SearchConfig
 from hypertorch.search import hyperband, is_worse
+from hypertorch.search.halving import rungs
 from hypertorch.search.processes import Process
 from tests.experiments.commands import Command
+from tests.helpers import pages
 
 # Half a second a run.
 SMALL = (
@@ -193,6 +202,33 @@ def test_a_search_of_which_nothing_is_left_fails(command: Command) -> None:
     code, error = search(command, "dynamics.lr=1e37,1e38", "hydra.sweeper.sampler=grid")
     assert code == 1
     assert "2 trials all ended without a value" in error and "NaN or infinity" in error
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in pages.commands("docs/search.md") if "--multirun" in words], ids=str
+)
+def test_the_commands_of_the_page_would_be_searched(words: list[str]) -> None:
+    parsed = OverridesParser.create().parse_overrides(words[2:])
+    fixed = [item.input_line for item in parsed if not item.is_sweep_override()]
+    swept = [item for item in parsed if item.is_sweep_override()]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        one = compose("train", fixed, return_hydra_config=True).hydra.sweeper
+        chosen = SearchConfig(**OmegaConf.to_container(one))
+        space = read_space(swept, chosen.conditions or {})
+        check_settings(chosen, space)
+        for point in space.ends():
+            assert compose("train", [*fixed, *overrides_of(point)])
+        if chosen.pruner is not None:
+            length = compose("train", fixed).outer_loop.num_outer_steps
+            assert all(steps % 5 == 0 for steps in rungs(chosen.min_steps, length, chosen.eta or 3))
+
+
+def test_the_savings_of_the_page_are_those_of_the_brackets() -> None:
+    (row,) = [cells for cells in pages.rows("docs/search.md") if cells[0] == "10, 160, 2"]
+    brackets = hyperband(10, 160, 2)
+    trials = sum(bracket.sizes[0] for bracket in brackets)
+    steps, restarted = (sum(getattr(one, name) for one in brackets) for name in ("continued_steps", "restarted_steps"))
+    assert row[1:] == [str(trials), str(steps), str(restarted), f"{100 * (1 - steps / restarted):.1f} %"]
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
