@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
 
@@ -38,8 +39,10 @@ from experiments.common.reporting import (
 from experiments.common.run_folder import RunFolder, command, current_folder, open_folder, read_config
 from experiments.common.settings import TrainSettings
 from experiments.common.training import TRAINING, build_outer_loop
+from experiments.common.trials import SearchedTraining, objectives_of_trial, values_of_trial
 from experiments.common.typed_settings import parse
 from hypertorch.errors import CheckpointError
+from hypertorch.search import searchable
 from hypertorch.types import TensorDict
 
 MAIN_CONFIG = CONFIGS / "train.yaml"
@@ -47,24 +50,57 @@ failures = Failures(MAIN_CONFIG)
 Reports = dict[str, ht.Report]
 
 
-@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
-@failures.reported
-def main(config: DictConfig) -> float:
-    """Returns the figure that a sweep optimises: the best validation."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Everything that a run needs before its first step.
+
+    Args:
+        settings: the plain settings.
+        experiment: what is learnt from, validated on and judged on.
+        splits: what it is judged on.
+        loop: the outer loop.
+        initial: outer variables to start from; None for fresh ones.
+    """
+
+    settings: TrainSettings
+    experiment: Experiment
+    splits: tuple[str, ...]
+    loop: ht.OuterLoop
+    initial: TensorDict | None
+
+
+def prepare(config: DictConfig) -> Prepared:
+    """Returns all of it before the folder becomes a run: a mistake must not leave one behind.
+
+    Raises:
+        ExpectedFailure: naming the setting that the run cannot work with.
+    """
     check_settings_are_read(config, TRAINING | experiment_class(config).READS)
     settings = parse(TrainSettings, config)
     settings.set_threads()
     initial = start(settings)
-    # All of it before the folder becomes a run: a mistake must not leave one behind.
     experiment = build_experiment(config, settings)
     experiment.check_training(settings)
     splits = experiment.evaluated_splits(settings.evaluation.splits)
     loop = build_outer_loop(config, settings, experiment, current_folder())
+    return Prepared(settings=settings, experiment=experiment, splits=splits, loop=loop, initial=initial)
+
+
+@hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
+@searchable(SearchedTraining(lambda config: prepare(config).experiment))
+@failures.reported
+def main(config: DictConfig) -> float | list[float]:
+    """Returns the figure that a sweep optimises: the best validation, or all that a search asks for."""
+    prepared = prepare(config)
+    settings, experiment, splits = prepared.settings, prepared.experiment, prepared.splits
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console(stderr=True)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     start_cpu = process_time()
-    trained = loop.run(settings.outer_loop.num_outer_steps, start_from=initial, resume=folder.resumed)
+    trained = prepared.loop.run(settings.outer_loop.num_outer_steps, start_from=prepared.initial, resume=folder.resumed)
+    objectives = objectives_of_trial()
+    if objectives is not None:  # which is compared by its validation, and not judged
+        return values_of_trial(objectives, trained, process_time() - start_cpu)
     experiment = experiment.after(trained)
     if not folder.resumed:
         experiment.training_cpu_seconds = process_time() - start_cpu

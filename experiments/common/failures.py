@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -20,10 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 import hypertorch
 from experiments.common.config_errors import explain_config_error
 from hypertorch.errors import HypertorchError
+from hypertorch.search import FailedTrial
 
+_SWEEPER = "hydra_plugins.hypertorch_search."
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _ROOT = Path(__file__).resolve().parents[2]
-_OWN_CODE = (Path(hypertorch.__file__).resolve().parent, _ROOT / "experiments", _ROOT / "benchmarks")
+_OWN_CODE = (
+    Path(hypertorch.__file__).resolve().parent,
+    *(_ROOT / folder for folder in ("experiments", "benchmarks", "hydra_plugins")),
+)
 
 
 class ExpectedFailure(Exception):  # noqa: N818 (not a fault of the program)
@@ -54,7 +60,9 @@ def explain(error: BaseException, main_config: Path) -> str | None:
         main_config: the command's main file, for the names of its settings.
     """
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted. What was done so far is kept; the same command with resume=true goes on from there."
+        return str(error) or (
+            "interrupted. What was done so far is kept; the same command with resume=true goes on from there."
+        )
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         ours = _own_cause(error)
         return explain_config_error(error, main_config) if ours is None else str(ours)
@@ -105,14 +113,19 @@ class Failures:
         self._messages: list[str] = []
         self._keep_tracebacks = False
 
-    def reported(self, job: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
-        """Returns the job with its expected failures printed on stderr instead of raised."""
+    def reported(self, job: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+        """Returns the job with its expected failures printed on stderr instead of raised.
+
+        A trial of a search returns them: they are a finding of the search, which tells of them and goes on.
+        """
 
         @functools.wraps(job)
-        def reporting(config: DictConfig) -> float | None:
+        def reporting(config: DictConfig) -> Any:
             try:
                 return job(config)
             except _JOB_FAILURES as error:
+                if is_trial():
+                    return self._failed_trial(error)
                 self._report(error, _job_name())
                 return None
 
@@ -152,6 +165,14 @@ class Failures:
         except (KeyboardInterrupt, *_JOB_FAILURES) as error:
             self._report(error, "")
 
+    def _failed_trial(self, error: Exception) -> FailedTrial:
+        message = explain(error, self._main_config)
+        if message is None:
+            raise error
+        if self._keep_tracebacks:
+            traceback.print_exception(error)
+        return FailedTrial(why=message)
+
     def _report(self, error: BaseException, prefix: str) -> None:
         message = None if self._keep_tracebacks else explain(error, self._main_config)
         if message is None:
@@ -159,6 +180,13 @@ class Failures:
         self._messages.append(message)
         sys.stdout.flush()
         sys.stderr.write(f"error: {prefix}{message}\n")
+
+
+def is_trial() -> bool:
+    """Returns whether the current Hydra job is a trial of a search."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    return str(HydraConfig.get().sweeper._target_).startswith(_SWEEPER)
 
 
 def _write_nowhere() -> None:

@@ -107,8 +107,9 @@ def check_settings_are_read(config: DictConfig, reads: Reads) -> None:
     hydra = HydraConfig.get()
     parser = OverridesParser.create()
     overrides = parser.parse_overrides(list(hydra.overrides.task))
+    known_of_hydra = OmegaConf.structured(HydraConf)
     for override in parser.parse_overrides(list(hydra.overrides.hydra)):
-        _check_hydra_has(override.key_or_group)
+        _check_hydra_has(known_of_hydra, override.key_or_group)
     groups = [override for override in overrides if override.get_key_element().lstrip("+~") in hydra.runtime.choices]
     given = [item.key_or_group for item in overrides if item not in groups and not item.is_delete()]
     for override in overrides:
@@ -213,9 +214,8 @@ def _check_is_built(config: DictConfig, key: str, reads: Reads) -> None:
         raise ExpectedFailure(f"`{key}` is given, but {reason}")
 
 
-def _check_hydra_has(key: str) -> None:
+def _check_hydra_has(known: Any, key: str) -> None:
     """Refuses settings of Hydra itself that it does not know; what it hands to plugins, those check."""
-    known: Any = OmegaConf.structured(HydraConf)
     for name in key.split(".")[1:]:
         if not (isinstance(known, DictConfig) and known._metadata.object_type not in (dict, None)):
             return

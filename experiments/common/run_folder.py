@@ -41,6 +41,7 @@ _FREE = (
     "shortest_repetition",
     "longest_timing",
     "outer_loop.num_outer_steps",
+    "outer_loop.schedule_length",  # which matters through the schedule, whose settings are compared
     "outer_loop.progress",
     "dataset.root",
 )
@@ -179,6 +180,12 @@ def read_config(path: Path, *, setting: str = "run", trusted: Sequence[str] | No
     return OmegaConf.create(values)
 
 
+def changed_settings(before: DictConfig, now: DictConfig) -> list[str]:
+    """Returns the names of the settings that differ, but for those that may between two parts of a run."""
+    old, new = (dict(_flat(OmegaConf.to_container(item, resolve=True))) for item in (before, now))
+    return [key for key in {**old, **new} if old.get(key) != new.get(key) and not key.startswith(_FREE)]
+
+
 def read_results(path: Path) -> dict[str, Any]:
     """Returns what a run's results.json holds.
 
@@ -269,7 +276,8 @@ def _read_yaml(path: Path) -> Any:
 
 def _refuse_unnamed_sweep(config: DictConfig) -> None:
     hydra = HydraConfig.get()
-    named = any(item.startswith("paths.sweep_dir=") for item in hydra.overrides.task)
+    words = (*hydra.overrides.task, *hydra.overrides.hydra)
+    named = any(item.startswith(("paths.sweep_dir=", "hydra.sweep.dir=")) for item in words)
     if config.resume is True and hydra.mode == RunMode.MULTIRUN and not named:
         raise ExpectedFailure(
             "`resume` is True in a multirun whose folder is not given: which of the earlier ones to go on with is not "
@@ -289,22 +297,21 @@ def _refuse_missing(config: DictConfig, folder: RunFolder) -> None:
 def _refuse_changes(config: DictConfig, folder: RunFolder, overrides: Sequence[str]) -> None:
     # Nothing of the folder's configuration is built: the run goes on with the one that was given.
     old = read_config(folder.path, setting="paths.run_dir", trusted=None)
-    before, now = (dict(_flat(OmegaConf.to_container(item, resolve=True))) for item in (old, config))
-    # A switch that an earlier version did not have, left as it is by default: what that version did.
     named = {item.lstrip("+~").split("=")[0] for item in overrides}
-    new = {key for key in now if key.split(".")[0] not in old and key not in named}
-    changed = [
-        key
-        for key in {**before, **now}
-        if before.get(key) != now.get(key) and not key.startswith(_FREE) and key not in new
-    ]
+    # A switch that an earlier version did not have, left as it is by default: what that version did.
+    changed = [key for key in changed_settings(old, config) if key.split(".")[0] in old or key in named]
     if changed:
         key = changed[0]
         raise ExpectedFailure(
-            f"`{key}` is {now.get(key)!r}, but the run in {str(folder.path)!r} was started with {before.get(key)!r}"
-            f"{f' (and {len(changed) - 1} more settings differ)' if changed[1:] else ''}: it would not go on as the "
-            "same run. Give the settings it was started with, or start another run without resume=true."
+            f"`{key}` is {_value(config, key)!r}, but the run in {str(folder.path)!r} was started with "
+            f"{_value(old, key)!r}{f' (and {len(changed) - 1} more settings differ)' if changed[1:] else ''}: it "
+            "would not go on as the same run. Give the settings it was started with, or start another run without "
+            "resume=true."
         )
+
+
+def _value(config: DictConfig, key: str) -> object:
+    return dict(_flat(OmegaConf.to_container(config, resolve=True))).get(key)
 
 
 def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf
 
 import hypertorch as ht
@@ -15,10 +17,32 @@ from experiments.common.settings import TrainSettings
 # Settings of the outer loop that are no arguments of its class.
 _LOOP_OWN = (
     "outer_loop.num_outer_steps",
+    "outer_loop.schedule_length",
     "outer_loop.scheduler",
     "outer_loop.checkpoints",
     "outer_loop.snapshots",
 )
+
+
+def is_scheduled(config: DictConfig) -> bool:
+    """Returns whether the scheduler of the outer optimizer depends on `outer_loop.schedule_length`."""
+    return _scheduler(config, 1) != _scheduler(config, 2)
+
+
+def _scheduler(config: DictConfig, length: int) -> Any:
+    changed = OmegaConf.merge(config, {"outer_loop": {"schedule_length": length}})
+    scheduler = OmegaConf.select(changed, "outer_loop.scheduler")
+    return OmegaConf.to_container(scheduler, resolve=True) if OmegaConf.is_config(scheduler) else scheduler
+
+
+def _idle(config: DictConfig, key: str) -> str | None:
+    if key != "outer_loop.schedule_length" or is_scheduled(config):
+        return None
+    return (
+        "the run has no learning-rate schedule that depends on its length: it would have no effect. Leave it out, or "
+        "choose an outer_loop.scheduler with ${outer_loop.schedule_length} in it."
+    )
+
 
 TRAINING = Reads(
     settings=(TrainSettings,),
@@ -31,6 +55,7 @@ TRAINING = Reads(
         "outer_loop.checkpoints",
         "outer_loop.snapshots",
     ),
+    idle=_idle,
     own=_LOOP_OWN,
 )
 """What a training run reads, beside what its experiment reads."""

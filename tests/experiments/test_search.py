@@ -1,0 +1,550 @@
+"""The search of `scripts/train --multirun hydra/sweeper=search`, through the real command on a small experiment."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+import hypertorch as ht
+from experiments import train
+from experiments.common.config_errors import CONFIGS
+from hydra_plugins.hypertorch_search import _summary
+from hydra_plugins.hypertorch_search._settings import check_settings
+from hydra_plugins.hypertorch_search._space import overrides_of, read_space
+from hydra_plugins.hypertorch_search.config import SearchConfig
+from hypertorch.search import hyperband, is_worse
+from hypertorch.search.halving import rungs
+from hypertorch.search.processes import Process
+from tests.experiments.commands import Command
+from tests.helpers import pages
+
+# Half a second a run.
+SMALL = (
+    "experiment=rotation",
+    "experiment.num_steps=2",
+    "experiment.final_steps=3",
+    "experiment.hidden=4",
+    "outer_loop.num_outer_steps=2",
+    "outer_loop.log_every=1",
+    "outer_loop.progress=false",
+    "validation.every=1",
+    "validation.num_episodes=1",
+)
+LR = "outer_optimizer.lr=tag(log,interval(1e-2,1e1))"
+MOMENTUM = "dynamics.momentum=interval(0,0.9)"
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Lets a search draw its pictures."""
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take as long as the rest of a search; the tests that look at them ask for `pictures`."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(_summary, "draw_study", lambda *_: [])
+
+
+def search(command: Command, *words: str, folder: str = "sweep") -> tuple[int, str]:
+    return command("--multirun", "hydra/sweeper=search", *SMALL, f"paths.sweep_dir={folder}", *words)
+
+
+def settings(**values: object) -> list[str]:
+    return [f"hydra.sweeper.{name}={value}" for name, value in values.items()]
+
+
+def study(path: str | Path = "sweep/study.journal", name: str = "search") -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def states(one: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in one.trials]
+
+
+def records(folder: str | Path) -> list[dict[str, float]]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if "per_second" not in name} for line in lines]
+
+
+def best_accuracy(folder: str | Path) -> float:
+    return max(record.get("validation/accuracy", 0.0) for record in records(folder))
+
+
+def steps_run(folders: Sequence[Path]) -> int:
+    """The outer steps whose record was written, each counted as often as it was taken."""
+    return sum("hypergradient_norm" in record for folder in folders for record in records(folder))
+
+
+def printed_commands(out: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in out.splitlines() if line.strip().startswith("scripts/train")]
+
+
+SAMPLERS: dict[str, list[str]] = {
+    "random": [],
+    "qmc": [],
+    "tpe": ["hydra.sweeper.settings={n_startup_trials:1}"],
+    "gp": ["hydra.sweeper.settings={n_startup_trials:1}"],
+    "cmaes": [],
+    "nsga2": ["hydra.sweeper.settings={population_size:2}"],
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_searches(sampler: str, command: Command) -> None:
+    code, error = search(command, LR, MOMENTUM, *settings(sampler=sampler, num_trials=3), *SAMPLERS[sampler])
+    assert code == 0, error
+    found = study()
+    assert states(found) == ["COMPLETE"] * 3
+    assert len({tuple(trial.params.values()) for trial in found.trials}) == 3
+    # An accuracy: the larger the better, and the value is the best validation that the run has seen.
+    assert found.direction.name == "MAXIMIZE"
+    for trial in found.trials:
+        seen = [one["validation/accuracy"] for one in records(f"sweep/{trial.number}") if "validation/accuracy" in one]
+        assert trial.value == max(seen)
+
+
+def test_the_grid_runs_each_point_once_and_no_test_is_seen(command: Command, pictures: None) -> None:
+    code, error = search(
+        command, "outer_optimizer.lr=0.5,2", "experiment.hidden=range(3,5)", "hydra.sweeper.sampler=grid"
+    )
+    assert code == 0, error
+    found = study()
+    points = [(trial.params["outer_optimizer.lr"], trial.params["experiment.hidden"]) for trial in found.trials]
+    assert sorted(points) == [("0.5", 3), ("0.5", 4), ("2", 3), ("2", 4)]
+    folders = [Path("sweep") / str(number) for number in range(4)]
+    for folder in folders:
+        assert not (folder / "results.json").exists()
+        assert not any("test" in name for record in records(folder) for name in record)
+    with Path("sweep/trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["validation"]) for row in rows] == [trial.value for trial in found.trials]
+    for picture in ("history", "slices", "parallel_coordinates"):
+        assert Path(f"sweep/{picture}.png").stat().st_size > 1000
+
+
+def test_what_it_prints_can_be_pasted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    from rich.console import Console
+
+    monkeypatch.setattr(Console, "print", lambda self, *what, **_: shown.extend(map(str, what)))
+    code, error = search(command, LR, *settings(sampler="random", num_trials=2))
+    assert code == 0, error
+    anew, again = printed_commands("\n".join(shown))
+    best = study().best_trial
+    assert f"outer_optimizer.lr={best.params['outer_optimizer.lr']!r}" in anew
+    assert set(anew) < set(again)
+    code, error = command(*again)
+    assert code == 0, error
+    results = json.loads(Path(f"sweep/{best.number}/results.json").read_text())
+    assert set(results["metrics"]) == {"validation", "test"}
+    assert results["num_outer_steps"] == 2
+    code, error = command(*anew, "paths.run_dir=anew")
+    assert code == 0, error
+    assert records("anew") == records(f"sweep/{best.number}")
+
+
+def test_several_objectives_with_the_direction_of_each(command: Command, pictures: None) -> None:
+    code, error = search(
+        command,
+        LR,
+        *settings(sampler="nsga2", num_trials=3, objectives="[validation,seconds]"),
+        "experiment.hidden=2,64",
+    )
+    assert code == 0, error
+    found = study()
+    assert [direction.name for direction in found.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert all(len(trial.values) == 2 and trial.values[1] > 0 for trial in found.trials)
+    assert Path("sweep/front.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_loss_is_minimised(command: Command) -> None:
+    """The same search on an experiment that is validated by its loss."""
+    words = ("experiment=sinusoid", "debug=fewshot", "outer_loop.progress=false", "paths.sweep_dir=sweep")
+    code, error = command(
+        "--multirun", "hydra/sweeper=search", *words, "outer_optimizer.lr=interval(0.001,0.01)", *settings(num_trials=2)
+    )
+    assert code == 0, error
+    assert study().direction.name == "MINIMIZE"
+
+
+def test_a_trial_that_diverges_fails_and_the_search_goes_on(command: Command) -> None:
+    code, error = search(command, "dynamics.lr=0.1,1e38", "hydra.sweeper.sampler=grid")
+    assert code == 0, error
+    found = study()
+    assert states(found) == ["COMPLETE", "FAIL"]
+    assert "NaN or infinity" in found.trials[1].user_attrs["why"]
+    assert found.best_trial.number == 0
+    assert "error" not in error
+
+
+@pytest.mark.slow
+def test_a_search_of_which_nothing_is_left_fails(command: Command) -> None:
+    code, error = search(command, "dynamics.lr=1e37,1e38", "hydra.sweeper.sampler=grid")
+    assert code == 1
+    assert "2 trials all ended without a value" in error and "NaN or infinity" in error
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in pages.commands("docs/search.md") if "--multirun" in words], ids=str
+)
+def test_the_commands_of_the_page_would_be_searched(words: list[str]) -> None:
+    parsed = OverridesParser.create().parse_overrides(words[2:])
+    fixed = [item.input_line for item in parsed if not item.is_sweep_override()]
+    swept = [item for item in parsed if item.is_sweep_override()]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        one = compose("train", fixed, return_hydra_config=True).hydra.sweeper
+        chosen = SearchConfig(**OmegaConf.to_container(one))
+        space = read_space(swept, chosen.conditions or {})
+        check_settings(chosen, space)
+        for point in space.ends():
+            assert compose("train", [*fixed, *overrides_of(point)])
+        if chosen.pruner is not None:
+            length = compose("train", fixed).outer_loop.num_outer_steps
+            assert all(steps % 5 == 0 for steps in rungs(chosen.min_steps, length, chosen.eta or 3))
+
+
+def test_the_savings_of_the_page_are_those_of_the_brackets() -> None:
+    (row,) = [cells for cells in pages.rows("docs/search.md") if cells[0] == "10, 160, 2"]
+    brackets = hyperband(10, 160, 2)
+    trials = sum(bracket.sizes[0] for bracket in brackets)
+    steps, restarted = (sum(getattr(one, name) for one in brackets) for name in ("continued_steps", "restarted_steps"))
+    assert row[1:] == [str(trials), str(steps), str(restarted), f"{100 * (1 - steps / restarted):.1f} %"]
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
+    "misspelt setting": (("outer_optimzer.lr=interval(0,1)", "hydra.sweeper.num_trials=2"), "outer_optimzer.lr"),
+    "misspelt setting of the search": ((LR, "hydra.sweeper.num_trails=2"), "`hydra.sweeper.num_trails` is no setting"),
+    "nothing to search": (("hydra.sweeper.num_trials=2",), "there is nothing to search"),
+    "no number": ((LR,), "`hydra.sweeper.num_trials` is not given"),
+    "a number for the grid": (("seed=0,1", *settings(sampler="grid", num_trials=2)), "grid runs every point once"),
+    "unknown sampler": ((LR, *settings(sampler="tep", num_trials=2)), "Use one of: random, grid, qmc, tpe"),
+    "unknown argument of the sampler": (
+        (LR, *settings(num_trials=2, settings="{n_starts:2}")),
+        "which Optuna's sampler tpe refuses",
+    ),
+    "end of a range": (("outer_optimizer.lr=interval(-1,1)", *settings(num_trials=2)), "Invalid learning rate: -1"),
+    "one choice": (("outer_optimizer.lr=1,fast", *settings(num_trials=2)), "fast"),
+    "empty interval": (("outer_optimizer.lr=interval(2,1)", *settings(num_trials=2)), "is no interval"),
+    "choices for numbers": (("seed=0,1", LR, *settings(sampler="cmaes", num_trials=2)), "`seed` is a choice"),
+    "one number for a covariance": ((LR, *settings(sampler="cmaes", num_trials=2)), "alone is searched"),
+    "unknown objective": ((LR, *settings(num_trials=2, objectives="[test]")), "Use some of: validation, seconds"),
+    "wrong direction": ((LR, *settings(num_trials=2, directions="[min]")), r"the experiment says ['max'] is better"),
+    "the test": ((LR, *settings(num_trials=2), "evaluation.splits=[test]"), "the test stays unseen"),
+    "resume": ((LR, *settings(num_trials=2), "resume=true"), "a search goes on by itself"),
+    "pruner without rungs": (
+        (LR, *settings(num_trials=2, pruner="successive_halving")),
+        "`hydra.sweeper.min_steps` is not",
+    ),
+    "rungs without pruner": ((LR, *settings(num_trials=2, min_steps=2)), "`hydra.sweeper.pruner` is null"),
+    "length that is no rung": (
+        (LR, *settings(pruner="hyperband", min_steps=2), "outer_loop.num_outer_steps=5"),
+        "leave out the length 5 of the run",
+    ),
+    "rungs between validations": (
+        (LR, *settings(pruner="hyperband", min_steps=1, eta=2), "validation.every=2"),
+        "`validation.every` is 2, but a rung of the search ends after 1",
+    ),
+    "what grows with the run": (
+        (LR, *settings(pruner="hyperband", min_steps=1, eta=2), "+experiment.foo=1"),
+        "experiment.foo",
+    ),
+    "racing without seeds": ((LR, *settings(num_trials=2, racing=True)), "`hydra.sweeper.seeds` is 1"),
+    "two objectives with rungs": (
+        (LR, *settings(pruner="hyperband", min_steps=1, eta=2, objectives="[validation,seconds]")),
+        "which goes by one number",
+    ),
+    "storage": ((LR, *settings(num_trials=2, storage="nonsense://a")), "`hydra.sweeper.storage` is 'nonsense://a'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_mistake_is_refused_before_the_first_trial(case: str, command: Command, tmp_path: Path) -> None:
+    words, expected = REFUSED[case]
+    code, error = search(command, *words)
+    assert code == 1
+    assert expected in error and error.count("\n") == 1, error
+    assert not (tmp_path / "sweep/0").exists()
+
+
+@pytest.mark.slow
+def test_experiments_with_other_directions_are_no_one_search(command: Command) -> None:
+    words = ("experiment=noisy_digits,data_cleaning", "debug=default", *settings(num_trials=2))
+    code, error = command("--multirun", "hydra/sweeper=search", *words)
+    assert code == 1 and "which is better ('max',) with experiment=noisy_digits and ('min',) with" in error
+
+
+def test_experiments_that_cannot_go_on_are_refused(command: Command) -> None:
+    halving = settings(pruner="successive_halving", num_trials=2, min_steps=1, eta=2)
+    code, error = command("--multirun", "hydra/sweeper=search", "experiment=sinusoid", "debug=fewshot", LR, *halving)
+    assert code == 1 and "`execution.tasks` is 'auto', which is measured" in error
+    code, error = command("--multirun", "hydra/sweeper=search", "experiment=real_time", "debug=default", LR, *halving)
+    assert code == 1 and "`experiment.num_updates` depends on `outer_loop.num_outer_steps`" in error
+
+
+def test_a_schedule_length_without_a_schedule_is_refused(command: Command) -> None:
+    code, error = command(*SMALL, "outer_loop.scheduler=null", "outer_loop.schedule_length=9")
+    assert code == 1 and "`outer_loop.schedule_length` is given, but the run has no learning-rate schedule" in error
+
+
+@pytest.mark.slow
+def test_a_schedule_of_its_own_length_lets_a_run_be_lengthened(command: Command) -> None:
+    words = (*SMALL, "outer_loop.schedule_length=4")
+    assert command(*words, "paths.run_dir=straight", "outer_loop.num_outer_steps=4")[0] == 0
+    assert command(*words, "paths.run_dir=longer")[0] == 0
+    code, error = command(*words, "paths.run_dir=longer", "outer_loop.num_outer_steps=4", "resume=true")
+    assert code == 0, error
+    assert records("longer") == records("straight")
+    code, error = command(*SMALL, "paths.run_dir=longer", "outer_loop.num_outer_steps=4", "resume=true")
+    assert code == 0, error  # the default is the length of the run, which is that length again
+    code, error = command(*SMALL, "paths.run_dir=longer", "outer_loop.num_outer_steps=6", "resume=true")
+    assert code == 1 and "`outer_loop.scheduler.T_max` is 6, but the run in" in error
+
+
+def test_the_same_command_goes_on_and_another_is_refused(command: Command) -> None:
+    assert search(command, LR, *settings(sampler="random", num_trials=2))[0] == 0
+    first = [trial.params for trial in study().trials]
+    assert search(command, LR, *settings(sampler="random", num_trials=3))[0] == 0
+    assert [trial.params for trial in study().trials][:2] == first and len(study().trials) == 3
+    # A sampler that began with the same draws again would find nothing new.
+    assert study().trials[2].params not in first
+    code, error = search(command, MOMENTUM, *settings(sampler="random", num_trials=3))
+    assert code == 1 and "has a study 'search' whose space is" in error
+    code, error = search(command, LR, "seed=1", *settings(sampler="random", num_trials=3))
+    assert code == 1 and "whose command is" in error
+    code, error = search(command, LR, *settings(sampler="random", num_trials=3, storage="memory"))
+    assert code == 1 and "where there are trials already, but their study is not in `hydra.sweeper.storage`" in error
+
+
+@pytest.mark.slow
+def test_a_database_and_a_folder_of_their_own(command: Command) -> None:
+    words = (LR, *settings(sampler="random", num_trials=1, storage="sqlite:///one.db", study_name="mine"))
+    code, error = search(command, *words)
+    assert code == 0, error
+    code, error = command(
+        "--multirun", "hydra/sweeper=search", *SMALL, *words, "hydra.sweeper.num_trials=2"
+    )  # without the folder: the study knows it
+    assert code == 0, error
+    assert Path("sweep/1/metrics.jsonl").exists()
+    found = optuna.load_study(study_name="mine", storage="sqlite:///one.db")
+    assert states(found) == ["COMPLETE"] * 2
+
+
+@pytest.mark.slow
+def test_conditions_leave_a_setting_out(command: Command) -> None:
+    code, error = search(
+        command,
+        "outer_optimizer=adam,sgd",
+        "outer_optimizer.momentum=0.1,0.5",
+        "hydra.sweeper.sampler=grid",
+        "hydra.sweeper.conditions={outer_optimizer.momentum:'outer_optimizer=sgd'}",
+    )
+    assert code == 0, error
+    assert [list(trial.params.values()) for trial in study().trials] == [["adam"], ["sgd", "0.1"], ["sgd", "0.5"]]
+
+
+def test_hyperband_goes_on_bit_for_bit_and_runs_as_many_steps_as_computed(command: Command) -> None:
+    code, error = search(
+        command,
+        LR,
+        *settings(sampler="random", pruner="hyperband", min_steps=1, eta=2),
+        "outer_loop.num_outer_steps=4",
+    )
+    assert code == 0, error
+    brackets = hyperband(1, 4, 2)
+    found = study()
+    assert len(found.trials) == sum(bracket.sizes[0] for bracket in brackets)
+    assert steps_run(sorted(Path("sweep").glob("[0-9]*"))) == sum(bracket.continued_steps for bracket in brackets)
+    ended = [max(trial.intermediate_values) for trial in found.trials]
+    start = 0
+    for bracket in brackets:
+        mine = ended[start : start + bracket.sizes[0]]
+        for steps, size in zip(bracket.steps, bracket.sizes, strict=True):
+            assert sum(step >= steps for step in mine) == size
+        start += bracket.sizes[0]
+    for trial in found.trials:
+        assert trial.state is (TrialState.COMPLETE if max(trial.intermediate_values) == 4 else TrialState.PRUNED)
+        assert trial.value == trial.intermediate_values[max(trial.intermediate_values)]
+    # One that went through all rungs, beside one that ran straight.
+    longest = next(trial for trial in found.trials if len(trial.intermediate_values) == 3)
+    code, error = command(
+        *SMALL,
+        "outer_loop.num_outer_steps=4",
+        f"outer_optimizer.lr={longest.params['outer_optimizer.lr']!r}",
+        "paths.run_dir=straight",
+    )
+    assert code == 0, error
+    assert records("straight") == records(f"sweep/{longest.number}")
+    own, straight = (ht.Checkpoints(Path(folder) / "checkpoints") for folder in (f"sweep/{longest.number}", "straight"))
+    own, straight = (one.load(newest) for one in (own, straight) if (newest := one.newest()) is not None)
+    for name in ("hparams", "best_hparams"):
+        assert all(torch.equal(value, getattr(straight, name)[key]) for key, value in getattr(own, name).items())
+    assert (own.step, own.best_step, own.best_value) == (4, straight.best_step, straight.best_value)
+
+
+@pytest.mark.slow
+def test_the_better_half_goes_on(command: Command) -> None:
+    code, error = search(
+        command,
+        LR,
+        *settings(sampler="random", pruner="successive_halving", num_trials=4, min_steps=1, eta=2),
+        "outer_loop.num_outer_steps=2",
+    )
+    assert code == 0, error
+    first = [trial.intermediate_values[1] for trial in study().trials]
+    ordered = sorted(range(4), key=lambda number: (-first[number], number))
+    assert [number for number in range(4) if 2 in study().trials[number].intermediate_values] == sorted(ordered[:2])
+
+
+@pytest.mark.slow
+def test_seeds_give_the_mean(command: Command) -> None:
+    code, error = search(command, "experiment.num_steps=8,1", *settings(sampler="grid", seeds=2))
+    assert code == 0, error
+    for trial in study().trials:
+        values = [best_accuracy(f"sweep/{trial.number}/seed_{index}") for index in range(2)]
+        assert values[0] != values[1]
+        assert trial.user_attrs["values"] == values
+        assert trial.value == pytest.approx(sum(values) / 2, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_a_race_ends_at_the_first_seed_at_which_the_test_says_so(command: Command) -> None:
+    # Images are recognised at one rate, and at the other the net stays as it was.
+    words = ("experiment.num_steps=20", "experiment.hidden=32", "dynamics.lr=0.1,1e-9")
+    code, error = search(command, *words, *settings(sampler="grid", seeds=4, racing="true"))
+    assert code == 0, error
+    best, worse = study().trials
+    assert best.state is TrialState.COMPLETE and worse.state is TrialState.PRUNED
+    full = best.user_attrs["values"]
+    assert len(full) == 4
+    run = [best_accuracy(folder) for folder in sorted(Path("sweep/1").iterdir())]
+    assert run == worse.user_attrs["values"] and len(run) < 4
+    tested = [is_worse(run[:count], full[:count], maximise=True) for count in range(1, len(run) + 1)]
+    assert tested == [False] * (len(run) - 1) + [True]
+    assert worse.intermediate_values == {len(run): pytest.approx(sum(run) / len(run))}
+
+
+def test_what_a_process_leaves_behind_is_taken_up(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug ends the search with its traceback; the same command finishes the trial that it ended in."""
+    words = (LR, *settings(sampler="random", num_trials=3), "outer_loop.checkpoints.every=1")
+    real, calls = ht.OuterLoop.run, []
+
+    def run(self: ht.OuterLoop, num_outer_steps: int, **rest: object) -> ht.Trained:
+        calls.append(num_outer_steps)
+        if len(calls) == 2:
+            real(self, 1, **rest)
+            raise ZeroDivisionError
+        return real(self, num_outer_steps, **rest)
+
+    monkeypatch.setattr(ht.OuterLoop, "run", run)
+    with pytest.raises(ZeroDivisionError):
+        search(command, *words)
+    assert states(study()) == ["COMPLETE", "RUNNING"]
+    left = study().trials[1].params
+    code, error = search(command, *words)
+    assert code == 0, error
+    assert "resuming in" in error
+    assert states(study()) == ["COMPLETE"] * 3 and study().trials[1].params == left
+    assert steps_run([Path("sweep/1")]) == 2  # one before, one after
+    assert len(calls) == 4
+
+
+@pytest.mark.slow
+def test_a_trial_of_a_living_process_is_left_alone(command: Command) -> None:
+    words = (LR, *settings(sampler="random", num_trials=2))
+    assert search(command, *words, "hydra.sweeper.num_trials=1")[0] == 0
+    one = study()
+    storage = one._storage
+    with Process(storage, storage.get_study_id_from_name("search")) as other:
+        theirs = one.ask()
+        theirs.set_user_attr("process", other.name)
+        assert search(command, *words)[0] == 0
+        assert states(study()) == ["COMPLETE", "RUNNING"]
+        code, error = search(command, *words, *settings(pruner="successive_halving", min_steps=1, eta=2))
+        assert code == 1 and "whose pruner is None" in error
+    assert search(command, *words)[0] == 0
+    assert states(study()) == ["COMPLETE", "COMPLETE"]
+
+
+TRAIN = Path(train.__file__)
+LONGER = (
+    *("experiment=rotation", "outer_loop.num_outer_steps=20", "outer_loop.checkpoints.every=1", "validation.every=5"),
+    *("outer_loop.progress=false", "paths.sweep_dir=sweep"),
+)
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen[str]:
+    """A search in a process of its own."""
+    path = os.pathsep.join([str(TRAIN.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(TRAIN), "--multirun", "hydra/sweeper=search", *LONGER, LR, *words]
+    return subprocess.Popen(
+        line, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_search_loses_at_most_the_batch_that_ran(tmp_path: Path) -> None:
+    words = settings(sampler="tpe", num_trials=4)
+    first = started(tmp_path, *words)
+    deadline = time.monotonic() + 120.0
+    while not (tmp_path / "sweep/1/checkpoints/step_00000004.safetensors").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    before = study(tmp_path / "sweep/study.journal")
+    assert states(before) == ["COMPLETE", "RUNNING"]
+    begun = [trial.params for trial in before.trials]
+    second = started(tmp_path, *words)
+    out, _ = second.communicate()
+    assert second.returncode == 0, out
+    after = study(tmp_path / "sweep/study.journal")
+    assert states(after) == ["COMPLETE"] * 4
+    assert [trial.params for trial in after.trials[:2]] == begun
+    # The killed trial went on: no step but that under way was taken again, and its record replaced.
+    assert steps_run([tmp_path / "sweep/1"]) == 2  # records, of which there is one in ten steps
+    assert "resuming in" in out
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_study(tmp_path: Path) -> None:
+    both = [started(tmp_path, *settings(sampler="random", num_trials=8)) for _ in range(2)]
+    outs = [one.communicate()[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0], outs
+    found = study(tmp_path / "sweep/study.journal")
+    ran = [trial for trial in found.trials if trial.state is TrialState.COMPLETE]
+    assert len(ran) == 8 and {trial.number for trial in ran} == set(range(8))
+    assert len({trial.params["outer_optimizer.lr"] for trial in ran}) == 8
+    assert len({trial.user_attrs["process"] for trial in ran}) == 2
+
+
+@pytest.mark.slow
+def test_trials_beside_each_other_by_joblib(tmp_path: Path) -> None:
+    words = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "dynamics.lr=0.1,1e38")
+    one = started(tmp_path, *words, *settings(sampler="random", num_trials=4, n_jobs=2))
+    out, _ = one.communicate()
+    assert one.returncode == 0, out
+    found = study(tmp_path / "sweep/study.journal")
+    for trial in found.trials:
+        assert trial.state.name == ("COMPLETE" if trial.params["dynamics.lr"] == "0.1" else "FAIL")
+    assert {trial.state.name for trial in found.trials} == {"COMPLETE", "FAIL"}
