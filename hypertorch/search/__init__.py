@@ -1,0 +1,66 @@
+"""Hyperparameter search: Bayesian optimisation that conditions on hypergradients, and a sampler of it for Optuna.
+
+What needs BoTorch or Optuna is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hypertorch.search.kernels import RBF, Kernel, Matern52
+
+if TYPE_CHECKING:
+    from hypertorch.search.bilevel_search import Evaluation, SearchResult, minimise
+    from hypertorch.search.evidence import fit_gradient_gp
+    from hypertorch.search.gradient_bayes import Best, GradientBayes
+    from hypertorch.search.gradient_gp import GPParameters, GradientGP
+    from hypertorch.search.gradient_sampler import GradientSampler
+    from hypertorch.search.observations import Observations
+
+__all__ = [
+    "RBF",
+    "Best",
+    "Evaluation",
+    "GPParameters",
+    "GradientBayes",
+    "GradientGP",
+    "GradientSampler",
+    "Kernel",
+    "Matern52",
+    "Observations",
+    "SearchResult",
+    "fit_gradient_gp",
+    "minimise",
+]
+
+# The module of each name that needs an optional package, and the extra that installs it.
+_LAZY = {
+    "Best": ("gradient_bayes", "gp"),
+    "Evaluation": ("bilevel_search", "gp"),
+    "GPParameters": ("gradient_gp", "gp"),
+    "GradientBayes": ("gradient_bayes", "gp"),
+    "GradientGP": ("gradient_gp", "gp"),
+    "GradientSampler": ("gradient_sampler", "gp,search"),
+    "Observations": ("observations", "gp"),
+    "SearchResult": ("bilevel_search", "gp"),
+    "fit_gradient_gp": ("evidence", "gp"),
+    "minimise": ("bilevel_search", "gp"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a name whose module needs an optional package (PEP 562).
+
+    Raises:
+        ImportError: if the package is not installed.
+    """
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, extra = _LAZY[name]
+    try:
+        found = import_module(f"{__name__}.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"`ht.search.{name}` needs {error.name}, which is not installed: hypertorch does not bring it along. "
+            f"Install it by `pip install 'hypertorch[{extra}]'`."
+        ) from error
+    return getattr(found, name)
