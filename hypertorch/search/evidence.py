@@ -16,10 +16,10 @@ from hypertorch.search.observations import Observations
 # All of logarithms. A gradient whose noise may grow without bound is explained away, and the fit is that of the values.
 _LENGTHSCALE = (math.log(1e-2), math.log(1e2))
 _VARIANCE = (math.log(1e-2), math.log(1e4))
-_VALUE_NOISE = (math.log(1e-6), 0.0)
+_VALUE_NOISE = (math.log(1e-6), math.log(1e-2))
 _GRADIENT_NOISE = (math.log(1e-6), 2.0)
-# Of the logarithm of a length scale: mean for one dimension, and deviation (Hvarfner et al.).
-_LENGTHSCALE_PRIOR = (math.sqrt(2.0), math.sqrt(3.0))
+# Of the logarithm of a length scale: mean for one dimension, and deviation.
+_LENGTHSCALE_PRIOR = (math.log(0.4), 1.0)
 # Of the logarithm of the variance of standardised values.
 _VARIANCE_PRIOR = (0.0, 2.0)
 # First length scales as a share of the side of the cube for one dimension, and first noises.

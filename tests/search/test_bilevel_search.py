@@ -13,7 +13,7 @@ from hypertorch.types import TensorDict
 from tests.search.problems import F64, STARTS, Inner, Outer, outer_loss, problem
 
 REVERSE = ht.hypergradients.Reverse()
-BOUNDS = {"l2": (1e-2, 1e1), "shift": (-2.0, 2.0)}
+BOUNDS = {"l2": (5e-2, 5.0), "shift": (-2.0, 2.0)}
 
 
 class Counted(Inner):
@@ -27,8 +27,8 @@ class Counted(Inner):
 
 
 def test_the_search_finds_the_minimum_and_says_what_it_cost() -> None:
-    found = ht.search.minimise(problem(), BOUNDS, backend=REVERSE, num_evaluations=12, log=("l2",), num_initial=4)
-    assert len(found.evaluations) == found.num_with_gradients == 12 and found.num_without_gradients == 0
+    found = ht.search.minimise(problem(), BOUNDS, backend=REVERSE, num_evaluations=10, log=("l2",), num_initial=4)
+    assert len(found.evaluations) == found.num_with_gradients == 10 and found.num_without_gradients == 0
     assert found.best.outer_loss < 1e-3 and found.gradients_used
     assert found.best_so_far == sorted(found.best_so_far, reverse=True)
     assert found.best_so_far[-1] == found.best.outer_loss
@@ -38,8 +38,8 @@ def test_the_search_finds_the_minimum_and_says_what_it_cost() -> None:
         assert evaluation.outer_loss == pytest.approx(float(expected.detach()), rel=1e-9)
         for grad, own in zip(torch.autograd.grad(expected, (l2, shift)), evaluation.grads.values(), strict=True):
             torch.testing.assert_close(own, grad)
-    plain = ht.search.minimise(problem(), BOUNDS, backend=None, num_evaluations=7, log=("l2",), num_initial=4)
-    assert (plain.num_with_gradients, plain.num_without_gradients) == (0, 7)
+    plain = ht.search.minimise(problem(), BOUNDS, backend=None, num_evaluations=5, log=("l2",), num_initial=4)
+    assert (plain.num_with_gradients, plain.num_without_gradients) == (0, 5)
     assert not plain.gradients_used and plain.evaluations[0].grads == {}
     # The first points are the same ones.
     assert plain.evaluations[3].outer_loss == pytest.approx(found.evaluations[3].outer_loss)
@@ -70,9 +70,9 @@ class Diverging(Inner):
 @pytest.mark.parametrize("backend", [REVERSE, None])
 def test_runs_that_diverge_are_failed_evaluations(backend: ht.Hypergradient | None) -> None:
     own = ht.BilevelProblem(Diverging(), Outer(), dynamics=ht.dynamics.SGD(lr=0.3), num_steps=10)
-    found = ht.search.minimise(own, BOUNDS, backend=backend, num_evaluations=8, log=("l2",), num_initial=5)
+    found = ht.search.minimise(own, BOUNDS, backend=backend, num_evaluations=7, log=("l2",), num_initial=5)
     failed = [evaluation for evaluation in found.evaluations if evaluation.failed]
-    assert failed and len(failed) < 8
+    assert failed and len(failed) < 7
     assert all(float(evaluation.hparams["l2"].sum()) >= 1.0 and evaluation.grads == {} for evaluation in failed)
     assert not found.best.failed and found.best_so_far[-1] == found.best.outer_loss
     hopeless = {"l2": (2.0, 3.0)}
@@ -89,24 +89,24 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
             own, BOUNDS, backend=REVERSE, num_evaluations=count, log=("l2",), num_initial=3, file=file
         )
 
-    straight = search(6, Counted(), None)
+    straight = search(5, Counted(), None)
     file = tmp_path / "search.safetensors"
     search(4, Counted(), file)
     inner = Counted()
-    taken_up = search(6, inner, file)
+    taken_up = search(5, inner, file)
     for own, expected in zip(taken_up.evaluations, straight.evaluations, strict=True):
         assert own.outer_loss == expected.outer_loss
         assert all(torch.equal(own.hparams[name], value) for name, value in expected.hparams.items())
     runs = inner.runs
     assert runs > 0
     # All of it is there: nothing is run.
-    search(6, inner, file)
+    search(5, inner, file)
     assert inner.runs == runs
     with pytest.raises(CheckpointError, match=r"another file|other file"):
         ht.search.minimise(problem(), BOUNDS, backend=REVERSE, num_evaluations=6, file=file)
     file.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="search starts anew"):
-        search(6, Counted(), file)
+        search(5, Counted(), file)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
         ({"log": "l2"}, TypeError, "`log` is the text 'l2'"),
         ({"bounds": {}}, ValueError, "`bounds` has 0 axes"),
         ({"problem": problem(outer=Outer(shift=ht.Positive()))}, ValueError, "`bounds` of `shift`.*excludes -2.0"),
-        ({"problem": problem(outer=Outer(l2=ht.Box(upper=5.0)))}, ValueError, "`bounds` of `l2`.*excludes 10.0"),
+        ({"problem": problem(outer=Outer(l2=ht.Box(upper=4.0)))}, ValueError, "`bounds` of `l2`.*excludes 5.0"),
     ],
 )
 def test_searches_that_make_no_sense_are_refused(changes: dict, error: type, message: str) -> None:

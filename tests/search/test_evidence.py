@@ -28,10 +28,10 @@ def written_out(logs: Tensor, kernel: Kernel) -> Tensor:
     ones = torch.tensor([1.0] * 5 + [0.0] * 10, dtype=F64)
     solved = torch.linalg.solve(covariance, ones)
     mean = ones * (solved @ targets) / (solved @ ones)
-    location, deviation = torch.tensor([math.sqrt(2) + math.log(2) / 2, math.sqrt(3)], dtype=F64)
+    location, deviation = torch.tensor([math.log(0.4) + math.log(2) / 2, 1.0], dtype=F64)
     # Of the logarithm, without what does not depend on it.
     prior = LogNormal(location, deviation).log_prob(own[:2]) + logs[:2]
-    prior = prior + math.log(math.sqrt(3)) + 0.5 * math.log(2 * math.pi)
+    prior = prior + 0.5 * math.log(2 * math.pi)
     variance = -0.5 * (logs[2] / 2.0).square()
     return -MultivariateNormal(mean, covariance).log_prob(targets) - prior.sum() - variance
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from botorch.acquisition import LogExpectedImprovement, qLogExpectedImprovement
@@ -176,6 +178,20 @@ def test_the_oldest_gradients_are_dropped() -> None:
     assert torch.equal(fewer.values, seen.values) and torch.equal(fewer.gradients[4:], seen.gradients[4:])
     assert not bool(seen.with_newest_gradients(3).has_gradient.any())
     assert len(fewer.targets(0.0, 1.0)) == 10
+
+
+def test_what_nearly_diverged_does_not_set_the_scale() -> None:
+    seen = observed(6)
+    wild = replace(seen, values=seen.values.clone(), gradients=seen.gradients.clone())
+    wild.values[2], wild.gradients[2] = 1e9, 1e12
+    tamed = wild.without_outliers()
+    kept = torch.tensor([0, 1, 3, 4, 5])
+    assert tamed.has_gradient.tolist() == [True, True, False, True, True, True]
+    assert torch.equal(tamed.values[kept], seen.values[kept])
+    quartile, least = float(wild.values.quantile(0.75)), float(seen.values.min())
+    assert float(tamed.values[2]) == pytest.approx(quartile + 30 * (quartile - least))
+    untouched = seen.without_outliers()
+    assert torch.equal(untouched.values, seen.values) and torch.equal(untouched.gradients, seen.gradients)
 
 
 def test_values_that_are_all_the_same_have_a_process() -> None:
