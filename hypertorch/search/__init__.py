@@ -1,39 +1,88 @@
-"""Hyperparameter search: what the sweeper of the command line is made of, and what serves searches in Python.
+"""Hyperparameter search: with hypergradients, of learning rates, of widths, and what the command line's is made of.
 
-Each module is imported when one of its names is first asked for: most need packages of the extra `search`.
+What needs BoTorch or Optuna is imported when it is first asked for.
 """
 
-import importlib
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-_MODULES = {
-    "Bracket": "hypertorch.search.halving",
-    "FailedTrial": "hypertorch.search.command",
-    "PruningLogger": "hypertorch.search.pruning_logger",
-    "SearchedCommand": "hypertorch.search.command",
-    "hyperband": "hypertorch.search.halving",
-    "is_worse": "hypertorch.search.racing",
-    "searchable": "hypertorch.search.command",
-    "successive_halving": "hypertorch.search.halving",
+from hypertorch.search.kernels import RBF, Kernel, Matern52
+
+if TYPE_CHECKING:
+    from hypertorch.search.bilevel_search import Evaluation, SearchResult, minimise
+    from hypertorch.search.command import FailedTrial, SearchedCommand, searchable
+    from hypertorch.search.evidence import fit_gradient_gp
+    from hypertorch.search.gradient_bayes import Best, GradientBayes
+    from hypertorch.search.gradient_gp import GPParameters, GradientGP
+    from hypertorch.search.gradient_sampler import GradientSampler
+    from hypertorch.search.halving import Bracket, hyperband, successive_halving
+    from hypertorch.search.observations import Observations
+    from hypertorch.search.pruning_logger import PruningLogger
+    from hypertorch.search.racing import is_worse
+
+__all__ = [
+    "RBF",
+    "Best",
+    "Bracket",
+    "Evaluation",
+    "FailedTrial",
+    "GPParameters",
+    "GradientBayes",
+    "GradientGP",
+    "GradientSampler",
+    "Kernel",
+    "Matern52",
+    "Observations",
+    "PruningLogger",
+    "SearchResult",
+    "SearchedCommand",
+    "fit_gradient_gp",
+    "hyperband",
+    "is_worse",
+    "minimise",
+    "searchable",
+    "successive_halving",
+]
+
+# The module of each name that needs an optional package, and the extra that installs it.
+_LAZY = {
+    "Best": ("gradient_bayes", "gp"),
+    "Bracket": ("halving", "search"),
+    "Evaluation": ("bilevel_search", "gp"),
+    "FailedTrial": ("command", "search"),
+    "GPParameters": ("gradient_gp", "gp"),
+    "GradientBayes": ("gradient_bayes", "gp"),
+    "GradientGP": ("gradient_gp", "gp"),
+    "GradientSampler": ("gradient_sampler", "gp,search"),
+    "Observations": ("observations", "gp"),
+    "PruningLogger": ("pruning_logger", "search"),
+    "SearchResult": ("bilevel_search", "gp"),
+    "SearchedCommand": ("command", "search"),
+    "fit_gradient_gp": ("evidence", "gp"),
+    "hyperband": ("halving", "search"),
+    "is_worse": ("racing", "search"),
+    "minimise": ("bilevel_search", "gp"),
+    "searchable": ("command", "search"),
+    "successive_halving": ("halving", "search"),
 }
-
-__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    """Returns a name whose module needs an optional package (PEP 562).
+
+    Raises:
+        ImportError: if the package is not installed.
+    """
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, extra = _LAZY[name]
     try:
-        module = importlib.import_module(_MODULES[name])
+        found = import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
         if str(error.name).startswith("hypertorch"):
             raise
         raise ImportError(
-            f"`hypertorch.search.{name}` needs the package {error.name!r}, which is not installed: hypertorch alone "
-            "does not bring it. Install it by `pip install 'hypertorch[search]'`."
+            f"`ht.search.{name}` needs {error.name}, which is not installed: hypertorch does not bring it along. "
+            f"Install it by `pip install 'hypertorch[{extra}]'`."
         ) from error
-    return getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return getattr(found, name)
