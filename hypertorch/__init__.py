@@ -1,6 +1,6 @@
 """hypertorch: bilevel optimisation and meta-learning in PyTorch, with hypergradients whose numbers can be trusted."""
 
-from hypertorch import constraints, dynamics, errors, hypergradients, inner, linear_solvers, tree
+from hypertorch import constraints, dynamics, errors, hypergradients, inner, linear_solvers, search, tree
 from hypertorch.autodiff import live_memory
 from hypertorch.constraints import BoundedSum, Box, Constraint, Positive, Simplex
 from hypertorch.diagnostics import (
@@ -110,6 +110,7 @@ __all__ = [
     "memo",
     "metasmoothness",
     "save_hparams",
+    "search",
     "spectral_radius",
     "tree",
     "unroll",

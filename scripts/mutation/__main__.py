@@ -22,7 +22,7 @@ from scripts.mutation.mutants import Mutant, digest, draw, equivalents
 
 FOLDERS = (
     *("core", "autodiff", "diagnostics", "dynamics", "fewshot", "hypergradients", "inner", "linear_solvers", "nn"),
-    "outer",
+    *("outer", "search"),
 )
 ROOT = Path(__file__).resolve().parents[2]
 _KEPT = ROOT / "outputs" / "mutation"
