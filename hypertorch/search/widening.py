@@ -31,8 +31,8 @@ def widen(
     need noise on the weights, and the function would change.
 
     The units may pass through whatever treats each of them alone, on the way to the layers that read them: an
-    activation, pooling, a batch norm (named in `beside`). A norm over units, a softmax or dropout is another function of
-    more units.
+    activation, pooling, a batch norm (named in `beside`). A norm over units, a softmax or dropout is another function
+    of more units.
 
     Cost: a copy of the weights of these layers; the others are the same tensors.
 
