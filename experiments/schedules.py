@@ -6,7 +6,7 @@ scripts/train experiment=schedules
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +22,7 @@ import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.digits import CLASSES, DigitsName, digit_splits
 from experiments.common.experiment import Baseline, Experiment
+from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
@@ -46,8 +47,8 @@ class Schedules(Experiment):
     minibatches, and the outer loss is the cross-entropy on all training images. The outcome is judged with fresh seeds.
 
     Args:
-        config: the configuration; `dynamics.lr` and `dynamics.momentum` are the values of all steps and tensors before
-            the first outer step.
+        config: the configuration; `dynamics.lr` and `dynamics.momentum` are the values of all tensors before the first
+            outer step, each a number for all steps or a schedule.
         settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
         data: "digits" (embedded) or "mnist".
@@ -89,18 +90,25 @@ class Schedules(Experiment):
         self.images = digit_splits(
             data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
         )
-        self._net = MLP((self.images["train"].inputs.shape[1], *hidden, CLASSES))
+        like = self.images["train"].inputs
+        self._net = MLP((like.shape[1], *hidden, CLASSES))
         self._batch_size, self._num_steps, self._search_seeds = batch_size, num_steps, search_seeds
         # Built as it is set, for the checks of its numbers.
+        given = build(config, "dynamics")
         self._dynamics = replace(
-            build(config, "dynamics"),
+            given,
             lr=ht.Hyper("log_lr", torch.exp, per="step,parameter"),
             momentum=ht.Hyper("logit_momentum", torch.sigmoid, per="step,parameter"),
         )
-        lr = positive_number(config, "dynamics.lr", purpose="its logarithm is learnt", example=0.37)
-        momentum = positive_number(config, "dynamics.momentum", purpose="its logit is learnt", example=0.5)
-        first = (math.log(lr), math.log(momentum / (1.0 - momentum)), log_scale, log_l2)
-        self._first = self.constants(dict(zip(_RANGES, first, strict=True)))
+        starts = {
+            "log_lr": first_values(config, "dynamics.lr", given.lr, num_steps, example=0.37).log(),
+            "logit_momentum": first_values(
+                config, "dynamics.momentum", given.momentum, num_steps, below=1.0, example=0.5
+            ).logit(),
+        }
+        self._first = {
+            f"{kind}.{name}": start.to(like, copy=True) for kind, start in starts.items() for name in self._net.shapes()
+        } | self.constants({"log_scale": log_scale, "log_l2": log_l2})
         self._search: RandomSearch | None = None
 
     def training(self) -> ht.ProblemSource:
@@ -176,6 +184,40 @@ class Schedules(Experiment):
             return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self._num_steps, seed=own)
 
         return ht.Problems(problem)
+
+
+def first_values(
+    config: DictConfig,
+    key: str,
+    given: ht.dynamics.Setting,
+    num_steps: int,
+    *,
+    below: float = math.inf,
+    example: float,
+) -> Tensor:
+    """Returns the values of a setting at every step before the first outer step, shape `(steps,)`, float64.
+
+    Args:
+        config: the configuration.
+        key: dotted name of the setting.
+        given: what it was built to: a number, or a schedule.
+        num_steps: the horizon (unit: steps).
+        below: what all values must be below, beside above 0.
+        example: a number that would do, for the message.
+
+    Raises:
+        ExpectedFailure: if a value is out of range, or the schedule has another length.
+    """
+    purpose = "its logarithm is learnt" if below == math.inf else "its logit is learnt"
+    if not isinstance(given, Sequence):
+        given = [positive_number(config, key, purpose=purpose, example=example)] * num_steps
+    if len(given) != num_steps or not (min(given) > 0.0 and max(given) < below):
+        raise ExpectedFailure(
+            f"`{key}` has {len(given)} values between {min(given):g} and {max(given):g}, but {purpose} at each of "
+            f"{num_steps} steps, so as many values above 0{'' if below == math.inf else f' and below {below:g}'} are "
+            f"needed. Write for example {key}={example:g}."
+        )
+    return torch.tensor(given, dtype=torch.float64)
 
 
 class ScaledTraining(ht.InnerProblem):

@@ -16,6 +16,7 @@ import hypertorch as ht
 from experiments.common.line_styles import COLOURS, line_styles
 from experiments.common.settings_grid import Field
 from hypertorch.diagnostics.horizon import Series
+from hypertorch.search import RangeFigures
 
 Row = Mapping[str, Any]
 
@@ -147,6 +148,61 @@ def plot_spectral_radius(spectra: Sequence[ht.SpectralRadius], path: Path) -> No
     run.legend(fontsize=9)
     for axes in (plane, run):
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=_PIXELS_PER_INCH)
+
+
+def plot_range_test(
+    figures: RangeFigures,
+    suggestion: float | None,
+    outer_losses: Mapping[float, float],
+    num_steps: int,
+    path: Path,
+) -> None:
+    """Draws the curve of a range test with the rates that it found, and beside it the outer loss of constant rates.
+
+    Args:
+        figures: the curve.
+        suggestion: the rate that it suggests; None if there is none.
+        outer_losses: after training at a constant rate, by the rate; none for no second panel.
+        num_steps: of that training (unit: inner steps).
+        path: the picture.
+    """
+    figure = Figure(figsize=(12 if outer_losses else 7, 4.5), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if outer_losses else 1, squeeze=False)[0]
+    finite = len(figures.smoothed)
+    axes.plot(figures.rates, figures.losses, ".", color="0.6", markersize=4, label="loss of a step")
+    axes.plot(figures.rates[:finite], figures.smoothed, color=COLOURS[0], label="fitted lines")
+    marked = {"steepest, suggested": suggestion, "lowest": figures.lowest, "blow-up": figures.blow_up}
+    for (label, rate), colour, dashes in zip(
+        marked.items(), (*COLOURS[2:3], *COLOURS[4:5], *COLOURS[1:2]), ("-", "--", ":"), strict=True
+    ):
+        if rate is not None and math.isfinite(rate):
+            axes.axvline(rate, color=colour, linestyle=dashes, linewidth=1.8, label=f"{label}: {rate:.3g}")
+    if finite:
+        # What comes after the blow-up would take all of the height.
+        start, least = float(figures.smoothed[0]), float(figures.smoothed.min())
+        margin = 0.6 * abs(start - least)
+        axes.set_ylim(least / 1.5 if figures.scale == "log" else least - margin, max(2.0 * start, start + margin))
+    axes.set(xscale="log", yscale=figures.scale, xlabel="learning rate, growing from step to step", ylabel="inner loss")
+    axes.set_title(
+        "One run with a growing rate" if suggestion is not None else "One run with a growing rate: nothing to suggest"
+    )
+    axes.legend(fontsize=9, loc="lower left")
+    for right in others:
+        rates, losses = list(outer_losses), list(outer_losses.values())
+        right.plot(rates, losses, marker="o", color=COLOURS[0], label="trained at a constant rate")
+        if suggestion is not None:
+            right.plot(
+                suggestion, outer_losses[suggestion], "o", markersize=11, color=COLOURS[2], label="at the suggestion"
+            )
+        known = sorted(loss for loss in losses if math.isfinite(loss))
+        if known:
+            right.set_ylim(known[0] / 1.3, 1.3 * known[len(known) // 2] + known[0])
+        right.set(xscale="log", xlabel="learning rate", ylabel=f"outer loss after {num_steps} inner steps")
+        right.set_title("Constant rates (points above the frame are left out)")
+        right.legend(fontsize=9)
+    for one in (axes, *others):
+        one.grid(alpha=0.3)
     figure.savefig(path, dpi=_PIXELS_PER_INCH)
 
 

@@ -106,13 +106,14 @@ def print_reports(console: Console, title: str, reports: Mapping[str, ht.Report]
     """
     table = Table(title=title, title_justify="left", caption="mean ± 95 % interval", caption_justify="left")
     table.add_column("split")
-    names = list(next(iter(reports.values())).metrics)
+    names = list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
     for name in names:
         table.add_column(name, justify="right")
     table.add_column("episodes", justify="right")
     for split, report in reports.items():
-        figures = [_figure(name, report.metrics[name]) for name in names]
-        table.add_row(split, *figures, str(report.metrics[names[0]].count))
+        # A figure of the outcome alone, such as how it ranks its baselines, is none of theirs.
+        figures = [_figure(name, report.metrics[name]) if name in report.metrics else "" for name in names]
+        table.add_row(split, *figures, str(next(iter(report.metrics.values())).count))
     console.print(table)
 
 

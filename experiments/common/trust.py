@@ -61,9 +61,9 @@ def check_trusted(values: object, *, place: str, trusted: Sequence[str]) -> None
         if key.rpartition(".")[2] == _TARGET and not _may_be_built(value, trusted):
             raise ExpectedFailure(
                 f"`{key}` in {place!r} is {value!r}, and building it would run code that a run's folder may not name: "
-                "only public classes and data sets of hypertorch, experiments of this project, and the optimizers and "
-                "schedulers of torch.optim. If the run is yours and the class is of a package of your own, name the "
-                "package: trust=[my_package]."
+                "only public classes, schedules and data sets of hypertorch, experiments of this project, and the "
+                "optimizers and schedulers of torch.optim. If the run is yours and the class is of a package of your "
+                "own, name the package: trust=[my_package]."
             )
 
 
@@ -142,7 +142,8 @@ def _public() -> Iterator[Any]:
     for module in (hypertorch, *(value for value in _exported(hypertorch) if isinstance(value, ModuleType))):
         # Not its functions, one of which writes files.
         yield from (value for value in _exported(module) if inspect.isclass(value))
-    # Its data sets are functions, which read them.
+    # Schedules are functions, which count; its data sets are too, which read them.
+    yield from _exported(hypertorch.dynamics.schedules)
     yield from _exported(hypertorch.fewshot)
     for module, base in (
         (torch.optim, torch.optim.Optimizer),

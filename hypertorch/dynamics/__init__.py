@@ -1,5 +1,6 @@
 """Inner optimisers as pure, differentiable maps: a file per update rule, and one for Adam's family."""
 
+from hypertorch.dynamics import schedules
 from hypertorch.dynamics.adagrad import Adagrad
 from hypertorch.dynamics.adam import Adam, AdamW, NAdam, RAdam
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
@@ -43,5 +44,6 @@ __all__ = [
     "TorchOptim",
     "UpdateRule",
     "resolve",
+    "schedules",
     "setting",
 ]

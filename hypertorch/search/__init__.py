@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hypertorch.search.kernels import RBF, Kernel, Matern52
+from hypertorch.search.range_test import NoSuggestionError, RangeFigures, lr_range_test, with_lr
+from hypertorch.search.widening import widen
 
 if TYPE_CHECKING:
     from hypertorch.search.bilevel_search import Evaluation, SearchResult, minimise
@@ -32,16 +34,21 @@ __all__ = [
     "GradientSampler",
     "Kernel",
     "Matern52",
+    "NoSuggestionError",
     "Observations",
     "PruningLogger",
+    "RangeFigures",
     "SearchResult",
     "SearchedCommand",
     "fit_gradient_gp",
     "hyperband",
     "is_worse",
+    "lr_range_test",
     "minimise",
     "searchable",
     "successive_halving",
+    "widen",
+    "with_lr",
 ]
 
 # The module of each name that needs an optional package, and the extra that installs it.

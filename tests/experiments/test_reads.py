@@ -24,6 +24,7 @@ from experiments import (
     gallery,
     horizon_bias,
     hyperfield,
+    lr_range_test,
     metasmoothness,
     spectral_radius,
     train,
@@ -48,6 +49,7 @@ COMMANDS = [
     gallery,
     horizon_bias,
     hyperfield,
+    lr_range_test,
     metasmoothness,
     spectral_radius,
     train,
@@ -248,6 +250,7 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "spectral_radius": (spectral_radius.SpectrumSettings,),
     "horizon_bias": (horizon_bias.HorizonSettings,),
     "hyperfield": (hyperfield.FieldSettings,),
+    "lr_range_test": (lr_range_test.RangeSettings,),
     "metasmoothness": (metasmoothness.SmoothnessSettings,),
     "compare_backends": (compare_backends.CompareSettings,),
     "gallery": (gallery.GallerySettings,),
@@ -265,8 +268,10 @@ def all_classes(kinds: Iterable[type]) -> Iterator[type]:
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "spectral_radius", "horizon_bias", "hyperfield", "compare_backends", "metasmoothness"]
-)
+    "name",
+    ["train", "evaluate", "spectral_radius", "horizon_bias", "hyperfield", "compare_backends", "metasmoothness",
+             "lr_range_test"],
+)  # fmt: skip
 def test_every_setting_that_is_declared_is_used(
     name: str, command: Command, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +293,7 @@ def test_every_setting_that_is_declared_is_used(
         "evaluate": (f"run={finished}", "num_episodes=2", "dataset_root=null"),
         "spectral_radius": (*small, "horizon=3", "steps=[0]", "dimension=8"),
         "horizon_bias": (*small, "horizon=3", "windows=[1]", "num_steps=[2,3]", "implicit.residual_tolerance=null"),
+        "lr_range_test": (*small, "min_lr=1e-3"),
         "hyperfield": (*small, "points=2", "num_steps=2"),
         "metasmoothness": ("experiment.num_steps=2", "num_problems=1"),
         "compare_backends": (*small, "num_steps=[2]", "repeats=1", "only=[reverse]"),

@@ -18,6 +18,7 @@ from experiments.common.failures import ExpectedFailure
 from experiments.common.settings import TrainSettings
 from experiments.common.typed_settings import parse
 from experiments.schedules import Schedules
+from hypertorch.dynamics import schedules
 from hypertorch.types import TensorDict
 from tests.experiments.commands import Command
 
@@ -118,6 +119,22 @@ def test_splits_and_seeds_are_of_their_own() -> None:
     seeds = [source.at(step).seed for source in sources for step in range(20)]
     assert len(set(seeds)) == len(seeds)
     assert experiment.evaluation("test", seed=1).at(0).seed not in seeds
+
+
+ONE_CYCLE = "dynamics.lr={_target_:hypertorch.dynamics.schedules.one_cycle,num_steps:6,peak:0.4,share_up:0.5}"
+
+
+def test_a_learnt_schedule_starts_from_one_that_people_use() -> None:
+    hparams = tiny(ONE_CYCLE).training().init_hparams()
+    for name in TENSORS:
+        expected = torch.tensor(schedules.one_cycle(6, peak=0.4, share_up=0.5), dtype=torch.float64)
+        torch.testing.assert_close(hparams[f"log_lr.{name}"].exp(), expected)
+    with pytest.raises(ExpectedFailure, match=r"`dynamics.lr` has 6 values between .* at each of 5 steps"):
+        tiny(ONE_CYCLE, "experiment.num_steps=5")
+    with pytest.raises(
+        ExpectedFailure, match="`dynamics.momentum` has 6 values between 1 and 1, .* below 1 are needed"
+    ):
+        tiny("dynamics=sgd", "dynamics.momentum=1.0")
 
 
 @pytest.mark.parametrize(
