@@ -42,6 +42,7 @@ from experiments.common.training import TRAINING, build_outer_loop
 from experiments.common.trials import SearchedTraining, objectives_of_trial, values_of_trial
 from experiments.common.typed_settings import parse
 from hypertorch.errors import CheckpointError
+from hypertorch.outer.one_writer import one_writer
 from hypertorch.search import searchable
 from hypertorch.types import TensorDict
 
@@ -92,6 +93,12 @@ def prepare(config: DictConfig) -> Prepared:
 def main(config: DictConfig) -> float | list[float]:
     """Returns the figure that a sweep optimises: the best validation, or all that a search asks for."""
     prepared = prepare(config)
+    with one_writer(current_folder().path):
+        return carry_out(config, prepared)
+
+
+def carry_out(config: DictConfig, prepared: Prepared) -> float | list[float]:
+    """Returns what `main` returns, with everything of the run written into its folder."""
     settings, experiment, splits = prepared.settings, prepared.experiment, prepared.splits
     folder = open_folder(config, HydraConfig.get().overrides.task)
     console = Console(stderr=True)

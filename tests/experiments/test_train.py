@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from experiments.common.run_folder import RunFolder
 from experiments.fewshot.streams import EpisodeStreams
 from hypertorch.fewshot import HyperRepresentation
 from hypertorch.outer.checkpoints import load_checkpoint
+from hypertorch.outer.one_writer import one_writer
 from tests.experiments.commands import SINUSOID, TINY, Command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -98,6 +100,18 @@ def test_resume_finds_the_latest_run_of_the_same_command(command: Command, tmp_p
     code, error = command(*SINUSOID, "seed=1", "resume=true")
     assert code == 1
     assert "no run of the same command (debug=fewshot experiment=sinusoid" in error
+
+
+def test_a_run_that_another_process_writes_is_left_alone(command: Command, tmp_path: Path) -> None:
+    assert command(*SINUSOID, "paths.run_dir=here")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "here").rglob("*") if path.is_file()}
+    with one_writer(tmp_path / "here"):
+        code, error = command(*SINUSOID, "paths.run_dir=here", "resume=true")
+    assert code == 1
+    assert f"is being written by process {os.getpid()} on" in error and len(error.strip().splitlines()) == 1
+    after = {path: path.read_bytes() for path in before if path.name != ".writer.json"}
+    assert after == {path: content for path, content in before.items() if path in after}
+    assert command(*SINUSOID, "paths.run_dir=here", "resume=true")[0] == 0
 
 
 def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Command, tmp_path: Path) -> None:
