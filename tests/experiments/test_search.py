@@ -405,6 +405,32 @@ def test_hyperband_goes_on_bit_for_bit_and_runs_as_many_steps_as_computed(comman
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 5])
+def test_rungs_that_were_interrupted_go_on(at: int, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first rung, where some trials have not begun, and in the second."""
+    words = (LR, *settings(sampler="random", pruner="successive_halving", num_trials=4, min_steps=1, eta=2))
+    assert search(command, *words, folder="whole")[0] == 0
+    real, calls = ht.OuterLoop.run, []
+
+    def run(self: ht.OuterLoop, num_outer_steps: int, **rest: object) -> ht.Trained:
+        calls.append(num_outer_steps)
+        if len(calls) == at:
+            raise ZeroDivisionError
+        return real(self, num_outer_steps, **rest)
+
+    monkeypatch.setattr(ht.OuterLoop, "run", run)
+    with pytest.raises(ZeroDivisionError):
+        search(command, *words)
+    assert search(command, *words)[0] == 0
+    found, whole = study().trials, study("whole/study.journal").trials
+    for one, other in zip(found, whole, strict=True):
+        assert (one.state, one.params) == (other.state, other.params)
+        assert (one.values, one.intermediate_values) == (other.values, other.intermediate_values)
+    assert steps_run([Path(f"sweep/{number}") for number in range(4)]) == 4 * 1 + 2 * 1
+    assert len(calls) == 7  # six, and that which ended
+
+
+@pytest.mark.slow
 def test_the_better_half_goes_on(command: Command) -> None:
     code, error = search(
         command,
