@@ -43,6 +43,7 @@ _JOB_FAILURES = (
     HydraException,
     OmegaConfBaseException,
     torch.OutOfMemoryError,
+    ImportError,
     OSError,
     TypeError,
     ValueError,
@@ -52,8 +53,8 @@ _JOB_FAILURES = (
 def explain(error: BaseException, main_config: Path) -> str | None:
     """Returns the message for a failure that a user can mend, None for a bug.
 
-    A `ValueError` or `TypeError` is the user's when this repository raised it about an argument, which its messages
-    name in backticks; the others come out of code that met something it was not written for.
+    A `ValueError`, `TypeError` or `ImportError` is the user's when this repository raised it about an argument, which
+    its messages name in backticks; the others come out of code that met something it was not written for.
 
     Args:
         error: what was raised.
@@ -78,7 +79,7 @@ def explain(error: BaseException, main_config: Path) -> str | None:
             f"`{error.filename}` cannot be used: {error.strerror}. The run needs to read or write it. Check the path, "
             "its permissions and the free space; `paths.log_dir=...` moves what runs write."
         )
-    if isinstance(error, (TypeError, ValueError)) and "`" in str(error) and _raised_by_own_code(error):
+    if isinstance(error, (ImportError, TypeError, ValueError)) and "`" in str(error) and _raised_by_own_code(error):
         return str(error)
     return None
 

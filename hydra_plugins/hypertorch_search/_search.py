@@ -18,6 +18,7 @@ from hydra_plugins.hypertorch_search._jobs import Jobs, Outcome
 from hydra_plugins.hypertorch_search._settings import check_settings, check_tables
 from hydra_plugins.hypertorch_search._space import described, overrides_of, read_space
 from hydra_plugins.hypertorch_search._study import (
+    ATTEMPT,
     Drawn,
     Studied,
     folder_of,
@@ -34,7 +35,7 @@ from hypertorch.search.processes import Process
 from hypertorch.search.racing import is_worse
 from hypertorch.search.samplers import build_sampler
 
-_BRACKET, _VALUES, _ATTEMPT = "bracket", "values", "attempt"
+_BRACKET, _VALUES = "bracket", "values"
 _ETA = 3
 # Where a sweep's folder is named on the command line.
 _NAMES_FOLDER = ("paths.sweep_dir=", "hydra.sweep.dir=")
@@ -408,8 +409,8 @@ class Search:
         continued = None if self.command is None else self.command.continued(self.settings.objectives)
         if continued is not None:
             return continued, subfolder
-        attempt = int(self.studied.attribute(trial.number, _ATTEMPT, 0)) + 1
-        self.studied.note(trial.number, _ATTEMPT, attempt)
+        attempt = int(self.studied.attribute(trial.number, ATTEMPT, 0)) + 1
+        self.studied.note(trial.number, ATTEMPT, attempt)
         return [], f"{subfolder}_attempt_{attempt}"
 
     def _complete(self, trial: Drawn, values: Sequence[float]) -> None:

@@ -23,6 +23,9 @@ from hydra_plugins.hypertorch_search._space import Point, Space
 from hypertorch.search.command import Direction
 from hypertorch.search.processes import Process
 
+ATTEMPT = "attempt"
+"""The attribute of a trial that was begun anew: how often."""
+
 _RECORD = "search"
 _FOLDER = "folder"
 _OWNER = "process"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hydra_plugins.hypertorch_search._pictures import draw_study
 from hydra_plugins.hypertorch_search._space import overrides_of
-from hydra_plugins.hypertorch_search._study import Studied
+from hydra_plugins.hypertorch_search._study import ATTEMPT, Studied
 from hypertorch.search.halving import Bracket
 
 _SHOWN = 10
@@ -110,7 +110,8 @@ class Summary:
             else f"best: {values}"
         )
         self._say(f"  {shlex.join(command)}")
-        folder = self.folder / str(trial.number)
+        attempt = trial.user_attrs.get(ATTEMPT)
+        folder = self.folder / (f"{trial.number}" if attempt is None else f"{trial.number}_attempt_{attempt}")
         if self.resumed and folder.is_dir():
             self._say("without training again:")
             self._say(f"  {shlex.join([*command, f'paths.run_dir={folder}', *self.resumed])}")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -25,7 +26,7 @@ from optuna.trial import TrialState
 import hypertorch as ht
 from experiments import train
 from experiments.common.config_errors import CONFIGS
-from hydra_plugins.hypertorch_search import _summary
+from hydra_plugins.hypertorch_search import _summary, sweeper
 from hydra_plugins.hypertorch_search._settings import check_settings
 from hydra_plugins.hypertorch_search._space import overrides_of, read_space
 from hydra_plugins.hypertorch_search.config import SearchConfig
@@ -35,6 +36,7 @@ from hypertorch.search.processes import Process
 from tests.experiments.commands import Command
 from tests.helpers import pages
 
+TRAIN = Path(train.__file__)
 # Half a second a run.
 SMALL = (
     "experiment=rotation",
@@ -337,7 +339,8 @@ def test_the_same_command_goes_on_and_another_is_refused(command: Command) -> No
 
 @pytest.mark.slow
 def test_a_database_and_a_folder_of_their_own(command: Command) -> None:
-    words = (LR, *settings(sampler="random", num_trials=1, storage="sqlite:///one.db", study_name="mine"))
+    space = "hydra.sweeper.params={outer_optimizer.lr:'interval(0.1,1)'}"  # as a file of settings would have it
+    words = (space, *settings(sampler="random", num_trials=1, storage="sqlite:///one.db", study_name="mine"))
     code, error = search(command, *words)
     assert code == 0, error
     code, error = command(
@@ -399,6 +402,32 @@ def test_hyperband_goes_on_bit_for_bit_and_runs_as_many_steps_as_computed(comman
     for name in ("hparams", "best_hparams"):
         assert all(torch.equal(value, getattr(straight, name)[key]) for key, value in getattr(own, name).items())
     assert (own.step, own.best_step, own.best_value) == (4, straight.best_step, straight.best_value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 5])
+def test_rungs_that_were_interrupted_go_on(at: int, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first rung, where some trials have not begun, and in the second."""
+    words = (LR, *settings(sampler="random", pruner="successive_halving", num_trials=4, min_steps=1, eta=2))
+    assert search(command, *words, folder="whole")[0] == 0
+    real, calls = ht.OuterLoop.run, []
+
+    def run(self: ht.OuterLoop, num_outer_steps: int, **rest: object) -> ht.Trained:
+        calls.append(num_outer_steps)
+        if len(calls) == at:
+            raise ZeroDivisionError
+        return real(self, num_outer_steps, **rest)
+
+    monkeypatch.setattr(ht.OuterLoop, "run", run)
+    with pytest.raises(ZeroDivisionError):
+        search(command, *words)
+    assert search(command, *words)[0] == 0
+    found, whole = study().trials, study("whole/study.journal").trials
+    for one, other in zip(found, whole, strict=True):
+        assert (one.state, one.params) == (other.state, other.params)
+        assert (one.values, one.intermediate_values) == (other.values, other.intermediate_values)
+    assert steps_run([Path(f"sweep/{number}") for number in range(4)]) == 4 * 1 + 2 * 1
+    assert len(calls) == 7  # six, and that which ended
 
 
 @pytest.mark.slow
@@ -469,6 +498,47 @@ def test_what_a_process_leaves_behind_is_taken_up(command: Command, monkeypatch:
 
 
 @pytest.mark.slow
+def test_a_trial_that_counts_seconds_begins_anew(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU seconds of its second part are not those of the trial."""
+    words = (LR, *settings(sampler="random", num_trials=1, objectives="[validation,seconds]"))
+    real = ht.OuterLoop.run
+
+    def run(self: ht.OuterLoop, num_outer_steps: int, **rest: object) -> ht.Trained:
+        real(self, 1, **rest)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ht.OuterLoop, "run", run)
+        with pytest.raises(ZeroDivisionError):
+            search(command, *words)
+    code, error = search(command, *words)
+    assert code == 0, error
+    assert "resuming" not in error
+    assert steps_run([Path("sweep/0_attempt_1")]) == 2 and steps_run([Path("sweep/0")]) == 1
+
+
+def test_without_optuna_it_says_how_to_install_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    Plugins.instance()  # which runs the module once more when it is first asked for
+    monkeypatch.setattr(sweeper, "_SEARCH", "missing_engine")
+    code, error = search(command, LR, *settings(num_trials=2))
+    assert code == 1 and error.count("\n") == 1
+    assert (
+        "needs the package 'missing_engine': it is not installed. Install it by `pip install 'hypertorch[search]'`"
+        in error
+    )
+
+
+def test_no_start_of_hydra_imports_an_engine() -> None:
+    """Hydra imports the plug-in at each start of every command."""
+    code = (
+        "import sys; sys.modules['torch'] = None; import hydra_plugins.hypertorch_search.config, "
+        "hydra_plugins.hypertorch_search.sweeper; "
+        "assert not {'optuna', 'scipy', 'sqlalchemy', 'matplotlib', 'hypertorch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=TRAIN.parents[1], check=True)
+
+
+@pytest.mark.slow
 def test_a_trial_of_a_living_process_is_left_alone(command: Command) -> None:
     words = (LR, *settings(sampler="random", num_trials=2))
     assert search(command, *words, "hydra.sweeper.num_trials=1")[0] == 0
@@ -485,7 +555,6 @@ def test_a_trial_of_a_living_process_is_left_alone(command: Command) -> None:
     assert states(study()) == ["COMPLETE", "COMPLETE"]
 
 
-TRAIN = Path(train.__file__)
 LONGER = (
     *("experiment=rotation", "outer_loop.num_outer_steps=20", "outer_loop.checkpoints.every=1", "validation.every=5"),
     *("outer_loop.progress=false", "paths.sweep_dir=sweep"),
@@ -522,7 +591,7 @@ def test_a_killed_search_loses_at_most_the_batch_that_ran(tmp_path: Path) -> Non
     assert states(after) == ["COMPLETE"] * 4
     assert [trial.params for trial in after.trials[:2]] == begun
     # The killed trial went on: no step but that under way was taken again, and its record replaced.
-    assert steps_run([tmp_path / "sweep/1"]) == 2  # records, of which there is one in ten steps
+    assert steps_run([tmp_path / "sweep/1"]) == 20
     assert "resuming in" in out
 
 
