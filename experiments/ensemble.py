@@ -381,7 +381,7 @@ class Nothing(ht.OuterProblem):
 def draw_ensembles(
     alone: Tensor, weights: Mapping[str, Tensor], frequency: Tensor, results: Mapping[str, Mapping], path: Path
 ) -> None:
-    """Draws the weights that each way to choose gives the nets, and what the ensembles reach on the last split, the test.
+    """Draws the weights that each way to choose gives the nets, and what the ensembles reach on the last split.
 
     Args:
         alone: validation accuracy of each net, shape `(nets,)`.

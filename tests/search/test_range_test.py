@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -118,6 +119,7 @@ def test_losses_that_leave_the_numbers_are_the_blow_up() -> None:
         (Curve(), {"max_lr": 1e-3}, "still falls at the largest rate, 0.001"),
         (Curve(noise=0.01), {"max_lr": 1e-3}, "within its noise: the curve is flat"),
         (Curve(), {"min_lr": 8.0}, "rises from the start. Pass a smaller `min_lr`"),
+        (Curve(), {"min_lr": 4.01, "max_lr": 4.02}, "rises from the start. Pass a smaller `min_lr`"),
         (Curve(), {"max_lr": 0.7}, "still falls at the largest rate, 0.7"),
         (Curve(), {"min_lr": 0.2}, "falls fastest at the smallest rates, from 0.2"),
         (Curve(shape=lambda value: value - 1.0), {}, "is -0.55 at the rate 1e-05: it has no logarithm"),
@@ -128,6 +130,31 @@ def test_what_cannot_be_suggested_is_refused(inner: Curve, how: dict[str, float]
     with pytest.raises(NoSuggestionError, match=message) as caught:
         lr_range_test(problem(inner), **how)  # type: ignore[arg-type]
     assert caught.value.figures.losses.shape == (NUM_STEPS,)
+
+
+def test_the_steepest_point_comes_before_the_lowest() -> None:
+    """A run that blows up and comes back: what comes after the blow-up counts for nothing."""
+    steps, levels = (0, 20, 50, 60, 70, 80, 84, 99), (2.0, 2.0, 0.5, 1.5, 40.0, 40.0, 1.0, 1.0)
+
+    class Table(Curve):
+        def batch(self, step: int) -> Tensor:
+            return torch.tensor(float(np.interp(step, steps, levels)), dtype=F64)
+
+        def loss(self, params: TensorDict, hparams: TensorDict, batch: Tensor) -> Tensor:
+            return 0.0 * params["w"] + batch
+
+    figures, suggestion = lr_range_test(problem(Table()))
+    rates = figures.rates.tolist()
+    assert rates[20] < suggestion < rates[50]
+    assert rates[46] < figures.lowest < rates[54]
+    # Where it is back at the first value, not where it starts to rise.
+    assert figures.blow_up is not None and rates[56] < figures.blow_up < rates[64]
+
+
+def test_the_first_values_are_not_the_lowest() -> None:
+    with pytest.raises(NoSuggestionError) as caught:
+        lr_range_test(problem(), min_lr=8.0)
+    assert caught.value.figures.lowest == float(caught.value.figures.rates[5])
 
 
 def test_noise_alone_suggests_nothing() -> None:
