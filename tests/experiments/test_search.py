@@ -164,6 +164,7 @@ def test_what_it_prints_can_be_pasted(command: Command, monkeypatch: pytest.Monk
     assert records("anew") == records(f"sweep/{best.number}")
 
 
+@pytest.mark.slow
 def test_several_objectives_with_the_direction_of_each(command: Command, pictures: None) -> None:
     code, error = search(
         command,
@@ -296,6 +297,7 @@ def test_experiments_with_other_directions_are_no_one_search(command: Command) -
     assert code == 1 and "which is better ('max',) with experiment=noisy_digits and ('min',) with" in error
 
 
+@pytest.mark.slow
 def test_experiments_that_cannot_go_on_are_refused(command: Command) -> None:
     halving = settings(pruner="successive_halving", num_trials=2, min_steps=1, eta=2)
     code, error = command("--multirun", "hydra/sweeper=search", "experiment=sinusoid", "debug=fewshot", LR, *halving)
