@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from hydra_plugins.hypertorch_search._study import (
     ATTEMPT,
     Drawn,
     Studied,
+    begin,
     folder_of,
     open_storage,
     open_study,
@@ -86,6 +88,9 @@ class Search:
         self.fixed = [word for word in fixed if not word.startswith(_NAMES_FOLDER)]
         self.space = read_space(swept, settings.conditions or {})
         check_settings(settings, self.space)
+        # What a study cannot be begun with is refused before there is one.
+        self.grid = self.space.grid() if settings.sampler == "grid" else []
+        self._sampler(settings.seed)
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         self.jobs = self._jobs(folder)
         self.directions = self._check_trials()
@@ -95,15 +100,10 @@ class Search:
         given = (*self.config.hydra.overrides.task, *self.config.hydra.overrides.hydra)
         folder = folder_of(study, folder, is_named=any(word.startswith(_NAMES_FOLDER) for word in given))
         self._open_folder(folder, is_new=is_new)
+        begin(study, self.directions, self._record())
         with Process(storage, storage.get_study_id_from_name(settings.study_name)) as process:
             self.studied = Studied(study, storage, process, self.space)
-            study.sampler = build_sampler(
-                settings.sampler,
-                self.space.distributions,
-                seed=seed_of(settings.seed, process, is_new=is_new),
-                settings=settings.settings or {},
-                batch=settings.n_jobs,
-            )
+            study.sampler = self._sampler(seed_of(settings.seed, process))
             try:
                 self._run_trials(process)
             except KeyboardInterrupt as interrupt:
@@ -116,8 +116,7 @@ class Search:
         self._summary(storage_shown(settings.storage, folder), folder).show()
 
     def _run_trials(self, process: Process) -> None:
-        if self.settings.sampler == "grid":
-            self.studied.enqueue(self.space.grid())
+        self.studied.enqueue(self.grid)
         if not self.brackets:
             while batch := self._next_batch():
                 self._run_batch(batch)
@@ -127,6 +126,16 @@ class Search:
             self._run_bracket(index, bracket)
 
     # What is known before the first trial.
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        settings = self.settings
+        return build_sampler(
+            settings.sampler,
+            self.space.distributions,
+            seed=seed,
+            settings=settings.settings or {},
+            batch=settings.n_jobs,
+        )
 
     def _jobs(self, folder: Path) -> Jobs:
         return Jobs(

@@ -213,8 +213,12 @@ def open_study(
             f"`hydra.sweeper.storage` has a study {name!r} that is to {' and '.join(found)}, here "
             f"{' and '.join(words)}. Give another hydra.sweeper.study_name or storage."
         )
-    study.set_user_attr(_RECORD, wanted)
     return study, before is None
+
+
+def begin(study: optuna.Study, directions: Sequence[Direction], record: Mapping[str, Any]) -> None:
+    """Writes what the processes of a study must agree on, once nothing is left to be refused."""
+    study.set_user_attr(_RECORD, {**record, "directions": list(directions)})
 
 
 def folder_of(study: optuna.Study, folder: Path, *, is_named: bool) -> Path:
@@ -233,15 +237,14 @@ def folder_of(study: optuna.Study, folder: Path, *, is_named: bool) -> Path:
     return folder
 
 
-def seed_of(seed: int, process: Process, *, is_new: bool) -> int:
+def seed_of(seed: int, process: Process) -> int:
     """Returns the seed of the sampler: of a process that joins a study, one of its own, or it drew the same points.
 
     Args:
         seed: of the search.
         process: the process.
-        is_new: whether it has begun the study.
     """
-    if is_new:
+    if process.is_first():
         return seed
     return int(np.random.SeedSequence([seed, zlib.crc32(process.name.encode())]).generate_state(1)[0])
 

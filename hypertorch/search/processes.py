@@ -64,9 +64,15 @@ class Process:
 
     def others(self) -> list[str]:
         """Returns the names of the other processes that are at work on the study."""
+        return [name for name in self._names() if name != self.name and self.is_alive(name)]
+
+    def is_first(self) -> bool:
+        """Returns whether no other process has been at work on the study."""
+        return self._names() == [self.name]
+
+    def _names(self) -> list[str]:
         found = self._storage.get_study_user_attrs(self._study_id)
-        names = [key.removeprefix(_PREFIX) for key in found if key.startswith(_PREFIX)]
-        return [name for name in names if name != self.name and self.is_alive(name)]
+        return [key.removeprefix(_PREFIX) for key in found if key.startswith(_PREFIX)]
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT):

@@ -164,6 +164,7 @@ def test_what_it_prints_can_be_pasted(command: Command, monkeypatch: pytest.Monk
     assert records("anew") == records(f"sweep/{best.number}")
 
 
+@pytest.mark.slow
 def test_several_objectives_with_the_direction_of_each(command: Command, pictures: None) -> None:
     code, error = search(
         command,
@@ -238,6 +239,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "misspelt setting of the search": ((LR, "hydra.sweeper.num_trails=2"), "`hydra.sweeper.num_trails` is no setting"),
     "nothing to search": (("hydra.sweeper.num_trials=2",), "there is nothing to search"),
     "no number": ((LR,), "`hydra.sweeper.num_trials` is not given"),
+    "an interval for the grid": ((LR, *settings(sampler="grid")), "`outer_optimizer.lr` is an interval"),
     "a number for the grid": (("seed=0,1", *settings(sampler="grid", num_trials=2)), "grid runs every point once"),
     "unknown sampler": ((LR, *settings(sampler="tep", num_trials=2)), "Use one of: random, grid, qmc, tpe"),
     "unknown argument of the sampler": (
@@ -285,7 +287,7 @@ def test_a_mistake_is_refused_before_the_first_trial(case: str, command: Command
     code, error = search(command, *words)
     assert code == 1
     assert expected in error and error.count("\n") == 1, error
-    assert not (tmp_path / "sweep/0").exists()
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.slow
@@ -295,6 +297,7 @@ def test_experiments_with_other_directions_are_no_one_search(command: Command) -
     assert code == 1 and "which is better ('max',) with experiment=noisy_digits and ('min',) with" in error
 
 
+@pytest.mark.slow
 def test_experiments_that_cannot_go_on_are_refused(command: Command) -> None:
     halving = settings(pruner="successive_halving", num_trials=2, min_steps=1, eta=2)
     code, error = command("--multirun", "hydra/sweeper=search", "experiment=sinusoid", "debug=fewshot", LR, *halving)
@@ -333,7 +336,9 @@ def test_the_same_command_goes_on_and_another_is_refused(command: Command) -> No
     assert code == 1 and "has a study 'search' whose space is" in error
     code, error = search(command, LR, "seed=1", *settings(sampler="random", num_trials=3))
     assert code == 1 and "whose command is" in error
-    code, error = search(command, LR, *settings(sampler="random", num_trials=3, storage="memory"))
+    for _ in range(2):  # a study that was refused is none the next time either
+        other = settings(sampler="random", num_trials=3, storage="other.journal")
+        code, error = search(command, LR, *other)
     assert code == 1 and "where there are trials already, but their study is not in `hydra.sweeper.storage`" in error
 
 

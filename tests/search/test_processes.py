@@ -26,10 +26,17 @@ def written(storage: BaseStorage, name: str, moment: float) -> None:
     storage.set_study_user_attr(0, f"process {name}", moment)
 
 
+def one_more(storage: BaseStorage) -> Process:
+    return Process(storage, 0)
+
+
 def test_it_lives_within_its_block_only(storage: BaseStorage) -> None:
     one = Process(storage, 0)
     assert not one.is_alive(one.name)
-    with one, Process(storage, 0) as other:
+    with one:
+        assert one.is_first()
+    with one_more(storage) as one, one_more(storage) as other:
+        assert not one.is_first() and not other.is_first()
         assert one.is_alive(one.name) and one.is_alive(other.name)
         assert one.others() == [other.name]
     assert not one.is_alive(one.name) and one.others() == []
