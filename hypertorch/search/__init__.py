@@ -93,3 +93,7 @@ def __getattr__(name: str) -> Any:
             f"Install it by `pip install 'hypertorch[{extra}]'`."
         ) from error
     return getattr(found, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
