@@ -21,6 +21,7 @@ import hydra
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -207,6 +208,7 @@ def plot(task: str, cells: Sequence[SearchCell], path: Path) -> None:
         axes.fill_between(count, low, high, color=style["color"], alpha=0.12, linewidth=0)
     label = "validation loss of the best so far" if task == "digits" else "regret of the best so far"
     axes.set(xlabel="evaluations", ylabel=label, yscale="log", title=f"{task}: median and quartiles over seeds")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)

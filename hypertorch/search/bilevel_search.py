@@ -120,7 +120,8 @@ def minimise(
         guarded: whether gradients that predict left-out values worse than none are left aside.
         seed: of the search.
         file: written after each evaluation (safetensors). If it exists, its evaluations are read instead of run, and
-            the search goes on as if it had not been interrupted.
+            the search goes on as if it had not been interrupted. The settings of the search are compared with the
+            file's; the problem cannot be, and must be the same.
         execution: how the problem is run.
 
     Raises:

@@ -30,8 +30,9 @@ _FAILED = 1e12
 def fit_gradient_gp(observations: Observations, kernel: Kernel, *, max_iterations: int = 100) -> GradientGP:
     """Returns the process with the most probable parameters, given what was observed.
 
-    The evidence is that of values and gradients together. The prior of the length scales grows with the dimension's
-    square root, as the distances in the cube do. Value and gradient have each a noise of their own.
+    The evidence is that of values and gradients together. Values have one noise, and entries of gradients another. The
+    prior of a length scale is log-normal, with the median `0.4 sqrt(dimension)` and the deviation 1 of the logarithm:
+    distances in the cube grow with the square root of its dimension.
 
     The same observations give the same process: nothing is drawn.
 
@@ -43,7 +44,7 @@ def fit_gradient_gp(observations: Observations, kernel: Kernel, *, max_iteration
         max_iterations: of the optimiser, from each of two starts.
 
     References:
-        Hvarfner et al. (2024), Vanilla Bayesian optimization performs great in high dimensions, section 5 (the prior).
+        Hvarfner et al. (2024), Vanilla Bayesian optimization performs great in high dimensions, section 5.
     """
     dimension = observations.points.shape[1]
     targets = observations.targets(*standardise(observations.values))
