@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from hydra_plugins.hypertorch_search._space import Space
 from hydra_plugins.hypertorch_search.config import SearchConfig
@@ -67,6 +67,11 @@ def _check_space(settings: SearchConfig, space: Space) -> None:
         return
     for name, distribution in space.distributions.items():
         is_choice = isinstance(distribution, CategoricalDistribution)
+        if settings.sampler == "observer" and isinstance(distribution, IntDistribution):
+            raise ValueError(
+                f"`hydra.sweeper.sampler` is 'observer', which moves in small steps, but `{name}` takes whole numbers: "
+                "it would be drawn at random. Use hydra.sweeper.sampler=tpe or gp."
+            )
         if is_choice or name in space.conditions:
             raise ValueError(
                 f"`hydra.sweeper.sampler` is {settings.sampler!r}, which places numbers, but `{name}` is "
@@ -141,7 +146,7 @@ def _check_objectives(settings: SearchConfig) -> None:
     if len(names) == 1:
         return
     for name, value in (("sampler", settings.sampler), ("pruner", settings.pruner), ("racing", settings.racing)):
-        if value == "cmaes" or (name != "sampler" and value):
+        if value in ("cmaes", "observer") or (name != "sampler" and value):
             raise ValueError(
                 f"`hydra.sweeper.{name}` is {value!r}, which goes by one number, but `hydra.sweeper.objectives` is "
                 f"{names}. Name one objective, or use hydra.sweeper.sampler=nsga2 without a pruner and racing."

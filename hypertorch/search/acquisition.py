@@ -15,7 +15,7 @@ _RESTARTS = 2  # of each kind
 _WIDTHS = (-4.0, -0.5)  # of steps around the best point, as powers of ten
 
 
-def next_point(model: GradientGP, *, seed: int) -> Tensor:
+def next_point(model: GradientGP, *, seed: int, box: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Returns the point of the unit cube with the greatest logarithm of the expected improvement, `(dimension,)`.
 
     The improvement is that over the least posterior mean at the observed points. The search starts from the best
@@ -24,6 +24,7 @@ def next_point(model: GradientGP, *, seed: int) -> Tensor:
     Args:
         model: of the values, to be minimised.
         seed: of the starts.
+        box: lower and upper ends of the part of the cube to search, each `(dimension,)`; None for all of it.
 
     References:
         Ament et al. (2023), Unexpected improvements to expected improvement for Bayesian optimization.
@@ -32,17 +33,18 @@ def next_point(model: GradientGP, *, seed: int) -> Tensor:
     dimension = points.shape[1]
     with torch.no_grad():
         means = model.posterior(points.unsqueeze(1)).mean.flatten()
+    low, high = (torch.zeros_like(points[0]), torch.ones_like(points[0])) if box is None else box
     acquisition = LogExpectedImprovement(model, best_f=means.min(), maximize=False)
     draws = SobolEngine(dimension, scramble=True, seed=seed).draw(_EVERYWHERE, dtype=torch.float64)
+    draws = low + draws * (high - low)
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randn((_NEAR, dimension), generator=generator, dtype=torch.float64)
-    low, high = _WIDTHS
-    widths = 10.0 ** torch.linspace(low, high, _NEAR, dtype=torch.float64).unsqueeze(1)
-    near = (points[means.argmin()] + widths * steps).clamp(0.0, 1.0)
+    widths = 10.0 ** torch.linspace(*_WIDTHS, _NEAR, dtype=torch.float64).unsqueeze(1)
+    near = (points[means.argmin()] + widths * steps).clamp(low, high)
     starts = torch.cat([_best(acquisition, draws), _best(acquisition, near)])
     found, _ = optimize_acqf(
         acquisition,
-        bounds=torch.stack([torch.zeros_like(points[0]), torch.ones_like(points[0])]),
+        bounds=torch.stack([low, high]),
         q=1,
         num_restarts=len(starts),
         batch_initial_conditions=starts.unsqueeze(1),

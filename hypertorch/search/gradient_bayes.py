@@ -17,6 +17,7 @@ from hypertorch.search.guard import gradients_help
 from hypertorch.search.kernels import Kernel, Matern52
 from hypertorch.search.observations import Observations
 from hypertorch.search.scale import Scale
+from hypertorch.search.trusted_box import trusted_box, trusted_length
 
 MAX_DIMENSION = 20
 # A process is fitted once so many evaluations have succeeded.
@@ -69,6 +70,9 @@ class GradientBayes:
         guarded: whether the process of the values alone is compared; False trusts the gradients always.
         max_observed: most values and entries of gradients that a process is fitted to; the oldest gradients are
             dropped, and no value.
+        trusted_move: how far the next point may be from the best one at first, as part of the range of each number,
+            above 0 and at most 1; it grows with successes and shrinks with failures. The search then observes: it
+            trusts its process near what was seen. None searches everywhere.
         seed: of the Sobol sequence, and of the starts of each search.
 
     Raises:
@@ -89,6 +93,7 @@ class GradientBayes:
         kernel: Kernel = Matern52(),  # noqa: B008 (frozen)
         guarded: bool = True,
         max_observed: int = 1500,
+        trusted_move: float | None = None,
         seed: int = 0,
     ) -> None:
         self._scale = Scale(bounds, log)
@@ -111,6 +116,13 @@ class GradientBayes:
                 "`ht.search.Matern52()` or `ht.search.RBF()`."
             )
         check_switch("guarded", guarded)
+        is_number = isinstance(trusted_move, (int, float)) and not isinstance(trusted_move, bool)
+        if trusted_move is not None and not (is_number and 0.0 < trusted_move <= 1.0):
+            raise ValueError(
+                f"`trusted_move` is {trusted_move!r}: it is a part of the range of each number. Pass a number above 0 "
+                "and at most 1, or None to search everywhere."
+            )
+        self._trusted_move = trusted_move
         self._num_initial, self._kernel, self._guarded = num_initial, kernel, guarded
         self._max_observed, self._seed = max_observed, seed
         empty = torch.empty((0, dimension), dtype=torch.float64)
@@ -213,7 +225,15 @@ class GradientBayes:
             engine = SobolEngine(self._scale.dimension, scramble=True, seed=self._seed)
             return engine.fast_forward(number).draw(1, dtype=torch.float64).squeeze(0)
         # One seed for each search: 2 ** 20 points of a run do not meet those of the run with the next seed.
-        return next_point(self._with_assumed(self._model()), seed=(self._seed << 20) + number)
+        return next_point(self._with_assumed(self._model()), seed=(self._seed << 20) + number, box=self._box())
+
+    def _box(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the part of the unit cube that is trusted; None if all of it is."""
+        if self._trusted_move is None:
+            return None
+        # Both ways from the best point.
+        length = trusted_length(self._values, 2.0 * self._trusted_move, self._scale.dimension)
+        return trusted_box(self._scale.to_unit(self.best.point), length)
 
     def _model(self) -> GradientGP:
         if self._fitted is None:

@@ -41,10 +41,12 @@ class GradientSampler(BaseSampler):
         kernel: of the process.
         guarded: whether gradients that predict left-out values worse than none are left aside.
         max_observed: as in `GradientBayes`.
+        trusted_move: as in `GradientBayes`: an observer, that moves from the best trial in steps that it trusts.
         seed: of the search, and of what is drawn at random.
 
     Raises:
-        ValueError: (from `sample_relative`) if the study has several objectives, or more than 20 such floats.
+        ValueError: if a setting is out of range; (from `sample_relative`) if the study has several objectives, or more
+            than 20 such floats.
     """
 
     USER_ATTRIBUTE: ClassVar[str] = "hypertorch.hypergradient"
@@ -56,6 +58,7 @@ class GradientSampler(BaseSampler):
         kernel: Kernel = Matern52(),  # noqa: B008 (frozen)
         guarded: bool = True,
         max_observed: int = 1500,
+        trusted_move: float | None = None,
         seed: int = 0,
     ) -> None:
         self._settings: dict[str, Any] = {
@@ -63,8 +66,10 @@ class GradientSampler(BaseSampler):
             "kernel": kernel,
             "guarded": guarded,
             "max_observed": max_observed,
+            "trusted_move": trusted_move,
             "seed": seed,
         }
+        GradientBayes([(0.0, 1.0)], **self._settings)  # which refuses what is out of range, before the first trial
         self._space = IntersectionSearchSpace(include_pruned=True)
         self._independent = RandomSampler(seed=seed)
 

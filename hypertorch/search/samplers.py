@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,12 @@ class _FromTheFirst(QMCSampler):
         return self.space
 
 
+def _observer(**settings: Any) -> BaseSampler:
+    """A process of the values of the trials so far, which proposes small moves from the best of them."""
+    # It needs BoTorch, which the other samplers do not.
+    return importlib.import_module("hypertorch.search").GradientSampler(**{"trusted_move": 0.2, **settings})
+
+
 _CLASSES: dict[str, Callable[..., BaseSampler]] = {
     "random": RandomSampler,
     # The points of a grid wait in the study, and are taken from there before the sampler is asked.
@@ -31,11 +38,12 @@ _CLASSES: dict[str, Callable[..., BaseSampler]] = {
     "gp": GPSampler,
     "cmaes": CmaEsSampler,
     "nsga2": NSGAIISampler,
+    "observer": _observer,
 }
 SAMPLERS = tuple(_CLASSES)
 """The names."""
 
-NUMBERS_ONLY = ("qmc", "cmaes")
+NUMBERS_ONLY = ("qmc", "cmaes", "observer")
 """Those that place numbers; a choice, or a setting under a condition, would silently be drawn at random."""
 
 
@@ -66,7 +74,7 @@ def build_sampler(
             sampler = _CLASSES[name](seed=seed, **{**own, **settings})
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"`hydra.sweeper.settings` is {dict(settings)}, which Optuna's sampler {name} refuses ({error}). Write "
+                f"`hydra.sweeper.settings` is {dict(settings)}, which the sampler {name} refuses ({error}). Write "
                 "arguments of its class in optuna.samplers."
             ) from error
     if isinstance(sampler, _FromTheFirst):

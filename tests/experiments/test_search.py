@@ -107,6 +107,7 @@ SAMPLERS: dict[str, list[str]] = {
     "gp": ["hydra.sweeper.settings={n_startup_trials:1}"],
     "cmaes": [],
     "nsga2": ["hydra.sweeper.settings={population_size:2}"],
+    "observer": ["hydra.sweeper.settings={num_initial:1,trusted_move:0.1}"],
 }
 
 
@@ -244,13 +245,25 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown sampler": ((LR, *settings(sampler="tep", num_trials=2)), "Use one of: random, grid, qmc, tpe"),
     "unknown argument of the sampler": (
         (LR, *settings(num_trials=2, settings="{n_starts:2}")),
-        "which Optuna's sampler tpe refuses",
+        "which the sampler tpe refuses",
     ),
     "end of a range": (("outer_optimizer.lr=interval(-1,1)", *settings(num_trials=2)), "Invalid learning rate: -1"),
     "one choice": (("outer_optimizer.lr=1,fast", *settings(num_trials=2)), "fast"),
     "empty interval": (("outer_optimizer.lr=interval(2,1)", *settings(num_trials=2)), "is no interval"),
     "choices for numbers": (("seed=0,1", LR, *settings(sampler="cmaes", num_trials=2)), "`seed` is a choice"),
     "one number for a covariance": ((LR, *settings(sampler="cmaes", num_trials=2)), "alone is searched"),
+    "whole numbers for small moves": (
+        ("experiment.hidden=int(interval(3,9))", LR, *settings(sampler="observer", num_trials=2)),
+        "`experiment.hidden` takes whole numbers",
+    ),
+    "several objectives for small moves": (
+        (LR, *settings(sampler="observer", num_trials=2, objectives="[validation,seconds]")),
+        "`hydra.sweeper.sampler` is 'observer', which goes by one number",
+    ),
+    "a move beyond the range": (
+        (LR, *settings(sampler="observer", num_trials=2, settings="{trusted_move:3}")),
+        "`trusted_move` is 3",
+    ),
     "unknown objective": ((LR, *settings(num_trials=2, objectives="[test]")), "Use some of: validation, seconds"),
     "wrong direction": ((LR, *settings(num_trials=2, directions="[min]")), r"the experiment says ['max'] is better"),
     "the test": ((LR, *settings(num_trials=2), "evaluation.splits=[test]"), "the test stays unseen"),
