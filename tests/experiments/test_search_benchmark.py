@@ -164,5 +164,5 @@ def test_the_table_at_equal_cpu_counts_a_gradient_by_its_price(tmp_path: Path) -
     with (tmp_path / "equal_cpu" / "table.csv").open(encoding="utf-8", newline="") as file:
         plain, informed = csv.DictReader(file)
     assert plain["loss at cost 20"] == "2.0000 (20)" and informed["loss at cost 20"] == "0.9900 (10)"
-    assert informed["loss at cost 80"] == "0.9900 (40)"
+    assert informed["loss at cost 70"] == "0.9900 (35)"
     assert plain["evaluations to 3 %"] == "never" and informed["evaluations to 3 %"] == "2"
