@@ -13,7 +13,7 @@ from hypertorch.search.gradient_gp import GradientGP
 from hypertorch.search.guard import gradients_help, left_out_log_densities
 from hypertorch.search.kernels import Kernel, Matern52
 from hypertorch.search.observations import Observations
-from tests.search.models import F64, KERNELS, observed, parameters, process
+from tests.search.models import F64, KERNELS, observed, parameters
 
 
 def kept(seen: Observations, index: Tensor) -> Observations:
@@ -63,6 +63,7 @@ def test_gradients_that_mislead_are_found_out(factor: float, help_expected: bool
     assert gradients_help(with_gradients, without) is help_expected
 
 
-def test_a_tie_is_for_the_gradients() -> None:
-    model = process()
-    assert gradients_help(model, model)
+@pytest.mark.parametrize(("count", "help_expected"), [(4, True), (5, False)])
+def test_a_tie_is_for_the_gradients_while_there_are_few_values(count: int, help_expected: bool) -> None:
+    model = GradientGP(observed(count), parameters(), Matern52())
+    assert gradients_help(model, model) is help_expected
