@@ -51,8 +51,8 @@ def gradients_help(with_gradients: GradientGP, without: GradientGP) -> bool:
     """Returns whether left-out values are predicted better with the gradients than without them.
 
     With more than two values for each number searched, they must be so by 20 to 1: over few points the predictions
-    differ by chance too, and gradients of the wrong sign are ahead by up to 18 to 1 at five points of Branin's function.
-    With fewer values the process of the values alone knows next to nothing, and as good is enough.
+    differ by chance too, and gradients of the wrong sign are ahead by up to 18 to 1 at five points of Branin's
+    function. With fewer values the process of the values alone knows next to nothing, and as good is enough.
 
     Args:
         with_gradients: fitted to values and gradients.
