@@ -40,6 +40,25 @@ def check_hparams(hparams: TensorMapping) -> torch.device:
             "tensor from `init_hparams`."
         )
     for name, value in hparams.items():
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`hparams` has the name {name!r}, a {type(name).__name__}: outer variables are called by text. Use "
+                "the names of `problem.init_hparams()`."
+            )
+        if value.layout is not torch.strided or value.is_meta or value.is_nested:
+            kind = (
+                "on the meta device" if value.is_meta else f"of {'nested' if value.is_nested else value.layout} layout"
+            )
+            raise TypeError(
+                f"`hparams[{name!r}]` is a tensor {kind}, which has no plain entries to move. Use a dense tensor with "
+                "values."
+            )
+        # Formats of a byte hold numbers, and compute none.
+        if value.is_floating_point() and value.element_size() < 2:
+            raise TypeError(
+                f"`hparams[{name!r}]` has dtype {value.dtype}, in which nothing is computed. Use float32, or at least "
+                "float16 or bfloat16."
+            )
         if not value.is_floating_point():
             raise TypeError(
                 f"`hparams[{name!r}]` has dtype {value.dtype}, which has no derivative. Use a floating-point tensor; "

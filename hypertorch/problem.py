@@ -223,6 +223,15 @@ class BilevelProblem(ProblemSource):
                 f"`num_tasks` is {self.num_tasks!r}: a batch holds at least one task. Pass None for a single problem "
                 "whose tensors have no tasks axis."
             )
+        if not isinstance(self.warm_start, bool):
+            raise TypeError(f"`warm_start` is {self.warm_start!r}, which is neither True nor False. Pass one of them.")
+        for name in ("allow_unused", "shared_context"):
+            names = getattr(self, name)
+            # A text is a sequence of texts too, its letters.
+            if isinstance(names, str) or not set(map(type, names)) <= {str}:
+                raise TypeError(f"`{name}` is {names!r}, but it lists names. Pass a tuple of them, such as `('lr',)`.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"`seed` is {self.seed!r}: it chooses the noise. Pass a whole number.")
         for name, setting in self.dynamics.settings().items():
             self._check_schedule(name, setting)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hypertorch as ht
+from hypertorch.checks import check_hparams
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter
 
@@ -29,6 +30,32 @@ SGD = ht.dynamics.SGD
 def test_wrong_options_are_explained(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ht.BilevelProblem(INNER, OUTER, **{"dynamics": SGD(lr=0.1), "num_steps": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warm_start": 3}, "`warm_start` is 3, which is neither True nor False"),
+        ({"allow_unused": "c"}, "`allow_unused` is 'c', but it lists names"),
+        ({"allow_unused": (3,)}, r"`allow_unused` is \(3,\), but it lists names"),
+        ({"shared_context": "c"}, "`shared_context` is 'c', but it lists names"),
+        ({"seed": True}, "`seed` is True: it chooses the noise"),
+        ({"seed": 1.5}, "`seed` is 1.5: it chooses the noise"),
+    ],
+)
+def test_options_of_another_kind_are_explained(options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ht.BilevelProblem(INNER, OUTER, **{"dynamics": SGD(lr=0.1), "num_steps": 2, **options})
+
+
+@pytest.mark.parametrize("outer_step", [-1, True, 1.5, float("nan"), None])
+def test_an_outer_step_is_a_count(outer_step: object) -> None:
+    problem = ht.BilevelProblem(INNER, OUTER, dynamics=SGD(lr=0.1), num_steps=1)
+    backend = ht.hypergradients.Reverse()
+    with pytest.raises(ValueError, match="`outer_step` is .*: it counts outer steps"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=backend, outer_step=outer_step)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`outer_step` is .*: it counts outer steps"):
+        ht.unroll(problem, problem.init_hparams(), outer_step=outer_step)  # type: ignore[arg-type]
 
 
 def test_wrong_parts_are_explained() -> None:
@@ -91,3 +118,24 @@ def test_problems_need_a_function_that_returns_one() -> None:
         ht.Problems(ht.BilevelProblem(INNER, OUTER, dynamics=SGD(lr=0.1), num_steps=1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`make\(2\)` returned a NoneType, not a `BilevelProblem`"):
         ht.Problems(lambda outer_step: None).at(2)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(3, device="meta"), "is a tensor on the meta device"),
+        (torch.ones(3).to_sparse(), "is a tensor of torch.sparse_coo layout"),
+        (torch.ones(3).to(torch.float8_e4m3fn), "has dtype torch.float8_e4m3fn, in which nothing is computed"),
+        (torch.ones(3, dtype=torch.int64), "has dtype torch.int64, which has no derivative"),
+        (torch.ones(3, dtype=torch.complex64), "has dtype torch.complex64, which has no derivative"),
+    ],
+    ids=["meta", "sparse", "float8", "int64", "complex64"],
+)
+def test_outer_variables_are_dense_tensors_that_can_be_computed_with(value: torch.Tensor, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"`hparams\['x'\]` {message}"):
+        check_hparams({"x": value})
+
+
+def test_outer_variables_are_called_by_text() -> None:
+    with pytest.raises(TypeError, match="`hparams` has the name 3, a int"):
+        check_hparams({3: torch.ones(3)})  # type: ignore[dict-item]

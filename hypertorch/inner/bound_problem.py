@@ -52,6 +52,11 @@ class BoundProblem:
                 f"`allow_unused` names {unknown}, which are not among the hyperparameters {sorted(hparams)}: a "
                 "misspelt name would allow nothing. Correct it or leave it out."
             )
+        if isinstance(outer_step, bool) or not isinstance(outer_step, int) or outer_step < 0:
+            raise ValueError(
+                f"`outer_step` is {outer_step!r}: it counts outer steps, and chooses the outer data and the noise. "
+                "Pass a whole number of at least 0."
+            )
         self._outer_step = outer_step
         self._carry = carry or {}
         if self._carry and not problem.warm_start:
