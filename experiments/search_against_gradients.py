@@ -24,6 +24,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -53,9 +54,9 @@ _LABELS = {
     "gradients": "Gaussian process on values and hypergradients",
 }
 _TITLES = {
-    "penalties": "L2 penalties of softmax regression",
-    "schedules": "learning rates over the steps of a net",
-    "weights": "weights of training scans, half mislabelled",
+    "penalties": "penalties: L2 of softmax regression",
+    "schedules": "schedules: learning rates of a net",
+    "weights": "weights: of scans, some mislabelled",
 }
 _LOSSES = {"validation": "validation loss of the best found", "test": "test loss of that choice"}
 _NAMES = {"random": "random", "TPE": "TPE", "Adam": "Adam", "gradients": "GP"}
@@ -323,10 +324,12 @@ def plot(groups: dict[Group, list[AgainstCell]], path: Path) -> None:
                 first = statistics.fmean(cell.figures["first"] for cell in cells if cell.task == task)
                 axes.axhline(first, color="black", linestyle=":", linewidth=1, label="at the first values")
             axes.set(xscale="log", yscale="log")
+            bottom, top = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if top > 8 * bottom else MaxNLocator(5))
             axes.yaxis.set_major_formatter("{x:.3g}")
-            axes.yaxis.set_minor_formatter("{x:.3g}")
-            axes.tick_params(axis="y", which="both", labelsize=8)
-            axes.grid(alpha=0.25, which="both")
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.tick_params(axis="y", labelsize=9)
+            axes.grid(alpha=0.25)
             if column == 0:
                 axes.set_ylabel(label)
         sizes = list(dict.fromkeys(size for name, size, _ in groups if name == task))
@@ -336,14 +339,18 @@ def plot(groups: dict[Group, list[AgainstCell]], path: Path) -> None:
             grid[2, column].set_yticks([0.5, 1.5], ["least test loss", "least validation loss"])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     handles += [Patch(facecolor="0.5"), Patch(facecolor="0.5", **_UNSURE), Patch(facecolor="0.9")]
-    labels += ["least by over 1 % in every seed", "least by over 1 % in the mean alone", "equal within 1 % in the mean"]
+    labels += [
+        "strip: the least by over 1 % in every seed",
+        "strip: the least by over 1 % in the mean alone",
+        "strip: the least, equal within 1 % in the mean",
+    ]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     seeds = len({cell.seed for cell in cells})
     figure.suptitle(
         f"What each search finds in {cells[0].budget:g} CPU seconds, its own computing included "
         f"(mean, least and greatest of {seeds} seeds)"
     )
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def _strip(axes: Axes, groups: dict[Group, list[AgainstCell]], task: str, sizes: Sequence[int]) -> None:
