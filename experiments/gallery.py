@@ -28,12 +28,12 @@ from experiments.common.experiment import experiment_class
 from experiments.common.failures import ExpectedFailure, Failures
 from experiments.common.readers import listed_names, text
 from experiments.common.reads import Reads, check_settings_are_read
+from experiments.common.result_page import table, write_figures
 from experiments.common.run_folder import RunFolder, command, read_config
 from experiments.common.typed_settings import parse, setting
 
 MAIN_CONFIG = CONFIGS / "gallery.yaml"
 failures = Failures(MAIN_CONFIG)
-_START, _END = "<!-- figures: written by experiments/gallery.py -->", "<!-- end of figures -->"
 _LEARNT = "learnt"
 
 
@@ -148,15 +148,7 @@ def write_page(folder: Path, cells: Sequence[SeedCell], data: str | None, *, tru
         if done:
             lines += [*_figures(done), "", *_published(done[0], trusted)]
             lines += _pictures(done, folder)
-    page = folder / "README.md"
-    folder.mkdir(parents=True, exist_ok=True)
-    old = page.read_text(encoding="utf-8") if page.exists() else f"# {folder.name}\n\n{_START}\n{_END}\n"
-    if _START not in old or _END not in old:
-        raise ExpectedFailure(
-            f"{str(page)!r} has no lines {_START!r} and {_END!r}, so there is no place for its figures. Add both."
-        )
-    before, after = old.split(_START)[0], old.split(_END)[-1]
-    page.write_text("\n".join([f"{before}{_START}", "", *lines, f"{_END}{after}"]), encoding="utf-8")
+    write_figures(folder / "README.md", "experiments/gallery.py", lines)
 
 
 def _command(cell: SeedCell, data: str | None) -> str:
@@ -197,12 +189,12 @@ def _figures(done: Sequence[SeedCell]) -> list[str]:
     runs = f"seeds {', '.join(str(cell.seed) for cell in done)}" if len(done) > 1 else f"seed {done[0].seed} alone"
     where = f"{results[0].get('hardware', results[0]['device'])}, {results[0]['torch_threads']} thread(s)"
     return [
-        *_table(["split", "", *(_heading(name) for name in names)], rows),
+        *table(["split", "", *(_heading(name) for name in names)], rows),
         "",
         f"Mean ± standard deviation over {runs}{spent} ({where}).",
         "",
         *_gains(results, last, names[0]),
-        *_table([f"seed, on {last}", *(_heading(name) for name in names), "CPU seconds"], seeds),
+        *table([f"seed, on {last}", *(_heading(name) for name in names), "CPU seconds"], seeds),
     ]
 
 
@@ -237,10 +229,6 @@ def _pictures(done: Sequence[SeedCell], folder: Path) -> list[str]:
         shutil.copyfile(first.folder.path / name, shown)
         lines += [f"![{first.experiment}, {first.variant}, seed {first.seed}]({shown.name})", ""]
     return lines
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
 
 
 def _heading(name: str) -> str:

@@ -61,6 +61,7 @@ class BenchmarkSettings:
         only: the tasks; None for all.
         digits_with_gradients: evaluations with gradients on the digits.
         digits_seeds: seeds there.
+        resume: nothing beside the cells is resumed.
     """
 
     cells: str = setting(text)
@@ -70,6 +71,7 @@ class BenchmarkSettings:
     only: list[str] | None = setting(partial(listed_names, example="branin"))
     digits_with_gradients: int = setting(partial(whole_number, minimum=1, purpose="it is the length of a search"))
     digits_seeds: int = setting(partial(whole_number, minimum=1, purpose="a median needs a search"))
+    resume: bool = setting(switch)
 
 
 _READS = Reads(settings=(BenchmarkSettings,), entries=("tasks.*", "methods.*"))

@@ -38,7 +38,13 @@ def optuna(setting: str) -> ModuleType:
 
 
 def search(
-    name: SamplerName, function: Callable[[Tensor], float], dimension: int, queries: int, *, seed: int
+    name: SamplerName,
+    function: Callable[[Tensor], float],
+    dimension: int,
+    queries: int,
+    *,
+    seed: int,
+    start: Tensor | None = None,
 ) -> list[float]:
     """Returns the values at the queries of a search, in their order.
 
@@ -48,6 +54,7 @@ def search(
         dimension: of the cube.
         queries: how many.
         seed: of the search, below 2 ** 32.
+        start: the first query, shape `(dimension,)`; None for a random one.
     """
     package = optuna("search")
     package.logging.set_verbosity(package.logging.WARNING)
@@ -58,6 +65,8 @@ def search(
         else:
             sampler = package.samplers.GPSampler(n_startup_trials=_STARTS, seed=seed, deterministic_objective=True)
     study = package.create_study(sampler=sampler)
+    if start is not None:
+        study.enqueue_trial({f"x{axis}": value for axis, value in enumerate(start.tolist())})
     for _ in range(queries):
         trial = study.ask()
         place = [trial.suggest_float(f"x{axis}", 0.0, 1.0) for axis in range(dimension)]

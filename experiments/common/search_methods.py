@@ -53,7 +53,10 @@ def gradient_bayes(
     )
     values: list[float] = []
     while len(values) < count:
-        points = search.ask(min(batch, count - len(values)))
+        if task.start is not None and not values:
+            points = task.start.unsqueeze(0)
+        else:
+            points = search.ask(min(batch, count - len(values)))
         found = [task.evaluate(point, factor is not None) for point in points]
         values += [value for value, _ in found]
         gradients = None
@@ -71,12 +74,23 @@ def tree_parzen(task: SearchTask, count: int, seed: int) -> list[float]:
         # Optuna would take NaN for a failed trial and ask again.
         return found if math.isfinite(found) else 1e6
 
-    return optuna_search("TPE", value, task.dimension, count, seed=seed)
+    return optuna_search("TPE", value, task.dimension, count, seed=seed, start=task.start)
+
+
+def uniform(task: SearchTask, count: int, seed: int) -> list[float]:
+    """Returns the values at points that are drawn uniformly, after the first one."""
+    generator = torch.Generator().manual_seed(seed)
+    point = _first(task, seed)
+    values: list[float] = []
+    while len(values) < count:
+        values.append(task.evaluate(point, False)[0])
+        point = torch.rand(task.dimension, generator=generator, dtype=torch.float64)
+    return values
 
 
 def adam(task: SearchTask, count: int, seed: int) -> list[float]:
-    """Returns the values along Adam's steps from the first point of the Sobol sequence, kept in the cube."""
-    point = _starts(task, seed).draw(1, dtype=torch.float64).squeeze(0)
+    """Returns the values along Adam's steps from the first point, kept in the cube."""
+    point = _first(task, seed)
     optimizer = torch.optim.Adam([point], lr=_ADAM_LR)
     values = []
     for _ in range(count):
@@ -115,6 +129,11 @@ def lbfgs(task: SearchTask, count: int, seed: int) -> list[float]:
         return values
 
 
+def _first(task: SearchTask, seed: int) -> Tensor:
+    """The point that a search begins at, which may be written to."""
+    return _starts(task, seed).draw(1, dtype=torch.float64).squeeze(0) if task.start is None else task.start.clone()
+
+
 def _starts(task: SearchTask, seed: int) -> SobolEngine:
     """The sequence that `GradientBayes` with the same seed begins with."""
     return SobolEngine(task.dimension, scramble=True, seed=seed)
@@ -127,6 +146,7 @@ METHODS: dict[str, SearchMethod] = {
     "a tenth": SearchMethod(run=partial(gradient_bayes, factor=0.1), with_gradients=True),
     "wrong sign": SearchMethod(run=partial(gradient_bayes, factor=-1.0), with_gradients=True),
     "batches of four": SearchMethod(run=partial(gradient_bayes, batch=4), with_gradients=True),
+    "random": SearchMethod(run=uniform, with_gradients=False),
     "TPE": SearchMethod(run=tree_parzen, with_gradients=False),
     "Adam": SearchMethod(run=adam, with_gradients=True),
     "L-BFGS": SearchMethod(run=lbfgs, with_gradients=True),

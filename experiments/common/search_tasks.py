@@ -31,11 +31,13 @@ class SearchTask:
         dimension: of the cube.
         evaluate: its value, and its gradient where it is wanted.
         least: its minimum; None where it is not known.
+        start: where every search begins, shape `(dimension,)`; None for the first point of the Sobol sequence.
     """
 
     dimension: int
     evaluate: Evaluate
     least: float | None
+    start: Tensor | None = None
 
 
 def branin_task(seed: int) -> SearchTask:

@@ -26,6 +26,8 @@ from experiments import (
     hyperfield,
     lr_range_test,
     metasmoothness,
+    search_against_gradients,
+    search_benchmark,
     spectral_radius,
     train,
 )
@@ -51,6 +53,8 @@ COMMANDS = [
     hyperfield,
     lr_range_test,
     metasmoothness,
+    search_against_gradients,
+    search_benchmark,
     spectral_radius,
     train,
 ]
@@ -256,6 +260,8 @@ SETTINGS: dict[str, tuple[type, ...]] = {
     "gallery": (gallery.GallerySettings,),
     "fewshot_table": (fewshot_table.TableSettings,),
     "compare_libraries": (compare_libraries.BenchmarkSettings,),
+    "search_against_gradients": (search_against_gradients.AgainstSettings,),
+    "search_benchmark": (search_benchmark.BenchmarkSettings,),
 }
 MODULES = {module.__name__.rpartition(".")[2]: module for module in COMMANDS}
 
@@ -318,6 +324,8 @@ def test_every_plain_setting_of_a_file_is_declared_and_the_other_way_round(name:
         "gallery": ("known.",),
         "metasmoothness": ("variants.",),
         "compare_libraries": ("works.", "sweeps."),
+        "search_against_gradients": ("tasks.",),
+        "search_benchmark": ("tasks.", "methods."),
     }.get(name, ())
     plain = {key for key in held if not key.startswith(("defaults", "hydra", "task_name", *blocks))}
     declared = {key for kind in SETTINGS[name] for key in setting_keys(kind)}

@@ -89,7 +89,7 @@ def test_searches_make_as_many_evaluations_as_they_are_given(name: str) -> None:
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["search_benchmark.py", "paths.run_dir=run", "paths.log_dir=out", *arguments])
+    monkeypatch.setattr(sys, "argv", ["search_benchmark.py", "paths.log_dir=out", *arguments])
     code = search_benchmark.failures.exit_code(search_benchmark.main)
     GlobalHydra.instance().clear()
     return code
