@@ -26,7 +26,7 @@ from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
 _EVALUATIONS = 5  # of a search, in the figures
-_NUM_RANDOM = 200  # random orders that are averaged over
+_NUM_RANDOM = 20  # random orders of each data set
 _SPLITS = ("train", "validation", "test")
 _TINY = 1e-12
 

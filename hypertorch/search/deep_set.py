@@ -33,10 +33,10 @@ class DeepSet(nn.Module):
         for name, value in (("num_inputs", num_inputs), ("width", width), ("num_outputs", num_outputs)):
             if not is_count(value):
                 raise ValueError(f"`{name}` is {value!r}, which is no count. Pass a whole number of at least 1.")
-        self.features = nn.Sequential(nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.features = nn.Sequential(nn.Linear(num_inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
         # A last bias would move all embeddings alike, and no distance.
         last = nn.Linear(width, num_outputs, bias=False)
-        self.outputs = nn.Sequential(nn.Linear(width + 1, width), nn.SiLU(), last)
+        self.outputs = nn.Sequential(nn.Linear(width + 1, width), nn.ReLU(), last)
 
     def forward(self, examples: Tensor, sizes: Tensor) -> Tensor:
         """Returns the embeddings.

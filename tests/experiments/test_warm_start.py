@@ -132,7 +132,9 @@ def test_all_trainings_at_once_are_those_one_by_one() -> None:
 def test_the_derivative_is_that_of_central_differences() -> None:
     experiment = tiny()
     problem = experiment.training()
-    assert ht.check_hypergradient(problem, problem.init_hparams(), ht.hypergradients.Reverse()).passed
+    # Steps that are small enough to meet no kink of a unit.
+    check = ht.check_hypergradient(problem, problem.init_hparams(), ht.hypergradients.Reverse(), step_size=1e-5)
+    assert check.passed
 
 
 def test_the_figures_are_those_of_the_test_alone() -> None:
