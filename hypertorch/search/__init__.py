@@ -6,8 +6,13 @@ What needs BoTorch or Optuna is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hypertorch.search.dataset_distance import DatasetDistance, loss_distances
+from hypertorch.search.deep_set import DeepSet, pad_sets
 from hypertorch.search.kernels import RBF, Kernel, Matern52
+from hypertorch.search.nearest_best import nearest_best
+from hypertorch.search.portfolio import greedy_portfolio
 from hypertorch.search.range_test import NoSuggestionError, RangeFigures, lr_range_test, with_lr
+from hypertorch.search.regret import regrets
 from hypertorch.search.widening import widen
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ __all__ = [
     "RBF",
     "Best",
     "Bracket",
+    "DatasetDistance",
+    "DeepSet",
     "Evaluation",
     "FailedTrial",
     "GPParameters",
@@ -41,10 +48,15 @@ __all__ = [
     "SearchResult",
     "SearchedCommand",
     "fit_gradient_gp",
+    "greedy_portfolio",
     "hyperband",
     "is_worse",
+    "loss_distances",
     "lr_range_test",
     "minimise",
+    "nearest_best",
+    "pad_sets",
+    "regrets",
     "searchable",
     "successive_halving",
     "widen",
