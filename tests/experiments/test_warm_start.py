@@ -208,3 +208,16 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
         "hand-made features", "greedy portfolio", "best on average", "random", "true distance",
     }  # fmt: skip
     assert (folder / "warm_start.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_learnt_distance_halves_the_first_regret(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, error = command("experiment=warm_start", "outer_loop.progress=false", "threads=1", f"paths.run_dir={folder}")
+    assert code == 0, error
+    results = json.loads((folder / "results.json").read_text())
+    learnt = {name: figure["mean"] for name, figure in results["metrics"]["test"].items()}
+    first = {name: splits["test"]["regret_1"]["mean"] for name, splits in results["baselines"].items()}
+    assert learnt["correlation"] > 0.8
+    assert learnt["regret_1"] < first["greedy portfolio"] / 2
+    assert learnt["regret_1"] < first["hand-made features"]
