@@ -90,6 +90,7 @@ class Search:
         check_settings(settings, self.space)
         # What a study cannot be begun with is refused before there is one.
         self.grid = self.space.grid() if settings.sampler == "grid" else []
+        self.starts = [self.space.start(table) for table in settings.starts or ()]
         self._sampler(settings.seed)
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         self.jobs = self._jobs(folder)
@@ -116,7 +117,7 @@ class Search:
         self._summary(storage_shown(settings.storage, folder), folder).show()
 
     def _run_trials(self, process: Process) -> None:
-        self.studied.enqueue(self.grid)
+        self.studied.enqueue(self.grid or self.starts)
         if not self.brackets:
             while batch := self._next_batch():
                 self._run_batch(batch)

@@ -53,6 +53,7 @@ def check_settings(settings: SearchConfig, space: Space) -> None:
             )
     _check_space(settings, space)
     _check_number(settings)
+    _check_starts(settings)
     _check_early_ends(settings)
     _check_objectives(settings)
 
@@ -97,6 +98,26 @@ def _check_number(settings: SearchConfig) -> None:
         raise ValueError(
             "`hydra.sweeper.num_trials` is not given: the search would have no end. Write for example "
             "hydra.sweeper.num_trials=40."
+        )
+
+
+def _check_starts(settings: SearchConfig) -> None:
+    if settings.starts is None:
+        return
+    if not isinstance(settings.starts, list):
+        raise ValueError(
+            f"`hydra.sweeper.starts` is {settings.starts!r}, but it is a list of points. Write for example "
+            "'hydra.sweeper.starts=[{outer_optimizer.lr:0.1}]'."
+        )
+    if settings.sampler == "grid":
+        raise ValueError(
+            "`hydra.sweeper.starts` has points to begin with, but grid runs every point: they would have no effect. "
+            "Leave it out."
+        )
+    if settings.num_trials is not None and len(settings.starts) > settings.num_trials:
+        raise ValueError(
+            f"`hydra.sweeper.starts` has {len(settings.starts)} points, more than `hydra.sweeper.num_trials` = "
+            f"{settings.num_trials}: some would not be run. Raise the number."
         )
 
 

@@ -102,6 +102,30 @@ class Space:
             found[tuple(point.items())] = point
         return list(found.values())
 
+    def start(self, table: object) -> Point:
+        """Returns a point to begin with, of some of the settings.
+
+        Args:
+            table: values by name, as given by the user.
+
+        Raises:
+            ValueError: if it is no table, names another setting, or a value is not in what is searched.
+        """
+        if not isinstance(table, Mapping) or not table:
+            raise ValueError(
+                f"`hydra.sweeper.starts` has the entry {table!r}, which is no table of settings. Write for example "
+                "'hydra.sweeper.starts=[{outer_optimizer.lr:0.1}]'."
+            )
+        point: Point = {}
+        for name, value in table.items():
+            if name not in self.distributions:
+                raise ValueError(
+                    f"`hydra.sweeper.starts` names {name!r}, which is not searched. Use some of: "
+                    f"{', '.join(self.distributions)}."
+                )
+            point[name] = _found(name, value, self.distributions[name])
+        return point
+
     def _listed(self, name: str) -> list[Value]:
         try:
             return _values(self.distributions[name])
@@ -113,6 +137,22 @@ class Space:
 
     def _is_active(self, name: str, point: Mapping[str, Value]) -> bool:
         return name not in self.conditions or self.conditions[name].holds(point)
+
+
+def _found(name: str, value: object, distribution: BaseDistribution) -> Value:
+    """Returns a value in the form in which a distribution has it."""
+    if isinstance(distribution, CategoricalDistribution):
+        for choice in distribution.choices:
+            if str(choice) == str(value):
+                return choice  # pyright: ignore[reportReturnType]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        is_whole = isinstance(distribution, IntDistribution) and float(value).is_integer()
+        if distribution._contains(float(value)) and (is_whole or not isinstance(distribution, IntDistribution)):
+            return int(value) if is_whole else value
+    raise ValueError(
+        f"`hydra.sweeper.starts` has {value!r} for `{name}`, which is not in what is searched, {distribution}. "
+        "Start within it, or widen it."
+    )
 
 
 def overrides_of(point: Mapping[str, Value]) -> list[str]:

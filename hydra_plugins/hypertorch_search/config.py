@@ -13,11 +13,11 @@ TARGET = "hydra_plugins.hypertorch_search.sweeper.SearchSweeper"
 class SearchConfig:
     """The settings of a search.
 
-    The three tables are of no type, because OmegaConf takes no new entries for one on the command line.
+    The tables are of no type, because OmegaConf takes no new entries for one on the command line.
 
     Args:
         _target_: the sweeper.
-        sampler: random, grid, qmc, tpe, gp, cmaes or nsga2.
+        sampler: random, grid, qmc, tpe, gp, cmaes, nsga2 or observer.
         settings: further arguments of the sampler's class in Optuna.
         num_trials: trials of the study in all; None for grid and Hyperband, which have a number of their own.
         n_jobs: trials that are drawn together and handed to Hydra's launcher as one batch.
@@ -26,8 +26,8 @@ class SearchConfig:
         directions: "max" or "min" for each objective; None where the command says it.
         params: settings to search in the form of the command line, for files of settings.
         conditions: by the name of a setting that is searched: `other=value`, or `other=value,value`, without which it
-            is
-            left out.
+            is left out.
+        starts: points to begin with, each a table of settings that are searched; those it leaves out are drawn.
         storage: file of a journal, `memory`, or the URL of a database; None for `study.journal` in the sweep's folder.
         study_name: of the study in the storage.
         pruner: successive_halving or hyperband, which end trials early; None for neither.
@@ -47,6 +47,7 @@ class SearchConfig:
     directions: Optional[List[str]] = None  # noqa: UP006, UP045
     params: Any = None
     conditions: Any = None
+    starts: Any = None
     storage: Optional[str] = None  # noqa: UP045
     study_name: str = "search"
     pruner: Optional[str] = None  # noqa: UP045

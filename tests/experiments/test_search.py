@@ -166,6 +166,16 @@ def test_what_it_prints_can_be_pasted(command: Command, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_a_search_begins_where_it_is_told_to(command: Command) -> None:
+    starts = "hydra.sweeper.starts=[{outer_optimizer.lr:0.5,outer_optimizer.momentum:0.25},{outer_optimizer.lr:2}]"
+    words = (LR, MOMENTUM, *settings(sampler="random", num_trials=3), starts)
+    code, error = search(command, *words)
+    assert code == 0, error
+    first, second, third = (trial.params for trial in study().trials)
+    assert first == {"outer_optimizer.lr": 0.5, "outer_optimizer.momentum": 0.25}
+    assert second["outer_optimizer.lr"] == 2 and third["outer_optimizer.lr"] != 2
+
+
 def test_several_objectives_with_the_direction_of_each(command: Command, pictures: None) -> None:
     code, error = search(
         command,
@@ -263,6 +273,21 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "a move beyond the range": (
         (LR, *settings(sampler="observer", num_trials=2, settings="{trusted_move:3}")),
         "`trusted_move` is 3",
+    ),
+    "a start that is not searched": (
+        (LR, *settings(num_trials=2, starts="[{outer_optimizer.momentum:0.1}]")),
+        "`hydra.sweeper.starts` names 'outer_optimizer.momentum', which is not searched",
+    ),
+    "a start outside": ((LR, *settings(num_trials=2, starts="[{outer_optimizer.lr:1e9}]")), "for `outer_optimizer.lr`"),
+    "a start that is no table": ((LR, *settings(num_trials=2, starts="[3]")), "has the entry 3, which is no table"),
+    "starts that are no list": ((LR, *settings(num_trials=2, starts="3")), "`hydra.sweeper.starts` is 3, but it is a"),
+    "more starts than trials": (
+        (LR, *settings(num_trials=1, starts="[{outer_optimizer.lr:1},{outer_optimizer.lr:2}]")),
+        "has 2 points, more than",
+    ),
+    "starts of a grid": (
+        ("seed=0,1", *settings(sampler="grid", starts="[{seed:1}]")),
+        "grid runs every point",
     ),
     "unknown objective": ((LR, *settings(num_trials=2, objectives="[test]")), "Use some of: validation, seconds"),
     "wrong direction": ((LR, *settings(num_trials=2, directions="[min]")), r"the experiment says ['max'] is better"),

@@ -131,3 +131,28 @@ def test_what_nothing_can_be_drawn_from_is_refused(word: str) -> None:
 def test_a_condition_that_cannot_hold_is_refused(conditions: dict[str, str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         space("x=interval(0,1)", "a=1,2", "c=1,2", conditions=conditions)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"lr": 0.5}, {"lr": 0.5}),
+        ({"lr": 1, "width": 4.0}, {"lr": 1, "width": 4}),
+        ({"rule": "sgd"}, {"rule": "sgd"}),
+        ({"nesterov": True}, {"nesterov": "True"}),
+    ],
+)
+def test_a_point_to_begin_with_is_read_as_it_is_searched(table: dict, expected: dict) -> None:
+    own = space("lr=interval(0,1)", "width=int(interval(1,8))", "rule=sgd,adam", "nesterov=true,false")
+    found = own.start(table)
+    assert found == expected and [type(value) for value in found.values()] == [type(v) for v in expected.values()]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"lr": 1.5}, {"lr": "0.5"}, {"lr": True}, {"width": 2.5}, {"width": 9}, {"rule": "lion"}, {"other": 1}, {}, 3],
+)
+def test_a_point_outside_of_the_space_is_refused(table: object) -> None:
+    own = space("lr=interval(0,1)", "width=int(interval(1,8))", "rule=sgd,adam")
+    with pytest.raises(ValueError, match="`hydra.sweeper.starts`"):
+        own.start(table)
