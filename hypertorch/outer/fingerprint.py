@@ -47,8 +47,13 @@ def fingerprint(
     }
     if loop.validation is not None:
         settings |= {VALIDATION_METRIC: loop.validation.metric, VALIDATION_MODE: loop.validation.mode}
-    if problem is not None:
-        settings |= {
+    return described(settings) if problem is None else {**described(settings), **problem_settings(problem)}
+
+
+def problem_settings(problem: BilevelProblem) -> dict[str, str]:
+    """Returns what of a problem decides the numbers, by name, as text; its tensors and its code are not known."""
+    return described(
+        {
             "inner": type(problem.inner),
             "outer": type(problem.outer),
             "dynamics": problem.dynamics,
@@ -57,6 +62,11 @@ def fingerprint(
             "warm_start": problem.warm_start,
             "seed": problem.seed,
         }
+    )
+
+
+def described(settings: Mapping[str, object]) -> dict[str, str]:
+    """Returns settings, and what they hold, by name, as text."""
     return dict(entry for name, value in settings.items() for entry in _described(name, value, _DEEPEST))
 
 

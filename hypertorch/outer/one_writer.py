@@ -20,7 +20,7 @@ _WRITER = ".writer.json"
 
 
 @contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
+def one_writer(folder: Path, file: str = "") -> Iterator[None]:
     """Keeps every other process, and every other run of this one, from writing into a folder meanwhile.
 
     The operating system holds the lock for the process, so that it ends with it however the process ends.
@@ -29,18 +29,20 @@ def one_writer(folder: Path) -> Iterator[None]:
 
     Args:
         folder: the folder; made if it is not there.
+        file: name of the one file in it that is written; the rest of the folder stays free.
 
     Raises:
         CheckpointError: if another run writes there, with its process and host; or if nothing can be written there.
     """
-    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
+    lock = FileLock(folder / f"{file}{_LOCK}", timeout=0, thread_local=False)
+    owner = folder / f"{file}{_WRITER}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise CheckpointError(
-            f"`{folder}` is being written by {_writer(folder)}: two runs in one folder would mix. Wait for it or end "
-            "it, or choose another folder."
+            f"`{folder / file}` is being written by {_writer(owner)}: two runs in one place would mix. Wait for it or "
+            "end it, or choose another place."
         ) from None
     except OSError as error:
         raise CheckpointError(not_written(folder, error)) from error
@@ -48,15 +50,15 @@ def one_writer(folder: Path) -> Iterator[None]:
         now = datetime.datetime.now().isoformat(timespec="seconds")
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
         # Only read where the lock is refused: a dead process's is replaced here.
-        folder.joinpath(_WRITER).write_text(json.dumps(writer), encoding="utf-8")
+        owner.write_text(json.dumps(writer), encoding="utf-8")
         yield
     finally:
         lock.release()
 
 
-def _writer(folder: Path) -> str:
+def _writer(owner: Path) -> str:
     try:
-        writer = json.loads(folder.joinpath(_WRITER).read_text(encoding="utf-8"))
+        writer = json.loads(owner.read_text(encoding="utf-8"))
         return f"process {int(writer['pid'])} on {str(writer['host'])[:80]!r} since {str(writer['since'])[:30]}"
     # The other process may be about to write it.
     except (OSError, ValueError, LookupError, TypeError):

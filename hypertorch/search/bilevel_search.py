@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,12 @@ from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, hypergradient
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.constraining import match_constraints
+from hypertorch.outer.fingerprint import described, problem_settings
+from hypertorch.outer.one_writer import one_writer
 from hypertorch.problem import BilevelProblem
-from hypertorch.search.gradient_bayes import GradientBayes
+from hypertorch.search.gradient_bayes import LARGEST, GradientBayes
 from hypertorch.search.kernels import Kernel, Matern52
+from hypertorch.search.scale import check_pair
 from hypertorch.search.search_file import SearchFile
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
@@ -29,7 +33,7 @@ class Evaluation:
 
     Attributes:
         hparams: the outer variables, those that are not searched among them.
-        outer_loss: NaN if the run diverged.
+        outer_loss: NaN, or beyond 1e100, if the run diverged.
         grads: the hypergradient in what is searched; empty if none was asked for, or the run diverged.
     """
 
@@ -39,8 +43,8 @@ class Evaluation:
 
     @property
     def failed(self) -> bool:
-        """Whether the run diverged: its outer loss or its hypergradient was NaN or infinite."""
-        return not math.isfinite(self.outer_loss)
+        """Whether the run diverged: its outer loss or its hypergradient was NaN, infinite or beyond 1e100."""
+        return not abs(self.outer_loss) < LARGEST
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,7 +125,7 @@ def minimise(
         seed: of the search.
         file: written after each evaluation (safetensors). If it exists, its evaluations are read instead of run, and
             the search goes on as if it had not been interrupted. The settings of the search are compared with the
-            file's; the problem cannot be, and must be the same.
+            file's, and of the problem its classes, dynamics, horizon and what is not searched; not its data and code.
         execution: how the problem is run.
 
     Raises:
@@ -136,6 +140,8 @@ def minimise(
             f"`problem` is a {type(problem).__name__}, not a `BilevelProblem`: the search runs one problem again and "
             "again. Pass `source.at(outer_step)` if you have a `ProblemSource`."
         )
+    if file is not None and not isinstance(file, (str, Path)):
+        raise TypeError(f"`file` is {file!r}, which is no path. Pass for example 'search.safetensors', or None.")
     if not is_count(num_evaluations):
         raise ValueError(
             f"`num_evaluations` is {num_evaluations!r}, which is no count. Pass a whole number of at least 1."
@@ -153,9 +159,26 @@ def minimise(
     settings = {
         "bounds": repr(searched.described),
         "search": repr((num_initial, kernel, guarded, seed)),
-        "backend": repr(backend),
+        "inner_dtype": repr(execution.inner_dtype),
+        **described({"backend": backend, "fixed": searched.fixed}),
+        **problem_settings(problem),
     }
-    record = SearchFile(None if file is None else Path(file), settings, len(searched.bounds))
+    path = None if file is None else Path(file).absolute()
+    with nullcontext() if path is None else one_writer(path.parent, path.name):
+        record = SearchFile(path, settings, len(searched.bounds))
+        return _searched(problem, searched, search, record, backend, num_evaluations, execution)
+
+
+def _searched(
+    problem: BilevelProblem,
+    searched: _Searched,
+    search: GradientBayes,
+    record: SearchFile,
+    backend: Hypergradient | None,
+    num_evaluations: int,
+    execution: Execution,
+) -> SearchResult:
+    """Returns what the search found when it has as many evaluations as are asked for."""
     for point, value, gradient in zip(record.points, record.values, record.gradients, strict=True):
         search.tell(point[None], value[None], None if backend is None else gradient[None])
     while len(record.points) < num_evaluations:
@@ -211,13 +234,22 @@ class _Searched:
         self, problem: BilevelProblem, bounds: Mapping[str, tuple[float, float]], log: Collection[str]
     ) -> None:
         self._start = {name: value.detach() for name, value in problem.init_hparams().items()}
-        if isinstance(log, str):
-            raise TypeError(f"`log` is the text {log!r}, which is read as letters. Pass the tuple `({log!r},)`.")
+        if isinstance(log, str) or not isinstance(log, Collection):
+            raise TypeError(f"`log` is {log!r}, but it lists names. Pass a tuple of them, such as `('lr',)`.")
+        if not isinstance(bounds, Mapping):
+            raise TypeError(f"`bounds` is {bounds!r}, which has no names. Pass for example `{{'lr': (0.01, 1.0)}}`.")
         _check_names("bounds", bounds, self._start, "hyperparameters of the problem")
         _check_names("log", log, bounds, "what `bounds` names")
         self._names = [name for name in self._start if name in bounds]
         self.bounds = [bounds[name] for name in self._names for _ in range(self._start[name].numel())]
         self.log = [name in log for name in self._names for _ in range(self._start[name].numel())]
+        for name in self._names:
+            check_pair(f"bounds[{name!r}]", bounds[name])
+            if self._start[name].element_size() < 4:
+                raise TypeError(
+                    f"`{name}` has dtype {self._start[name].dtype}, in which many points of a search are one number. "
+                    "Search it in float32 or float64."
+                )
         for name, constraint in match_constraints(self._names, chosen={}, problem=problem).items():
             # A convex set that holds the two corners of the box is one of bounds on entries or on their sum, and holds
             # the box.
@@ -229,10 +261,17 @@ class _Searched:
                     )
 
     @property
-    def described(self) -> list[tuple[str, tuple[int, ...], bool, tuple[float, float]]]:
-        """Name, shape, switch of the logarithm and bounds of each hyperparameter."""
+    def fixed(self) -> TensorDict:
+        """The outer variables that are not searched."""
+        return {name: value for name, value in self._start.items() if name not in self._names}
+
+    @property
+    def described(self) -> list[tuple[str, str, tuple[int, ...], bool, tuple[float, float]]]:
+        """Name, dtype, shape, switch of the logarithm and bounds of each hyperparameter."""
         ends = dict(zip(self._entries(), zip(self.log, self.bounds, strict=True), strict=True))
-        return [(name, tuple(self._start[name].shape), *ends[name]) for name in self._names]
+        return [
+            (name, str(self._start[name].dtype), tuple(self._start[name].shape), *ends[name]) for name in self._names
+        ]
 
     def _entries(self) -> list[str]:
         return [name for name in self._names for _ in range(self._start[name].numel())]

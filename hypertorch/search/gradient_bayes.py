@@ -20,6 +20,10 @@ from hypertorch.search.scale import Scale
 from hypertorch.search.trusted_box import trusted_box, trusted_length
 
 MAX_DIMENSION = 20
+LARGEST = 1e100
+"""Values and slopes from which an evaluation counts as failed: their squares would overflow."""
+
+_ROUNDING = 1e-6
 # A process is fitted once so many evaluations have succeeded.
 _LEAST = 2
 # Variance of what is assumed of a failed evaluation, whose value is not known.
@@ -53,8 +57,8 @@ class GradientBayes:
     **Gradients that mislead.** A second process is fitted to the values alone. Where it predicts left-out values
     better, it chooses the point: gradients may be truncated, noisy, of the wrong length or of the wrong sign.
 
-    **Failures.** An evaluation that told NaN or infinity, in its value or in its gradient, is failed. It takes no part
-    in the fit; the search keeps away from it as from a point as bad as the worst that succeeded.
+    **Failures.** An evaluation that told NaN, infinity or more than 1e100, in its value or in its gradient, is failed.
+    It takes no part in the fit; the search keeps away from it as from a point as bad as the worst that succeeded.
 
     **Taking up.** The next point depends on the arguments here, on what was told, in this order, and on which points
     are pending. Telling all of it to a new object is a resumed search.
@@ -161,8 +165,11 @@ class GradientBayes:
         Raises:
             ValueError: if a shape is another, or a point is outside the bounds.
         """
+        for name, value in (("points", points), ("values", values), ("gradients", gradients)):
+            if not isinstance(value, Tensor) and not (value is None and name == "gradients"):
+                raise TypeError(f"`{name}` is a {type(value).__name__}, not a tensor. Pass a batch, even of one.")
         points, values = points.detach().to(self._points), values.detach().to(self._points)
-        count, dimension = len(values), self._scale.dimension
+        count, dimension = values.numel(), self._scale.dimension
         unknown = gradients is None
         gradients = torch.full_like(points, torch.nan) if gradients is None else gradients.detach().to(self._points)
         if values.shape != (count,) or points.shape != (count, dimension) or gradients.shape != points.shape:
@@ -172,8 +179,9 @@ class GradientBayes:
                 "numbers. Pass a batch, even of one."
             )
         self._scale.check_within(points)
+        values = torch.where(values.abs() < LARGEST, values, torch.nan)
         if not unknown:
-            values = torch.where(gradients.isfinite().all(dim=1), values, torch.nan)
+            values = torch.where((gradients.abs() < LARGEST).all(dim=1), values, torch.nan)
         self._points = torch.cat([self._points, points])
         self._values = torch.cat([self._values, values])
         self._gradients = torch.cat([self._gradients, gradients])
@@ -267,8 +275,9 @@ class GradientBayes:
 
     def _forget_pending(self, points: Tensor) -> None:
         for point in points:
-            same = (self._pending == point).all(dim=1).nonzero().flatten()
-            if len(same):
+            # A point that went through float32 has other last bits.
+            apart = ((self._pending - point).abs() / (point.abs() + self._scale.widths)).amax(dim=1)
+            if len(apart) and float(apart.min()) < _ROUNDING:
                 kept = torch.ones(len(self._pending), dtype=torch.bool)
-                kept[same[0]] = False
+                kept[apart.argmin()] = False
                 self._pending = self._pending[kept]

@@ -12,6 +12,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from torch import Tensor
 
 from hypertorch.search.gradient_bayes import MAX_DIMENSION, GradientBayes
 from hypertorch.search.kernels import Kernel, Matern52
@@ -82,6 +83,18 @@ class GradientSampler(BaseSampler):
             grads: by the names of its parameters, in their own units, of the value that the objective returns (which
                 may be maximised).
         """
+        unknown = sorted(set(grads) - trial.params.keys())
+        if unknown:
+            raise ValueError(
+                f"`grads` names {unknown}, which the trial has not suggested (it has {sorted(trial.params)}): no "
+                "search would use them. Report after the suggestions, under their names."
+            )
+        for name, value in grads.items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(
+                    f"`grads[{name!r}]` has shape {tuple(value.shape)}, but a parameter of a trial is one number. "
+                    "Report the derivative of each number under a name of its own."
+                )
         trial.set_user_attr(cls.USER_ATTRIBUTE, {name: float(value) for name, value in grads.items()})
 
     def reseed_rng(self) -> None:
@@ -120,7 +133,9 @@ class GradientSampler(BaseSampler):
         )
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         for other in study.get_trials(deepcopy=False, states=_STATES):
-            if other.number != trial.number and all(name in other.params for name in names):
+            # One that was enqueued outside of the range says nothing about the box.
+            inside = all(name in other.params and search_space[name]._contains(other.params[name]) for name in names)
+            if other.number != trial.number and inside:
                 self._take_in(search, other, names, sign)
         return dict(zip(names, search.ask().squeeze(0).tolist(), strict=True))
 

@@ -8,6 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hypertorch.checks import check_switch
+
+
+def check_pair(argument: str, ends: object) -> None:
+    """Raises a `TypeError` unless two numbers are given."""
+    pair = ends if isinstance(ends, (list, tuple)) and len(ends) == 2 else (None, None)
+    if any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in pair):
+        raise TypeError(
+            f"`{argument}` is {ends!r}: a search has a least and a greatest value. Pass two numbers, such as "
+            "(0.01, 1.0)."
+        )
+
 
 class Scale:
     """Maps a box to the unit cube: `u = (x - low) / (high - low)`, or the same of the logarithms.
@@ -22,6 +34,15 @@ class Scale:
     """
 
     def __init__(self, bounds: Sequence[tuple[float, float]], log: Sequence[bool] | None = None) -> None:
+        if not isinstance(bounds, Sequence) or not (log is None or isinstance(log, (list, tuple))):
+            raise TypeError(
+                f"`bounds` is a {type(bounds).__name__} and `log` a {type(log).__name__}: there is a pair of numbers, "
+                "and a switch, for each axis. Pass lists, such as `[(0.0, 1.0)]` and `[False]`."
+            )
+        for axis, ends in enumerate(bounds):
+            check_pair(f"bounds[{axis}]", ends)
+        for axis, switch in enumerate(log or ()):
+            check_switch(f"log[{axis}]", switch)
         log = [False] * len(bounds) if log is None else list(log)
         if len(log) != len(bounds) or not bounds:
             raise ValueError(
@@ -48,6 +69,11 @@ class Scale:
     def dimension(self) -> int:
         """Number of axes."""
         return len(self._log)
+
+    @property
+    def widths(self) -> Tensor:
+        """Length of each axis of the box, shape `(dimension,)`."""
+        return self._bounds[:, 1] - self._bounds[:, 0]
 
     def to_unit(self, points: Tensor) -> Tensor:
         """Returns points of the box in the unit cube, shape `(..., dimension)`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch.errors import CheckpointError
+from hypertorch.outer.fingerprint import changes
 from hypertorch.outer.tensor_files import read_tensor_file, write_tensor_file
 from hypertorch.types import TensorDict
 
@@ -38,13 +39,14 @@ class SearchFile:
         self.values, self.gradients = self.points[:, 0], self.points
         if path is None or not path.exists():
             return
+        if not path.is_file():
+            raise ValueError(f"`file` is {str(path)!r}, which is no file: a search is written into one. Name a file.")
         rows, written = read_tensor_file(path, remedy="Delete it, and the search starts anew.")
-        differing = {name: written.get(name) for name, value in self._settings.items() if written.get(name) != value}
+        differing = changes(written, self._settings)
         if differing:
             raise CheckpointError(
-                f"`file` is {str(path)!r}, which was written by a search with {differing}, not "
-                f"{ {name: self._settings[name] for name in differing} }: its points would be those of neither. Pass "
-                "the same arguments, or another file."
+                f"`file` is {str(path)!r}, which was written by another search: {'; '.join(differing.values())}. Its "
+                "figures would be those of neither. Pass the same problem and arguments, or another file."
             )
         self.points, self.values, self.gradients = (rows[name] for name in _ROWS)
 

@@ -210,3 +210,56 @@ def test_regret_on_branin() -> None:
     plain = median(None)
     assert plain > 1e-3
     assert median(-1.0) <= 2.0 * plain and median(0.1) <= 2.0 * plain
+
+
+def test_points_that_went_through_float32_are_no_longer_pending() -> None:
+    search = GradientBayes(BOUNDS, log=LOG, num_initial=6)
+    points = search.ask(3).to(torch.float32)
+    search.tell(points, bowl(points.double()).to(torch.float32))
+    assert len(search._pending) == 0
+    # One that was not asked for takes none of them away.
+    own = search.ask(2)
+    other = own[:1] + torch.tensor([[1e-3, 0.0]], dtype=F64)
+    search.tell(other, bowl(other))
+    assert len(search._pending) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[0.0, 1.0]], torch.ones(1)), "`points` is a list, not a tensor"),
+        ((torch.ones(1, 2), 1.0), "`values` is a float, not a tensor"),
+        ((torch.ones(1, 2), torch.ones(1), [[1.0, 1.0]]), "`gradients` is a list, not a tensor"),
+    ],
+)
+def test_what_is_told_are_tensors(arguments: tuple, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        GradientBayes(BOUNDS).tell(*arguments)
+
+
+def test_a_scalar_is_no_batch() -> None:
+    with pytest.raises(ValueError, match="Pass a batch, even of one"):
+        GradientBayes(BOUNDS).tell(torch.ones(1, 2), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), [(0.0,)], [(0.0, True)], [("a", "b")], torch.ones(2, 2)])
+def test_bounds_are_pairs(bounds: object) -> None:
+    with pytest.raises(TypeError, match="`bounds"):
+        GradientBayes(bounds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("log", [[1], ["no"], "y", True])
+def test_the_logarithm_is_a_switch_for_each_axis(log: object) -> None:
+    with pytest.raises(TypeError, match="`log"):
+        GradientBayes([(0.1, 1.0)], log=log)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("huge", [1e101, 1e200, -1e200])
+def test_huge_values_and_slopes_are_failed(huge: float) -> None:
+    search = GradientBayes(BOUNDS, log=LOG, num_initial=3)
+    run(search, bowl, 3)
+    point = search.ask()
+    search.tell(point, torch.tensor([huge], dtype=F64))
+    search.tell(search.ask(), torch.tensor([1.0], dtype=F64), torch.tensor([[huge, 0.0]], dtype=F64))
+    assert int(search._succeeded.sum()) == 3 and abs(search.best.value) < 1e3
+    run(search, bowl, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import optuna
 import pytest
@@ -145,3 +146,23 @@ def test_studies_that_it_cannot_serve_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="the study has 21 floats"):
         wide.ask().suggest_float("x0", 0.0, 1.0)
+
+
+def test_a_report_names_what_was_suggested() -> None:
+    trial = optuna.create_study(sampler=GradientSampler()).ask()
+    trial.suggest_float("lr", 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"`grads` names \['rate'\], which the trial has not suggested"):
+        GradientSampler.report(trial, {"rate": 1.0})
+    with pytest.raises(ValueError, match=r"`grads\['lr'\]` has shape \(2,\), but a parameter of a trial is one number"):
+        GradientSampler.report(trial, {"lr": torch.ones(2)})  # type: ignore[dict-item]
+    GradientSampler.report(trial, {"lr": torch.tensor(1.5)})  # type: ignore[dict-item]
+    assert trial.user_attrs[GradientSampler.USER_ATTRIBUTE] == {"lr": 1.5}
+
+
+def test_a_trial_that_was_enqueued_outside_is_left_out() -> None:
+    study = optuna.create_study(sampler=GradientSampler(num_initial=2))
+    study.enqueue_trial({"lr": 0.5, "shift": 5.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study.optimize(lambda trial: value(*suggested(trial))[0], n_trials=4)
+    assert len(study.trials) == 4
