@@ -270,7 +270,8 @@ class GradientBayes:
             model = model.with_values(self._scale.to_unit(failed), worst, doubt=_DOUBT_OF_FAILURE)
         if len(self._pending):
             pending = self._scale.to_unit(self._pending)
-            model = model.with_values(pending, model.posterior(pending).mean.flatten())
+            # One by one: the joint covariance of points that nearly coincide has no factor.
+            model = model.with_values(pending, model.posterior(pending.unsqueeze(1)).mean.flatten())
         return model
 
     def _forget_pending(self, points: Tensor) -> None:

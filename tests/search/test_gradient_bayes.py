@@ -263,3 +263,10 @@ def test_huge_values_and_slopes_are_failed(huge: float) -> None:
     search.tell(search.ask(), torch.tensor([1.0], dtype=F64), torch.tensor([[huge, 0.0]], dtype=F64))
     assert int(search._succeeded.sum()) == 3 and abs(search.best.value) < 1e3
     run(search, bowl, 2)
+
+
+def test_pending_points_may_coincide() -> None:
+    search = GradientBayes(BOUNDS, log=LOG, num_initial=3)
+    run(search, bowl, 9)
+    search.pend(search.best.point.expand(4, 2))
+    assert search.ask(2).isfinite().all()
