@@ -22,6 +22,22 @@ from hypertorch.search.command import Direction
 VALIDATION, SECONDS = "validation", "seconds"
 # Where and how a trial runs, not what is computed.
 _FREE = ("paths.", "device=", "threads=", "outer_loop.progress=", "dataset.root=", "experiment.root=")
+# What decides on what trials are validated, and why trials that differ in it cannot be compared by that.
+_JUDGES = {
+    "validation": "a trial with more validations would win as the best of more, one with fewer episodes by luck",
+    "evaluation.num_queries": "it is that of the validation too",
+    "experiment": "their validations measure different things",
+    "dataset": "they would be validated on different data",
+    "fewshot": "their validations measure different things",
+    "debug": "it changes how often and on how much a trial is validated",
+    "task.way": "the task that they are validated on would be another",
+    "task.shot": "the task that they are validated on would be another",
+    "task.num_queries": "the task that they are validated on would be another",
+    "episodes.way": "the task that they are validated on would be another",
+    "episodes.shot": "the task that they are validated on would be another",
+}
+# Groups whose single settings are the trials' own.
+_GROUPS = ("experiment", "dataset", "fewshot", "debug")
 # Launchers whose jobs run on this machine.
 _HERE = ("basic_launcher", "joblib")
 
@@ -81,6 +97,21 @@ class SearchedTraining(SearchedCommand):
             with open_dict(config):  # this machine may lack the GPU of those that run the trials
                 config.device = "cpu"
         return {VALIDATION: self._prepare(config).mode, SECONDS: "min"}
+
+    def check_searched(self, names: Sequence[str]) -> None:
+        """Checks that no setting is searched that decides on what trials are validated.
+
+        Raises:
+            ExpectedFailure: if one is.
+        """
+        for name in names:
+            setting = name.lstrip("+")
+            for judge, why in _JUDGES.items():
+                if setting == judge or (judge not in _GROUPS and setting.startswith(f"{judge}.")):
+                    raise ExpectedFailure(
+                        f"`{setting}` has several values, but trials are compared by their validation: {why}. Give it "
+                        "one value for all trials, and run one search for each of the others."
+                    )
 
     def length(self, config: DictConfig) -> int:
         """Returns the length of a run (unit: outer steps)."""

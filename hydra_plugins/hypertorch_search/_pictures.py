@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,16 +65,24 @@ def _negated(index: int) -> Callable[[FrozenTrial], float]:
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Without a window, and with the style of the process restored: Optuna's pictures set one for all."""
-    backend = mpl.get_backend()
+    """Without a window, and with the style of the process restored: Optuna's pictures set one for all.
+
+    Also without warnings and messages of Matplotlib and Optuna: they are on choices and on settings of one value, which
+    searches have, and would stand amid the summary.
+    """
+    backend, level = mpl.get_backend(), optuna.logging.get_verbosity()
+    matplotlib_log = logging.getLogger("matplotlib")
+    matplotlib_level = matplotlib_log.level
     plt.switch_backend("Agg")
+    matplotlib_log.setLevel(logging.ERROR)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with mpl.rc_context(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-            warnings.filterwarnings("ignore", message="PedAnova.* low `target` values")  # which they are made to be
-            warnings.filterwarnings("ignore", message="Some regimes for parameter")  # a setting is often left out
+            warnings.simplefilter("ignore")
             yield
     finally:
+        optuna.logging.set_verbosity(level)
+        matplotlib_log.setLevel(matplotlib_level)
         plt.switch_backend(backend)
 
 

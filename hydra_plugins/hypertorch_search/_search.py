@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hydra_plugins.hypertorch_search._settings import check_settings, check_tabl
 from hydra_plugins.hypertorch_search._space import described, overrides_of, read_space
 from hydra_plugins.hypertorch_search._study import (
     ATTEMPT,
+    VALUES,
     Drawn,
     Studied,
     begin,
@@ -37,7 +39,7 @@ from hypertorch.search.processes import Process
 from hypertorch.search.racing import is_worse
 from hypertorch.search.samplers import build_sampler
 
-_BRACKET, _VALUES = "bracket", "values"
+_BRACKET = "bracket"
 _ETA = 3
 # Where a sweep's folder is named on the command line.
 _NAMES_FOLDER = ("paths.sweep_dir=", "hydra.sweep.dir=")
@@ -95,6 +97,7 @@ class Search:
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         self.jobs = self._jobs(folder)
         self.directions = self._check_trials()
+        self._check_searched()
         self.brackets = self._brackets()
         storage = open_storage(settings.storage, folder)
         study, is_new = open_study(storage, settings.study_name, self.directions, self._record())
@@ -184,6 +187,28 @@ class Search:
                 "better: the search would look for the worst. Leave it out."
             )
         return directions
+
+    def _check_searched(self) -> None:
+        """Checks that trials can be compared, and that each has the same seeds."""
+        if self.command is None:
+            return
+        names = list(self.space.distributions)
+        self.command.check_searched(names)
+        for word in self._seed_words(0) if self.settings.seeds > 1 else ():
+            seed = word.partition("=")[0].lstrip("+")
+            if seed in {name.lstrip("+") for name in names}:
+                raise ValueError(
+                    f"`{seed}` has several values, and `hydra.sweeper.seeds` is {self.settings.seeds}, which counts up "
+                    f"from each of them: trials would be compared over different seeds. Give {seed} one value, or "
+                    "leave hydra.sweeper.seeds out."
+                )
+
+    def _seed_words(self, index: int) -> list[str]:
+        """Returns the overrides of a repetition where the seed is not searched."""
+        point = overrides_of(self.space.ends()[0])
+        return self.jobs.with_config(
+            point, lambda config: [] if self.command is None else self.command.seeded(config, index)
+        )
 
     def _brackets(self) -> list[Bracket]:
         """Returns what successive halving or Hyperband runs; nothing without a pruner."""
@@ -275,7 +300,7 @@ class Search:
     def _run_seeds(self, batch: Sequence[Drawn]) -> None:
         """Runs the trials of a batch with one seed after the other, and tells their means."""
         running = {trial.number: trial for trial in batch}
-        values = {number: list(self.studied.attribute(number, _VALUES, [])) for number in running}
+        values = {number: list(self.studied.attribute(number, VALUES, [])) for number in running}
         for index in range(self.settings.seeds):
             due = [trial for number, trial in running.items() if len(values[number]) == index]
             words = [self._seeded(trial, index) for trial in due]
@@ -285,7 +310,7 @@ class Search:
                     del running[trial.number]
                     continue
                 values[trial.number].append(outcome if len(outcome) > 1 else outcome[0])
-                self.studied.note(trial.number, _VALUES, values[trial.number])
+                self.studied.note(trial.number, VALUES, values[trial.number])
             if self.settings.racing and index + 1 < self.settings.seeds:
                 for number in self._losers({number: values[number] for number in running}):
                     self.studied.report(number, index + 1, float(np.mean(values[number])))
@@ -307,7 +332,7 @@ class Search:
     def _losers(self, running: Mapping[int, list[float]]) -> list[int]:
         """Returns the trials that are worse than the best at the seeds that they have been run with."""
         maximise = self.directions[0] == "max"
-        finished = [trial.user_attrs[_VALUES] for trial in self.studied.trials(TrialState.COMPLETE)]
+        finished = [trial.user_attrs[VALUES] for trial in self.studied.trials(TrialState.COMPLETE)]
         losers = []
         for number, values in running.items():
             rivals = [*finished, *(others for other, others in running.items() if other != number)]
@@ -441,6 +466,7 @@ class Search:
             studied=self.studied,
             objectives=self.settings.objectives,
             brackets=self.brackets,
+            repetitions=[shlex.join(self._seed_words(index)) for index in range(1, self.settings.seeds)],
             program="" if self.command is None else self.command.program,
             fixed=self.fixed,
             resumed=[] if self.command is None or self.settings.seeds > 1 else self.command.continued(()) or [],

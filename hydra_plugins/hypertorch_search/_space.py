@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -212,6 +213,12 @@ def _distribution(override: Override) -> BaseDistribution:
 
 def _interval(override: Override, value: IntervalSweep, *, log: bool) -> BaseDistribution:
     low, high = value.start, value.end
+    _check_whole(override)
+    if low is not None and low == high:
+        raise ValueError(
+            f"`{override.input_line}` holds one value, {low}: there is nothing to search. Write "
+            f"{override.get_key_element()}={low} for all trials, or ends that differ. {_HOW}"
+        )
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
             f"`{override.input_line}` goes from {low} to {high}, which is no interval: nothing can be drawn from it. "
@@ -221,6 +228,22 @@ def _interval(override: Override, value: IntervalSweep, *, log: bool) -> BaseDis
     if isinstance(low, int) and isinstance(high, int):  # int(interval(1,8))
         return IntDistribution(low, high, log=log)
     return FloatDistribution(low, high, log=log)
+
+
+def _check_whole(override: Override) -> None:
+    """Checks that Hydra has not cut an end of `int(interval(...))`, by which numbers outside would be drawn."""
+    text = str(override.input_line).partition("=")[2]
+    if re.search(r"\bint\s*\(", text) is None or (inner := re.search(r"interval\s*\([^()]*\)", text)) is None:
+        return
+    interval = OverridesParser.create().parse_override(f"x={inner[0]}").value()
+    assert isinstance(interval, IntervalSweep)
+    for end in (interval.start, interval.end):
+        if end is not None and math.isfinite(end) and not float(end).is_integer():
+            raise ValueError(
+                f"`{override.input_line}` has the end {end}, which is no whole number: it would be cut to "
+                f"{int(end)}, and what is drawn would not be what is written. Write whole ends, as in "
+                f"{override.get_key_element()}=int(interval(1,8)), which are 1 to 8."
+            )
 
 
 def _range(override: Override, value: RangeSweep, *, log: bool) -> BaseDistribution:

@@ -14,17 +14,20 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import optuna
 import torch
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from hydra_plugins.hypertorch_search._journal import BrokenJournalError, open_journal
 from hydra_plugins.hypertorch_search._space import Point, Space
 from hypertorch.search.command import Direction
 from hypertorch.search.processes import Process
 
 ATTEMPT = "attempt"
 """The attribute of a trial that was begun anew: how often."""
+
+VALUES = "values"
+"""The attribute of a trial with several seeds: the value of each that was run."""
 
 _RECORD = "search"
 _FOLDER = "folder"
@@ -62,9 +65,9 @@ def open_storage(given: str | None, folder: Path) -> BaseStorage:
     try:
         if given is not None and "://" in given:
             return RDBStorage(given)
-        path = folder / "study.journal" if given is None else Path(given)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
+        return open_journal(folder / "study.journal" if given is None else Path(given))
+    except BrokenJournalError:
+        raise
     except (SQLAlchemyError, ImportError, OSError, ValueError) as error:
         raise ValueError(
             f"`hydra.sweeper.storage` is {given!r}, which cannot be used: {str(error).splitlines()[0]}. Write the "

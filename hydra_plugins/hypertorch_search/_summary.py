@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hydra_plugins.hypertorch_search._pictures import draw_study
 from hydra_plugins.hypertorch_search._space import overrides_of
-from hydra_plugins.hypertorch_search._study import ATTEMPT, Studied
+from hydra_plugins.hypertorch_search._study import ATTEMPT, VALUES, Studied
 from hypertorch.search.halving import Bracket
 
 _SHOWN = 10
@@ -28,6 +28,7 @@ class Summary:
         studied: the study.
         objectives: their names.
         brackets: of successive halving; none without.
+        repetitions: what makes the command of a trial that with its second seed, its third, and so on; none with one.
         program: how the command is called.
         fixed: the overrides of all trials.
         resumed: the overrides with which a trial's run goes on; none where it cannot.
@@ -40,6 +41,7 @@ class Summary:
     studied: Studied
     objectives: Sequence[str]
     brackets: Sequence[Bracket]
+    repetitions: Sequence[str]
     program: str
     fixed: Sequence[str]
     resumed: Sequence[str]
@@ -104,11 +106,12 @@ class Summary:
     def _print_best(self, trial: FrozenTrial) -> None:
         command = [*self.program.split(), *self.fixed, *overrides_of(trial.params)]
         values = ", ".join(f"{name} {value:.6g}" for name, value in zip(self.objectives, trial.values, strict=True))
-        self._say(
-            f"best: {values}, trial {trial.number}. Anew, and judged on the test:"
-            if self.program
-            else f"best: {values}"
-        )
+        where, anew = f"trial {trial.number}", "Anew, and judged on the test"
+        if self.repetitions:
+            where += f", the mean of {len(self.repetitions) + 1} seeds"
+            others = " or ".join(self.repetitions)
+            anew = f"Anew with the first of them only, and judged on the test (for another add {others})"
+        self._say(f"best: {values}, {where}. {anew}:" if self.program else f"best: {values}")
         self._say(f"  {shlex.join(command)}")
         attempt = trial.user_attrs.get(ATTEMPT)
         folder = self.folder / (f"{trial.number}" if attempt is None else f"{trial.number}_attempt_{attempt}")
@@ -119,14 +122,15 @@ class Summary:
     def _write_csv(self, trials: Sequence[FrozenTrial]) -> None:
         with (self.folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["trial", "state", *self.objectives, *self._names(), "last_step", "why"])
+            writer.writerow(["trial", "state", *self.objectives, *self._names(), "last_step", "seeds", "why"])
             for trial in trials:
                 values = trial.values or [""] * len(self.objectives)
                 settings = [trial.params.get(name, "") for name in self._names()]
-                last = max(trial.intermediate_values, default="")
-                writer.writerow(
-                    [trial.number, trial.state.name, *values, *settings, last, trial.user_attrs.get("why", "")]
-                )
+                # What a race reports is counted in seeds.
+                last = max(trial.intermediate_values, default="") if self.brackets else ""
+                seeds = len(trial.user_attrs.get(VALUES, ())) if self.repetitions else ""
+                why = trial.user_attrs.get("why", "")
+                writer.writerow([trial.number, trial.state.name, *values, *settings, last, seeds, why])
 
     def _names(self) -> list[str]:
         return list(self.studied.space.distributions)

@@ -44,6 +44,16 @@ class SearchedCommand(ABC):
             Exception: if a trial with this configuration would be refused, in words for the user.
         """
 
+    def check_searched(self, names: Sequence[str]) -> None:  # noqa: B027 (a command need not refuse any)
+        """Checks that trials that differ in some settings can be compared by their objectives; by default all can.
+
+        Args:
+            names: of the settings that are searched, as on the command line.
+
+        Raises:
+            Exception: if one of them changes what the objectives measure, in words for the user.
+        """
+
     @abstractmethod
     def length(self, config: Any) -> int:
         """Returns the length of a trial (unit: outer steps)."""

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from rich.console import Console
 
 import hypertorch as ht
 from experiments import train
@@ -65,6 +66,14 @@ def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(_summary, "draw_study", lambda *_: [])
 
 
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a search prints."""
+    lines: list[str] = []
+    monkeypatch.setattr(Console, "print", lambda self, *what, **_: lines.extend(map(str, what)))
+    return lines
+
+
 def search(command: Command, *words: str, folder: str = "sweep") -> tuple[int, str]:
     return command("--multirun", "hydra/sweeper=search", *SMALL, f"paths.sweep_dir={folder}", *words)
 
@@ -94,6 +103,11 @@ def best_accuracy(folder: str | Path) -> float:
 def steps_run(folders: Sequence[Path]) -> int:
     """The outer steps whose record was written, each counted as often as it was taken."""
     return sum("hypergradient_norm" in record for folder in folders for record in records(folder))
+
+
+def table() -> list[dict[str, str]]:
+    with Path("sweep/trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def printed_commands(out: str) -> list[list[str]]:
@@ -137,18 +151,12 @@ def test_the_grid_runs_each_point_once_and_no_test_is_seen(command: Command, pic
     for folder in folders:
         assert not (folder / "results.json").exists()
         assert not any("test" in name for record in records(folder) for name in record)
-    with Path("sweep/trials.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["validation"]) for row in rows] == [trial.value for trial in found.trials]
+    assert [float(row["validation"]) for row in table()] == [trial.value for trial in found.trials]
     for picture in ("history", "slices", "parallel_coordinates"):
         assert Path(f"sweep/{picture}.png").stat().st_size > 1000
 
 
-def test_what_it_prints_can_be_pasted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[str] = []
-    from rich.console import Console
-
-    monkeypatch.setattr(Console, "print", lambda self, *what, **_: shown.extend(map(str, what)))
+def test_what_it_prints_can_be_pasted(command: Command, shown: list[str]) -> None:
     code, error = search(command, LR, *settings(sampler="random", num_trials=2))
     assert code == 0, error
     anew, again = printed_commands("\n".join(shown))
@@ -315,6 +323,22 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         (LR, *settings(pruner="hyperband", min_steps=1, eta=2, objectives="[validation,seconds]")),
         "which goes by one number",
     ),
+    "two kinds of seeds": (
+        ("seed=0,1", *settings(sampler="grid", seeds=2)),
+        "`seed` has several values, and `hydra.sweeper.seeds` is 2, which counts up from each",
+    ),
+    "two kinds of seeds in a race": (
+        ("seed=range(0,2)", LR, *settings(num_trials=2, seeds=2, racing="true")),
+        "trials would be compared over different seeds. Give seed one value, or leave",
+    ),
+    "how often is validated": (
+        ("validation.every=1,2", *settings(sampler="grid")),
+        "`validation.every` has several values, but trials are compared by their validation: a trial with more",
+    ),
+    "on how much is validated": (
+        ("++validation.num_episodes=1,2", *settings(sampler="grid")),
+        "`validation.num_episodes` has several values, but trials are compared by their validation",
+    ),
     "storage": ((LR, *settings(num_trials=2, storage="nonsense://a")), "`hydra.sweeper.storage` is 'nonsense://a'"),
 }
 
@@ -333,6 +357,22 @@ def test_experiments_with_other_directions_are_no_one_search(command: Command) -
     words = ("experiment=noisy_digits,data_cleaning", "debug=default", *settings(num_trials=2))
     code, error = command("--multirun", "hydra/sweeper=search", *words)
     assert code == 1 and "which is better ('max',) with experiment=noisy_digits and ('min',) with" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("experiment=rotation,noisy_digits", "debug=default"), "`experiment` has several values"),
+        (("experiment=protonet", "debug=default,fewshot"), "`debug` has several values"),
+        (("experiment=protonet", "debug=fewshot", "episodes.way=2,3"), "`episodes.way` has several values"),
+    ],
+)
+def test_what_decides_on_what_is_validated_is_not_searched(
+    words: tuple[str, ...], expected: str, command: Command
+) -> None:
+    code, error = command("--multirun", "hydra/sweeper=search", *words, "hydra.sweeper.sampler=grid")
+    assert code == 1 and f"{expected}, but trials are compared by their validation" in error and "Give it one" in error
 
 
 @pytest.mark.slow
@@ -378,6 +418,22 @@ def test_the_same_command_goes_on_and_another_is_refused(command: Command) -> No
         other = settings(sampler="random", num_trials=3, storage="other.journal")
         code, error = search(command, LR, *other)
     assert code == 1 and "where there are trials already, but their study is not in `hydra.sweeper.storage`" in error
+
+
+def test_a_study_whose_end_was_torn_goes_on(command: Command) -> None:
+    words = (LR, *settings(sampler="random", num_trials=2))
+    assert search(command, *words)[0] == 0
+    path = Path("sweep/study.journal")
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) - 15)
+    for number in (3, 4):  # once more: what was written behind the torn line must be readable
+        code, error = search(command, *words, f"hydra.sweeper.num_trials={number}")
+        assert code == 0, error
+    assert states(study()) == ["COMPLETE"] * 4
+    path.write_bytes(whole.replace(b"\n", b"\n{torn\n", 1))
+    code, error = search(command, *words)
+    assert code == 1 and "sweep/study.journal', whose line 2 is no record of a study" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -488,7 +544,7 @@ def test_the_better_half_goes_on(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_seeds_give_the_mean(command: Command) -> None:
+def test_seeds_give_the_mean(command: Command, shown: list[str]) -> None:
     code, error = search(command, "experiment.num_steps=8,1", *settings(sampler="grid", seeds=2))
     assert code == 0, error
     for trial in study().trials:
@@ -496,6 +552,16 @@ def test_seeds_give_the_mean(command: Command) -> None:
         assert values[0] != values[1]
         assert trial.user_attrs["values"] == values
         assert trial.value == pytest.approx(sum(values) / 2, abs=1e-12)
+    assert {(row["seeds"], row["last_step"]) for row in table()} == {("2", "")}
+    (line,) = [line for line in shown if line.startswith("best: ")]
+    number = study().best_trial.number
+    assert f"trial {number}, the mean of 2 seeds. Anew with the first of them only" in line
+    assert line.endswith("(for another add seed=1):")
+    # What the line says: one seed each, the runs that the mean is of.
+    (anew,) = printed_commands("\n".join(shown))
+    for index, more in enumerate([[], ["seed=1"]]):
+        assert command(*anew, *more, f"paths.run_dir=anew_{index}")[0] == 0
+        assert best_accuracy(f"anew_{index}") == study().best_trial.user_attrs["values"][index]
 
 
 @pytest.mark.slow
@@ -513,6 +579,7 @@ def test_a_race_ends_at_the_first_seed_at_which_the_test_says_so(command: Comman
     tested = [is_worse(run[:count], full[:count], maximise=True) for count in range(1, len(run) + 1)]
     assert tested == [False] * (len(run) - 1) + [True]
     assert worse.intermediate_values == {len(run): pytest.approx(sum(run) / len(run))}
+    assert [(row["seeds"], row["last_step"]) for row in table()] == [("4", ""), (str(len(run)), "")]
 
 
 def test_what_a_process_leaves_behind_is_taken_up(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

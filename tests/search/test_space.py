@@ -17,6 +17,7 @@ FORMS = {
     "tag(log,interval(1e-4,1e-1))": FloatDistribution(1e-4, 1e-1, log=True),
     "interval(0,1)": FloatDistribution(0.0, 1.0),
     "int(interval(1,8))": IntDistribution(1, 8),
+    "int(interval(1.0,8e0))": IntDistribution(1, 8),
     "tag(log,int(interval(1,8)))": IntDistribution(1, 8, log=True),
     "range(1,8)": IntDistribution(1, 7),
     "range(1,8,3)": IntDistribution(1, 7, step=3),
@@ -99,7 +100,12 @@ def test_numbers_are_written_without_loss() -> None:
 
 REFUSED = {
     "x=interval(1,0)": "goes from 1.0 to 0.0, which is no interval",
-    "x=interval(1,1)": "is no interval",
+    "x=interval(1,1)": "holds one value, 1.0: there is nothing to search. Write x=1.0 for all",
+    "x=int(interval(3,3))": "holds one value, 3: there is nothing to search. Write x=3 for all",
+    "x=int(interval(8.5,9.2))": "has the end 8.5, which is no whole number: it would be cut to 8",
+    "x=int(interval(start=8,end=9.5))": "has the end 9.5, which is no whole number: it would be cut to 9",
+    "x=tag(log,int(interval(0.5,3)))": "has the end 0.5, which is no whole number",
+    "x=int(tag(log,interval(1,2.5)))": "has the end 2.5, which is no whole number",
     "x=interval(0,inf)": "is no interval",
     "x=tag(log,interval(0,1))": "begins at 0.0, which has no logarithm",
     "x=tag(log,range(0,5))": "begins at 0, which has no logarithm",
