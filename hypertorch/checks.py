@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from hypertorch.types import TensorMapping
 def is_count(value: object) -> bool:
     """Returns whether a value is a whole number of at least 1; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: object) -> bool:
+    """Returns whether a value is a real number of Python or NumPy, which may be infinite or NaN; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_switch(name: str, value: object) -> None:

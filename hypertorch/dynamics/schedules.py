@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias, get_args
 
-from hypertorch.checks import is_count
+from hypertorch.checks import check_switch, is_count, is_number
 
 __all__ = ["cosine", "cyclical", "one_cycle"]
 
@@ -24,6 +24,7 @@ Anneal: TypeAlias = Literal["cosine", "linear"]
 
 # What `torch.optim.lr_scheduler.OneCycleLR` divides the peak by for the first value, and that for the last.
 _START_DIVISOR, _END_DIVISOR = 25.0, 1e4
+_LARGEST = 1e300  # differences of larger values overflow
 
 
 def cyclical(
@@ -59,6 +60,7 @@ def cyclical(
         `num_steps` values.
 
     Raises:
+        TypeError: if a value that is to be a number is none.
         ValueError: if a number is out of range, or `gamma` is given to a policy without one.
 
     References:
@@ -67,9 +69,9 @@ def cyclical(
     steps_down = steps_up if steps_down is None else steps_down
     for name, value in (("num_steps", num_steps), ("steps_up", steps_up), ("steps_down", steps_down)):
         _check_steps("cyclical", name, value)
-    for name, value in (("start", start), ("peak", peak)):
-        _check_finite("cyclical", name, value)
+    start, peak = _finite("cyclical", "start", start), _finite("cyclical", "peak", peak)
     _check_choice("cyclical", "policy", policy, get_args(Policy))
+    _check_number("cyclical", "gamma", gamma)
     if not 0.0 < gamma <= 1.0:
         raise ValueError(
             f"`gamma` of `cyclical` is {gamma}: the height of the cycle is multiplied by it at every step, so it lies "
@@ -119,6 +121,7 @@ def one_cycle(
         `num_steps` values.
 
     Raises:
+        TypeError: if a value that is to be a number is none, or `three_phase` is neither True nor False.
         ValueError: if a number is out of range, or the horizon is too short for the phases.
 
     References:
@@ -126,10 +129,11 @@ def one_cycle(
     """
     _check_steps("one_cycle", "num_steps", num_steps)
     _check_choice("one_cycle", "anneal", anneal, get_args(Anneal))
-    start = peak / _START_DIVISOR if start is None else start
-    end = start / _END_DIVISOR if end is None else end
-    for name, value in (("peak", peak), ("start", start), ("end", end)):
-        _check_finite("one_cycle", name, value)
+    check_switch("three_phase", three_phase)
+    _check_number("one_cycle", "share_up", share_up)
+    peak = _finite("one_cycle", "peak", peak)
+    start = peak / _START_DIVISOR if start is None else _finite("one_cycle", "start", start)
+    end = start / _END_DIVISOR if end is None else _finite("one_cycle", "end", end)
     ends = [share_up * num_steps - 1.0, 2.0 * share_up * num_steps - 2.0, num_steps - 1.0]
     targets = [start, peak, start, end]
     if not three_phase:
@@ -169,6 +173,7 @@ def cosine(num_steps: int, *, start: float, end: float = 0.0, half_period: int |
         `num_steps` values.
 
     Raises:
+        TypeError: if a value that is to be a number is none.
         ValueError: if a number is out of range.
 
     References:
@@ -177,8 +182,7 @@ def cosine(num_steps: int, *, start: float, end: float = 0.0, half_period: int |
     half_period = num_steps if half_period is None else half_period
     for name, value in (("num_steps", num_steps), ("half_period", half_period)):
         _check_steps("cosine", name, value)
-    for name, value in (("start", start), ("end", end)):
-        _check_finite("cosine", name, value)
+    start, end = _finite("cosine", "start", start), _finite("cosine", "end", end)
     return [end + (start - end) * (1.0 + math.cos(math.pi * step / half_period)) / 2.0 for step in range(num_steps)]
 
 
@@ -189,11 +193,24 @@ def _check_steps(function: str, argument: str, value: object) -> None:
         )
 
 
-def _check_finite(function: str, argument: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"`{argument}` of `{function}` is {value}: the values next to it would be no numbers. Pass a finite one."
+def _check_number(function: str, argument: str, value: object) -> None:
+    if not is_number(value):
+        raise TypeError(
+            f"`{argument}` of `{function}` is {value!r}, a `{type(value).__name__}`: a schedule is computed from plain "
+            "numbers. Pass such a number; `.item()` of a tensor is one."
         )
+
+
+def _finite(function: str, argument: str, value: float) -> float:
+    _check_number(function, argument, value)
+    # Python's integers are longer than any float. Written so that NaN is refused.
+    too_long = isinstance(value, int) and abs(value) >= _LARGEST
+    if too_long or not abs(float(value)) < _LARGEST:
+        raise ValueError(
+            f"`{argument}` of `{function}` is {value}: the values next to it would be no numbers. Pass a finite one, "
+            f"below {_LARGEST:g}."
+        )
+    return float(value)
 
 
 def _check_choice(function: str, argument: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -33,6 +33,7 @@ class PruningLogger(Logger):
         mode: what is better of it, "max" or "min", which must be the study's direction.
 
     Raises:
+        TypeError: if `trial` is no trial of a study, or `metric` no name.
         ValueError: if `mode` is not the direction of the study.
         optuna.TrialPruned: (from a run of the loop) if the pruner says that the trial is to end.
 
@@ -41,8 +42,19 @@ class PruningLogger(Logger):
     """
 
     def __init__(self, trial: optuna.trial.Trial, *, metric: str, mode: str) -> None:
+        # Optuna's fixed and frozen trials have no study, whose pruner is asked.
+        if not isinstance(trial, optuna.trial.Trial):
+            raise TypeError(
+                f"`trial` is a `{type(trial).__name__}`, which no study prunes. Pass the `optuna.Trial` that an "
+                "objective is called with, or that `study.ask()` returns."
+            )
+        if not isinstance(metric, str):
+            raise TypeError(
+                f"`metric` is {metric!r}, a `{type(metric).__name__}`: figures of a validation are called by text. "
+                "Pass such a name, such as 'outer_loss'."
+            )
         directions = [direction.name.lower() for direction in trial.study.directions]
-        if directions != [{"max": "maximize", "min": "minimize"}.get(mode)]:
+        if mode not in ("max", "min") or directions != [f"{mode}imize"]:
             raise ValueError(
                 f"`mode` is {mode!r}, but the study of `trial` is to {' and '.join(directions)}: its pruner would end "
                 "the wrong trials. Make the study with one direction, that of `mode` ('max' or 'min')."

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hypertorch.checks import is_count
+from hypertorch.checks import is_count, is_number
 from hypertorch.dynamics import Dynamics
 from hypertorch.dynamics.declared import declared
 from hypertorch.dynamics.settings import Setting
@@ -41,7 +41,8 @@ class RangeFigures:
         smoothed: the loss on the fitted lines, shape `(finite steps,)`: it ends where the losses are no longer finite.
         slopes: of the fitted lines, by the logarithm of the rate, shape `(finite steps,)`.
         scale: what the slopes are of.
-        lowest: rate at which `smoothed` is least, its first `half_window` values left out.
+        lowest: rate at which `smoothed` is least, before it has regained half of its fall. The first and last
+            `half_window` values are left out: their lines have losses on one side alone.
         blow_up: rate at which, after that, `smoothed` is above its value at the start or the loss no longer finite;
             None if neither happens.
     """
@@ -56,7 +57,7 @@ class RangeFigures:
 
 
 class NoSuggestionError(HypertorchError):
-    """A range test has no rate to suggest: its curve is flat, rises from the start, or still falls at the end.
+    """A range test has no rate to suggest: its curve is flat, rises from the start, or is lowest at its end.
 
     Attributes:
         figures: the curve.
@@ -84,7 +85,9 @@ def lr_range_test(
     The inner problem is run once, with the rate `min_lr (max_lr / min_lr)^(t / (num_steps - 1))` at step `t` in place
     of the `lr` of the dynamics, whatever that is. At each step a line is fitted to the losses around it, over the
     logarithm of the rate, with weights that fall off linearly. The suggestion is the rate with the steepest line before
-    the lowest loss. The lowest point itself is no suggestion: there the loss is about to grow.
+    the lowest loss. The lowest point itself is no suggestion: there the loss is about to grow. The curve ends where the
+    loss has regained half of its fall: a rule such as Adam may come back from there, and what it then does counts for
+    nothing, however large `max_lr` is.
 
     The slope is that of the logarithm of the loss. A fall from 0.4 to 0.2 then counts as much as one from 2 to 1, so
     the suggestion does not stay where the first, easy part of the loss goes. It needs losses above 0.
@@ -111,22 +114,22 @@ def lr_range_test(
         The curve, and the rate.
 
     Raises:
-        NoSuggestionError: if the curve is flat, rises from the start, still falls at the end, or is steepest at its
+        NoSuggestionError: if the curve is flat, rises from the start, is lowest at its end, or is steepest at its
             start; if the loss is not above 0 on the "log" scale; or if too few losses are finite.
         ValueError: if a number is out of range, or another setting of the dynamics is a schedule of another length.
-        TypeError: if the dynamics has no one `lr`.
+        TypeError: if the dynamics has no one `lr`, or an argument is of another kind.
 
     References:
         Smith (2017), Cyclical learning rates for training neural networks, section 3.3.
     """
-    _check_arguments(min_lr, max_lr, num_steps, half_window, scale)
+    _check_arguments(problem, min_lr, max_lr, num_steps, half_window, scale)
     rates = torch.logspace(math.log10(min_lr), math.log10(max_lr), num_steps, dtype=torch.float64)
     test = replace(problem, dynamics=with_lr(problem.dynamics, rates.tolist()), num_steps=num_steps, warm_start=False)
     hparams = problem.init_hparams() if hparams is None else hparams
     losses = unroll(test, hparams, outer_step=outer_step, execution=execution).inner_losses
     losses = losses.reshape(-1, num_steps).mean(dim=0).double().cpu()
-    figures, noise = _fitted(rates, losses, half_window, scale)
-    return figures, _suggestion(figures, noise, half_window)
+    figures, lowest, noise = _fitted(rates, losses, half_window, scale)
+    return figures, _suggestion(figures, lowest, noise, half_window)
 
 
 def with_lr(dynamics: Dynamics, lr: Setting) -> Dynamics:
@@ -156,7 +159,20 @@ def with_lr(dynamics: Dynamics, lr: Setting) -> Dynamics:
     )
 
 
-def _check_arguments(min_lr: float, max_lr: float, num_steps: int, half_window: int, scale: str) -> None:
+def _check_arguments(
+    problem: object, min_lr: float, max_lr: float, num_steps: int, half_window: int, scale: str
+) -> None:
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(
+            f"`problem` is a `{type(problem).__name__}`, which has no inner loss to run a test on. Pass a "
+            "`BilevelProblem`."
+        )
+    for name, rate in (("min_lr", min_lr), ("max_lr", max_lr)):
+        if not is_number(rate):
+            raise TypeError(
+                f"`{name}` is {rate!r}, a `{type(rate).__name__}`: it is a learning rate, at an end of those tried. "
+                "Pass a number above 0."
+            )
     # Written so that NaN is refused.
     if not 0.0 < min_lr < max_lr < math.inf:
         raise ValueError(
@@ -177,8 +193,11 @@ def _check_arguments(min_lr: float, max_lr: float, num_steps: int, half_window: 
         raise ValueError(f"`scale` is {scale!r}, which names no slope. Use 'log' or 'linear'.")
 
 
-def _fitted(rates: Tensor, losses: Tensor, half_window: int, scale: Scale) -> tuple[RangeFigures, float]:
-    """Returns the curve, and the standard error of its smoothed values away from the ends, in the slopes' scale."""
+def _fitted(rates: Tensor, losses: Tensor, half_window: int, scale: Scale) -> tuple[RangeFigures, int, float]:
+    """Returns the curve, the step with the lowest point, and the standard error of smoothed values before it.
+
+    The error is that away from the ends, in the slopes' scale.
+    """
     finite = losses.abs() < _INFINITE
     if scale == "log":
         finite &= losses > 0
@@ -208,14 +227,10 @@ def _fitted(rates: Tensor, losses: Tensor, half_window: int, scale: Scale) -> tu
     places, values = rates[:count].log(), losses[:count]
     values = values.log() if scale == "log" else values
     heights, slopes = _lines(places, values, half_window)
-    # Not the first values, which are uncertain; nothing is learnt there.
-    lowest = half_window + int(heights[half_window:].argmin())
+    errors = _standard_errors(values - heights, half_window)
+    lowest = _lowest(heights, errors, half_window)
     above = (heights[lowest:] > heights[half_window]).nonzero()
     turned = lowest + int(above[0]) if len(above) else count
-    weights = _weights(torch.arange(-half_window, half_window + 1), half_window)
-    # Before the lowest point alone: beyond it the losses scatter more and more.
-    spread = (values - heights)[: max(lowest, 2 * half_window)].square().mean().sqrt()
-    noise = float(spread * weights.square().sum().sqrt() / weights.sum())
     figures = replace(
         figures,
         smoothed=heights.exp() if scale == "log" else heights,
@@ -223,7 +238,32 @@ def _fitted(rates: Tensor, losses: Tensor, half_window: int, scale: Scale) -> tu
         lowest=float(rates[lowest]),
         blow_up=float(rates[turned]) if turned < len(losses) else None,
     )
-    return figures, noise
+    return figures, lowest, float(errors[lowest])
+
+
+def _standard_errors(residuals: Tensor, half_window: int) -> Tensor:
+    """Returns, for every place, the standard error of smoothed values, by the residuals up to it.
+
+    Not by those after it: beyond the lowest point the losses scatter more and more.
+    """
+    weights = _weights(torch.arange(-half_window, half_window + 1), half_window)
+    variances = residuals.square().cumsum(dim=0) / torch.arange(1, len(residuals) + 1)
+    variances[: 2 * half_window] = variances[2 * half_window]
+    return variances.sqrt() * weights.square().sum().sqrt() / weights.sum()
+
+
+def _lowest(heights: Tensor, errors: Tensor, half_window: int) -> int:
+    """Returns the place of the lowest height, before half of the fall to it is regained.
+
+    The heights at both ends are extrapolated from one side: a scattered end would be taken for a low one.
+    """
+    inner = heights[half_window:-half_window]
+    least, places = inner.cummin(dim=0)
+    places = places + half_window
+    fall = heights[half_window] - least
+    resolution = (_STANDARD_ERRORS * errors[places]).clamp(min=_ROUNDING * float(heights[half_window].abs()))
+    regained = ((fall > resolution) & (inner - least > fall / 2)).nonzero()
+    return int(places[regained[0] if len(regained) else -1])
 
 
 def _lines(places: Tensor, values: Tensor, half_window: int) -> tuple[Tensor, Tensor]:
@@ -245,14 +285,13 @@ def _weights(distances: Tensor, half_window: int) -> Tensor:
     return (1.0 - distances.abs().double() / (half_window + 1)).clamp(min=0.0)
 
 
-def _suggestion(figures: RangeFigures, noise: float, half_window: int) -> float:
+def _suggestion(figures: RangeFigures, lowest: int, noise: float, half_window: int) -> float:
     """Returns the rate of the steepest line before the lowest point.
 
     Raises:
         NoSuggestionError: if the curve has none.
     """
     heights = figures.smoothed.log() if figures.scale == "log" else figures.smoothed
-    lowest = half_window + int(heights[half_window:].argmin())
     first, least = float(figures.smoothed[half_window]), float(figures.smoothed[lowest])
     low, high = float(figures.rates[0]), float(figures.rates[-1])
     start = heights[half_window]
@@ -271,8 +310,8 @@ def _suggestion(figures: RangeFigures, noise: float, half_window: int) -> float:
         )
     if figures.blow_up is None and lowest >= len(heights) - 1 - half_window:
         raise NoSuggestionError(
-            f"The inner loss still falls at the largest rate, {high:.3g}, where it is {least:.4g}: what comes after is "
-            "not known. Pass a larger `max_lr`.",
+            f"The inner loss is lowest at the largest rates, up to {high:.3g}, where it is {least:.4g}: where it "
+            "grows is not known. Pass a larger `max_lr`.",
             figures,
         )
     steepest = int(figures.slopes[: lowest + 1].argmin())

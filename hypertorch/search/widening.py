@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,14 +51,18 @@ def widen(
         All weights, in the order of `params`.
 
     Raises:
-        ValueError: if a weight is missing, or a shape or number does not fit.
+        TypeError: if `params` is no mapping to tensors, a name no text, or a weight no floating-point tensor.
+        ValueError: if a weight is missing, a layer has two roles, or a shape or number does not fit.
 
     References:
         Chen, Goodfellow and Shlens (2016), Net2Net: accelerating learning via knowledge transfer, section 2.2 (wider
         nets; there with equal shares).
     """
-    following = (following,) if isinstance(following, str) else tuple(following)
-    beside = (beside,) if isinstance(beside, str) else tuple(beside)
+    _check_params(params)
+    _check_seed(seed)
+    if not isinstance(layer, str):
+        raise TypeError(_no_name("layer", layer))
+    following, beside = _names("following", following), _names("beside", beside)
     weight = _weight(params, layer, "layer")
     old = weight.shape[0]
     if not is_count(num_units) or num_units < old:
@@ -71,12 +75,21 @@ def widen(
             "`following` names no layer: whatever reads the units would have to change with them. Name the layers that "
             "do."
         )
+    copied = _entries(params, beside, old)
+    for name in following:
+        if name == layer or any(key.startswith(f"{name}.") for key in copied):
+            other = "layer" if name == layer else "beside"
+            raise ValueError(
+                f"`following` names {name!r}, and so does `{other}`: a layer that reads the units and has one entry "
+                "for each, such as a recurrent one, would need both its axes widened, which is not done. Name a layer "
+                "in one role."
+            )
     generator = torch.Generator().manual_seed(seed)
     source = torch.cat([torch.arange(old), torch.randint(old, (num_units - old,), generator=generator)])
     drawn = 0.5 + torch.rand(num_units, generator=generator, dtype=torch.float64)
     shares = drawn / torch.zeros(old, dtype=torch.float64).index_add(0, source, drawn)[source]
     wider = dict(params)
-    for name in (f"{layer}.weight", f"{layer}.bias", *_entries(params, beside, old)):
+    for name in (f"{layer}.weight", f"{layer}.bias", *copied):
         if name in params:
             wider[name] = params[name][source.to(params[name].device)]
     for name in following:
@@ -94,6 +107,43 @@ def widen(
     return wider
 
 
+def _check_params(params: object) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"`params` is a `{type(params).__name__}`: weights are looked up in a mapping from names to tensors. Pass "
+            "such a one; `module.state_dict()` is that of a module."
+        )
+    for name, value in params.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"`params[{name!r}]` is a `{type(value).__name__}`, which has no shape to widen. Pass tensors alone."
+            )
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(
+            f"`seed` is {seed!r}, a `{type(seed).__name__}`: the same seed has to draw the same copies again. Pass a "
+            "whole number, such as 0."
+        )
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"`seed` is {seed}, for which PyTorch has no generator. Pass a whole number below 2 ** 64.")
+
+
+def _names(argument: str, names: str | Sequence[str]) -> tuple[str, ...]:
+    listed = (names,) if isinstance(names, str) else names
+    if not isinstance(listed, Sequence) or not all(isinstance(name, str) for name in listed):
+        raise TypeError(_no_name(argument, names))
+    return tuple(listed)
+
+
+def _no_name(argument: str, value: object) -> str:
+    return (
+        f"`{argument}` is {value!r}, a `{type(value).__name__}`: layers are called by text, as in the names of "
+        "`params`. Pass the name of a layer, such as 'hidden' for `hidden.weight`."
+    )
+
+
 def _weight(params: TensorMapping, layer: str, argument: str) -> Tensor:
     weight = params.get(f"{layer}.weight")
     if weight is None or weight.dim() < 2:
@@ -101,6 +151,11 @@ def _weight(params: TensorMapping, layer: str, argument: str) -> Tensor:
         raise ValueError(
             f"`{argument}` names {layer!r}, but `{layer}.weight` {found}: a layer with units has a weight of shape "
             f"(units, inputs, ...). The weights are {sorted(params)}."
+        )
+    if not (weight.is_floating_point() or weight.is_complex()):
+        raise TypeError(
+            f"`{argument}` names {layer!r}, but `{layer}.weight` has dtype {weight.dtype}: shares of a weight are "
+            "fractions, which it would cut to 0. Pass floating-point weights, such as `weight.float()`."
         )
     return weight
 

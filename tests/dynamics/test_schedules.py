@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -142,8 +143,43 @@ def test_a_run_by_them_is_pytorchs(settings: dict[str, Any]) -> None:
         (lambda: schedules.one_cycle(10, peak=1.0, share_up=math.nan), "`share_up` of `one_cycle` is nan"),
         (lambda: schedules.cosine(10, start=1.0, half_period=0), "`half_period` of `cosine` is 0"),
         (lambda: schedules.cosine(10, start=1.0, end=math.inf), "`end` of `cosine` is inf"),
+        (lambda: schedules.cosine(10, start=1e308, end=-1e308), "`start` of `cosine` is 1e.308"),
+        (lambda: schedules.cosine(10, start=10**400), "`start` of `cosine` is 1000.* Pass a finite one, below 1e.300"),
     ],
 )
 def test_what_is_no_schedule_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+SCHEDULES: dict[str, tuple[Callable[..., object], dict[str, float]]] = {
+    "cyclical": (schedules.cyclical, {"start": 0.1, "peak": 1.0, "steps_up": 2, "gamma": 1.0}),
+    "one_cycle": (schedules.one_cycle, {"start": 0.1, "peak": 1.0, "end": 0.1, "share_up": 0.3}),
+    "cosine": (schedules.cosine, {"start": 1.0, "end": 0.1}),
+}
+
+
+@pytest.mark.parametrize("value", ["a", True, [0.1], torch.tensor(0.1), 1j])
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [(name, key) for name, (_, numbers) in SCHEDULES.items() for key in numbers if key != "steps_up"],
+)
+def test_what_is_no_number_is_refused(function: str, argument: str, value: object) -> None:
+    call, numbers = SCHEDULES[function]
+    call(10, **numbers)
+    with pytest.raises(TypeError, match=rf"`{argument}` of `{function}` is .*, a `{type(value).__name__}`"):
+        call(10, **{**numbers, argument: value})
+
+
+def test_a_number_of_numpy_is_computed_with_in_double_precision() -> None:
+    values = schedules.cosine(3, start=np.float32(0.5), end=np.int64(0))  # type: ignore[arg-type]
+    assert values == schedules.cosine(3, start=0.5) and all(type(value) is float for value in values)
+
+
+def test_a_peak_is_needed_and_a_switch_is_on_or_off() -> None:
+    no_number: Any = None
+    with pytest.raises(TypeError, match="`peak` of `one_cycle` is None"):
+        schedules.one_cycle(10, peak=no_number)
+    no_switch: Any = "no"
+    with pytest.raises(TypeError, match="`three_phase` is 'no', which is neither True nor False"):
+        schedules.one_cycle(10, peak=1.0, three_phase=no_switch)

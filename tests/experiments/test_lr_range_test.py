@@ -30,7 +30,7 @@ def test_a_run_leaves_a_table_json_csv_and_a_picture(command: Commands) -> None:
 def test_nothing_to_suggest_is_an_error_with_a_picture(command: Commands) -> None:
     code, _, error = command(lr_range_test, "max_lr=1e-2")
     assert code == 1
-    assert "still falls at the largest rate, 0.01" in error and "The curve is in" in error
+    assert "is lowest at the largest rates, up to 0.01" in error and "The curve is in" in error
     assert command.results()["suggestion"] is None
     assert command.is_picture("lr_range_test.png")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -102,3 +103,17 @@ def test_a_metric_that_is_not_validated_is_refused() -> None:
     logger = PruningLogger(study().ask(), metric="accuracy", mode="min")
     with pytest.raises(ValueError, match=r"`metric` is 'accuracy', which.*It has \['outer_loss', "):
         loop(0.3, [logger]).run(2)
+
+
+@pytest.mark.parametrize("trial", [3, None, optuna.trial.FixedTrial({})])
+def test_what_is_no_trial_of_a_study_is_refused(trial: Any) -> None:
+    with pytest.raises(TypeError, match=rf"`trial` is a `{type(trial).__name__}`, which no study prunes"):
+        PruningLogger(trial, metric="outer_loss", mode="min")
+
+
+def test_settings_that_are_no_text_are_refused() -> None:
+    trial, no_text = study().ask(), cast("Any", ["outer_loss"])
+    with pytest.raises(TypeError, match=r"`metric` is \['outer_loss'\], a `list`"):
+        PruningLogger(trial, metric=no_text, mode="min")
+    with pytest.raises(ValueError, match=r"`mode` is \['outer_loss'\], but the study"):
+        PruningLogger(trial, metric="outer_loss", mode=no_text)

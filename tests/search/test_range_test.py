@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 import hypertorch as ht
 from hypertorch.dynamics import SGD
 from hypertorch.search import NoSuggestionError, lr_range_test, with_lr
-from hypertorch.search.range_test import _lines
+from hypertorch.search.range_test import _lines, _lowest
 from hypertorch.types import Batch, TensorDict
 
 F64 = torch.float64
@@ -116,11 +116,11 @@ def test_losses_that_leave_the_numbers_are_the_blow_up() -> None:
     ("inner", "how", "message"),
     [
         (Curve(), {"min_lr": 1e-14, "max_lr": 1e-12}, "the curve is flat"),
-        (Curve(), {"max_lr": 1e-3}, "still falls at the largest rate, 0.001"),
+        (Curve(), {"max_lr": 1e-3}, "is lowest at the largest rates, up to 0.001, .* Pass a larger `max_lr`"),
         (Curve(noise=0.01), {"max_lr": 1e-3}, "within its noise: the curve is flat"),
         (Curve(), {"min_lr": 8.0}, "rises from the start. Pass a smaller `min_lr`"),
         (Curve(), {"min_lr": 4.01, "max_lr": 4.02}, "rises from the start. Pass a smaller `min_lr`"),
-        (Curve(), {"max_lr": 0.7}, "still falls at the largest rate, 0.7"),
+        (Curve(), {"max_lr": 0.7}, "is lowest at the largest rates, up to 0.7, .* Pass a larger `max_lr`"),
         (Curve(), {"min_lr": 0.2}, "falls fastest at the smallest rates, from 0.2"),
         (Curve(shape=lambda value: value - 1.0), {}, "is -0.55 at the rate 1e-05: it has no logarithm"),
         (Curve(shape=lambda value: value * math.nan), {}, "is nan at step 0, at the rate 1e-05: too few"),
@@ -132,9 +132,10 @@ def test_what_cannot_be_suggested_is_refused(inner: Curve, how: dict[str, float]
     assert caught.value.figures.losses.shape == (NUM_STEPS,)
 
 
-def test_the_steepest_point_comes_before_the_lowest() -> None:
-    """A run that blows up and comes back: what comes after the blow-up counts for nothing."""
-    steps, levels = (0, 20, 50, 60, 70, 80, 84, 99), (2.0, 2.0, 0.5, 1.5, 40.0, 40.0, 1.0, 1.0)
+@pytest.mark.parametrize("last", [1.0, 0.1])
+def test_the_steepest_point_comes_before_the_lowest(last: float) -> None:
+    """A run that blows up and comes back, even lower: what comes after the blow-up counts for nothing."""
+    steps, levels = (0, 20, 50, 60, 70, 80, 84, 99), (2.0, 2.0, 0.5, 1.5, 40.0, 40.0, last, last)
 
     class Table(Curve):
         def batch(self, step: int) -> Tensor:
@@ -149,6 +150,43 @@ def test_the_steepest_point_comes_before_the_lowest() -> None:
     assert rates[46] < figures.lowest < rates[54]
     # Where it is back at the first value, not where it starts to rise.
     assert figures.blow_up is not None and rates[56] < figures.blow_up < rates[64]
+
+
+class ThreeCurvatures(ht.InnerProblem):
+    """A quadratic, on which Adam oscillates at large rates, without a loss above its first one for long."""
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": torch.full((3,), 2.0, dtype=F64)}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return (torch.tensor([1.0, 3.0, 9.0], dtype=F64) * params["w"].square()).sum() + 0.5
+
+
+class Weights(Weight):
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        return params["w"].square().sum()
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+def test_how_far_it_goes_beyond_the_blow_up_does_not_matter(scale: Any) -> None:
+    adam = ht.BilevelProblem(ThreeCurvatures(), Weights(), dynamics=ht.dynamics.Adam(lr=0.1), num_steps=3)
+    found = {rate: lr_range_test(adam, max_lr=rate, scale=scale) for rate in (10.0, 100.0, 1e4)}
+    suggestions = [suggestion for _, suggestion in found.values()]
+    # A step of the coarsest test is a factor of 1.23.
+    assert max(suggestions) < 1.23**2 * min(suggestions)
+    for figures, suggestion in found.values():
+        before_one = figures.losses[figures.rates < 1.0]
+        assert figures.lowest == pytest.approx(float(figures.rates[before_one.argmin()]), rel=0.25)
+        assert suggestion < figures.lowest
+
+
+def test_a_scattered_end_is_not_the_lowest() -> None:
+    """The line at an end is extrapolated: it falls below all losses where the last ones happen to fall."""
+    values = torch.cat([torch.linspace(3.0, 1.0, 60, dtype=F64), torch.full((30,), 1.5, dtype=F64)])
+    values = torch.cat([values, torch.linspace(1.95, 0.99, 10, dtype=F64)])
+    heights, _ = _lines(torch.arange(100.0, dtype=F64), values, half_window=5)
+    assert int(heights[5:].argmin()) == 94
+    assert 55 <= _lowest(heights, torch.full_like(heights, 1e-3), half_window=5) <= 62
 
 
 def test_the_first_values_are_not_the_lowest() -> None:
@@ -226,6 +264,23 @@ def test_another_schedule_must_fit_the_test() -> None:
 def test_arguments_out_of_range_are_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lr_range_test(problem(), **how)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"problem": 3}, "`problem` is a `int`, which has no inner loss .* Pass a `BilevelProblem`"),
+        ({"problem": Curve()}, "`problem` is a `Curve`"),
+        ({"min_lr": "a"}, "`min_lr` is 'a', a `str`: .* Pass a number above 0"),
+        ({"max_lr": None}, "`max_lr` is None, a `NoneType`"),
+        ({"max_lr": True}, "`max_lr` is True, a `bool`"),
+        ({"hparams": 3}, "`hparams` is "),
+    ],
+)
+def test_another_kind_of_argument_is_refused(how: dict[str, Any], message: str) -> None:
+    arguments = {"problem": problem(), **how}
+    with pytest.raises(TypeError, match=message):
+        lr_range_test(arguments.pop("problem"), **arguments)
 
 
 def test_it_costs_one_run() -> None:

@@ -142,10 +142,44 @@ def test_a_learnt_start_is_inherited_by_a_wider_net(num_steps: int) -> None:
         ({"following": "4"}, r"`4.weight` has shape \(3, 4\), whose second axis does not hold the 3 units"),
         ({"beside": "2"}, "`beside` names '2', whose tensors are"),
         ({"beside": "absent"}, "`beside` names 'absent', whose tensors are {}"),
+        # Layers that read themselves: the second axis alone would be widened.
+        ({"layer": "square", "following": "square"}, "`following` names 'square', and so does `layer`"),
+        ({"layer": "square", "following": ("2", "square")}, "Name a layer in one role"),
+        ({"following": "square", "beside": "square"}, "`following` names 'square', and so does `beside`"),
+        ({"seed": 2**64}, "`seed` is 18446744073709551616, for which PyTorch has no generator"),
     ],
 )
 def test_what_does_not_fit_is_refused(how: dict[str, Any], message: str) -> None:
-    params = {**mlp(3).state_dict(), "norm.weight": torch.ones(3, dtype=F64)}
+    square = {"square.weight": torch.ones(3, 3, dtype=F64), "square.bias": torch.ones(3, dtype=F64)}
+    params = {**mlp(3).state_dict(), "norm.weight": torch.ones(3, dtype=F64), **square}
     where: dict[str, Any] = {"layer": "0", "num_units": 5, "following": "2", **how}
     with pytest.raises(ValueError, match=message):
         widen(params, where.pop("layer"), **where)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"params": mlp(3)}, r"`params` is a `Sequential`: .* `module.state_dict\(\)`"),
+        ({"params": {"0.weight": [[1.0]]}}, r"`params\['0.weight'\]` is a `list`"),
+        ({"layer": 0}, "`layer` is 0, a `int`: layers are called by text"),
+        ({"layer": ["0"]}, r"`layer` is \['0'\], a `list`"),
+        ({"following": 2}, "`following` is 2, a `int`"),
+        ({"beside": (1,)}, r"`beside` is \(1,\), a `tuple`"),
+        ({"seed": None}, "`seed` is None, a `NoneType`"),
+        ({"seed": True}, "`seed` is True, a `bool`"),
+        # Shares below 1 would be cut to 0.
+        (
+            {"params": {name: value.long() for name, value in mlp(3).state_dict().items()}},
+            "`layer` names '0', but `0.weight` has dtype torch.int64",
+        ),
+        (
+            {"params": {**mlp(3).state_dict(), "2.weight": torch.ones(4, 3, dtype=torch.int32)}},
+            "`following` names '2', but `2.weight` has dtype torch.int32",
+        ),
+    ],
+)
+def test_another_kind_of_argument_is_refused(how: dict[str, Any], message: str) -> None:
+    where: dict[str, Any] = {"params": mlp(3).state_dict(), "layer": "0", "num_units": 5, "following": "2", **how}
+    with pytest.raises(TypeError, match=message):
+        widen(where.pop("params"), where.pop("layer"), **where)
