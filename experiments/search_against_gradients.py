@@ -218,7 +218,7 @@ def _warm_up(method: str) -> None:
     def bowl(point: torch.Tensor, with_gradient: bool) -> tuple[float, torch.Tensor | None]:
         return float((point - 0.3).square().sum()), 2.0 * (point - 0.3) if with_gradient else None
 
-    # So many that a Gaussian process is fitted.
+    # Seven evaluations: enough that a Gaussian process is fitted.
     METHODS[method].run(SearchTask(dimension=2, evaluate=bowl, least=0.0), 7, 0)
 
 

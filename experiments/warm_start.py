@@ -57,7 +57,7 @@ class WarmStart(Experiment):
         batch_size: data sets whose pairs make an outer step.
         num_examples: examples of each that are drawn for it; None for all.
         num_neighbours: None starts a search at the best configurations of the nearest data sets, one after the other;
-            a number at the greedy portfolio of so many of the nearest, by whatever distance.
+            a number starts it at the greedy portfolio of that many nearest data sets.
     """
 
     splits = ("validation", "test")

@@ -110,8 +110,8 @@ def schedules(size: int, seed: int, dtype: torch.dtype = torch.float32) -> Sized
     has its first weights and minibatches; the test has others.
 
     Args:
-        size: a divisor of the 50 steps, which cuts them into so many pieces with a rate each; or 400 for a rate and a
-            momentum for each step and tensor of the net.
+        size: the number of equal pieces of the 50 steps (a divisor of 50), each with its own rate; or 400 for a rate
+            and a momentum for each step and tensor of the net.
         seed: of the scans, of the minibatches and of the first weights.
         dtype: of the training.
     """
@@ -156,7 +156,7 @@ def weights(size: int, seed: int, dtype: torch.dtype = torch.float32) -> SizedTa
     The share of random labels grows from none of the first scans to nine tenths of the last.
 
     Args:
-        size: a divisor of 1,000, which cuts the scans into so many groups of neighbours with a weight each.
+        size: the number of equal groups of the 1,000 scans (a divisor of 1,000), each with its own weight.
         seed: of the scans and of their labels.
         dtype: of the training.
     """

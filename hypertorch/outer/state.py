@@ -155,8 +155,10 @@ class OuterState:
             ) from error
         for leaf in self.leaves.values():
             leaf.grad = None  # frees the hypergradient before the next one is computed
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.carry = carry
-        self.skip()
+        self.step += 1
 
     def skip(self) -> None:
         """Counts an outer step: a schedule moves on, the outer variables stay."""

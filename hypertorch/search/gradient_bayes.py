@@ -23,8 +23,9 @@ MAX_DIMENSION = 20
 LARGEST = 1e100
 """Values and slopes from which an evaluation counts as failed: their squares would overflow."""
 
+# How far from a pending point, as part of its size and range, a point that is told is still the same one.
 _ROUNDING = 1e-6
-# A process is fitted once so many evaluations have succeeded.
+# The least number of evaluations that must have succeeded before a process is fitted.
 _LEAST = 2
 # Variance of what is assumed of a failed evaluation, whose value is not known.
 _DOUBT_OF_FAILURE = 0.1

@@ -31,7 +31,7 @@ def check_count_of(count: int, available: int) -> None:
     """Checks how many configurations are asked for.
 
     Raises:
-        ValueError: if there are not so many, or it is no count.
+        ValueError: if there are fewer, or the number is no count.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= available:
         raise ValueError(

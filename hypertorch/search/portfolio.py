@@ -12,8 +12,8 @@ def greedy_portfolio(losses: Tensor, count: int) -> list[int]:
     """Returns configurations, each of which lowers most what the best of those before it reaches, in the mean.
 
     What is minimised is `mean over data sets of min over the chosen configurations of the loss`. Its fall from the
-    greatest loss of the table is at least `1 - 1/e = 0.63` of the greatest fall that so many configurations allow,
-    because the fall is a submodular function of them.
+    greatest loss of the table is at least `1 - 1/e = 0.63` of the greatest fall that this number of configurations
+    allows, because the fall is a submodular function of them.
 
     Cost: `count` passes over the table.
 
