@@ -127,10 +127,16 @@ class InnerLoss:
         # Also under `no_grad`: the value of a gradient takes a graph of the loss.
         with torch.enable_grad():
             keep_path = differentiable or self._route == "dual"
-            if self._separate_params and differentiable:
-                variables = {name: value if value.requires_grad else _own(value) for name, value in params.items()}
+            # Written out in three: every inner step pays for a call.
+            if not keep_path:
+                variables = {name: value.detach().requires_grad_() for name, value in params.items()}
+            elif self._separate_params and differentiable:
+                variables = {
+                    name: value if value.requires_grad else value.detach().requires_grad_()
+                    for name, value in params.items()
+                }
             else:
-                variables = {name: _own_view(value, keep_path) for name, value in params.items()}
+                variables = {name: _own_view(value) for name, value in params.items()}
             value, new_buffers = self._function({**variables, **self._buffers}, hparams, self._batch)
             total = value.sum() if value.dim() else value
             # Without a graph PyTorch takes shorter formulas for some gradients (of determinants and linear solves among
@@ -145,7 +151,12 @@ class InnerLoss:
                 create_graph=keep_path,
                 allow_unused=True,
             )
-        if all(gradient is None for gradient in gradients):
+        found: TensorDict = {}
+        depends = False
+        for (name, value_at), gradient in zip(variables.items(), gradients, strict=True):
+            depends = depends or gradient is not None
+            found[name] = torch.zeros_like(value_at) if gradient is None else gradient
+        if not depends:
             raise ValueError(
                 f"`InnerProblem.loss` returned a value that depends on none of the params {sorted(params)}: it has no "
                 "gradient to descend. Compute it from `params`, without `.detach()` or `torch.no_grad()`."
@@ -156,10 +167,6 @@ class InnerLoss:
             if new_buffers:
                 self.tracked_buffers = frozenset(name for name, buffer in new_buffers.items() if buffer.requires_grad)
                 self.new_buffers = new_buffers if keep_path else tree.detach(new_buffers)
-        found = {
-            name: torch.zeros_like(value) if gradient is None else gradient
-            for (name, value), gradient in zip(variables.items(), gradients, strict=True)
-        }
         if self._route == "leaf":
             # The rule goes on from leaves: their cotangent is what reaches the gradient, without what lies behind it.
             found = tree.leaves_requiring_grad(found)
@@ -235,13 +242,13 @@ def _device_of(params: TensorDict) -> torch.device:
     return next(iter(params.values())).device
 
 
-def _own_view(param: Tensor, keep_path: bool) -> Tensor:
-    """Returns a tensor of its own to differentiate in.
+def _own_view(param: Tensor) -> Tensor:
+    """Returns a tensor of its own to differentiate in, with a path to the param.
 
     The param's tensor may also be a hyperparameter that the loss reads, or another param; the gradient in that tensor
     would gather their paths too.
     """
-    view = param.view_as(param) if keep_path else param.detach()
+    view = param.view_as(param)
     return view if view.requires_grad else view.requires_grad_()
 
 
@@ -249,7 +256,3 @@ def _gradient_saving_nothing(output: Tensor, inputs: list[Tensor], **options: An
     """Returns what `torch.autograd.grad` does; a graph that it makes keeps no tensor, and cannot be gone through."""
     with saving_nothing():
         return torch.autograd.grad(output, inputs, **options)
-
-
-def _own(param: Tensor) -> Tensor:
-    return param.detach().requires_grad_()

@@ -70,9 +70,11 @@ class Moments(GradientDynamics):
             params = {name: (1.0 - lr[name] * penalty[name]) * w for name, w in params.items()}
             penalty = None
         directions = descent_directions(grads, params, penalty, maximize=self.maximize)
+        # One after the other, in the order of `init`: a state in another order is sorted at every step.
         moments: TensorDict = {}
         for name, d in directions.items():
             moments[f"exp_avg.{name}"] = running_mean(state[f"exp_avg.{name}"], d, beta1[name])
+        for name, d in directions.items():
             moments[f"exp_avg_sq.{name}"] = running_square(state[f"exp_avg_sq.{name}"], d, beta2[name])
         return params, directions, moments
 

@@ -94,11 +94,14 @@ class Dynamics(ABC):
         Returns:
             For each setting, its value by the name of the parameter.
         """
-        # Most settings are numbers, and every inner step pays for a call.
-        return [
-            dict.fromkeys(parameters, value) if type(value) is float else resolve_all(value, hparams, parameters, index)
-            for value in self._read_at_steps
-        ]
+        values: list[Mapping[str, float | Tensor]] = []
+        for setting in self._read_at_steps:
+            # Most settings are numbers, and every inner step pays for a call.
+            number = type(setting) is float
+            values.append(
+                dict.fromkeys(parameters, setting) if number else resolve_all(setting, hparams, parameters, index)
+            )
+        return values
 
     def settings(self) -> Mapping[str, Setting]:
         """Returns the settings by name, those of dynamics that this one holds among them."""

@@ -71,7 +71,8 @@ def graph_vjp(
 
     def advance(run: _Run, step: int) -> _Run:
         done = loop.step(run.state, variables, step, route)
-        return _Run(done.state, tree.add_optional(run.terms, done.term))
+        terms = run.terms if done.term is None else tree.add_optional(run.terms, done.term)
+        return _Run(done.state, terms)
 
     with torch.enable_grad():
         run = scan(advance, _Run(leaves, None), range(start, stop))

@@ -52,10 +52,11 @@ def run_prefix(loop: InnerLoop, variables: TensorDict, stop: int) -> Prefix:
     def advance(run: Prefix, step: int) -> Prefix:
         with torch.no_grad():
             state = loop.advance(run.state, constants, step)
+        if not loop.has_terms:
+            return run._replace(state=state)
         with torch.enable_grad():
             term = loop.term(state, variables, step)
-        if term is None:
-            return run._replace(state=state)
+        assert term is not None
         # At constant params only the direct part remains. It is taken at once, so that no graph outlives its step.
         direct = vjp([term], [torch.ones_like(term)], variables)
         return Prefix(state, tree.add_optional(run.outer_loss, term.detach()), accumulate(run.grads, direct))
