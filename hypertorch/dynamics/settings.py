@@ -76,7 +76,9 @@ class Hyper:
         """Returns the setting's value at a step, for a parameter."""
         entry = hparams[f"{self.name}.{parameter}" if self.per_parameter else self.name]
         if self.per_step:
-            entry = entry[index]
+            # Inside a compiled loop the index is a tensor, in double precision.
+            at_tensor = isinstance(index, Tensor)
+            entry = entry.index_select(0, index.long().reshape(1))[0] if at_tensor else entry[index]
         return entry if self.transform is None else self.transform(entry)
 
 

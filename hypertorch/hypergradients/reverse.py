@@ -8,6 +8,7 @@ from typing import Literal
 from hypertorch.checks import check_switch
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
+from hypertorch.hypergradients.reverse_mode.compiled_loop import by_compiled_loop
 from hypertorch.hypergradients.reverse_mode.compiled_run import compiled_whole, run_compiled
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
 from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, is_mixed
@@ -55,7 +56,10 @@ class Reverse(Hypergradient):
     With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
     iterations and problems of the same classes and shapes; changed tensors change the results and compile nothing. A
     horizon of up to 8 steps is one program, from the initial state to the hypergradient; a longer one keeps every
-    state, unless a setting says less. Compilation takes seconds to minutes. What cannot be compiled (a schedule given
+    state, unless a setting says less. There the loop over the steps is inside of two programs, one forward and one
+    back, which serve every horizon. Single steps are called from Python where that cannot be: with noise, buffers of
+    the params or `snapshots`, in mixed mode, for data of several shapes, and for a rule that branches on the index of
+    the step. Compilation takes seconds to minutes. What cannot be compiled (a schedule given
     as a list of numbers and a beta that is learnt are examples) runs without, after one warning.
 
     `derivative` says how the inner gradient is differentiated. By "reverse", reverse over reverse. By "mixed", forward
@@ -191,6 +195,10 @@ class Reverse(Hypergradient):
             result = compiled_whole(loop, variables)
             if result is not None:
                 return result
+        if kept.snapshots is None and self.derivative == "reverse":
+            result = by_compiled_loop(loop, variables, kept.interval(loop.num_steps))
+            if result is not None:
+                return _without_missing_paths(loop, variables, result, kept)
         mixed = self.derivative != "reverse" and is_mixed(
             self.derivative, loop, variables, _compiled_steps, compiled=True
         )

@@ -92,12 +92,12 @@ class Checkpointing:
         if self.snapshots is not None:
             return revolving(loop, variables, steps, self.snapshots)
         by = kept_every if with_graphs else single_steps
-        return by(loop, variables, steps, self._interval(loop.num_steps, with_graphs=with_graphs))
+        return by(loop, variables, steps, self.interval(loop.num_steps, with_graphs=with_graphs) or 1)
 
-    def _interval(self, num_steps: int, *, with_graphs: bool) -> int:
-        """Returns the steps between kept states."""
-        if self.checkpoint_every is None:
-            return 1
+    def interval(self, num_steps: int, *, with_graphs: bool = False) -> int | None:
+        """Returns the steps between kept states; None to keep all."""
+        if self.checkpoint_every in (None, 1):
+            return None
         if self.checkpoint_every == "sqrt":
             # A graph holds the state after a step and its gradient at least.
             states_per_step = 2 if with_graphs else 1

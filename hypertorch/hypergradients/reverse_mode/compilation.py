@@ -40,7 +40,9 @@ class TooManyProgramsError(NotCompilableError):
     """A function could be compiled, but was often enough."""
 
 
-def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], key: Hashable, device: torch.device, *, loops: bool = False
+) -> Callable[..., Any]:
     """Returns a function that computes what `function` does, compiled at its first call.
 
     What makes calls the same program is found out by `torch.compile`: shapes, dtypes and the Python values that were
@@ -56,23 +58,26 @@ def compiled(function: Callable[..., Any], key: Hashable, device: torch.device) 
         key: functions under different keys share nothing, so that the list of programs that each call is compared
             with stays short.
         device: that the tensors are on.
+        loops: whether there is a loop inside, which then runs in C++ and not in Python.
     """
 
     def make() -> Callable[..., Any]:
         # A list of programs belongs to a code object.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         # `fullgraph`: what cannot be traced raises, and all of it runs without compilation, with a warning.
-        program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device))
-        return _copied(program) if device.type == "cuda" else program
+        program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device, loops))
+        return _copied(program) if device.type == "cuda" and not loops else program
 
     return memo.recall(PROGRAMS, (function, key, device.type), make)
 
 
-def _make_code(backend: str, device: torch.device, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def _make_code(
+    backend: str, device: torch.device, loops: bool, graph: fx.GraphModule, inputs: list[Any]
+) -> Callable[..., Any]:
     """Returns the code of a traced function."""
     _refuse_cut_derivatives(graph)
     if backend == "inductor":
-        return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device))
+        return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device, loops))
     dynamo: Any = torch._dynamo
     return dynamo.lookup_backend(backend)(graph, inputs)
 
@@ -92,13 +97,14 @@ def _refuse_cut_derivatives(graph: fx.GraphModule) -> None:
             )
 
 
-def _options(device: torch.device) -> Any:
+def _options(device: torch.device, loops: bool) -> Any:
     # Not at the top of this module: it loads the compiler, which takes seconds.
     mends = importlib.import_module("hypertorch.hypergradients.reverse_mode.compiler_mends")
     return {
         # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
         "fallback_random": True,
-        "triton.cudagraphs": device.type == "cuda",
+        "triton.cudagraphs": device.type == "cuda" and not loops,
+        "cpp_wrapper": loops,
         "post_grad_custom_pre_pass": mends.CompilerMends(),
     }
 

@@ -60,6 +60,11 @@ class Program(NamedTuple):
         return cls(loop.problem, loop.num_tasks, loop.context, loop.outer_batch, loop.device, loop.inner_dtype)
 
     @property
+    def has_terms(self) -> bool:
+        """Whether the outer loss has terms at inner steps."""
+        return self.problem.outer.has_step_loss
+
+    @property
     def key(self) -> Hashable:
         """What loops have in common that may be served by the same compiled functions."""
         problem = self.problem

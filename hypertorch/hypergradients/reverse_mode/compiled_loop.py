@@ -1,0 +1,339 @@
+"""The loop over inner steps, and the way back through it, inside two compiled programs.
+
+`compiled_steps` calls a program for every step from Python, which takes longer than the products of a small model. Here
+the loop itself is in the program: `torch._higher_order_ops.scan` of one step forward, and of one step's vjp backward.
+One step is compiled, whatever the horizon is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+from torch.utils import _pytree as pytree
+
+from hypertorch import tree
+from hypertorch.autodiff.noise import generator_states
+from hypertorch.hypergradients.base import BackendResult
+from hypertorch.hypergradients.guards.replay import check_values
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled
+from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.segments import initialisation
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, sweep
+from hypertorch.inner import memo
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.state import InnerState
+from hypertorch.types import Batch, TensorDict
+
+UNLOOPED = "problems whose steps cannot be looped over in a program"
+NOISY_STEP = "problems of which an inner step draws noise"
+
+# Steps in one call of a program where the data of each differs: it is stacked, and held twice.
+_STEPS_OF_DATA = 64
+
+
+class Data(NamedTuple):
+    """The data of some steps.
+
+    Attributes:
+        first: the data of the first step, whole.
+        stacked: the tensors that differ between steps, with a leading axis of steps, by their position in the batch.
+    """
+
+    first: Batch
+    stacked: dict[int, Tensor]
+
+    def at(self, own: dict[int, Tensor]) -> Batch:
+        """Returns the data of a step, of which `own` are the tensors that differ."""
+        leaves, structure = pytree.tree_flatten(self.first)
+        return pytree.tree_unflatten([own.get(position, leaf) for position, leaf in enumerate(leaves)], structure)
+
+
+class _Run(NamedTuple):
+    """Some steps that were run: the states before each, stacked, and the state after the last."""
+
+    before: list[Tensor]
+    end: InnerState
+
+
+def by_compiled_loop(loop: InnerLoop, variables: TensorDict, every: int | None) -> BackendResult | None:
+    """Returns the hypergradient by two compiled programs, each with the loop over the steps inside.
+
+    None where a program cannot loop: noise is drawn, which is seeded at every step from Python; the params have
+    buffers; a rule or a term asks for the index of the step as a number of Python; the data of the steps differs in
+    shape.
+
+    Cost: `2 num_steps` steps and as many vjps, and with `every` at most `num_steps` steps more; memory of `num_steps`
+    states, with `every` of `num_steps / every + every`, and the graph of one step.
+
+    Args:
+        loop: the inner loop, of at least two steps.
+        variables: hyperparameters and context, as leaves.
+        every: steps between kept states; None to keep all of them.
+
+    Raises:
+        ReplayError: if a step run again has another inner loss.
+    """
+    key = (Program.of(loop).key, type(loop.dynamics).__name__)
+    if loop.has_buffers or loop.num_steps < 2 or memo.get(UNLOOPED, key, ""):
+        return None
+    # Found out without a compiler, which takes seconds.
+    if memo.recall(NOISY_STEP, key, lambda: _draws_noise(loop, tree.detach(variables))):
+        return None
+    # What fails halfway leaves no counts behind.
+    trial = loop.uncounted()
+    steps = _LoopedSteps(trial, variables)
+    try:
+        with compilation():
+            result = sweep(trial, variables, steps.segments(every), steps.vjp)
+    except NotCompilableError as error:
+        memo.note(UNLOOPED, key, str(error))
+        return None
+    steps.check_replays()
+    loop.record.add(trial.record)
+    return result
+
+
+class _LoopedSteps:
+    """The steps of one loop, several to a call of a program.
+
+    Args:
+        loop: the loop.
+        variables: hyperparameters and context, as leaves.
+    """
+
+    def __init__(self, loop: InnerLoop, variables: TensorDict) -> None:
+        self._loop = loop
+        self._variables = variables
+        program = Program.of(loop)
+        # What a step does not read is made equal, so that problems that differ in it share a program.
+        self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
+        self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
+        self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
+        self._kept: dict[int, _Run] = {}
+        self._values: dict[int, Tensor] = {}
+        self._further_values: dict[int, Tensor] = {}
+
+    def segments(self, every: int | None) -> Iterator[Segment]:
+        """Yields the segments from the last to the first, and the initialisation.
+
+        Args:
+            every: steps between kept states; None to keep the states before all steps.
+        """
+        loop = self._loop
+        state = self._initial()
+        departures: list[InnerState] = []
+        runs = self._runs(every)
+        for steps in runs:
+            departures.append(state)
+            # With `every`, the last steps are first run when they are differentiated.
+            if every is None or steps is not runs[-1]:
+                run = self._forward(state, steps)
+                state = run.end
+                if every is None:
+                    self._kept[steps.start] = run
+        loop.record.hold(loop.num_steps + 1 if every is None else len(runs) + len(runs[-1]))
+        arrival = None
+        for steps in reversed(runs):
+            # Popped: a state is held no longer than its segment.
+            departure = departures.pop()
+            yield Segment(steps.start, steps.stop, departure, arrival)
+            arrival = departure
+        yield initialisation(loop, self._variables, arrival)
+
+    def vjp(self, segment: Segment) -> Differentiable:
+        """Returns some steps whose vjp is compiled."""
+        if segment.connected:
+            return graph_vjp(self._loop, self._variables, segment)
+        steps = range(segment.start, segment.stop)
+        kept = self._kept.pop(segment.start, None)
+        run = self._forward(segment.departure, steps) if kept is None else kept
+        return Differentiable(run.end, partial(self._pull_back, run, steps))
+
+    def check_replays(self) -> None:
+        """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
+        check_values(self._values, self._further_values, inner_eps=self._loop.inner_eps)
+
+    def _initial(self) -> InnerState:
+        constants = {**self._moving, **self._fixed}
+        try_dynamics(self._loop, constants)
+        with torch.no_grad():
+            state = self._loop.initial(constants)
+        tensors = state.tensors()
+        # Zeros of whole numbers have no derivative, and a rule that holds some goes by single steps.
+        if not all(tree.is_differentiable(value) for value in [*tensors, *self._moving.values()]):
+            raise NotCompilableError("the inner state holds whole numbers")
+        return state.replace_tensors(_own(tensors))
+
+    def _runs(self, every: int | None) -> list[range]:
+        """Returns the steps of each call, in the order of the run; the first is the shortest."""
+        loop = self._loop
+        longest = loop.num_steps if every is None else every
+        if every is None and self._data(range(2)).stacked:
+            longest = min(longest, _STEPS_OF_DATA)
+        stops = [*range(loop.num_steps, 0, -longest)]
+        return [range(max(stop - longest, 0), stop) for stop in reversed(stops)]
+
+    def _data(self, steps: range) -> Data:
+        draws = [self._loop.draw(self._loop.first_index + step) for step in steps]
+        flat = [pytree.tree_flatten(batch) for batch in draws]
+        leaves, structure = flat[0]
+        stacked: dict[int, Tensor] = {}
+        if any(other != structure for _, other in flat):
+            raise NotCompilableError("the data of the steps has not one structure")
+        for position, leaf in enumerate(leaves):
+            others = [own[position] for own, _ in flat]
+            if all(other is leaf for other in others):
+                continue
+            if not isinstance(leaf, Tensor):
+                if any(other != leaf for other in others):
+                    raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
+                continue
+            if any(other.shape != leaf.shape or other.dtype != leaf.dtype for other in others):
+                raise NotCompilableError("the data of the steps has not one shape")
+            stacked[position] = _of_any_length(torch.stack([other.detach() for other in others]))
+        return Data(draws[0], stacked)
+
+    def _counters(self, steps: range) -> Tensor:
+        first = self._loop.first_index
+        # In double precision: powers of the index in a rule are as exact as those of a Python number.
+        counters = torch.arange(first + steps.start, first + steps.stop, dtype=torch.float64, device=self._loop.device)
+        return _of_any_length(counters)
+
+    def _forward(self, state: InnerState, steps: range) -> _Run:
+        """Returns some steps that are run, with the states before them."""
+        data = self._data(steps)
+        run = compiled(_forward, self._program.key, self._loop.device, loops=True)
+        noise = () if self._values else generator_states(self._loop.device)
+        with torch.no_grad():
+            end, before, values = run(
+                self._program, state, self._moving, self._fixed, data.first, data.stacked, self._counters(steps)
+            )
+        if draws(noise, self._loop.device):
+            raise NotCompilableError("a step draws noise, which is seeded at every step from Python")
+        self._add(steps, values)
+        return _Run(before, end)
+
+    def _pull_back(self, run: _Run, steps: range, cotangents: Cotangents) -> PulledBack:
+        data = self._data(steps)
+        back = compiled(_back, self._program.key, self._loop.device, loops=True)
+        seeds = [
+            torch.zeros_like(value) if cotangent is None else cotangent.detach().contiguous()
+            for value, cotangent in zip(run.end.tensors(), cotangents, strict=True)
+        ]
+        with torch.no_grad():
+            grads, before, term, values = back(
+                self._program,
+                run.end,
+                [_of_any_length(value) for value in run.before],
+                self._moving,
+                self._fixed,
+                data.first,
+                data.stacked,
+                self._counters(steps),
+                seeds,
+            )
+        self._add(steps, values)
+        self._loop.record.add_vjps(len(steps), graph_steps=1)
+        return PulledBack({name: grads.get(name) for name in self._variables}, before, term)
+
+    def _add(self, steps: range, values: Tensor) -> None:
+        for step, value in zip(steps, values.unbind(), strict=True):
+            self._loop.record.add_step(step, value)
+            # The first run counts, as the one whose states are kept.
+            if self._values.setdefault(step, value) is not value:
+                self._further_values[step] = value
+
+
+def _draws_noise(loop: InnerLoop, constants: TensorDict) -> bool:
+    """Returns whether the first step draws from torch's generators; it is not counted."""
+    try_dynamics(loop, constants)
+    with torch.no_grad():
+        loop.transition(loop.initial(constants), constants, 0)
+    after = generator_states(loop.device)
+    loop.seed(loop.first_index)
+    return draws(after, loop.device)
+
+
+def _of_any_length(value: Tensor) -> Tensor:
+    """Returns the tensor, marked: programs take any length of its first axis."""
+    torch._dynamo.maybe_mark_dynamic(value, 0)
+    return value
+
+
+def _own(tensors: list[Tensor]) -> list[Tensor]:
+    """Returns tensors with memory of their own: the loop of a program writes each of its states to a place."""
+    return [value.detach().clone(memory_format=torch.contiguous_format) for value in tensors]
+
+
+def _forward(
+    program: Program,
+    state: InnerState,
+    moving: TensorDict,
+    fixed: TensorDict,
+    first: Batch,
+    stacked: dict[int, Tensor],
+    counters: Tensor,
+) -> tuple[InnerState, list[Tensor], Tensor]:
+    """Returns the state after the steps, the states before each, and the inner losses before each."""
+    data = Data(first, stacked)
+    variables = {**moving, **fixed}
+
+    # The index of a step is a tensor here: a rule can count with it, and cannot branch on it.
+    def body(now: list[Tensor], at: tuple[Any, dict[int, Tensor]]) -> tuple[list[Tensor], tuple[list[Tensor], Tensor]]:
+        index, own = at
+        loop = program.loop(lambda _: data.at(own))
+        end, loss = loop.transition(state.replace_tensors(now), variables, index, route="functional")
+        assert loss.value is not None
+        return _own(end.tensors()), (_own(now), loss.value.clone())
+
+    last, (before, values) = scan(body, state.tensors(), (counters, stacked))
+    return state.replace_tensors(last), before, values
+
+
+def _back(
+    program: Program,
+    end: InnerState,
+    before: list[Tensor],
+    moving: TensorDict,
+    fixed: TensorDict,
+    first: Batch,
+    stacked: dict[int, Tensor],
+    counters: Tensor,
+    seeds: list[Tensor],
+) -> tuple[TensorDict, list[Tensor], Tensor | None, Tensor]:
+    """Returns what the steps and their vjps give.
+
+    Namely their part of the derivative in the variables, the cotangents of their start, the sum of their terms of the
+    outer loss, and the inner losses before each.
+    """
+    data = Data(first, stacked)
+
+    def body(carry: tuple[list[Tensor], TensorDict, list[Tensor]], at: Any) -> Any:
+        cotangents, grads, total = carry
+        now, index, own = at
+        loop = program.loop(lambda _: data.at(own))
+
+        def step(tensors: list[Tensor], own_moving: TensorDict) -> tuple[list[Tensor], Tensor | None]:
+            variables = {**own_moving, **fixed}
+            after, loss = loop.transition(end.replace_tensors(tensors), variables, index, route="functional")
+            term = loop.term(after, variables, index)
+            return [*after.tensors(), *([] if term is None else [term])], loss.value
+
+        pulled: Any = torch.func.vjp(step, now, moving, has_aux=True)
+        outputs, pull, value = pulled
+        terms = outputs[len(cotangents) :]
+        earlier, part = pull([*cotangents, *(torch.ones_like(term) for term in terms)])
+        sums = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
+        return (_own(earlier), {name: grads[name] + part[name] for name in grads}, sums), value.clone()
+
+    zeros = {name: torch.zeros_like(value) for name, value in moving.items()}
+    none = [torch.zeros((), dtype=seeds[0].dtype, device=seeds[0].device)] if program.has_terms else []
+    (earlier, grads, total), values = scan(body, (seeds, zeros, none), (before, counters, stacked), reverse=True)
+    return grads, earlier, total[0] if total else None, values

@@ -1,0 +1,213 @@
+"""The loop over inner steps inside a program: the eager number, one program for every horizon, refused where it cannot.
+
+The default suite traces the loops and runs them without a compiler; the slow tests make machine code of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import hypertorch as ht
+from hypertorch.errors import DetachedHyperparameterError
+from hypertorch.hypergradients.reverse_mode import compilation
+from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
+from hypertorch.hypergradients.reverse_mode.compiled_loop import UNLOOPED
+from hypertorch.inner import memo
+from hypertorch.types import Batch, TensorDict
+from tests.helpers.memo import set_aside
+from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal, task_problem
+
+Reverse, D, Hyper = ht.hypergradients.Reverse, ht.dynamics, ht.Hyper
+F64 = torch.float64
+LR = {"lr": torch.tensor(-2.0, dtype=F64)}
+RULES: dict[str, tuple[ht.Dynamics, TensorDict]] = {
+    "gradient descent": (D.SGD(lr=0.1), {}),
+    "momentum": (D.SGD(lr=Hyper("lr", torch.exp), momentum=0.9, nesterov=True), LR),
+    "a schedule": (D.SGD(lr=Hyper("lr", torch.exp, per="step")), {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}),
+    "Adam": (D.Adam(lr=Hyper("lr", torch.exp), eps=1e-3), LR),
+    "AMSGrad": (D.AdamW(lr=Hyper("lr", torch.exp), eps=1e-3, amsgrad=True), LR),
+    "NAdam": (D.NAdam(lr=Hyper("lr", torch.exp), eps=1e-3), LR),
+    "Adagrad": (D.Adagrad(lr=Hyper("lr", torch.exp), lr_decay=0.1, eps=1e-3), LR),
+    "RMSprop": (D.RMSprop(lr=Hyper("lr", torch.exp), eps=1e-3, momentum=0.5), LR),
+    "clipped": (D.Clipped(D.SGD(lr=Hyper("lr", torch.exp)), max_norm=0.3), LR),
+}
+
+
+@pytest.fixture(autouse=True)
+def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_aside(monkeypatch, compilation.PROGRAMS, UNLOOPED, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+
+
+def programs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def assert_looped(problem: ht.BilevelProblem, *, looped: bool = True, **options: Any) -> ht.HypergradientResult:
+    """Asserts that the loop in the program, or what takes its place, gives the eager number."""
+    hparams = problem.init_hparams()
+    backend = Reverse(compile=True, **options.pop("kept", {}))
+    eager = ht.hypergradient(problem, hparams, backend=Reverse(), **options)
+    result = ht.hypergradient(problem, hparams, backend=backend, **options)
+    assert bool(memo.entries(UNLOOPED)) is not looped
+    torch.testing.assert_close(result.outer_loss, eager.outer_loss, rtol=1e-10, atol=1e-13)
+    for name, value in {**eager.grads, **eager.params}.items():
+        torch.testing.assert_close({**result.grads, **result.params}[name], value, rtol=1e-9, atol=1e-12)
+    return result
+
+
+@pytest.mark.parametrize("rule", ["a schedule", "Adam", "clipped"])
+def test_rules_in_a_loop_give_the_eager_number(rule: str) -> None:
+    dynamics, extra = RULES[rule]
+    assert_looped(net_problem(dynamics, extra, num_steps=12), outer_step=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_in_machine_code_give_the_eager_number(rule: str) -> None:
+    dynamics, extra = RULES[rule]
+    assert_looped(net_problem(dynamics, extra, num_steps=12, step_terms=True), outer_step=2)
+
+
+def test_one_pair_of_programs_serves_every_horizon_and_keeps_what_is_asked_for() -> None:
+    before = programs()
+    dynamics, extra = RULES["momentum"]
+    for num_steps in (12, 9, 30):
+        result = assert_looped(net_problem(dynamics, extra, num_steps=num_steps))
+        cost = result.stats
+        assert (cost.steps, cost.vjps, cost.stored_states) == (2 * num_steps, num_steps, num_steps + 1)
+    for every, states in ((4, 3 + 4), (5, 3 + 5), ("sqrt", 4 + 3)):
+        result = assert_looped(net_problem(dynamics, extra, num_steps=12), kept={"checkpoint_every": every})
+        assert result.stats.stored_states == states
+        assert result.stats.steps <= 3 * 12
+    assert programs() - before == 2
+
+
+def test_terms_of_the_outer_loss_are_summed_inside() -> None:
+    dynamics, extra = RULES["momentum"]
+    assert_looped(net_problem(dynamics, extra, num_steps=12, step_terms=True), kept={"checkpoint_every": 5})
+
+
+@pytest.mark.parametrize("route", ["vmap", "loop"])
+def test_tasks_are_looped_over_together_or_one_by_one(route: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    problem = task_problem(module, item=(4,), num_steps=10)
+    assert_looped(problem, execution=ht.Execution(tasks=route))
+
+
+class Series(ht.InnerProblem):
+    """Fits a number to data that may be shared by all steps, differ, or be ragged."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.shared = normal(4, seed=1)
+        self.drawn: list[int] = []
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": hparams["c"].expand(4).clone()}
+
+    def batch(self, step: int) -> Batch:
+        self.drawn.append(step)
+        length = 3 if self.kind == "ragged" and step == 7 else 4
+        own = normal(length, seed=10 + step)
+        return {"shared": {"x": self.shared}, "mixed": {"x": self.shared, "y": own}}.get(self.kind, {"y": own})
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Any) -> Tensor:
+        return sum(
+            ((params["w"][: len(x)] - hparams["c"] * x).square().sum() for x in batch.values()), torch.tensor(0.0)
+        )
+
+
+def series(kind: str, num_steps: int) -> ht.BilevelProblem:
+    outer = LambdaOuter({"c": torch.tensor(0.5, dtype=F64)}, lambda p, h, b: p["w"].square().sum())
+    return ht.BilevelProblem(Series(kind), outer, dynamics=D.SGD(lr=0.1), num_steps=num_steps)
+
+
+@pytest.mark.parametrize(("kind", "looped"), [("shared", True), ("mixed", True), ("own", True), ("ragged", False)])
+def test_data_that_differs_is_stacked_and_ragged_data_goes_by_single_steps(kind: str, looped: bool) -> None:
+    assert_looped(series(kind, 10), looped=looped)
+
+
+def test_stacked_data_is_bounded() -> None:
+    result = assert_looped(series("own", 150))
+    assert result.stats.stored_states == 151
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["noise", "buffers", "a branch on the index", "whole numbers in the state"],
+)
+def test_what_cannot_be_looped_over_goes_by_single_steps(why: str) -> None:
+    if why == "noise":
+        problem = net_problem(D.SGD(lr=0.1), {}, num_steps=10, dropout=0.5)
+    elif why == "buffers":
+        module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3)).double()
+        problem = task_problem(module, item=(4,), num_steps=10)
+    elif why == "a branch on the index":
+        problem = net_problem(D.SGD(lr=0.1, momentum=0.9, dampening=0.5), {}, num_steps=10)
+    else:
+        problem = net_problem(Counting(), {}, num_steps=10)
+    hparams = problem.init_hparams()
+    execution = ht.Execution(tasks="loop") if why == "buffers" else ht.Execution()
+    eager = ht.hypergradient(problem, hparams, backend=Reverse(), execution=execution)
+    result = ht.hypergradient(problem, hparams, backend=Reverse(compile=True), execution=execution)
+    for name, value in eager.grads.items():
+        torch.testing.assert_close(result.grads[name], value, rtol=1e-9, atol=1e-12)
+
+
+class Counting(D.Dynamics):
+    """Gradient descent that counts its steps in the state, in whole numbers."""
+
+    def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+        return {"count": torch.zeros((), dtype=torch.int64)}
+
+    def step(
+        self, loss: Any, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+    ) -> tuple[TensorDict, TensorDict]:
+        grads = loss.gradient(params, hparams)
+        rate = 0.1 / (1.0 + state["count"])
+        return {name: w - rate * grads[name] for name, w in params.items()}, {"count": state["count"] + 1}
+
+
+def test_powers_of_the_index_are_as_exact_as_those_of_a_number() -> None:
+    class Decaying(D.GradientDynamics):
+        def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
+            return {}
+
+        def update(
+            self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
+        ) -> tuple[TensorDict, TensorDict]:
+            rate = 0.03 * 0.97**index
+            return {name: w - rate * grads[name] for name, w in params.items()}, {}
+
+    assert_looped(net_problem(Decaying(), {}, num_steps=20))
+
+
+def test_a_hyperparameter_without_a_path_is_refused_and_one_with_a_zero_is_not() -> None:
+    def made(loss: Any) -> ht.BilevelProblem:
+        inner = LambdaInner(lambda hparams: {"w": torch.ones(3, dtype=F64)}, loss)
+        hparams = {"c": torch.tensor(0.5, dtype=F64), "d": torch.zeros(2, dtype=F64)}
+        outer = LambdaOuter(hparams, lambda p, h, b: p["w"].square().sum())
+        return ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.1), num_steps=10)
+
+    idle = made(lambda p, h, b: (p["w"] * h["c"]).square().sum())
+    with pytest.raises(DetachedHyperparameterError, match=r"`hparams\['d'\]` does not reach"):
+        ht.hypergradient(idle, idle.init_hparams(), backend=Reverse(compile=True))
+    zero = made(lambda p, h, b: (p["w"] * h["c"]).square().sum() + (h["d"] * 0.0 * p["w"][:2]).sum())
+    assert not assert_looped(zero).grads["d"].any()
+
+
+def test_a_warm_start_goes_on_counting() -> None:
+    dynamics, extra = RULES["Adam"]
+    first = net_problem(dynamics, extra, num_steps=10)
+    problem = replace(first, warm_start=True, allow_unused=("init.first", "init.second"))
+    hparams = problem.init_hparams()
+    carry = ht.hypergradient(problem, hparams, backend=Reverse()).carry
+    assert_looped(problem, carry=carry, outer_step=1)
