@@ -194,7 +194,7 @@ class Reverse(Hypergradient):
             # A short horizon is one program, without Python between its steps.
             result = compiled_whole(loop, variables)
             if result is not None:
-                return result
+                return _without_missing_paths(loop, variables, result, kept)
         if kept.snapshots is None and self.derivative == "reverse":
             result = by_compiled_loop(loop, variables, kept.interval(loop.num_steps))
             if result is not None:

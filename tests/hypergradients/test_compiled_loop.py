@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError
-from hypertorch.hypergradients.reverse_mode import compilation
+from hypertorch.hypergradients.reverse_mode import compilation, compiled_loop
 from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
 from hypertorch.hypergradients.reverse_mode.compiled_loop import UNLOOPED
 from hypertorch.inner import memo
@@ -188,6 +188,34 @@ def test_powers_of_the_index_are_as_exact_as_those_of_a_number() -> None:
             return {name: w - rate * grads[name] for name, w in params.items()}, {}
 
     assert_looped(net_problem(Decaying(), {}, num_steps=20))
+
+
+def idle_problem(num_steps: int) -> ht.BilevelProblem:
+    """Returns a problem of which no step reads two of the hyperparameters, of one shape."""
+    inner = LambdaInner(
+        lambda h: {"w": h["init"].clone(), "frozen": h["other"].clone()},
+        lambda p, h, b: (p["w"] * h["c"]).square().sum() + 0.0 * p["frozen"].sum(),
+    )
+    hparams = {"init": normal(3, seed=1), "other": normal(3, seed=2), "c": normal(3, seed=3).exp()}
+    outer = LambdaOuter(hparams, lambda p, h, b: (p["w"] * p["frozen"]).sum() + h["c"].sum())
+    return ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.1), num_steps=num_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_what_a_step_hands_on_as_it_got_it_is_not_written_over(num_steps: int) -> None:
+    # The compiler gives the memory of such tensors to others: the gradients of `init` and `other` were wrong.
+    assert_looped(idle_problem(num_steps))
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3)).double()
+    assert_looped(task_problem(module, item=(4,), num_steps=num_steps), execution=ht.Execution(tasks="vmap"))
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_a_program_that_gives_other_numbers_is_not_used(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = compiled_loop._carried
+    monkeypatch.setattr(compiled_loop, "_carried", lambda tensors, index: [1.001 * x for x in right(tensors, index)])
+    assert_looped(idle_problem(num_steps), looped=False)
+    assert "gives other numbers" in next(iter(memo.entries(UNLOOPED).values()))
 
 
 def test_a_hyperparameter_without_a_path_is_refused_and_one_with_a_zero_is_not() -> None:

@@ -30,6 +30,7 @@ BACKEND = "inductor"
 _MOST_PROGRAMS = 16
 
 PROGRAMS = "compiled programs"
+MADE = "number of programs that were compiled"
 
 
 class NotCompilableError(HypertorchError):
@@ -71,11 +72,17 @@ def compiled(
     return memo.recall(PROGRAMS, (function, key, device.type), make)
 
 
+def programs_made() -> int:
+    """Returns how many programs this process has compiled: where it has grown, a program is new."""
+    return memo.get(MADE, None, 0)
+
+
 def _make_code(
     backend: str, device: torch.device, loops: bool, graph: fx.GraphModule, inputs: list[Any]
 ) -> Callable[..., Any]:
     """Returns the code of a traced function."""
     _refuse_cut_derivatives(graph)
+    memo.note(MADE, None, programs_made() + 1)
     if backend == "inductor":
         return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device, loops))
     dynamo: Any = torch._dynamo

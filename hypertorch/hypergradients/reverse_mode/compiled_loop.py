@@ -7,7 +7,7 @@ One step is compiled, whatever the horizon is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,12 @@ from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
-from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled
+from hypertorch.hypergradients.reverse_mode.compilation import (
+    NotCompilableError,
+    compilation,
+    compiled,
+    programs_made,
+)
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
@@ -36,6 +41,9 @@ NOISY_STEP = "problems of which an inner step draws noise"
 
 # Steps in one call of a program where the data of each differs: it is stacked, and held twice.
 _STEPS_OF_DATA = 64
+
+# Steps of a new program that are compared with the same steps without compilation.
+_STEPS_COMPARED = 8
 
 
 class Data(NamedTuple):
@@ -53,6 +61,39 @@ class Data(NamedTuple):
         """Returns the data of a step, of which `own` are the tensors that differ."""
         leaves, structure = pytree.tree_flatten(self.first)
         return pytree.tree_unflatten([own.get(position, leaf) for position, leaf in enumerate(leaves)], structure)
+
+
+def data_of(loop: InnerLoop, steps: range) -> Data:
+    """Returns the data of some steps.
+
+    Raises:
+        NotCompilableError: if its structure, its shapes or what is no tensor in it differ between steps.
+    """
+    batches = [loop.draw(loop.first_index + step) for step in steps]
+    flat = [pytree.tree_flatten(batch) for batch in batches]
+    leaves, structure = flat[0]
+    if any(other != structure for _, other in flat):
+        raise NotCompilableError("the data of the steps has not one structure")
+    stacked: dict[int, Tensor] = {}
+    for position, leaf in enumerate(leaves):
+        others = [own[position] for own, _ in flat]
+        if all(other is leaf for other in others):
+            continue
+        if not isinstance(leaf, Tensor):
+            if any(other != leaf for other in others):
+                raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
+            continue
+        if any(other.shape != leaf.shape or other.dtype != leaf.dtype for other in others):
+            raise NotCompilableError("the data of the steps has not one shape")
+        stacked[position] = _of_any_length(torch.stack([other.detach() for other in others]))
+    return Data(batches[0], stacked)
+
+
+def counters_of(loop: InnerLoop, steps: range) -> Tensor:
+    """Returns the indices of some steps, in double precision: a rule's powers of them are exact in every dtype."""
+    first = loop.first_index
+    indices = torch.arange(first + steps.start, first + steps.stop, dtype=torch.float64, device=loop.device)
+    return _of_any_length(indices)
 
 
 class _Run(NamedTuple):
@@ -80,11 +121,7 @@ def by_compiled_loop(loop: InnerLoop, variables: TensorDict, every: int | None) 
     Raises:
         ReplayError: if a step run again has another inner loss.
     """
-    key = (Program.of(loop).key, type(loop.dynamics).__name__)
-    if loop.has_buffers or loop.num_steps < 2 or memo.get(UNLOOPED, key, ""):
-        return None
-    # Found out without a compiler, which takes seconds.
-    if memo.recall(NOISY_STEP, key, lambda: _draws_noise(loop, tree.detach(variables))):
+    if not may_loop(loop, variables):
         return None
     # What fails halfway leaves no counts behind.
     trial = loop.uncounted()
@@ -93,11 +130,28 @@ def by_compiled_loop(loop: InnerLoop, variables: TensorDict, every: int | None) 
         with compilation():
             result = sweep(trial, variables, steps.segments(every), steps.vjp)
     except NotCompilableError as error:
-        memo.note(UNLOOPED, key, str(error))
+        refuse_loop(loop, error)
         return None
     steps.check_replays()
     loop.record.add(trial.record)
     return result
+
+
+def may_loop(loop: InnerLoop, variables: TensorDict) -> bool:
+    """Returns whether nothing is known against a loop in a program.
+
+    Cost: an inner step without compilation, once for a class of problems.
+    """
+    key = Program.of(loop).key
+    if loop.has_buffers or loop.num_steps < 2 or memo.get(UNLOOPED, key, ""):
+        return False
+    # Found out without a compiler, which takes seconds.
+    return not memo.recall(NOISY_STEP, key, lambda: _draws_noise(loop, tree.detach(variables)))
+
+
+def refuse_loop(loop: InnerLoop, error: NotCompilableError) -> None:
+    """Remembers that steps of problems of this class cannot be looped over in a program, and why."""
+    memo.note(UNLOOPED, Program.of(loop).key, str(error))
 
 
 class _LoopedSteps:
@@ -116,6 +170,7 @@ class _LoopedSteps:
         self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
+        self._made = programs_made()
         self._kept: dict[int, _Run] = {}
         self._values: dict[int, Tensor] = {}
         self._further_values: dict[int, Tensor] = {}
@@ -175,45 +230,19 @@ class _LoopedSteps:
         """Returns the steps of each call, in the order of the run; the first is the shortest."""
         loop = self._loop
         longest = loop.num_steps if every is None else every
-        if every is None and self._data(range(2)).stacked:
+        if every is None and data_of(loop, range(2)).stacked:
             longest = min(longest, _STEPS_OF_DATA)
         stops = [*range(loop.num_steps, 0, -longest)]
         return [range(max(stop - longest, 0), stop) for stop in reversed(stops)]
 
-    def _data(self, steps: range) -> Data:
-        draws = [self._loop.draw(self._loop.first_index + step) for step in steps]
-        flat = [pytree.tree_flatten(batch) for batch in draws]
-        leaves, structure = flat[0]
-        stacked: dict[int, Tensor] = {}
-        if any(other != structure for _, other in flat):
-            raise NotCompilableError("the data of the steps has not one structure")
-        for position, leaf in enumerate(leaves):
-            others = [own[position] for own, _ in flat]
-            if all(other is leaf for other in others):
-                continue
-            if not isinstance(leaf, Tensor):
-                if any(other != leaf for other in others):
-                    raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
-                continue
-            if any(other.shape != leaf.shape or other.dtype != leaf.dtype for other in others):
-                raise NotCompilableError("the data of the steps has not one shape")
-            stacked[position] = _of_any_length(torch.stack([other.detach() for other in others]))
-        return Data(draws[0], stacked)
-
-    def _counters(self, steps: range) -> Tensor:
-        first = self._loop.first_index
-        # In double precision: powers of the index in a rule are as exact as those of a Python number.
-        counters = torch.arange(first + steps.start, first + steps.stop, dtype=torch.float64, device=self._loop.device)
-        return _of_any_length(counters)
-
     def _forward(self, state: InnerState, steps: range) -> _Run:
         """Returns some steps that are run, with the states before them."""
-        data = self._data(steps)
+        data = data_of(self._loop, steps)
         run = compiled(_forward, self._program.key, self._loop.device, loops=True)
         noise = () if self._values else generator_states(self._loop.device)
         with torch.no_grad():
             end, before, values = run(
-                self._program, state, self._moving, self._fixed, data.first, data.stacked, self._counters(steps)
+                self._program, state, self._moving, self._fixed, data, counters_of(self._loop, steps)
             )
         if draws(noise, self._loop.device):
             raise NotCompilableError("a step draws noise, which is seeded at every step from Python")
@@ -221,7 +250,29 @@ class _LoopedSteps:
         return _Run(before, end)
 
     def _pull_back(self, run: _Run, steps: range, cotangents: Cotangents) -> PulledBack:
-        data = self._data(steps)
+        pulled, values = self._pulled(run, steps, cotangents)
+        if programs_made() != self._made:
+            self._compare(run, steps, cotangents)
+            self._made = programs_made()
+        self._add(steps, values)
+        self._loop.record.add_vjps(len(steps), graph_steps=1)
+        return pulled
+
+    def _compare(self, run: _Run, steps: range, cotangents: Cotangents) -> None:
+        """Compares the first steps with those without compilation: programs that are new are not trusted."""
+        few = steps[:_STEPS_COMPARED]
+        departure = run.end.replace_tensors([value[0] for value in run.before])
+        expected = graph_vjp(self._loop.uncounted(), self._variables, Segment(few.start, few.stop, departure, None))
+        reached = run.end.tensors() if few == steps else [value[len(few)] for value in run.before]
+        pulled, _ = self._pulled(run._replace(before=[value[: len(few)] for value in run.before]), few, cotangents)
+        compare("the state", reached, expected.end.tensors())
+        right = expected.pull_back(list(cotangents))
+        compare("the hypergradient", [*pulled.grads.values()], [*right.grads.values()])
+        compare("the cotangents of the state", pulled.cotangents, right.cotangents)
+
+    def _pulled(self, run: _Run, steps: range, cotangents: Cotangents) -> tuple[PulledBack, Tensor]:
+        """Returns what some steps add, and the inner losses before each."""
+        data = data_of(self._loop, steps)
         back = compiled(_back, self._program.key, self._loop.device, loops=True)
         seeds = [
             torch.zeros_like(value) if cotangent is None else cotangent.detach().contiguous()
@@ -234,14 +285,12 @@ class _LoopedSteps:
                 [_of_any_length(value) for value in run.before],
                 self._moving,
                 self._fixed,
-                data.first,
-                data.stacked,
-                self._counters(steps),
+                data,
+                counters_of(self._loop, steps),
                 seeds,
             )
-        self._add(steps, values)
-        self._loop.record.add_vjps(len(steps), graph_steps=1)
-        return PulledBack({name: grads.get(name) for name in self._variables}, before, term)
+        # A program differentiates in what moves: the other variables have no path.
+        return PulledBack({name: grads.get(name) for name in self._variables}, before, term), values
 
     def _add(self, steps: range, values: Tensor) -> None:
         for step, value in zip(steps, values.unbind(), strict=True):
@@ -249,6 +298,24 @@ class _LoopedSteps:
             # The first run counts, as the one whose states are kept.
             if self._values.setdefault(step, value) is not value:
                 self._further_values[step] = value
+
+
+def compare(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
+    """Raises unless what a new program gives is what the same steps give without compilation, up to rounding.
+
+    PyTorch's compiler has made wrong code of right loops, without a word.
+
+    Raises:
+        NotCompilableError: naming what differs.
+    """
+    for got, right in zip(found, expected, strict=True):
+        if got is None or not got.numel():
+            continue
+        size = torch.zeros_like(got) if right is None else right.detach()
+        # Half of the digits: a few steps lose less to rounding, and wrong code has none of them right.
+        allowed = torch.finfo(got.dtype).eps ** 0.5 * max(float(size.abs().max()), 1e-30)
+        if not float((got - size).abs().max()) <= allowed and bool(torch.isfinite(size).all()):
+            raise NotCompilableError(f"the program gives other numbers for {what} than the same steps without it")
 
 
 def _draws_noise(loop: InnerLoop, constants: TensorDict) -> bool:
@@ -273,16 +340,9 @@ def _own(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _forward(
-    program: Program,
-    state: InnerState,
-    moving: TensorDict,
-    fixed: TensorDict,
-    first: Batch,
-    stacked: dict[int, Tensor],
-    counters: Tensor,
+    program: Program, state: InnerState, moving: TensorDict, fixed: TensorDict, data: Data, counters: Tensor
 ) -> tuple[InnerState, list[Tensor], Tensor]:
     """Returns the state after the steps, the states before each, and the inner losses before each."""
-    data = Data(first, stacked)
     variables = {**moving, **fixed}
 
     # The index of a step is a tensor here: a rule can count with it, and cannot branch on it.
@@ -291,9 +351,9 @@ def _forward(
         loop = program.loop(lambda _: data.at(own))
         end, loss = loop.transition(state.replace_tensors(now), variables, index, route="functional")
         assert loss.value is not None
-        return _own(end.tensors()), (_own(now), loss.value.clone())
+        return _carried(end.tensors(), index), (_own(now), loss.value.clone())
 
-    last, (before, values) = scan(body, state.tensors(), (counters, stacked))
+    last, (before, values) = scan(body, state.tensors(), (counters, data.stacked))
     return state.replace_tensors(last), before, values
 
 
@@ -303,8 +363,7 @@ def _back(
     before: list[Tensor],
     moving: TensorDict,
     fixed: TensorDict,
-    first: Batch,
-    stacked: dict[int, Tensor],
+    data: Data,
     counters: Tensor,
     seeds: list[Tensor],
 ) -> tuple[TensorDict, list[Tensor], Tensor | None, Tensor]:
@@ -313,7 +372,6 @@ def _back(
     Namely their part of the derivative in the variables, the cotangents of their start, the sum of their terms of the
     outer loss, and the inner losses before each.
     """
-    data = Data(first, stacked)
 
     def body(carry: tuple[list[Tensor], TensorDict, list[Tensor]], at: Any) -> Any:
         cotangents, grads, total = carry
@@ -331,9 +389,54 @@ def _back(
         terms = outputs[len(cotangents) :]
         earlier, part = pull([*cotangents, *(torch.ones_like(term) for term in terms)])
         sums = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
-        return (_own(earlier), {name: grads[name] + part[name] for name in grads}, sums), value.clone()
+        gathered = _carried([grads[name] + part[name] for name in grads], index)
+        return (_carried(earlier, index), dict(zip(grads, gathered, strict=True)), sums), value.clone()
 
     zeros = {name: torch.zeros_like(value) for name, value in moving.items()}
     none = [torch.zeros((), dtype=seeds[0].dtype, device=seeds[0].device)] if program.has_terms else []
-    (earlier, grads, total), values = scan(body, (seeds, zeros, none), (before, counters, stacked), reverse=True)
+    start = (_own(seeds), zeros, none)
+    (earlier, grads, total), values = scan(body, start, (before, counters, data.stacked), reverse=True)
     return grads, earlier, total[0] if total else None, values
+
+
+def whole(
+    program: Program, moving: TensorDict, fixed: TensorDict, data: Data, counters: Tensor
+) -> tuple[TensorDict, Tensor, InnerState, Tensor]:
+    """Returns the derivative of the outer loss in `moving`, the outer loss, the last state and the inner losses.
+
+    From the initial state to the hypergradient in one program, with a loop forward and one back inside.
+    """
+    loop = program.loop(lambda _: data.first)
+    first = loop.initial({**moving, **fixed})
+
+    def start(own: TensorDict) -> list[Tensor]:
+        return _own_with_path(loop.initial({**own, **fixed}).tensors())
+
+    def outer(tensors: list[Tensor], own: TensorDict) -> Tensor:
+        return loop.outer(first.replace_tensors(tensors).params, {**own, **fixed})
+
+    begun: Any = torch.func.vjp(start, moving)
+    tensors, pull_start = begun
+    last, before, values = _forward(program, first.replace_tensors(_own(tensors)), moving, fixed, data, counters)
+    judged: Any = torch.func.vjp(outer, last.tensors(), moving)
+    outer_loss, pull_outer = judged
+    seeds, direct = pull_outer(torch.ones_like(outer_loss))
+    grads, earlier, term, _ = _back(program, last, before, moving, fixed, data, counters, seeds)
+    (of_start,) = pull_start(earlier)
+    total = {name: direct[name] + grads[name] + of_start[name] for name in moving}
+    return total, outer_loss if term is None else outer_loss + term, last, values
+
+
+def _carried(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    """Returns the tensors as new ones, for the next step of a loop in a program.
+
+    PyTorch's compiler takes what a step hands on as it got it (a sum to which zero is added, a param without a
+    gradient) for a tensor with memory of its own, and gives the memory that it shares to others. The factor is one,
+    and the compiler does not know.
+    """
+    is_step = index >= 0
+    return [(value * is_step).contiguous() for value in tensors]
+
+
+def _own_with_path(tensors: list[Tensor]) -> list[Tensor]:
+    return [value.clone(memory_format=torch.contiguous_format) for value in tensors]

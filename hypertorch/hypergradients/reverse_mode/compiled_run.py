@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled, programs_made
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
+from hypertorch.hypergradients.reverse_mode.compiled_loop import (
+    compare,
+    counters_of,
+    data_of,
+    may_loop,
+    refuse_loop,
+    whole,
+)
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
 from hypertorch.hypergradients.reverse_mode.sweep import Grads
@@ -76,28 +85,67 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     None if the horizon is long, the run goes on from another one, or noise is drawn: the generators are seeded at
     every step, which a program cannot do.
 
-    Cost: memory of the graphs of all steps, as far as the compiler keeps them.
+    Cost: with a loop in the program, `2 num_steps` steps and memory of as many states; where it cannot loop, memory of
+    the graphs of all steps, as far as the compiler keeps them.
     """
-    program = Program.of(loop)
-    key = (program.key, "whole")
-    if loop.num_steps > LONGEST_PROGRAM or loop.carry or memo.get(NOISY, key, False):
+    if loop.num_steps > LONGEST_PROGRAM or loop.carry or memo.get(NOISY, Program.of(loop).key, False):
         return None
     try_dynamics(loop, tree.detach(variables))
-    batches = tuple(loop.draw(step) for step in range(loop.num_steps))
-    loop.seed(INIT)
-    before = generator_states(loop.device)
-    moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
-    fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
-    with torch.no_grad():
-        grads, outer_loss, state, losses = compiled(_whole, key, loop.device)(program, moving, fixed, batches)
-    # The steps drew from one seed, not each from its own: these numbers are of another run, and are dropped.
-    if draws(before, loop.device):
-        memo.note(NOISY, key, True)
+    if may_loop(loop, variables):
+        try:
+            with compilation():
+                return _whole_by_loop(loop, variables)
+        except NotCompilableError as error:
+            refuse_loop(loop, error)
+    return _whole_unrolled(loop, variables)
+
+
+def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
+    steps, made = range(loop.num_steps), programs_made()
+    found = _called(loop, variables, whole, data_of(loop, steps), counters_of(loop, steps))
+    if found is None:
         return None
+    grads, outer_loss, state, losses = found
+    if programs_made() != made:
+        expected = by_whole_graph(loop.uncounted(), variables)
+        compare("the last state", state.tensors(), expected.state.tensors())
+        compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])
+    for _ in range(2):  # forward, and on the way back with a derivative
+        for step, value in zip(steps, losses.unbind(), strict=True):
+            loop.record.add_step(step, value)
+    loop.record.hold(loop.num_steps + 1)
+    loop.record.add_vjps(loop.num_steps, graph_steps=1)
+    return BackendResult(grads={name: grads.get(name) for name in variables}, outer_loss=outer_loss, state=state)
+
+
+def _whole_unrolled(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
+    found = _called(loop, variables, _whole, tuple(loop.draw(step) for step in range(loop.num_steps)))
+    if found is None:
+        return None
+    grads, outer_loss, state, losses = found
     for step, value in losses.items():
         loop.record.add_step(step, value)
     loop.record.add_vjps(loop.num_steps, graph_steps=loop.num_steps)
     return BackendResult(grads={name: grads.get(name) for name in variables}, outer_loss=outer_loss, state=state)
+
+
+def _called(loop: InnerLoop, variables: TensorDict, function: Callable[..., Any], *data: Any) -> Any:
+    """Returns what a program for a whole run gives; None if it drew noise.
+
+    Its steps then drew from one seed, not each from its own: the numbers are of another run, and are dropped.
+    """
+    program = Program.of(loop)
+    moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
+    fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
+    run = compiled(function, (program.key, "whole"), loop.device, loops=function is whole)
+    loop.seed(INIT)
+    before = generator_states(loop.device)
+    with torch.no_grad():
+        found = run(program, moving, fixed, *data)
+    if draws(before, loop.device):
+        memo.note(NOISY, program.key, True)
+        return None
+    return found
 
 
 def _whole(
