@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import hypertorch
 from experiments.common.config_errors import explain_config_error
+from experiments.common.processes import is_first_process, why_not_shared
 from hypertorch.errors import HypertorchError
 from hypertorch.search import FailedTrial
 
@@ -107,10 +108,12 @@ class Failures:
 
     Args:
         main_config: the command's main file.
+        is_shared: whether several processes can share a run of the command.
     """
 
-    def __init__(self, main_config: Path) -> None:
+    def __init__(self, main_config: Path, *, is_shared: bool = False) -> None:
         self._main_config = main_config
+        self._is_shared = is_shared
         self._messages: list[str] = []
         self._keep_tracebacks = False
 
@@ -161,6 +164,9 @@ class Failures:
 
     def _run(self, main: Callable[[], None]) -> None:
         try:
+            refusal = why_not_shared(is_shared=self._is_shared)
+            if refusal is not None:
+                raise ExpectedFailure(refusal)
             with _hydra_raises():
                 main()
         except (KeyboardInterrupt, *_JOB_FAILURES) as error:
@@ -179,6 +185,8 @@ class Failures:
         if message is None:
             raise error
         self._messages.append(message)
+        if not is_first_process():
+            prefix = f"process {os.environ['RANK']}: {prefix}"
         sys.stdout.flush()
         sys.stderr.write(f"error: {prefix}{message}\n")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -319,6 +322,30 @@ def dtypes(ranks: ht.Ranks | None, folder: Path) -> Found:
         return {"own": own, **rows}
     found = ranks.gather(lambda: {**own, **rows}, {**own, **rows}, rows={"rows": 3})
     return {"own": own, **rows, "found": found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dying(Quadratics):
+    """Quadratics whose last process is killed when the problem of a step is asked for."""
+
+    rank: int
+    step: int
+
+    def at(self, outer_step: int) -> ht.BilevelProblem:
+        if self.rank == 1 and outer_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().at(outer_step)
+
+
+def lost(ranks: ht.Ranks, folder: Path) -> Found:
+    """What is left of a run of which a process is killed between two checkpoints."""
+    loop = full_loop(folder / "lost", Dying(rank=ranks.rank, step=8), execution=execution(ranks))
+    start = time.monotonic()
+    try:
+        loop.run(12)
+    except ht.errors.LostRankError as error:
+        return {"error": str(error), "seconds": time.monotonic() - start}
+    return {}
 
 
 CASES: dict[str, Case] = {

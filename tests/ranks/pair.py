@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import hypertorch as ht
-from tests.ranks.cases import CASES, run
+from tests.ranks.cases import CASES, lost, run
 
 
 def main(rank: int, size: int, folder: Path) -> None:
@@ -21,15 +21,13 @@ def main(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
     found = {}
     with ht.join_ranks() as ranks:
+        assert ranks is not None
         for name in CASES:
             found[name] = run(name, ranks, folder)
-    torch.save(found, folder / f"found_{rank}.pt")
-    dist.destroy_process_group()
+        torch.save(found, folder / f"found_{rank}.pt")
+        # Last, as it ends one of them.
+        (folder / "lost.json").write_text(json.dumps(lost(ranks, folder)))
 
 
 if __name__ == "__main__":
-    try:
-        main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    except BaseException:
-        traceback.print_exc()
-        raise
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

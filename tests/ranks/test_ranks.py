@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from torch import Tensor
 import hypertorch as ht
 from hypertorch import tree
 from tests.helpers.problems import normal
+from tests.outer.runs import assert_same_run, full_loop, records
 from tests.ranks.cases import CASES, Found, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,8 +33,8 @@ SAME_BITS = (
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
-    """What each of two processes finds in every case."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave, of which the second is killed in the end."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "tests.ranks.pair"]
     processes = [
@@ -44,7 +47,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL], errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Found]]:
+    """What each of two processes finds in every case."""
     return [torch.load(folder / f"found_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -172,6 +181,18 @@ def test_what_cannot_be_shared_is_refused(name: str, kind: str, message: str, tw
     for each in two:
         found = each[name]["error"]
         assert found[0] == kind and message in found[1]
+
+
+def test_a_lost_process_ends_the_other_which_leaves_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    found = json.loads((folder / "lost.json").read_text())
+    assert "process 0 of 2 waited for the others, and one of them ended or did not answer in time" in found["error"]
+    assert found["seconds"] < 30
+    newest = ht.Checkpoints(folder / "lost" / "checkpoints").newest()
+    # Of the last step that all took, although none was due there.
+    assert newest is not None and newest.name == "step_00000008.safetensors"
+    resumed = full_loop(folder / "lost", execution=ht.Execution(tasks="loop")).run(12, resume=True)
+    assert_same_run(resumed, full_loop(tmp_path, execution=ht.Execution(tasks="loop")).run(12))
+    assert records(folder / "lost" / "metrics.jsonl") == records(tmp_path / "metrics.jsonl")
 
 
 # Without other processes
