@@ -266,6 +266,8 @@ def show(
 
 
 if __name__ == "__main__":
-    # Schedulers of clusters ask with this signal; leaving by an exception writes a checkpoint first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Schedulers of clusters ask with this signal; leaving by an exception writes a checkpoint first. Other processes
+    # than the first write none, and end at once, even while they wait.
+    if is_first_process():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(failures.exit_code(main))

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
 from hypertorch.checks import is_out_of_memory
@@ -197,7 +198,17 @@ def join_ranks(*, device: str | torch.device = "cpu", timeout: float = 600.0) ->
     if on_gpu:
         _take_own_gpu(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # `torchrun` may keep the store of processes that it starts again: they would read the addresses of those that
+        # are gone, and wait for them.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout),
+        )
     except RuntimeError as error:
         raise LostRankError(
             f"the {os.environ['WORLD_SIZE']} processes did not find each other within {timeout:.0f} seconds ({error}). "
