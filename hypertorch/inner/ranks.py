@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
@@ -204,7 +205,7 @@ def join_ranks(*, device: str | torch.device = "cpu", timeout: float = 600.0) ->
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", store),
+            store=PrefixStore(f"attempt {attempt}", store),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout),
