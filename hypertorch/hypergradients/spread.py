@@ -11,11 +11,10 @@ from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import Hypergradient
 from hypertorch.hypergradients.reverse_mode.sweep import Grads
-from hypertorch.inner.ranks import Ranks
+from hypertorch.inner.ranks import Ranks, arguments, check_same_arguments
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict, TensorMapping
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LOSS, _PATHS, _ARGUMENTS = "outer loss", "paths", "arguments"
 _NO_TASKS_AXIS = ("index", "shared.")
 
@@ -74,7 +73,7 @@ def sum_of_ranks(
             **tree.with_prefix("grads", parts),
             _LOSS: loss_like.to(widest),
             _PATHS: torch.tensor([grad is not None for grad in grads.values()], dtype=torch.uint8),
-            _ARGUMENTS: _arguments(hparams, outer_step),
+            _ARGUMENTS: arguments(hparams, outer_step),
         }
 
     like = {
@@ -84,7 +83,7 @@ def sum_of_ranks(
         _ARGUMENTS: torch.zeros(1 + len(hparams), dtype=torch.int64),
     }
     found = ranks.gather(own, like)
-    _check_same_arguments([one[_ARGUMENTS] for one in found], list(hparams))
+    check_same_arguments([one[_ARGUMENTS] for one in found], list(hparams))
     total, losses = tree.PairwiseSum(), tree.PairwiseSum()
     for one in found:
         paths = dict(zip(hparams, one[_PATHS].tolist(), strict=True))
@@ -104,22 +103,3 @@ def carry_of_ranks(ranks: Ranks, carry: TensorDict, num_tasks: int) -> TensorDic
     own = {name: value for name, value in carry.items() if not name.startswith(_NO_TASKS_AXIS)}
     found = ranks.gather(lambda: own, own, rows=dict.fromkeys(own, num_tasks)) if own else []
     return {**carry, **(tree.concatenate(found) if found else {})}
-
-
-def _arguments(hparams: TensorMapping, outer_step: int) -> Tensor:
-    """Returns what tells whether two processes were called alike: one number for each outer variable, and the step."""
-    # A sum of bits, not of numbers: any change of one entry changes it.
-    sums = [value.detach().contiguous().view(-1).view(_BITS[value.element_size()]).sum() for value in hparams.values()]
-    return torch.stack([torch.tensor(outer_step, device=sums[0].device), *sums])
-
-
-def _check_same_arguments(found: list[Tensor], names: list[str]) -> None:
-    first = found[0]
-    for rank, other in enumerate(found):
-        differing = [name for name, same in zip(["", *names], (other == first).tolist(), strict=True) if not same]
-        if differing:
-            what = "`outer_step`" if not differing[0] else f"`hparams[{differing[0]!r}]`"
-            raise ValueError(
-                f"{what} of process {rank} is not that of process 0: a sum of their hypergradients would be that of "
-                "no problem. Give every process the same arguments; `ht.OuterLoop` starts them alike."
-            )

@@ -25,6 +25,7 @@ from hypertorch.types import TensorDict, TensorMapping
 T = TypeVar("T")
 _Described: TypeAlias = tuple[type[Exception], tuple[object, ...], dict[str, object]]
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ALIGNMENT = 16  # bytes: the widest entry of a tensor
 _FAILED = "a process failed"
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -218,6 +219,26 @@ def join_ranks(*, device: str | torch.device = "cpu", timeout: float = 600.0) ->
     yield _joined()
     # Not after an error: the others may wait for this process, which only its end tells them of.
     dist.destroy_process_group()
+
+
+def arguments(hparams: TensorMapping, outer_step: int) -> Tensor:
+    """Returns what tells whether two processes were called alike: one number for each outer variable, and the step."""
+    # A sum of bits, not of numbers: any change of one entry changes it.
+    sums = [value.detach().contiguous().view(-1).view(_BITS[value.element_size()]).sum() for value in hparams.values()]
+    return torch.stack([torch.tensor(outer_step, device=sums[0].device), *sums])
+
+
+def check_same_arguments(found: list[Tensor], names: list[str]) -> None:
+    """Raises a `ValueError` unless the processes were called alike; `found` is what `arguments` returned on each."""
+    first = found[0]
+    for rank, other in enumerate(found):
+        differing = [name for name, same in zip(["", *names], (other == first).tolist(), strict=True) if not same]
+        if differing:
+            what = "`outer_step`" if not differing[0] else f"`hparams[{differing[0]!r}]`"
+            raise ValueError(
+                f"{what} of process {rank} is not that of process 0: what they compute together would be of no "
+                "problem. Give every process the same arguments; `ht.OuterLoop` starts them alike."
+            )
 
 
 def number_of_processes() -> int:

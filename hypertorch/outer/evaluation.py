@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hypertorch.checks import check_metrics, is_count
 from hypertorch.inner.execution import DEFAULT, Execution
+from hypertorch.inner.ranks import arguments, check_same_arguments
 from hypertorch.outer.progress import progress_display
 from hypertorch.outer.report import Estimate, Report
 from hypertorch.outer.scalars import to_floats
@@ -97,7 +98,9 @@ def evaluate(
     else:
         own = ranks.share(-(-num_episodes // num_tasks))
         own_episodes = min(own.stop * num_tasks, num_episodes) - min(own.start * num_tasks, num_episodes)
-        figures = _joined(ranks.objects(lambda: figures_of(own, own_episodes)))
+        found = ranks.objects(lambda: (arguments(hparams, num_episodes), figures_of(own, own_episodes)))
+        check_same_arguments([asked for asked, _ in found], list(hparams))
+        figures = _joined([part for _, part in found])
     return Report(metrics=_estimates(figures, num_episodes), seconds=time.perf_counter() - start)
 
 

@@ -214,6 +214,13 @@ def other_hparams(ranks: ht.Ranks | None, folder: Path) -> Found:
     return dict(result.grads)
 
 
+def other_evaluated(ranks: ht.Ranks | None, folder: Path) -> Found:
+    hparams = Quadratics().init_hparams()
+    hparams["start"] = hparams["start"] + (0.0 if ranks is None else 1e-12 * ranks.rank)
+    ht.evaluate(Quadratics(), hparams, num_episodes=9, execution=execution(ranks))
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class OtherStart(Quadratics):
     """Quadratics that start elsewhere on every process, as a network that nobody seeded."""
@@ -373,6 +380,7 @@ CASES: dict[str, Case] = {
     "NaN shortens": partial(non_finite, policy="shorten"),
     "out of memory": out_of_memory,
     "other hparams": other_hparams,
+    "other hparams evaluated": other_evaluated,
     "other start": other_start,
     "writing": writing,
     "route": route,

@@ -175,6 +175,7 @@ def test_a_tensor_of_any_dtype_arrives_as_it_was(two: list[dict[str, Found]]) ->
         ("refused: real time", "IncompatibleBackendError", "`execution` has 2 processes, but a real-time run is one"),
         ("refused: other numbers of tasks", "ValueError", "3 tasks, and `source.at(0)` has 4"),
         ("other hparams", "ValueError", "`hparams['curvature']` of process 1 is not that of process 0"),
+        ("other hparams evaluated", "ValueError", "`hparams['start']` of process 1 is not that of process 0"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(name: str, kind: str, message: str, two: list[dict[str, Found]]) -> None:
