@@ -54,19 +54,35 @@ def test_commands_under_torchrun_compose() -> None:
         assert composed(words[words.index("experiments/train.py") + 1 :]).task_name == "train"
 
 
-@pytest.mark.slow
-def test_jobs_of_submitit_are_runs(tmp_path: Path) -> None:
-    """The executor that starts processes on this machine; that of SLURM differs in how it asks for them."""
-    words = ("--multirun", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "seed=0,1", "threads=1")
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/train.py"), *words, *TINY, f"paths.sweep_dir={tmp_path}"],
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "experiments/train.py"), "--multirun", *words, *TINY, f"paths.sweep_dir={folder}"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+SUBMITIT = ("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10", "threads=1")
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_are_runs(tmp_path: Path) -> None:
+    """The executor that starts processes on this machine; that of SLURM differs in how it asks for them."""
+    result = run(tmp_path, *SUBMITIT, "seed=0,1")
     assert result.returncode == 0, result.stderr
     found = [json.loads((tmp_path / str(job) / "results.json").read_text()) for job in range(2)]
     assert [one["seed"] for one in found] == [0, 1]
     assert found[0]["metrics"] != found[1]["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [SUBMITIT, ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "threads=1")])
+def test_a_failed_job_in_another_process_fails_the_command(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    result = run(tmp_path, *launcher, "episodes.way=500,5")
+    assert result.returncode == 1
+    assert "error: job 0 (" in result.stderr and "`way` is 500" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "1" / "results.json").exists()
