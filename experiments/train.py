@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import process_time
 
@@ -25,6 +26,8 @@ from experiments.common.config_errors import CONFIGS
 from experiments.common.experiment import Experiment, build_experiment, check_repetitions, experiment_class
 from experiments.common.failures import ExpectedFailure, Failures
 from experiments.common.learning_curve import plot_learning_curve
+from experiments.common.processes import cpu_seconds_of_others, is_first_process
+from experiments.common.readers import device
 from experiments.common.reads import check_settings_are_read
 from experiments.common.reporting import (
     check_figures,
@@ -42,12 +45,13 @@ from experiments.common.training import TRAINING, build_outer_loop
 from experiments.common.trials import SearchedTraining, objectives_of_trial, values_of_trial
 from experiments.common.typed_settings import parse
 from hypertorch.errors import CheckpointError
+from hypertorch.inner.ranks import number_of_processes
 from hypertorch.outer.one_writer import one_writer
 from hypertorch.search import searchable
 from hypertorch.types import TensorDict
 
 MAIN_CONFIG = CONFIGS / "train.yaml"
-failures = Failures(MAIN_CONFIG)
+failures = Failures(MAIN_CONFIG, is_shared=True)
 Reports = dict[str, ht.Report]
 
 
@@ -61,6 +65,7 @@ class Prepared:
         splits: what it is judged on.
         loop: the outer loop.
         initial: outer variables to start from; None for fresh ones.
+        ranks: the processes that share the run; None for this one alone.
     """
 
     settings: TrainSettings
@@ -68,9 +73,15 @@ class Prepared:
     splits: tuple[str, ...]
     loop: ht.OuterLoop
     initial: TensorDict | None
+    ranks: ht.Ranks | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.ranks is None or self.ranks.is_first
 
 
-def prepare(config: DictConfig) -> Prepared:
+def prepare(config: DictConfig, ranks: ht.Ranks | None = None) -> Prepared:
     """Returns all of it before the folder becomes a run: a mistake must not leave one behind.
 
     Raises:
@@ -83,8 +94,8 @@ def prepare(config: DictConfig) -> Prepared:
     experiment = build_experiment(config, settings)
     experiment.check_training(settings)
     splits = experiment.evaluated_splits(settings.evaluation.splits)
-    loop = build_outer_loop(config, settings, experiment, current_folder())
-    return Prepared(settings=settings, experiment=experiment, splits=splits, loop=loop, initial=initial)
+    loop = build_outer_loop(config, settings, experiment, current_folder(), ranks)
+    return Prepared(settings=settings, experiment=experiment, splits=splits, loop=loop, initial=initial, ranks=ranks)
 
 
 @hydra.main(version_base="1.3", config_path=str(MAIN_CONFIG.parent), config_name=MAIN_CONFIG.stem)
@@ -92,16 +103,21 @@ def prepare(config: DictConfig) -> Prepared:
 @failures.reported
 def main(config: DictConfig) -> float | list[float]:
     """Returns the figure that a sweep optimises: the best validation, or all that a search asks for."""
-    prepared = prepare(config)
-    with one_writer(current_folder().path):
-        return carry_out(config, prepared)
+    if not is_first_process():
+        # The first process says it.
+        warnings.simplefilter("ignore")
+    with ht.join_ranks(device=device(config, "device")) as ranks:
+        prepared = prepare(config, ranks)
+        with one_writer(current_folder().path):
+            return carry_out(config, prepared)
 
 
 def carry_out(config: DictConfig, prepared: Prepared) -> float | list[float]:
     """Returns what `main` returns, with everything of the run written into its folder."""
     settings, experiment, splits = prepared.settings, prepared.experiment, prepared.splits
-    folder = open_folder(config, HydraConfig.get().overrides.task)
-    console = Console(stderr=True)
+    ranks = prepared.ranks
+    folder = open_folder(config, HydraConfig.get().overrides.task) if prepared.is_first else current_folder()
+    console = Console(stderr=True, quiet=not prepared.is_first)
     console.print(f"{'resuming' if folder.resumed else 'run'} in {folder.path}", highlight=False, soft_wrap=True)
     start_cpu = process_time()
     trained = prepared.loop.run(settings.outer_loop.num_outer_steps, start_from=prepared.initial, resume=folder.resumed)
@@ -109,13 +125,18 @@ def carry_out(config: DictConfig, prepared: Prepared) -> float | list[float]:
     if objectives is not None:  # which is compared by its validation, and not judged
         return values_of_trial(objectives, trained, process_time() - start_cpu)
     experiment = experiment.after(trained)
+    elsewhere = cpu_seconds_of_others(ranks)
     if not folder.resumed:
-        experiment.training_cpu_seconds = process_time() - start_cpu
-    reports = evaluate_splits(experiment, settings, splits, trained.best_hparams)
+        experiment.training_cpu_seconds = process_time() - start_cpu + elsewhere
+    reports = evaluate_splits(experiment, settings, splits, trained.best_hparams, ranks)
     check_figures(reports, f"the best outer variables of {trained.num_outer_steps} outer steps")
+    elsewhere = cpu_seconds_of_others(ranks)
+    if not prepared.is_first:
+        return merit(experiment, trained, reports)
+    # On this process alone: a baseline that is given as much time as the training is another on each.
     baselines = evaluate_baselines(experiment, settings, splits)
-    # Only this process's: what a run took before it was interrupted is not known.
-    cpu_seconds = None if folder.resumed else process_time()
+    # Only of these processes: what a run took before it was interrupted is not known.
+    cpu_seconds = None if folder.resumed else process_time() + elsewhere
     write_results(folder.results, results(settings, trained, reports, baselines, cpu_seconds))
     plot_learning_curve(folder.metrics, folder.path / "learning_curve.png", experiment.metric)
     experiment.draw(trained.best_hparams, folder.path)
@@ -153,10 +174,14 @@ def start(settings: TrainSettings) -> TensorDict | None:
 
 
 def evaluate_splits(
-    experiment: Experiment, settings: TrainSettings, splits: Sequence[str], hparams: TensorDict
+    experiment: Experiment,
+    settings: TrainSettings,
+    splits: Sequence[str],
+    hparams: TensorDict,
+    ranks: ht.Ranks | None = None,
 ) -> Reports:
     """Returns the figures of outer variables on each split that is asked for."""
-    return {split: _judged(experiment.evaluation(split), hparams, settings) for split in splits}
+    return {split: _judged(experiment.evaluation(split), hparams, settings, ranks) for split in splits}
 
 
 def evaluate_baselines(experiment: Experiment, settings: TrainSettings, splits: Sequence[str]) -> dict[str, Reports]:
@@ -168,15 +193,17 @@ def evaluate_baselines(experiment: Experiment, settings: TrainSettings, splits: 
     return found
 
 
-def _judged(source: ht.ProblemSource, hparams: TensorDict, settings: TrainSettings) -> ht.Report:
+def _judged(
+    source: ht.ProblemSource, hparams: TensorDict, settings: TrainSettings, ranks: ht.Ranks | None = None
+) -> ht.Report:
     num_episodes = settings.evaluation.num_episodes
     check_repetitions(source, num_episodes, "evaluation.num_episodes")
     return ht.evaluate(
         source,
         hparams,
         num_episodes=num_episodes,
-        progress=settings.outer_loop.progress,
-        execution=settings.execution.of(source),
+        progress=settings.outer_loop.progress and (ranks is None or ranks.is_first),
+        execution=replace(settings.execution.of(source), ranks=ranks),
     )
 
 
@@ -205,6 +232,7 @@ def results(
         "device": str(settings.device),
         "hardware": hardware(settings.device),
         "torch_threads": torch.get_num_threads(),
+        "processes": number_of_processes(),
         "versions": versions(),
     }
 
@@ -238,6 +266,8 @@ def show(
 
 
 if __name__ == "__main__":
-    # Schedulers of clusters ask with this signal; leaving by an exception writes a checkpoint first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Schedulers of clusters ask with this signal; leaving by an exception writes a checkpoint first. Other processes
+    # than the first write none, and end at once, even while they wait.
+    if is_first_process():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(failures.exit_code(main))

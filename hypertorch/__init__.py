@@ -24,6 +24,7 @@ from hypertorch.dynamics import Dynamics, GradientDynamics, Hyper
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
 from hypertorch.inner import memo
 from hypertorch.inner.execution import Execution
+from hypertorch.inner.ranks import Ranks, join_ranks
 from hypertorch.linear_solvers import LinearSolver
 from hypertorch.minibatches import Minibatches
 from hypertorch.nn.functional_module import FunctionalModule
@@ -85,6 +86,7 @@ __all__ = [
     "Positive",
     "ProblemSource",
     "Problems",
+    "Ranks",
     "RealTime",
     "Report",
     "Simplex",
@@ -104,6 +106,7 @@ __all__ = [
     "hypergradient",
     "hypergradients",
     "inner",
+    "join_ranks",
     "linear_solvers",
     "live_memory",
     "load_hparams",

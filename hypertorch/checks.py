@@ -22,6 +22,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error says that memory, of an accelerator or of the host, was too small."""
+    # PyTorch has no class of its own for the host.
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def check_switch(name: str, value: object) -> None:
     """Raises `TypeError` if a setting that is either on or off is neither True nor False."""
     if not isinstance(value, bool):

@@ -51,6 +51,10 @@ class CheckpointError(HypertorchError):
     """A checkpoint is missing, damaged, or belongs to another run."""
 
 
+class LostRankError(HypertorchError):
+    """A process of a run on several ended or did not answer, and the others cannot go on without it."""
+
+
 class DatasetError(HypertorchError):
     """A data set is missing, damaged, or not laid out as expected."""
 

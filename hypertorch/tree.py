@@ -97,6 +97,36 @@ def add_optional(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left + right
 
 
+class PairwiseSum:
+    """A sum of derivatives, taken in pairs, then in pairs of pairs, and so on; None for no path.
+
+    Halves, quarters and so on of `2**k` terms can so be summed apart, and give the same bits when they are summed in
+    turn: several processes round like one.
+
+    Cost: the additions of any sum; memory for as many derivatives as the number of terms has binary digits.
+    """
+
+    def __init__(self) -> None:
+        # Sums of 2**k terms each, of falling k, as the binary digits of the number of terms.
+        self._sums: list[tuple[int, dict[str, Tensor | None]]] = []
+
+    def add(self, term: dict[str, Tensor | None]) -> None:
+        """Adds a term, of the same names as the others."""
+        count = 1
+        while self._sums and self._sums[-1][0] == count:
+            earlier = self._sums.pop()[1]
+            term = {name: add_optional(value, term[name]) for name, value in earlier.items()}
+            count *= 2
+        self._sums.append((count, term))
+
+    def total(self) -> dict[str, Tensor | None]:
+        """Returns the sum of all terms, of which there is at least one."""
+        total = self._sums[-1][1]
+        for _, earlier in reversed(self._sums[:-1]):
+            total = {name: add_optional(value, total[name]) for name, value in earlier.items()}
+        return total
+
+
 def map_batch(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """Returns the batch with `function` applied to every tensor in its nested tuples, lists and dicts."""
     return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)

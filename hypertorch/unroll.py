@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
-from hypertorch.inner.tasks import TaskSlice, measured, task_slices
+from hypertorch.inner.tasks import TaskSlice, measured, own_slices, task_slices
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
@@ -66,7 +66,7 @@ def unroll(
         carry: state to start from, for a warm-started problem.
         metrics_after: numbers of steps after which the outer problem's figures are wanted too, from 0 (before the first
             step) to `num_steps`, ascending.
-        execution: how the problem is run.
+        execution: how the problem is run. This process runs all of it, whatever `ranks` there are.
 
     Raises:
         ValueError: if `metrics_after` is out of range or not ascending, or the problem's functions return what they
@@ -82,6 +82,8 @@ def unroll(
             "in the order of the run. Pass ascending numbers from that range, each once."
         )
     bound = BoundProblem(problem, hparams, outer_step, carry, execution)
+    if execution.ranks is not None:
+        execution = replace(execution, ranks=None)
     # No path to the hyperparameters: a step's graph goes as soon as its gradient is there.
     constants = tree.detach(hparams)
     kind = kind_of(problem)
@@ -165,7 +167,8 @@ def outer_metrics(
 
     Args:
         problem: the problem.
-        params: params as a hypergradient or an unroll returned them, with a tasks axis if the problem has tasks.
+        params: params as a hypergradient or an unroll returned them, with a tasks axis if the problem has tasks; with
+            `ranks` in the execution those of this process's tasks, and the mean is over the tasks of all.
         hparams: the outer variables that these params were trained with.
         outer_step: chooses the outer data.
         execution: how the problem is run.
@@ -174,15 +177,24 @@ def outer_metrics(
         ValueError: if a metric is not one figure per task.
     """
     bound = BoundProblem(problem, hparams, outer_step, None, execution)
-    slices = task_slices(problem.num_tasks, execution)
-    parts: list[TensorDict] = []
-    with bound.running(), torch.no_grad():
-        for item in slices:
-            context = bound.context(hparams, item)
-            # The given params stand for a run's end: no inner loop is run for them.
-            own = params if item is None else item.take(params)
-            parts.append(_metrics(bound.loop(item, context), own, {**hparams, **context}))
-    metrics = join_tasks(parts, slices)
+
+    def over(slices: list[TaskSlice | None], places: list[TaskSlice | None]) -> TensorDict:
+        parts: list[TensorDict] = []
+        with bound.running(), torch.no_grad():
+            for item, place in zip(slices, places, strict=True):
+                context = bound.context(hparams, item)
+                # The given params stand for a run's end: no inner loop is run for them.
+                own = params if place is None else place.take(params)
+                parts.append(_metrics(bound.loop(item, context), own, {**hparams, **context}))
+        return join_tasks(parts, slices)
+
+    ranks, num_tasks = execution.ranks, problem.num_tasks
+    if ranks is None or num_tasks is None:
+        slices = task_slices(num_tasks, execution)
+        metrics = over(slices, slices)
+    else:
+        slices, places = own_slices(num_tasks, execution), task_slices(len(ranks.share(num_tasks)), execution)
+        metrics = tree.concatenate(ranks.objects(lambda: over(slices, places)))
     check_metrics(metrics, () if problem.num_tasks is None else (problem.num_tasks,))
     # A count is an integer, of which PyTorch takes no mean.
     return {name: value.to(torch.get_default_dtype()).mean() for name, value in metrics.items()}

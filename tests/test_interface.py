@@ -79,6 +79,7 @@ COMPARED = [
     "Positive",
     "RBF",
     "Range",
+    "Ranks",
     "Regression",
     "Report",
     "Reverse",

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import hypertorch
 from experiments.common.config_errors import explain_config_error
+from experiments.common.processes import is_first_process, why_not_shared
 from hypertorch.errors import HypertorchError
 from hypertorch.search import FailedTrial
 
@@ -103,16 +104,21 @@ class Failures:
     """Runs a command, prints its expected failures and remembers them for the exit code.
 
     Hydra hands no result of a job on to the command, and stops a multirun at the first exception; so a job's failure is
-    printed where it happens, and the other jobs still run. HYDRA_FULL_ERROR=1 in the environment keeps every traceback.
+    printed where it happens, and the other jobs still run. A job that a launcher runs in another process raises: these
+    launchers run all jobs, and raise the first failure in the command. HYDRA_FULL_ERROR=1 in the environment keeps
+    every traceback.
 
     Args:
         main_config: the command's main file.
+        is_shared: whether several processes can share a run of the command.
     """
 
-    def __init__(self, main_config: Path) -> None:
+    def __init__(self, main_config: Path, *, is_shared: bool = False) -> None:
         self._main_config = main_config
+        self._is_shared = is_shared
         self._messages: list[str] = []
         self._keep_tracebacks = False
+        self._process: int | None = None
 
     def reported(self, job: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
         """Returns the job with its expected failures printed on stderr instead of raised.
@@ -127,6 +133,8 @@ class Failures:
             except _JOB_FAILURES as error:
                 if is_trial():
                     return self._failed_trial(error)
+                if self._is_elsewhere:
+                    self._raise_message(error)
                 self._report(error, _job_name())
                 return None
 
@@ -141,6 +149,7 @@ class Failures:
             main: decorated with `hydra.main` around `reported`.
         """
         self._messages.clear()
+        self._process = os.getpid()
         self._keep_tracebacks = os.environ.get(_FULL_ERROR) == "1"
         try:
             try:
@@ -161,10 +170,25 @@ class Failures:
 
     def _run(self, main: Callable[[], None]) -> None:
         try:
+            refusal = why_not_shared(is_shared=self._is_shared)
+            if refusal is not None:
+                raise ExpectedFailure(refusal)
             with _hydra_raises():
                 main()
         except (KeyboardInterrupt, *_JOB_FAILURES) as error:
             self._report(error, "")
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether a launcher runs the job in a process of its own, whose messages the command does not see."""
+        return self._process != os.getpid()
+
+    def _raise_message(self, error: Exception) -> None:
+        message = explain(error, self._main_config)
+        if message is None:
+            raise error
+        # Of one text: it travels to the command by pickle, which asks the constructor of an error for its arguments.
+        raise ExpectedFailure(f"{_job_name()}{message}") from error
 
     def _failed_trial(self, error: Exception) -> FailedTrial:
         message = explain(error, self._main_config)
@@ -179,6 +203,8 @@ class Failures:
         if message is None:
             raise error
         self._messages.append(message)
+        if not is_first_process():
+            prefix = f"process {os.environ['RANK']}: {prefix}"
         sys.stdout.flush()
         sys.stderr.write(f"error: {prefix}{message}\n")
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.common.failures import ExpectedFailure
+from experiments.common.processes import is_first_process, is_restarted, own_folder
 from experiments.common.trust import check_plain, check_trusted
 from hypertorch.outer.hparams_file import HPARAMS_FILE
 
@@ -96,21 +97,28 @@ class RunFolder:
 def choose_folder(config: DictConfig) -> Path:
     """Returns the folder for a single run: the given one, the one to resume, or a new one named by the date.
 
+    Processes that `torchrun` started again go on with their run. Those beside the first have a folder of their own.
+
     Args:
         config: the whole configuration, with Hydra's part.
 
     Raises:
         ExpectedFailure: if `resume` is set and there is no earlier run of the same command.
     """
+    if not is_first_process():
+        return own_folder()
     if config.paths.run_dir is not None:
         return Path(str(config.paths.run_dir))
     runs = Path(str(config.paths.runs))
-    if config.resume is not True:
-        return runs / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    new = runs / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if config.resume is not True and not is_restarted():
+        return new
     wanted = _identifying(config.hydra.overrides.task)
     for folder in _newest_first(runs):
         if _identifying(_read_overrides(folder)) == wanted:
             return folder
+    if is_restarted():  # before the run had a folder
+        return new
     raise ExpectedFailure(
         f"`resume` is True, but {str(runs)!r} holds no run of the same command"
         f"{' (' + shlex.join(wanted) + ')' if wanted else ''}: there is nothing to go on with. Give the command as it "
@@ -142,7 +150,7 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
         with folder.config.open("x", encoding="utf-8") as file:
             file.write(OmegaConf.to_yaml(config, resolve=True))
         return folder
-    if config.resume is not True:
+    if config.resume is not True and not is_restarted():
         raise ExpectedFailure(
             f"`paths.run_dir` is {str(folder.path)!r}, where there is a run already: its results would be lost. Add "
             "resume=true to go on with it, or name another folder."

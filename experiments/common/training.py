@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -62,7 +63,11 @@ TRAINING = Reads(
 
 
 def build_outer_loop(
-    config: DictConfig, settings: TrainSettings, experiment: Experiment, folder: RunFolder
+    config: DictConfig,
+    settings: TrainSettings,
+    experiment: Experiment,
+    folder: RunFolder,
+    ranks: ht.Ranks | None = None,
 ) -> ht.OuterLoop:
     """Returns the outer loop that learns from an experiment's problems and writes into the run's folder.
 
@@ -71,6 +76,7 @@ def build_outer_loop(
         settings: the plain settings, parsed from it.
         experiment: what to learn from and to validate on.
         folder: the run's folder.
+        ranks: the processes that share the run; None for this one alone.
 
     Raises:
         ExpectedFailure: if a setting has a value that its class cannot work with.
@@ -89,7 +95,7 @@ def build_outer_loop(
         source,
         optimizer=build_outer_optimizer(config),
         backend=build(config, "hypergradient"),
-        execution=settings.execution.of(source),
+        execution=replace(settings.execution.of(source), ranks=ranks),
         scheduler=build_scheduler(config),
         validation=ht.Validation(
             source=validated_on,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.hypergradients.guards.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.guards.reachability import check_reachability, known_reach, moved_by_values
 from hypertorch.hypergradients.reverse import Reverse
-from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
+from hypertorch.hypergradients.reverse_mode.sweep import Grads
+from hypertorch.hypergradients.spread import carry_of_ranks, check_spread, sum_of_ranks
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.record import Cost
-from hypertorch.inner.tasks import TaskSlice, measured, task_slices
+from hypertorch.inner.tasks import TaskSlice, measured, own_slices, task_slices
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
@@ -48,6 +49,10 @@ def hypergradient(
     before: its first step and its outer loss are evaluated twice, and must agree, and some derivatives are taken. That
     costs about ten evaluations of the losses on one task, and is not counted in `stats`.
 
+    With `ranks` in the execution, every process calls it with the same arguments and gets the same `grads`,
+    `outer_loss` and `carry`, those of all tasks; `params`, `figures` and `stats` are of its own share of the work. One
+    collective more, and memory for as many hypergradients as there are processes.
+
     Args:
         problem: the problem.
         hparams: the outer variables.
@@ -67,21 +72,23 @@ def hypergradient(
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
     slices = run.slices()
-    found, parts = run.over(slices)
+    found, outer_loss, parts = run.over(slices) if execution.ranks is None else run.over_ranks(slices)
     if isinstance(backend, PathBlind) or any(value is None for value in found.values()):
         check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
-    outer_loss = torch.stack([part.outer_loss * part.share for part in parts]).sum()
     figures = join_tasks([part.figures for part in parts], slices)
     # One look at the end. A look at every inner step costs 7 % of a small one.
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
         raise run.explain_non_finite(slices, grads, figures)
+    carry = join_tasks([part.carry for part in parts], slices)
+    if execution.ranks is not None and problem.num_tasks is not None:
+        carry = carry_of_ranks(execution.ranks, carry, problem.num_tasks)
     return HypergradientResult(
         grads=grads,
         outer_loss=outer_loss,
         params=join_tasks([part.params for part in parts], slices),
         stats=sum((part.cost for part in parts), Cost()),
-        carry=join_tasks([part.carry for part in parts], slices),
+        carry=carry,
         figures=figures,
     )
 
@@ -110,15 +117,13 @@ def measured_execution(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """The result for one slice of tasks, without its hypergradient; `share` is the slice's part of all tasks."""
+    """The result for one slice of tasks, without its hypergradient and outer loss."""
 
-    outer_loss: Tensor
     params: TensorDict
     carry: TensorDict
     figures: TensorDict
     cost: Cost
     inner_losses: Tensor
-    share: float
 
 
 class _Run:
@@ -137,6 +142,7 @@ class _Run:
         self._bound = BoundProblem(problem, hparams, outer_step, carry, execution)
         self._hparams = hparams
         self._backend = backend
+        self._outer_step = outer_step
         self._kind = kind_of(problem)
 
     def measured(self) -> Execution:
@@ -147,30 +153,66 @@ class _Run:
     def slices(self) -> list[TaskSlice | None]:
         """Returns the slices of tasks in the order they are run; a single None for a problem without tasks."""
         num_tasks = self._bound.problem.num_tasks
-        return [None] if num_tasks is None else [*task_slices(num_tasks, self.measured())]
+        if num_tasks is None:
+            return [None]
+        execution = self.measured()
+        return task_slices(num_tasks, execution) if execution.ranks is None else own_slices(num_tasks, execution)
 
-    def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, list[_Part]]:
-        """Returns the mean of the hypergradients over the tasks of these slices, and what else each slice gives.
+    def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
+        """Returns the part of these slices in the mean of hypergradient and outer loss, and what else each slice gives.
 
-        None stands for an entry that no task has a path from. One slice's hypergradient is held beside the sum.
+        None stands for an entry that no task has a path from. The sum is taken in pairs, beside which one slice's
+        hypergradient is held.
         """
         # First of all: what depends on more than its arguments has no right derivative, by any backend.
         examine(self._bound, self._hparams, slices[0], kind=self._kind, use=self._backend.takes)
-        mean: Grads = dict.fromkeys(self._hparams)
-        parts: list[_Part] = []
+        num_tasks = self._bound.problem.num_tasks
         # By weight: the last chunk may hold fewer tasks than the others.
-        total = sum(1 if item is None else item.stop - item.start for item in slices)
+        shares = [1.0 if item is None or num_tasks is None else (item.stop - item.start) / num_tasks for item in slices]
         with self._bound.running():
-            for item in slices:
-                share = 1.0 if item is None else (item.stop - item.start) / total
-                grads, part = self._slice(item, self._backend, share)
+            if len(slices) == 1:
+                grads, outer_loss, part = self._slice(slices[0], self._backend, shares[0])
+                return grads, outer_loss, [part]
+            total, losses, parts = tree.PairwiseSum(), tree.PairwiseSum(), list[_Part]()
+            for item, share in zip(slices, shares, strict=True):
+                grads, outer_loss, part = self._slice(item, self._backend, share)
+                total.add(grads)
+                losses.add({"": outer_loss})
                 parts.append(part)
-                mean = accumulate(mean, grads)
-        return mean, parts
+        outer_loss = losses.total()[""]
+        assert outer_loss is not None
+        return total.total(), outer_loss, parts
+
+    def over_ranks(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
+        """Returns what `over` does, with hypergradient and outer loss those of all processes.
+
+        Raises:
+            HypertorchError: as `hypergradient` does, on every process what any of them meets.
+        """
+        problem, ranks = self._bound.problem, self._bound.execution.ranks
+        assert ranks is not None
+        check_spread(problem, self._backend, self._hparams, ranks)
+        parts: list[_Part] = []
+
+        def own() -> tuple[Grads, Tensor]:
+            found, outer_loss, own_parts = self.over(slices)
+            grads = {name: value for name, value in found.items() if value is not None}
+            # Before the sum, in which nothing tells any more whose inner loop it was.
+            if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in own_parts)]):
+                raise self.explain_non_finite(slices, grads, join_tasks([part.figures for part in own_parts], slices))
+            parts.extend(own_parts)
+            return found, outer_loss
+
+        has_tasks = problem.num_tasks is not None
+        found, outer_loss = sum_of_ranks(ranks, own, self._hparams, self._outer_step, has_tasks=has_tasks)
+        return found, outer_loss, parts
 
     def reached(self, slices: list[TaskSlice | None]) -> frozenset[str]:
         """Returns the names of the hyperparameters that reach the outer loss."""
-        problem = self._bound.problem
+        problem, execution = self._bound.problem, self._bound.execution
+        if execution.ranks is not None:
+            # All tasks, so that every process comes to the same answer.
+            slices = task_slices(problem.num_tasks, replace(self.measured(), ranks=None))
         if isinstance(self._backend, BlackBox):
             return known_reach(
                 problem, "values", self._hparams, lambda: moved_by_values(self._bound, self._hparams, slices)
@@ -186,12 +228,12 @@ class _Run:
                 if reached == self._hparams.keys():
                     break
                 # In little memory: who asks may have taken a backend that fits where a whole graph does not.
-                grads, _ = self._slice(item, Reverse(checkpoint_every="sqrt"), 1.0)
+                grads, _, _ = self._slice(item, Reverse(checkpoint_every="sqrt"), 1.0)
                 reached |= {name for name, value in grads.items() if value is not None}
         return frozenset(reached)
 
-    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient, share: float) -> tuple[Grads, _Part]:
-        """Returns a slice's hypergradient times its share, and what else it gives."""
+    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient, share: float) -> tuple[Grads, Tensor, _Part]:
+        """Returns a slice's hypergradient and outer loss times its share of all tasks, and what else it gives."""
         # Leaves of each slice, whose graphs go with it.
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
@@ -215,15 +257,15 @@ class _Run:
             grad = tree.add_optional(result.grads[name], chained.get(name))
             # A single slice is not multiplied by one, which would copy it.
             grads[name] = grad if grad is None or share == 1.0 else grad * share
-        return grads, _Part(
-            outer_loss=result.outer_loss,
+        outer_loss = result.outer_loss if share == 1.0 else result.outer_loss * share
+        part = _Part(
             params=result.state.params,
             carry={**loop.carry_after(result.state), **result.carry},
             figures=result.figures,
             cost=loop.record.cost,
             inner_losses=torch.stack([*loop.record.losses.values()]) if loop.record.losses else result.outer_loss,
-            share=share,
         )
+        return grads, outer_loss, part
 
     def explain_non_finite(
         self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict

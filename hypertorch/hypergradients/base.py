@@ -11,7 +11,7 @@ from torch import Tensor
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.record import Cost
 from hypertorch.inner.state import InnerState
-from hypertorch.types import TensorDict
+from hypertorch.types import TensorDict, TensorMapping
 
 
 # No equality: that of its fields would compare tensors, entry by entry.
@@ -47,6 +47,14 @@ class Hypergradient(ABC):
     """
 
     takes: ClassVar[Literal["values", "first", "second"]] = "second"
+
+    def num_parts(self, hparams: TensorMapping) -> int:
+        """Returns into how many parts, each for a process of its own, the work on one inner problem can be divided.
+
+        1 unless overridden. A backend that overrides it computes the parts `loop.share(...)`, and the grads that it
+        returns on the processes add up to the hypergradient.
+        """
+        return 1
 
     @abstractmethod
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:

@@ -15,7 +15,7 @@ from hypertorch.hypergradients.evolution.antithetic_pairs import Pair, pairs_to_
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
-from hypertorch.types import TensorDict
+from hypertorch.types import TensorDict, TensorMapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +107,26 @@ class EvolutionStrategies(BlackBox):
             before = read_pairs(loop, self.num_pairs) if self.persistent else []
             outer_loss, state = _run(loop, values, loop.initial(values))
             perturbed = {name: values[name] for name, value in variables.items() if value.requires_grad}
-            estimate = tree.zeros_like(perturbed)
+            estimate = tree.PairwiseSum()
             after: list[Pair] = []
-            for position in range(self.num_pairs):
+            for position in loop.share(self.num_pairs):
                 pair, weight = self._advance(loop, values, perturbed, position, before[position] if before else None)
-                for name, total in pair.perturbations.items():
-                    estimate[name] = estimate[name] + weight.to(total.dtype) * total
+                estimate.add({name: weight.to(total.dtype) * total for name, total in pair.perturbations.items()})
                 if self.persistent:
                     after.append(pair)
         if self.persistent:
             loop.record.hold(2 * self.num_pairs + 1)
         return BackendResult(
-            grads={**dict.fromkeys(variables), **estimate},
+            grads={**dict.fromkeys(variables), **estimate.total()},
             outer_loss=outer_loss,
             state=state,
             # The state is that of this loop, which may have started afresh.
             carry={**loop.carry_after(state), **pairs_to_carry(after)},
         )
+
+    def num_parts(self, hparams: TensorMapping) -> int:
+        """Returns the number of pairs; 1 with `persistent`, whose pairs one process carries on."""
+        return 1 if self.persistent else self.num_pairs
 
     def _advance(
         self, loop: InnerLoop, values: TensorDict, perturbed: TensorDict, position: int, before: Pair | None

@@ -27,7 +27,7 @@ from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
-from hypertorch.types import TensorDict
+from hypertorch.types import TensorDict, TensorMapping
 
 _COUNT = "shared.tangents"  # in a carry: how many tangents it holds
 
@@ -88,7 +88,7 @@ class Forward(PathBlind):
         first: BackendResult | None = None
         # Asked before the chunks, so that all of them are pushed alike.
         route = self._route(loop, variables)
-        for entries in self._chunks(variables):
+        for entries in self._chunks(loop.share(_num_entries(variables))):
             part = self._chunk(loop, variables, entries, route)
             first = first or part
             # Every chunk runs the inner loop again: its columns belong to
@@ -102,6 +102,10 @@ class Forward(PathBlind):
             state=part.state,
             carry=_join_carries(carries, 1 if loop.has_tasks_axis else 0),
         )
+
+    def num_parts(self, hparams: TensorMapping) -> int:
+        """Returns the number of scalar entries; 1 with `keep_tangents`, whose tangents one process carries on."""
+        return 1 if self.keep_tangents else _num_entries(hparams)
 
     def start(self, loop: InnerLoop, variables: TensorDict, entries: range | None = None) -> ForwardState:
         """Returns the inner state before the first step, with its tangents.
@@ -146,10 +150,9 @@ class Forward(PathBlind):
         start = self._started(loop, variables, entries, route)
         return self.read(loop, variables, scan(partial(route.advance, loop, variables), start, range(loop.num_steps)))
 
-    def _chunks(self, variables: TensorDict) -> Iterator[range]:
-        total = _num_entries(variables)
-        size = self.chunk_size or total
-        yield from (range(start, min(start + size, total)) for start in range(0, total, size))
+    def _chunks(self, entries: range) -> Iterator[range]:
+        size = self.chunk_size or len(entries)
+        yield from (entries[start : start + size] for start in range(0, len(entries), size))
 
     def _route(self, loop: InnerLoop, variables: TensorDict) -> TangentRoute:
         check_real(variables)
@@ -185,7 +188,7 @@ class Forward(PathBlind):
         )
 
 
-def _num_entries(variables: TensorDict) -> int:
+def _num_entries(variables: TensorMapping) -> int:
     return sum(value.numel() for value in variables.values() if tree.is_differentiable(value))
 
 

@@ -24,7 +24,7 @@ from hypertorch.hypergradients.forward_mode.tangents import (
 from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
-from hypertorch.types import TensorDict
+from hypertorch.types import TensorDict, TensorMapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,23 +84,30 @@ class ForwardGradient(RandomDirections):
         directions = self._directions(loop, variables)
         size = min(self.chunk_size or self.num_samples, self.num_samples)
         route = serving_route(loop, variables, TangentRoute(backend="ForwardGradient", vectorised=size > 1))
-        total = complete_grads(variables, [])
+        total = tree.PairwiseSum()
         first: ForwardState | None = None
-        for start in range(0, self.num_samples, size):
-            chunk = {name: value[start : start + size] for name, value in directions.items()}
+        own = loop.share(self.num_samples)
+        for start in own[::size]:
+            stop = min(start + size, own.stop)
+            chunk = {name: value[start:stop] for name, value in directions.items()}
             advance = partial(route.advance, loop, variables)
             run = scan(advance, route.start(loop, variables, chunk), range(loop.num_steps))
             run = with_last_term(loop, variables, run)
             first = first or run
             # Every chunk is a run of its own, and must be the same one.
             check_replay(run.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
-            total = complete_grads(variables, [total, directional_grads(variables, run)])
+            total.add(directional_grads(variables, run))
         # The mean of (df . v) v, which is unbiased since E[v v'] is the identity.
+        grads = complete_grads(variables, [total.total()])
         return BackendResult(
-            grads={name: None if value is None else value / self.num_samples for name, value in total.items()},
+            grads={name: None if value is None else value / self.num_samples for name, value in grads.items()},
             outer_loss=run.outer_loss,
             state=run.state,
         )
+
+    def num_parts(self, hparams: TensorMapping) -> int:
+        """Returns the number of directions."""
+        return self.num_samples
 
     def _directions(self, loop: InnerLoop, variables: TensorDict) -> TensorDict:
         """Returns the directions in every floating-point variable, of shape `(num_samples, *variable)`."""

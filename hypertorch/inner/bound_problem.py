@@ -132,6 +132,8 @@ class BoundProblem:
             device=self.device,
             carry=carry,
             inner_dtype=self.execution.inner_dtype,
+            # Tasks are shared among processes as a whole.
+            ranks=self.execution.ranks if self.problem.num_tasks is None else None,
         )
 
 

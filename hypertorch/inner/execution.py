@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from hypertorch.checks import is_count
+from hypertorch.inner.ranks import Ranks
 
 TaskRoute: TypeAlias = Literal["auto", "vmap", "loop"]
 """How the tasks of a batch are run: vectorised, one after the other, or whichever was measured to be faster."""
@@ -29,14 +30,19 @@ class Execution:
             (`torch.autocast`), which halves most of what a graph holds and is faster where the hardware has it. Params,
             buffers of the optimiser, cotangents and the hypergradient stay in float32, and are summed up in it; the
             outer loss too. None computes all in the dtype of the params.
+        ranks: the processes that share the work, as `ht.join_ranks` gives them; None for this one alone. They share
+            the tasks of a hypergradient, or for one inner problem the directions, perturbations or entries of
+            `Forward`, `ForwardGradient` and `EvolutionStrategies`; and the problems of an evaluation.
 
     Raises:
         ValueError: if a setting is out of its range or an unknown word.
+        TypeError: if `ranks` is of the wrong kind.
     """
 
     tasks: TaskRoute = "auto"
     chunk: int | None = None
     inner_dtype: torch.dtype | None = None
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         if self.tasks not in ("auto", "vmap", "loop"):
@@ -51,6 +57,11 @@ class Execution:
             raise ValueError(
                 f"`inner_dtype` is {self.inner_dtype!r}: gradients of float16 vanish without a scale of the loss, and "
                 "anything wider is the dtype of the params. Use `torch.bfloat16`, or None."
+            )
+        if self.ranks is not None and not isinstance(self.ranks, Ranks):
+            raise TypeError(
+                f"`ranks` is {self.ranks!r}, not a `Ranks`: it says which share of the work this process takes. Pass "
+                "what `ht.join_ranks()` gives, or None for one process."
             )
 
 

@@ -17,6 +17,7 @@ from hypertorch.autodiff.stopped_gradients import stopping_tangents
 from hypertorch.checks import check_buffers, check_params, check_scalar
 from hypertorch.dynamics import Dynamics
 from hypertorch.inner.precision import in_precision
+from hypertorch.inner.ranks import Ranks
 from hypertorch.inner.record import Record
 from hypertorch.inner.state import InnerState
 from hypertorch.inner.task_settings import for_tasks
@@ -86,6 +87,7 @@ class InnerLoop:
         record: what was run so far.
         inner_dtype: of the inner loss's products; None for that of the params.
         has_terms: whether the outer loss has terms at inner steps.
+        ranks: the processes that share this one loop; None if this process runs all of it.
     """
 
     problem: BilevelProblem
@@ -101,6 +103,7 @@ class InnerLoop:
     record: Record
     inner_dtype: torch.dtype | None
     has_terms: bool
+    ranks: Ranks | None = None
 
     @property
     def num_steps(self) -> int:
@@ -141,6 +144,10 @@ class InnerLoop:
     def inner_eps(self) -> float:
         """Machine epsilon of the inner loss's products where they are coarser than the params; else 0."""
         return 0.0 if self.inner_dtype is None else torch.finfo(self.inner_dtype).eps
+
+    def share(self, count: int) -> range:
+        """Returns which of `count` parts of a backend's work this process takes; their sum is taken over all."""
+        return range(count) if self.ranks is None else self.ranks.share(count)
 
     def uncounted(self) -> InnerLoop:
         """Returns the same loop with a record of its own, for steps that are no part of the run."""
@@ -362,6 +369,7 @@ def inner_loop(
     carry: TensorDict,
     inner_dtype: torch.dtype | None = None,
     draw: Callable[[int], Batch] | None = None,
+    ranks: Ranks | None = None,
 ) -> InnerLoop:
     """Returns the inner loop of some tasks of a problem.
 
@@ -375,6 +383,7 @@ def inner_loop(
         carry: state to start from (warm start); empty to start from `init_params`.
         inner_dtype: of the inner loss's products; None for that of the params.
         draw: the data of a step by its index, drawn and of these tasks already; None to ask the problem.
+        ranks: the processes that share this one loop; None if this process runs all of it.
     """
     num_tasks = None if tasks is None else tasks.num_tasks
     per_task = context - frozenset(problem.shared_context)
@@ -410,6 +419,7 @@ def inner_loop(
         record=Record(),
         inner_dtype=inner_dtype,
         has_terms=problem.outer.has_step_loss,
+        ranks=ranks,
     )
 
 

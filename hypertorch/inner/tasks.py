@@ -80,6 +80,18 @@ def task_slices(num_tasks: int | None, execution: Execution) -> list[TaskSlice |
     ]
 
 
+def own_slices(num_tasks: int, execution: Execution) -> list[TaskSlice | None]:
+    """Returns the slices of those tasks of a batch that this process takes, in the order they are run."""
+    if execution.ranks is None:
+        return task_slices(num_tasks, execution)
+    own = execution.ranks.share(num_tasks)
+    return [
+        replace(item, start=own.start + item.start, stop=own.start + item.stop, whole=len(own) == num_tasks)
+        for item in task_slices(len(own), execution)
+        if item is not None
+    ]
+
+
 def check_tasks_axis(what: str, batch: Batch, num_tasks: int) -> None:
     """Raises `ValueError` if a tensor of a batch lacks the leading tasks axis."""
     for value in tree.batch_tensors(batch):
@@ -237,9 +249,11 @@ def measured(
         return execution
     # Which way is faster depends on sizes and dtypes: a measurement serves no others.
     shapes = tuple((name, value.shape, value.dtype, value.device) for name, value in hparams.items())
-    sizes = (problem.num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
+    # Of several processes the first has the most tasks.
+    num_tasks = problem.num_tasks if execution.ranks is None else len(execution.ranks.shares(problem.num_tasks)[0])
+    sizes = (num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)
-    num_tasks, chunk = problem.num_tasks, execution.chunk
+    chunk = execution.chunk
     return replace(execution, tasks=recall(TASKS, key, lambda: _faster_route(num_tasks, chunk, run)))
 
 

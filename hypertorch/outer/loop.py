@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from hypertorch.hypergradients import Hypergradient
+from hypertorch.hypergradients.spread import check_spread
 from hypertorch.outer.run import train
 from hypertorch.outer.settings import OuterSettings, check_kind
 from hypertorch.outer.trained import Trained
@@ -30,8 +31,13 @@ class OuterLoop(OuterSettings):
     `ZeroHypergradientWarning`, unless the problem has it in `allow_unused`. Without a validation, the loop warns if the
     outer loss at the last step is more than ten times that at the first.
 
+    With `ranks` in the execution (`ht.join_ranks`) several processes make one run: each is given the same loop and
+    calls `run`, and each gets what was found. All start from the first one's outer variables, or from its checkpoint,
+    and take the same steps; it alone reads checkpoints, logs, and writes.
+
     Cost: per step, one hypergradient and one optimizer step. The loop waits for an accelerator once per record, and
-    once more at the first step.
+    once more at the first step. Several processes exchange their hypergradients once per step, and their metrics once
+    per record.
 
     Args:
         source: where the problems come from; a `BilevelProblem` is its own source.
@@ -60,6 +66,7 @@ class OuterLoop(OuterSettings):
     Raises:
         TypeError: if an argument is of the wrong kind.
         ValueError: if a number is out of range.
+        IncompatibleBackendError: if the processes in `execution` cannot share the work.
     """
 
     source: ProblemSource
@@ -70,6 +77,9 @@ class OuterLoop(OuterSettings):
         check_kind("source", self.source, ProblemSource, "a `BilevelProblem` or `learner.on(episodes)`")
         check_kind("backend", self.backend, Hypergradient, "for example `ht.hypergradients.Reverse()`")
         super().__post_init__()
+        if self.execution.ranks is not None:
+            problem, hparams = self.source.at(0), self.source.init_hparams()
+            check_spread(problem, self.backend, hparams, self.execution.ranks)
 
     def run(
         self,
@@ -106,6 +116,7 @@ class OuterLoop(OuterSettings):
             NonFiniteError: if NaN or infinity appears in a hypergradient (names the outer step, the inner step and the
                 entry) and `on_non_finite` does not go on, or in the outer variables. Those are checked before every
                 validation and checkpoint and at the end, so neither a checkpoint nor the result ever holds it.
+            LostRankError: if one of several processes ended; the first one has written a checkpoint then.
             HypertorchError: whatever else the hypergradient raises.
         """
         return train(

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
+from hypertorch.checks import is_out_of_memory
 from hypertorch.inner.execution import Execution
 
 T = TypeVar("T")
@@ -44,12 +43,6 @@ def within_memory(
             "on. Results agree up to rounding. Pass that `chunk` from the start to have none of this.",
             stacklevel=11,  # the caller of `run`, of an outer step
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Returns whether an error says that memory, of an accelerator or of the host, was too small."""
-    # PyTorch has no class of its own for the host.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _chunk(execution: Execution, num_tasks: int | None) -> int:

@@ -7,8 +7,9 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -17,13 +18,20 @@ from hypertorch.outer.tensor_files import not_written
 
 _LOCK = ".lock"
 _WRITER = ".writer.json"
+# Beginnings of the names of network file systems in Linux's list of mounts.
+_SHARED = (
+    "nfs", "cifs", "smb", "lustre", "gpfs", "ceph", "beegfs", "glusterfs", "afs", "pvfs", "orangefs", "wekafs",
+    "fuse.", "9p", "panfs", "vast",
+)  # fmt: skip
 
 
 @contextmanager
 def one_writer(folder: Path, file: str = "") -> Iterator[None]:
     """Keeps every other process, and every other run of this one, from writing into a folder meanwhile.
 
-    The operating system holds the lock for the process, so that it ends with it however the process ends.
+    The operating system holds the lock for the process, so that it ends with it however the process ends. On a file
+    system that machines share it may not reach from one to another. There a writer of another machine that did not say
+    that it ended is taken to be alive.
 
     Cost: a file is opened once, and a short one written.
 
@@ -32,7 +40,8 @@ def one_writer(folder: Path, file: str = "") -> Iterator[None]:
         file: name of the one file in it that is written; the rest of the folder stays free.
 
     Raises:
-        CheckpointError: if another run writes there, with its process and host; or if nothing can be written there.
+        CheckpointError: if another run writes there, or may do so, with its process and host; or if nothing can be
+            written there.
     """
     lock = FileLock(folder / f"{file}{_LOCK}", timeout=0, thread_local=False)
     owner = folder / f"{file}{_WRITER}"
@@ -47,19 +56,65 @@ def one_writer(folder: Path, file: str = "") -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(not_written(folder, error)) from error
     try:
+        if is_shared_with_machines(folder):
+            _refuse_other_machine(owner)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        # Only read where the lock is refused: a dead process's is replaced here.
+        # A dead process's of this machine is replaced here.
         owner.write_text(json.dumps(writer), encoding="utf-8")
-        yield
+        try:
+            yield
+        finally:
+            # A folder that is gone, or a full disk, must not hide what the run ended with.
+            with suppress(OSError):
+                owner.write_text(json.dumps({**writer, "ended": True}), encoding="utf-8")
     finally:
         lock.release()
 
 
+def is_shared_with_machines(folder: Path) -> bool:
+    """Returns whether a folder lies on a file system that several machines share; False where that is not known."""
+    mounts = Path("/proc/self/mountinfo")
+    if not mounts.exists():
+        return False
+    place, deepest, kind = folder.resolve(), 0, ""
+    for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+        before, _, after = line.partition(" - ")
+        # Blanks in a path are written as octal numbers.
+        mounted = Path(before.split()[4].replace("\\040", " "))
+        # Of two at one place the later one is seen.
+        if place.is_relative_to(mounted) and len(mounted.parts) >= deepest:
+            deepest, kind = len(mounted.parts), after.split()[0]
+    return kind.startswith(_SHARED)
+
+
+def _refuse_other_machine(owner: Path) -> None:
+    """Raises if the last writer was on another machine, and did not take its name away when it ended."""
+    found = _read(owner)
+    if found is None or found["ended"] or found["host"] == socket.gethostname():
+        return
+    raise CheckpointError(
+        f"`{owner.parent}` was last written by {_described(found)}, which did not say that it ended. Locks do not "
+        "reach from machine to machine on every shared file system, so it may be alive: two runs in one place would "
+        f"mix. End it; if it is gone, delete `{owner}` and start again."
+    )
+
+
 def _writer(owner: Path) -> str:
+    found = _read(owner)
+    # The other process may be about to write it.
+    return "another process" if found is None else _described(found)
+
+
+def _described(writer: dict[str, Any]) -> str:
+    return f"process {writer['pid']} on {writer['host'][:80]!r} since {writer['since'][:30]}"
+
+
+def _read(owner: Path) -> dict[str, Any] | None:
+    """Returns who wrote last, by `pid`, `host` and `since`, and whether it `ended`; None if that is not known."""
     try:
         writer = json.loads(owner.read_text(encoding="utf-8"))
-        return f"process {int(writer['pid'])} on {str(writer['host'])[:80]!r} since {str(writer['since'])[:30]}"
-    # The other process may be about to write it.
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
+        ended = writer.get("ended") is True
+        return {"pid": int(writer["pid"]), "host": str(writer["host"]), "since": str(writer["since"]), "ended": ended}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None

@@ -95,6 +95,12 @@ class RealTime(OuterSettings):
                 "carries on belong to the entries of the last one. Compute it in the losses instead, or use an "
                 "`OuterLoop`."
             )
+        if self.execution.ranks is not None:
+            raise IncompatibleBackendError(
+                f"`execution` has {self.execution.ranks.size} processes, but a real-time run is one inner run, whose "
+                "tangents one process carries on: the others would have nothing to do. Leave `ranks` out, and start "
+                "the run without `torchrun`."
+            )
         # Both check what they are made of.
         self._source()
         self._backend()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TypeVar
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
-from hypertorch.errors import CheckpointError
+from hypertorch.errors import CheckpointError, LostRankError
 from hypertorch.hypergradients import Hypergradient, measured_execution
 from hypertorch.inner.execution import Execution
-from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
+from hypertorch.inner.ranks import Ranks
+from hypertorch.outer.checkpoints import Checkpoint, Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
 from hypertorch.outer.fingerprint import VALIDATION_SETTINGS, changes, fingerprint
@@ -92,8 +93,20 @@ def train(
     def settings(*, of_problem: bool) -> dict[str, str]:
         return fingerprint(loop, backend, source.at(0) if of_problem else None, state.first_settings())
 
-    with nullcontext() if loop.checkpoints is None else one_writer(loop.checkpoints.directory):
-        resumed = _begin(loop, state, num_outer_steps, settings, resume=resume, override=override)
+    with ExitStack() as stack:
+
+        def begin() -> bool:
+            if loop.checkpoints is not None:
+                stack.enter_context(one_writer(loop.checkpoints.directory))
+            return _begin(loop, state, num_outer_steps, settings, resume=resume, override=override)
+
+        ranks = loop.execution.ranks
+        if ranks is None:
+            resumed = begin()
+        else:
+            resumed = _begin_alike(ranks, begin, state)
+            if not ranks.is_first:
+                loop = replace(loop, loggers=(), snapshots=None, checkpoints=None, progress=False)
         run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
         if not run.is_over():
             run.to_the_end()
@@ -174,6 +187,20 @@ def _begin(
     return newest is not None
 
 
+def _begin_alike(ranks: Ranks, begin: Callable[[], bool], state: OuterState) -> bool:
+    """Brings the state of every process to where that of the first one starts; returns whether that is a checkpoint."""
+    resumed, start = ranks.first(lambda: (begin(), vars(state.capture())))
+    if not ranks.is_first:
+        differing = differences(start["hparams"], state.hparams, "on the first process")
+        if differing:
+            raise ValueError(
+                f"`source.init_hparams` of process {ranks.rank} differs from that of the first in "
+                f"{', '.join(differing)}: they would not make one run. Start all processes with the same settings."
+            )
+        state.restore(Checkpoint(**start))
+    return resumed
+
+
 def _conclude(loop: OuterSettings, state: OuterState) -> Trained:
     hparams = state.copy_hparams()
     _check_finite(state, loop.checkpoints)
@@ -246,7 +273,7 @@ class _Run:
                     self._prepare()
                 self._iterate(display)
             self._warn_of_a_rise()
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, LostRankError):
             with uninterrupted():
                 self._save()
             raise
@@ -268,9 +295,7 @@ class _Run:
         # Measured once and kept in the checkpoint: a resumed run that measured again could take the other route, whose
         # rounding and dropout noise differ.
         if state.task_route is None and problem.num_tasks is not None:
-            state.task_route = measured_execution(
-                problem, state.hparams, backend=self._backend, outer_step=state.step, execution=loop.execution
-            ).tasks
+            state.task_route = self._measured_route(problem)
         if loop.on_non_finite == "shorten":
             check_can_be_shortened(problem)
         refuse_reserved_metrics(problem, state, execution=self._execution)
@@ -281,6 +306,21 @@ class _Run:
             _validation_figures(report)
         if state.step == 0:
             self._show_snapshot()
+
+    def _measured_route(self, problem: BilevelProblem) -> str:
+        ranks, state = self._loop.execution.ranks, self._state
+
+        def measure() -> str:
+            return measured_execution(
+                problem,
+                state.hparams,
+                backend=self._backend,
+                outer_step=state.step,
+                execution=self._loop.execution,
+            ).tasks
+
+        # One answer for all processes: their routes would round differently.
+        return measure() if ranks is None else ranks.first(measure)
 
     def _iterate(self, display: ProgressDisplay) -> None:
         state = self._state

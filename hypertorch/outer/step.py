@@ -113,6 +113,7 @@ def refuse_reserved_metrics(problem: BilevelProblem, state: OuterState, *, execu
     """
     if type(problem.outer).metrics is OuterProblem.metrics:
         return
+    execution = replace(execution, ranks=None)  # every process looks at the names
     at_start = unroll(
         replace(problem, num_steps=0),
         state.hparams,

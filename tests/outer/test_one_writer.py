@@ -19,7 +19,7 @@ import hypertorch as ht
 from hypertorch.errors import CheckpointError
 from hypertorch.outer import tensor_files
 from hypertorch.outer.checkpoints import Checkpoints
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.one_writer import is_shared_with_machines, one_writer
 from tests.outer.problems import Quadratics
 from tests.outer.runs import full_loop, records
 
@@ -95,6 +95,65 @@ def test_a_writer_that_is_not_known_yet_is_another_process(text: str, tmp_path: 
             pass
     finally:
         end(process, signal.SIGKILL)
+
+
+def left_behind(folder: Path, **changes: object) -> Path:
+    """What a writer of another machine leaves that was killed."""
+    owner = folder / ".writer.json"
+    owner.write_text(json.dumps({"pid": 71, "host": "node7", "since": "2026-01-31T12:00:00", **changes}))
+    return owner
+
+
+def test_a_writer_of_another_machine_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypertorch.outer.one_writer.is_shared_with_machines", lambda folder: True)
+    owner = left_behind(tmp_path)
+    refusal = (
+        r"last written by process 71 on 'node7' since 2026-01-31T12:00:00, which did not say that it ended.*delete"
+    )
+    with pytest.raises(CheckpointError, match=refusal), one_writer(tmp_path):
+        pass
+    assert json.loads(owner.read_text())["pid"] == 71  # which is still said to the next
+    owner.unlink()
+    with one_writer(tmp_path):
+        pass
+    assert json.loads(owner.read_text())["ended"] is True
+    for changes in ({"ended": True}, {"host": socket.gethostname()}):
+        left_behind(tmp_path, **changes)
+        with one_writer(tmp_path):
+            pass
+
+
+def test_on_a_file_system_of_this_machine_the_lock_alone_decides(tmp_path: Path) -> None:
+    left_behind(tmp_path)
+    with one_writer(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mounts", "shared"),
+    [
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw", False),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:40 / {folder} rw - nfs4 server:/home rw", True),
+        ("22 1 0:40 / / rw - nfs server:/root rw\n30 22 8:1 / {parent} rw - xfs /dev/sda1 rw", False),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:41 / {parent} rw - lustre mds:/scratch rw,flock", True),
+        ("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 0:41 / /elsewhere rw - nfs server:/other rw", False),
+    ],
+)
+def test_a_shared_file_system_is_known_by_the_mounts(
+    mounts: str, shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run of today"
+    folder.mkdir()
+    places = {"folder": str(folder).replace(" ", "\\040"), "parent": str(tmp_path)}
+    original = Path.read_text
+
+    def read(path: Path, **named: object) -> str:
+        is_list = str(path) == "/proc/self/mountinfo"
+        return mounts.format(**places) if is_list else original(path, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert is_shared_with_machines(folder) is shared
 
 
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
