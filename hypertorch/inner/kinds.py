@@ -32,7 +32,7 @@ def kind_of(problem: BilevelProblem) -> Hashable:
 
 
 def _kind(thing: object, depth: int = 4) -> Hashable:
-    return type(thing), tuple((name, _mark(value, depth)) for name, value in _attributes(thing))
+    return type(thing), tuple([(name, _mark(value, depth)) for name, value in _attributes(thing)])
 
 
 def _attributes(thing: object) -> list[tuple[str, object]]:
@@ -43,10 +43,11 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
 
 # The depth bounds the walk: objects may refer to each other in a circle.
 def _mark(value: object, depth: int = 4) -> Hashable:
+    # Most of what is met, first: a net has hundreds of marks, and they are made at every hypergradient.
+    if isinstance(value, (bool, int, float)) and not isinstance(value, Enum):
+        return type(value), value  # 1, 1.0 and True are equal, and choose other branches
     if value is None or isinstance(value, (str, Enum, torch.dtype, type, MethodDescriptorType)):
         return value
-    if isinstance(value, (bool, int, float)):
-        return type(value), value  # 1, 1.0 and True are equal, and choose other branches
     if isinstance(value, BuiltinFunctionType):  # of a method of an object, not the object
         return value.__module__, value.__qualname__
     if isinstance(value, ModuleType):
@@ -58,7 +59,7 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if isinstance(value, FunctionalModule):
         return FunctionalModule, _mark(value.module, depth)
     if isinstance(value, nn.Module):
-        return tuple((type(part), _switches(part, depth - 1)) for part in value.modules())
+        return tuple([(type(part), _switches(part, depth - 1)) for part in value.modules()])
     if isinstance(value, partial):
         bound = (*value.args, *value.keywords.values())
         return "partial", _mark(value.func, depth), tuple(_mark(inside, depth - 1) for inside in bound)
@@ -70,9 +71,9 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if isinstance(value, (tuple, list, dict)) and len(value) > _FEW:
         return type(value)
     if isinstance(value, dict):
-        return dict, tuple((name, _mark(inside, depth - 1)) for name, inside in value.items())
+        return dict, tuple([(name, _mark(inside, depth - 1)) for name, inside in value.items()])
     if isinstance(value, tuple):
-        return type(value), tuple(_mark(inside, depth - 1) for inside in value)
+        return type(value), tuple([_mark(inside, depth - 1) for inside in value])
     if isinstance(value, list):
         # Which, not how many, and no numbers: a list that something is noted down in makes no other problem.
         telling = (inside for inside in value if not isinstance(inside, (int, float, torch.Tensor)))
@@ -82,7 +83,7 @@ def _mark(value: object, depth: int = 4) -> Hashable:
 
 def _switches(part: nn.Module, depth: int) -> Hashable:
     """Returns what the attributes of a part of a module tell, its parameters, buffers and own parts apart."""
-    return tuple((name, _mark(value, depth)) for name, value in vars(part).items() if not name.startswith("_"))
+    return tuple([(name, _mark(value, depth)) for name, value in vars(part).items() if not name.startswith("_")])
 
 
 def _closed_over(function: FunctionType) -> list[object]:

@@ -164,6 +164,7 @@ def test_what_stands_around_the_figures_stays(tmp_path: Path) -> None:
         write_figures(page, "b.py", ["third"])
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

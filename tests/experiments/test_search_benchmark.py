@@ -95,6 +95,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return code
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,12 @@ def counted_peak(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> int:
     return memory.peak
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+SLOW = pytest.mark.slow  # many plans, each run twice
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[SLOW] if name in ("conv", "adam") else []) for name in PROBLEMS]
+)
 def test_predictions_are_what_is_counted(name: str) -> None:
     problem = PROBLEMS[name]()
     found = [plan for _, plan in plans(problem)]
@@ -121,7 +126,7 @@ def test_the_losses_of_many_steps_of_a_tiny_state_are_part_of_the_plan(size: int
         assert counted_peak(problem, backend) == pytest.approx(plan.peak_bytes, rel=0.08), str(plan)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "momentum"])
+@pytest.mark.parametrize("name", [pytest.param("mlp", marks=SLOW), pytest.param("conv", marks=SLOW), "momentum"])
 def test_the_budget_is_kept(name: str) -> None:
     problem = PROBLEMS[name]()
     found = list(plans(problem))
