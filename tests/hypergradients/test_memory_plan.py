@@ -7,8 +7,10 @@ from math import ceil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hypertorch as ht
+from benchmarks.gpt2_plan import Shape, language_problem
 from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.memory_plan import MemoryPlan, plan_memory
@@ -318,3 +320,28 @@ def test_a_plan_explains_itself() -> None:
     assert "measured on one step: its state " in text
     with pytest.raises(ValueError, match="has no `memory_budget`"):
         Reverse().explain(problem, hparams)
+
+
+@pytest.mark.parametrize("budget", ["1GiB", "20KiB", "14KiB"])
+@pytest.mark.parametrize("rule", [ht.dynamics.SGD(lr=0.1), ht.dynamics.Adam(lr=0.01)], ids=["SGD", "Adam"])
+def test_fake_tensors_have_the_plan_of_real_ones(budget: str, rule: ht.Dynamics) -> None:
+    def plan() -> MemoryPlan:
+        problem = net_problem(rule, {}, num_steps=30)
+        return plan_memory(problem, problem.init_hparams(), budget)
+
+    real = plan()
+    with FakeTensorMode():
+        assert plan() == real
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_small_language_model_on_fake_tensors_is_what_a_run_takes() -> None:
+    shape = Shape(layers=2, width=64, heads=4, vocabulary=300, length=48)
+    with FakeTensorMode():
+        problem = language_problem(shape, num_steps=12, rows=4)
+        found = {budget: plan_memory(problem, problem.init_hparams(), budget) for budget in ("4GiB", "42MiB", "20MiB")}
+    assert {plan.method for plan in found.values()} == {"whole graph", "checkpoints", "revolve"}
+    problem = language_problem(shape, num_steps=12, rows=4)
+    for plan in found.values():
+        backend = Reverse(checkpoint_every=plan.checkpoint_every, snapshots=plan.snapshots)
+        assert counted_peak(problem, backend) == pytest.approx(plan.peak_bytes, rel=0.15), str(plan)
