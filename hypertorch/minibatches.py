@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset, default_collate
 
 from hypertorch.autodiff.noise import random_permutation
-from hypertorch.checks import is_count
+from hypertorch.checks import check_seed, is_count
 from hypertorch.types import Batch
 
 
@@ -58,6 +58,7 @@ class Minibatches:
                 f"`batch_size` is {self.batch_size!r}, but the data set has {len(self.dataset)} items: a batch holds "
                 "between 1 and all of them. Choose a whole number in that range."
             )
+        check_seed(self.seed)
 
     @property
     def num_batches(self) -> int:

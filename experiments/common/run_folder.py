@@ -102,6 +102,7 @@ def choose_folder(config: DictConfig) -> Path:
     Raises:
         ExpectedFailure: if `resume` is set and there is no earlier run of the same command.
     """
+    check_places(config)
     if config.paths.run_dir is not None:
         return Path(str(config.paths.run_dir))
     runs = Path(str(config.paths.runs))
@@ -116,6 +117,28 @@ def choose_folder(config: DictConfig) -> Path:
         f"{' (' + shlex.join(wanted) + ')' if wanted else ''}: there is nothing to go on with. Give the command as it "
         "was given then, or name the run's folder with paths.run_dir=..., or leave resume=true out to start anew."
     )
+
+
+def check_places(config: DictConfig) -> None:
+    """Refuses names of folders that would put a run elsewhere than they say.
+
+    Raises:
+        ExpectedFailure: naming the setting.
+    """
+    for key in ("log_dir", "runs", "run_dir"):
+        place = config.paths[key]
+        is_place = isinstance(place, (str, int)) and not isinstance(place, bool) and str(place).strip()
+        if not (place is None and key == "run_dir") and (not is_place or "\0" in str(place)):
+            raise ExpectedFailure(
+                f"`paths.{key}` is {place!r}, which names no folder: the run would lie somewhere else. Write a path, "
+                f"such as paths.{key}=outputs."
+            )
+    name = config.task_name
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ExpectedFailure(
+            f"`task_name` is {name!r}, which is not the name of one folder: runs would lie outside of paths.log_dir. "
+            "Write a plain name, and paths.log_dir=... to put runs elsewhere."
+        )
 
 
 def current_folder() -> RunFolder:
@@ -133,6 +156,7 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
     Raises:
         ExpectedFailure: if a run is there already and is not to be resumed, or it had other settings.
     """
+    check_places(config)
     _refuse_unnamed_sweep(config)
     folder = current_folder()
     if not folder.config.exists():
@@ -169,7 +193,7 @@ def read_config(path: Path, *, setting: str = "run", trusted: Sequence[str] | No
             "that experiments/train.py wrote, such as outputs/train/runs/<date>."
         )
     values = _read_yaml(file)
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not values:
         raise ExpectedFailure(
             f"`{setting}` is {str(path)!r}, whose {_CONFIG} holds no settings: the run cannot be built again. "
             "Restore the file."

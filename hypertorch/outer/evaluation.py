@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import check_metrics, is_count
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.progress import progress_display
@@ -20,6 +21,7 @@ OUTER_LOSS = "outer_loss"
 """Name under which the outer loss is logged and reported."""
 
 
+@typed("source", "progress")
 def evaluate(
     source: ProblemSource,
     hparams: TensorDict,

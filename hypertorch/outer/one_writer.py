@@ -50,6 +50,8 @@ def one_writer(folder: Path, file: str = "") -> Iterator[None]:
         now = datetime.datetime.now().isoformat(timespec="seconds")
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
         # Only read where the lock is refused: a dead process's is replaced here.
+        # A pipe in its place would be waited for.
+        owner.unlink(missing_ok=True)
         owner.write_text(json.dumps(writer), encoding="utf-8")
         yield
     finally:

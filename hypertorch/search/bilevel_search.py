@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, hypergradient
@@ -89,6 +90,7 @@ class SearchResult:
         return found
 
 
+@typed("execution")
 def minimise(
     problem: BilevelProblem,
     bounds: Mapping[str, tuple[float, float]],

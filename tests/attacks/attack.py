@@ -15,7 +15,7 @@ from experiments.common.failures import ExpectedFailure
 from hypertorch.errors import HypertorchError
 
 # Far above what a refusal takes, on a machine that is loaded too: what runs into it hangs.
-LIMIT = 10.0
+LIMIT = 60.0
 TYPED = (HypertorchError, ExpectedFailure, TypeError, ValueError)
 CANARY = "canary"
 
@@ -95,7 +95,7 @@ def fault_of_message(message: str, names: str) -> str | None:
     if re.search(names, message) is None:
         return f"the message does not name {names}: {message}"
     # What it is and why are parted by a colon or a comma or are two sentences; what to do is the sentence after them.
-    if re.search(r"[,:;(.] .*[^.]\. [A-Z`]", message, flags=re.DOTALL) is None:
+    if re.search(r"[,:;(.] .*[^.]\. [A-Z`0-9]", message, flags=re.DOTALL) is None:
         return f"the message is not in three parts: {message}"
     return None
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from tests.attacks import images
+from tests.attacks import callbacks, command_line, images, public_interface
 from tests.attacks.attack import Attack
 
+# Kinds that take more than seconds.
+SLOW = frozenset(command_line.SLOW)
 
-def all_attacks() -> Iterator[Attack]:
-    """Yields every attack, kind by kind."""
-    yield from images.attacks()
+
+def by_kind() -> dict[str, list[Attack]]:
+    """Returns every attack, kind by kind."""
+    kinds: dict[str, list[Attack]] = {}
+    for table in (images, public_interface, callbacks, command_line):
+        for attack in table.attacks():
+            kinds.setdefault(attack.kind, []).append(attack)
+    return kinds

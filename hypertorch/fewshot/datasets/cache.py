@@ -55,6 +55,8 @@ def cached_array(
 
 def _read(path: Path, key: str) -> np.ndarray | None:
     """Returns the stored array, or None where there is none to be trusted."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cifar100_files import HOW_TO_GET, PER_CLASS, read_cifar100
 from hypertorch.fewshot.datasets.cifar_fs_classes import CIFAR_FS_CLASSES
@@ -44,6 +45,7 @@ def CIFARFS(  # noqa: N802  (made like an instance, as the other data sets)
         Bertinetto, Henriques, Torr and Vedaldi (2019), Meta-learning with differentiable closed-form solvers,
         section 4.1; Krizhevsky (2009), Learning multiple layers of features from tiny images.
     """
+    check_switch("progress", progress)
     classes = [name for part in split_parts(split, CIFAR_FS_CLASSES) for name in CIFAR_FS_CLASSES[part]]
     folder = data_folder(root)
     if folder is None:

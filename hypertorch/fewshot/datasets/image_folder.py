@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
@@ -62,6 +63,7 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
             range.
         DatasetError: if folders or classes are missing, a class is empty or in two splits, or a file is damaged.
     """
+    check_switch("progress", progress)
     check_image_size(image_size)
     folder = _checked_root(root)
     found: dict[str, list[Path]] = {}

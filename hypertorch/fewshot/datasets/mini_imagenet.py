@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
@@ -64,6 +65,7 @@ def MiniImageNet(  # noqa: N802  (made like an instance, as the other data sets)
         Vinyals et al. (2016), Matching networks for one shot learning, section 4.1.2; Ravi and Larochelle (2017),
         Optimization as a model for few-shot learning (the split).
     """
+    check_switch("progress", progress)
     # Refused before the folder is looked for: a misspelt split is no missing data.
     parts = split_parts(split, _CSV)
     check_image_size(image_size)

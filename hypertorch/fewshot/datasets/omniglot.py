@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cache import default_cache_dir
 from hypertorch.fewshot.datasets.data_folder import data_folder
@@ -78,6 +79,7 @@ def Omniglot(  # noqa: N802  (made like an instance, `Omniglot(split=...)`)
         Lake, Salakhutdinov and Tenenbaum (2015), Human-level concept learning through probabilistic program induction.
         Vinyals et al. (2016), Matching networks for one shot learning, section 4.1.1.
     """
+    check_switch("progress", progress)
     members = partition_members(partition, split)
     degrees = _checked_rotations(rotations)
     check_image_size(image_size)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from hypertorch.fewshot._checks import check_count, check_seed
+from hypertorch.checks import check_seed, check_switch
+from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.image_size import check_image_size
@@ -55,6 +56,7 @@ def StrokeCharacters(  # noqa: N802  (made like an instance)
         TypeError: if a number is no integer.
         ValueError: if there is no such split, or a number is too small.
     """
+    check_switch("progress", progress)
     if not isinstance(split, str) or split not in _NUM_CLASSES:
         raise ValueError(
             f"`split` is {split!r}: there is no such split. Use one of {', '.join(map(repr, _NUM_CLASSES))}."
