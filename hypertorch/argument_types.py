@@ -108,7 +108,9 @@ def accepts(hint: Any, value: object) -> bool:
     if origin is not None and issubclass(origin, Callable):  # type: ignore[arg-type]
         return callable(value)
     if isinstance(origin, type) and issubclass(origin, Iterable):
-        return isinstance(value, origin) and not isinstance(value, (str, bytes)) and _all_accepted(inner, value)
+        # A tensor without axes can be walked through only by name.
+        is_one = isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) == 0
+        return isinstance(value, origin) and not is_one and _all_accepted(inner, value)
     # A protocol is met by what has its methods, which is told when they are called.
     if isinstance(hint, type) and not getattr(hint, "_is_protocol", False):
         return isinstance(value, hint)

@@ -91,6 +91,11 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         check_fields(self, "lower", "upper")
         _check_bounds("Box", self.lower, self.upper)
+        if self.lower == math.inf or self.upper == -math.inf:
+            raise ValueError(
+                f"`lower` of `Box` is {self.lower} and `upper` {self.upper}: no finite number lies between them. Pass "
+                "a `lower` below infinity and an `upper` above minus infinity."
+            )
 
     def project(self, hparam: Tensor) -> Tensor:
         """Returns `min(max(hparam, lower), upper)`, elementwise."""

@@ -48,7 +48,8 @@ class Minibatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dataset, Sized):
+        # A tensor without axes has a length only by name.
+        if not isinstance(self.dataset, Sized) or getattr(self.dataset, "ndim", 1) == 0:
             raise TypeError(
                 f"`dataset` is a {type(self.dataset).__name__} without a length: a batch that depends on the step "
                 "alone needs items by index. Use a map-style data set, not an iterable one."

@@ -236,7 +236,7 @@ class _Searched:
         self, problem: BilevelProblem, bounds: Mapping[str, tuple[float, float]], log: Collection[str]
     ) -> None:
         self._start = {name: value.detach() for name, value in problem.init_hparams().items()}
-        if isinstance(log, str) or not isinstance(log, Collection):
+        if isinstance(log, str) or not isinstance(log, Collection) or not all(isinstance(name, str) for name in log):
             raise TypeError(f"`log` is {log!r}, but it lists names. Pass a tuple of them, such as `('lr',)`.")
         if not isinstance(bounds, Mapping):
             raise TypeError(f"`bounds` is {bounds!r}, which has no names. Pass for example `{{'lr': (0.01, 1.0)}}`.")

@@ -33,6 +33,7 @@ def main() -> None:
             verdicts.setdefault(kind, []).append(verdict)
             if verdict.fault is not None:
                 sys.stdout.write(f"{kind}: {attack.name}: {verdict.fault}\n")
+                sys.stdout.flush()
     sys.stdout.write("| kind | inputs | refused | longest (s) |\n| --- | --- | --- | --- |\n")
     for kind, ones in verdicts.items():
         refused = sum(one.fault is None for one in ones)
