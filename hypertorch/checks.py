@@ -35,7 +35,7 @@ def check_switch(name: str, value: object) -> None:
 
 
 def check_seed(seed: object) -> None:
-    """Raises unless a seed is a whole number from 0 to 2 ** 63 - 1.
+    """Raises unless a seed is a whole number from 0 to 2 ** 64 - 1.
 
     Random streams are keyed by 64 bits: another number would share the stream of one of these.
 
@@ -48,9 +48,9 @@ def check_seed(seed: object) -> None:
             f"`seed` is {seed!r}, a {type(seed).__name__}: it chooses the random numbers, so a whole number is needed. "
             "Pass for example `seed=0`."
         )
-    if not 0 <= seed < 2**63:
+    if not 0 <= seed < 2**64:
         raise ValueError(
-            f"`seed` must be at least 0 and below 2 ** 63, got {str(seed)[:40]}: it keys the random stream, and "
+            f"`seed` must be at least 0 and below 2 ** 64, got {str(seed)[:40]}: it keys the random stream, and "
             "another number would share that of a seed in this range. Use for instance `seed=0`."
         )
 

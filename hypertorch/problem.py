@@ -230,7 +230,7 @@ class BilevelProblem(ProblemSource):
             # A text is a sequence of texts too, its letters.
             if isinstance(names, str) or not isinstance(names, Sequence) or not set(map(type, names)) <= {str}:
                 raise TypeError(f"`{name}` is {names!r}, but it lists names. Pass a tuple of them, such as `('lr',)`.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             check_seed(self.seed)
         if self.context is not None and not callable(self.context):
             raise TypeError(

@@ -146,7 +146,7 @@ def test_a_learnt_start_is_inherited_by_a_wider_net(num_steps: int) -> None:
         ({"layer": "square", "following": "square"}, "`following` names 'square', and so does `layer`"),
         ({"layer": "square", "following": ("2", "square")}, "Name a layer in one role"),
         ({"following": "square", "beside": "square"}, "`following` names 'square', and so does `beside`"),
-        ({"seed": 2**64}, "`seed` must be at least 0 and below 2 .. 63, got 18446744073709551616"),
+        ({"seed": 2**64}, "`seed` must be at least 0 and below 2 .. 64, got 18446744073709551616"),
     ],
 )
 def test_what_does_not_fit_is_refused(how: dict[str, Any], message: str) -> None:
