@@ -21,7 +21,7 @@ import hypertorch as ht
 from experiments.common.config_errors import CONFIGS
 from experiments.common.experiment import build_experiment, check_repetitions
 from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import device, optional, package_names, switch, text, whole_number
+from experiments.common.readers import device, optional, package_names, seed_number, switch, text, whole_number
 from experiments.common.reads import Reads, check_settings_are_read
 from experiments.common.reporting import (
     check_figures,
@@ -66,7 +66,7 @@ class EvaluateSettings:
     num_queries: int | None = setting(
         optional(partial(whole_number, minimum=1, purpose="it is the number of images that each class is judged on"))
     )
-    seed: int | None = setting(optional(partial(whole_number, minimum=0, purpose="it chooses the episodes")))
+    seed: int | None = setting(optional(partial(seed_number, purpose="it chooses the episodes")))
     dataset_root: str | None = setting(optional(text))
     device: torch.device = setting(device)
     resume: bool = setting(switch)

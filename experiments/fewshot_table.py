@@ -24,7 +24,7 @@ import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known 
 from experiments.common.cells import Cell, CellSettings, run_cells, write_rows
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import device, listed_names, whole_number
+from experiments.common.readers import device, listed_names, seed_number
 from experiments.common.reads import Reads, check_settings_are_read
 from experiments.common.run_folder import RunFolder, command
 from experiments.common.typed_settings import parse, setting
@@ -44,7 +44,7 @@ class TableSettings(CellSettings):
         settings: settings to run; None for all.
     """
 
-    seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the initial weights and the episodes"))
+    seed: int = setting(partial(seed_number, purpose="it chooses the initial weights and the episodes"))
     device: torch.device = setting(device)
     learners: list[str] | None = setting(partial(listed_names, example="maml"))
     settings: list[str] | None = setting(partial(listed_names, example="omniglot_5way_1shot"))

@@ -33,7 +33,7 @@ from experiments.common.budget import spend
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure, Failures
 from experiments.common.line_styles import line_styles
-from experiments.common.readers import listed_names, positive_number, switch, text, whole_number
+from experiments.common.readers import listed_names, positive_number, switch, text, thread_count, whole_number
 from experiments.common.reads import Reads, check_settings_are_read
 from experiments.common.reporting import hardware, versions, write_results
 from experiments.common.result_page import table, write_figures
@@ -84,7 +84,7 @@ class AgainstSettings:
     cells: str = setting(text)
     page: str = setting(text)
     run: bool = setting(switch)
-    threads: int = setting(partial(whole_number, minimum=1, purpose="it is the number of threads of PyTorch"))
+    threads: int = setting(thread_count)
     budget: float = setting(partial(positive_number, purpose="a search takes time", example=4.0))
     seeds: int = setting(partial(whole_number, minimum=1, purpose="a mean needs a search"))
     methods: list[str] | None = setting(partial(listed_names, example="random"))

@@ -30,7 +30,7 @@ from experiments.common.cells import write_rows
 from experiments.common.config_errors import CONFIGS
 from experiments.common.failures import ExpectedFailure, Failures
 from experiments.common.line_styles import line_styles
-from experiments.common.readers import listed_names, switch, text, whole_number
+from experiments.common.readers import listed_names, switch, text, thread_count, whole_number
 from experiments.common.reads import Reads, check_settings_are_read
 from experiments.common.reporting import versions, write_results
 from experiments.common.run_folder import read_results
@@ -66,7 +66,7 @@ class BenchmarkSettings:
 
     cells: str = setting(text)
     run: bool = setting(switch)
-    threads: int = setting(partial(whole_number, minimum=1, purpose="it is the number of threads of PyTorch"))
+    threads: int = setting(thread_count)
     seeds: int = setting(partial(whole_number, minimum=1, purpose="a median needs a search"))
     only: list[str] | None = setting(partial(listed_names, example="branin"))
     digits_with_gradients: int = setting(partial(whole_number, minimum=1, purpose="it is the length of a search"))

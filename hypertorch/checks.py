@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +21,11 @@ def is_count(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Returns whether a value is a real number of Python or NumPy, which may be infinite or NaN; a bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """Returns whether a value is a real number that a float can hold, infinite and NaN included; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    # An integer of Python can be larger than any float: nothing can be computed with it.
+    return not isinstance(value, int) or -sys.float_info.max <= value <= sys.float_info.max
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -34,6 +40,51 @@ def check_switch(name: str, value: object) -> None:
     """Raises `TypeError` if a setting that is either on or off is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` is {value!r}, which is neither True nor False. Pass one of them.")
+
+
+def check_seed(seed: object) -> None:
+    """Raises unless a seed is a whole number from 0 to 2 ** 64 - 1.
+
+    Random streams are keyed by 64 bits: another number would share the stream of one of these.
+
+    Raises:
+        TypeError: if it is no whole number (a bool is none).
+        ValueError: if it is out of range.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(
+            f"`seed` is {seed!r}, a {type(seed).__name__}: it chooses the random numbers, so a whole number is needed. "
+            "Pass for example `seed=0`."
+        )
+    if not 0 <= seed < 2**64:
+        raise ValueError(
+            f"`seed` must be at least 0 and below 2 ** 64, got {str(seed)[:40]}: it keys the random stream, and "
+            "another number would share that of a seed in this range. Use for instance `seed=0`."
+        )
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Raises `TypeError` if a tensor has no plain entries: on the meta device, sparse, or nested."""
+    if value.layout is not torch.strided or value.is_meta or value.is_nested:
+        kind = "on the meta device" if value.is_meta else f"of {'nested' if value.is_nested else value.layout} layout"
+        raise TypeError(
+            f"`{name}` is a tensor {kind}, which has no plain entries to compute with. Use a dense tensor with values."
+        )
+
+
+def checked_path(argument: str, path: str | Path) -> Path:
+    """Returns a path that a file or folder can have.
+
+    Raises:
+        ValueError: if it is empty, or holds a zero byte.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ValueError(
+            f"`{argument}` is {text!r}, which no file or folder can have for a path: nothing could be written there. "
+            "Pass a name, such as 'runs/first'."
+        )
+    return Path(text)
 
 
 def check_hparams(hparams: TensorMapping) -> torch.device:
@@ -60,13 +111,7 @@ def check_hparams(hparams: TensorMapping) -> torch.device:
                 "the names of `problem.init_hparams()`."
             )
         if value.layout is not torch.strided or value.is_meta or value.is_nested:
-            kind = (
-                "on the meta device" if value.is_meta else f"of {'nested' if value.is_nested else value.layout} layout"
-            )
-            raise TypeError(
-                f"`hparams[{name!r}]` is a tensor {kind}, which has no plain entries to move. Use a dense tensor with "
-                "values."
-            )
+            check_dense(f"hparams[{name!r}]", value)
         # Formats of a byte hold numbers, and compute none.
         if value.is_floating_point() and value.element_size() < 2:
             raise TypeError(
@@ -108,6 +153,8 @@ def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
             "to step. Return one, or set `num_steps=0`."
         )
     for name in trained:
+        if params[name].is_meta:
+            check_dense(name, params[name])
         if not params[name].is_floating_point() and num_steps:
             raise TypeError(
                 f"`InnerProblem.init_params` returned `{name}` with dtype {params[name].dtype}, which cannot be "
@@ -118,7 +165,7 @@ def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
 def check_scalar(value: Any, source: str) -> None:
     """Raises if a loss is no scalar tensor, or has no derivative."""
     # A loss for each item would be summed without a word, as tasks are.
-    if not isinstance(value, Tensor) or value.dim() != 0:
+    if not isinstance(value, Tensor) or value.dim() != 0 or value.is_meta:
         raise ValueError(
             f"`{source}` returned {_describe(value)}: a loss is a scalar tensor. Reduce it, for instance with "
             "`.mean()`" + ("; with tasks, write it for one task." if source == "InnerProblem.loss" else ".")
@@ -144,6 +191,11 @@ def check_metrics(metrics: TensorMapping, shape: tuple[int, ...]) -> None:
         metrics: what an outer problem returned, with a tasks axis if it has tasks.
         shape: `()`, or `(tasks,)`.
     """
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
+        raise TypeError(
+            f"`OuterProblem.metrics` returned {metrics!r:.100}, a {type(metrics).__name__}: figures are logged by "
+            "name. Return a dict from names to tensors."
+        )
     for name, value in metrics.items():
         if not isinstance(value, Tensor) or tuple(value.shape) != shape:
             got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"as a {type(value).__name__}"
@@ -166,7 +218,7 @@ def check_buffers(new_buffers: Any, names: Sequence[str]) -> None:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
+        return f"a tensor of shape {tuple(value.shape)}{' on the meta device' if value.is_meta else ''}"
     if isinstance(value, dict):
         kinds = sorted({type(entry).__name__ for entry in value.values()})
         return f"a dict holding {kinds}"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import check_fields
+
 
 class Constraint(ABC):
     """A closed convex set of tensors, given by its Euclidean projection.
@@ -45,6 +47,7 @@ class Positive(Constraint):
     minimum: float = 1e-12
 
     def __post_init__(self) -> None:
+        check_fields(self, "minimum")
         if not (self.minimum > 0.0 and math.isfinite(self.minimum)):
             raise ValueError(
                 f"`minimum` of `Positive` is {self.minimum}: the smallest allowed value of a positive number is finite "
@@ -86,7 +89,13 @@ class Box(Constraint):
     upper: float = math.inf
 
     def __post_init__(self) -> None:
+        check_fields(self, "lower", "upper")
         _check_bounds("Box", self.lower, self.upper)
+        if self.lower == math.inf or self.upper == -math.inf:
+            raise ValueError(
+                f"`lower` of `Box` is {self.lower} and `upper` {self.upper}: no finite number lies between them. Pass "
+                "a `lower` below infinity and an `upper` above minus infinity."
+            )
 
     def project(self, hparam: Tensor) -> Tensor:
         """Returns `min(max(hparam, lower), upper)`, elementwise."""
@@ -122,6 +131,7 @@ class Simplex(Constraint):
     total: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "total")
         if not (self.total > 0.0 and math.isfinite(self.total)):
             raise ValueError(
                 f"`total` of `Simplex` is {self.total}: weights that are at least 0 have a finite sum above 0. Pass "
@@ -187,6 +197,7 @@ class BoundedSum(Constraint):
     upper: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "total", "lower", "upper")
         _check_bounds("BoundedSum", self.lower, self.upper)
         for name, value in (("lower", self.lower), ("upper", self.upper), ("total", self.total)):
             if not math.isfinite(value):

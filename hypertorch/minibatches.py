@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset, default_collate
 
 from hypertorch.autodiff.noise import random_permutation
-from hypertorch.checks import is_count
+from hypertorch.checks import check_seed, is_count
 from hypertorch.types import Batch
 
 
@@ -48,7 +48,8 @@ class Minibatches:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dataset, Sized):
+        # A tensor without axes has a length only by name.
+        if not isinstance(self.dataset, Sized) or getattr(self.dataset, "ndim", 1) == 0:
             raise TypeError(
                 f"`dataset` is a {type(self.dataset).__name__} without a length: a batch that depends on the step "
                 "alone needs items by index. Use a map-style data set, not an iterable one."
@@ -58,6 +59,7 @@ class Minibatches:
                 f"`batch_size` is {self.batch_size!r}, but the data set has {len(self.dataset)} items: a batch holds "
                 "between 1 and all of them. Choose a whole number in that range."
             )
+        check_seed(self.seed)
 
     @property
     def num_batches(self) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from inspect import signature
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from hypertorch.checks import is_count
+from hypertorch.checks import check_seed, is_count
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics import Dynamics
 from hypertorch.dynamics.settings import Setting, is_schedule
@@ -228,10 +228,15 @@ class BilevelProblem(ProblemSource):
         for name in ("allow_unused", "shared_context"):
             names = getattr(self, name)
             # A text is a sequence of texts too, its letters.
-            if isinstance(names, str) or not set(map(type, names)) <= {str}:
+            if isinstance(names, str) or not isinstance(names, Sequence) or not set(map(type, names)) <= {str}:
                 raise TypeError(f"`{name}` is {names!r}, but it lists names. Pass a tuple of them, such as `('lr',)`.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"`seed` is {self.seed!r}: it chooses the noise. Pass a whole number.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            check_seed(self.seed)
+        if self.context is not None and not callable(self.context):
+            raise TypeError(
+                f"`context` is {self.context!r}, a {type(self.context).__name__}: it is called with the outer "
+                "variables and the outer batch. Pass a function, or None for no context."
+            )
         for name, setting in self.dynamics.settings().items():
             self._check_schedule(name, setting)
 
@@ -252,6 +257,11 @@ class BilevelProblem(ProblemSource):
         # A rule that learns a setting (`Hyper`) declares its first value
         # itself, so that it need not be written twice.
         declared, owned = self.outer.init_hparams(), self.dynamics.init_hparams()
+        if not isinstance(declared, dict):
+            raise TypeError(
+                f"`OuterProblem.init_hparams` returned a {type(declared).__name__}: the outer variables are a flat "
+                "dict from names to tensors. Return one, such as `{'lr': torch.tensor(0.1)}`."
+            )
         clash = sorted(declared.keys() & owned.keys())
         if clash:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import typed
 from hypertorch.checks import check_metrics
 from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
@@ -45,6 +46,7 @@ class UnrollResult:
     carry: TensorDict = field(default_factory=dict)
 
 
+@typed("problem", "metrics_after")
 def unroll(
     problem: BilevelProblem,
     hparams: TensorDict,
@@ -76,7 +78,7 @@ def unroll(
     """
     asked = tuple(metrics_after)
     # One comparison for three mistakes: a set holds each number once, in range, and comes back in order.
-    if list(asked) != sorted({*asked} & {*range(problem.num_steps + 1)}):
+    if list(asked) != sorted({step for step in asked if 0 <= step <= problem.num_steps}):
         raise ValueError(
             f"`metrics_after` is {asked}: figures can be taken after 0 to {problem.num_steps} steps of this problem, "
             "in the order of the run. Pass ascending numbers from that range, each once."
@@ -136,10 +138,12 @@ def _unroll_slice(
 
 def _metrics(loop: InnerLoop, params: TensorDict, variables: TensorDict) -> TensorDict:
     """Returns the figures at copies: what `OuterProblem.metrics` changes is not the run's."""
-    return loop.metrics(
+    metrics = loop.metrics(
         {name: value.clone() for name, value in params.items()},
         {name: value.clone() for name, value in variables.items()},
     )
+    check_metrics(metrics, () if loop.num_tasks is None else (loop.num_tasks,))
+    return metrics
 
 
 def _join(parts: list[UnrollResult], slices: list[TaskSlice | None]) -> UnrollResult:
@@ -195,6 +199,5 @@ def outer_metrics(
     else:
         slices, places = own_slices(num_tasks, execution), task_slices(len(ranks.share(num_tasks)), execution)
         metrics = tree.concatenate(ranks.objects(lambda: over(slices, places)))
-    check_metrics(metrics, () if problem.num_tasks is None else (problem.num_tasks,))
     # A count is an integer, of which PyTorch takes no mean.
     return {name: value.to(torch.get_default_dtype()).mean() for name, value in metrics.items()}

@@ -39,8 +39,8 @@ def test_wrong_options_are_explained(options: dict, message: str) -> None:
         ({"allow_unused": "c"}, "`allow_unused` is 'c', but it lists names"),
         ({"allow_unused": (3,)}, r"`allow_unused` is \(3,\), but it lists names"),
         ({"shared_context": "c"}, "`shared_context` is 'c', but it lists names"),
-        ({"seed": True}, "`seed` is True: it chooses the noise"),
-        ({"seed": 1.5}, "`seed` is 1.5: it chooses the noise"),
+        ({"seed": True}, "`seed` is True, a bool: it chooses the random"),
+        ({"seed": 1.5}, "`seed` is 1.5, a float: it chooses the random"),
     ],
 )
 def test_options_of_another_kind_are_explained(options: dict, message: str) -> None:

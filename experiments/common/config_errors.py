@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -52,6 +53,26 @@ def explain_config_error(error: HydraException | OmegaConfBaseException, main_co
     if isinstance(error, ConfigCompositionException):
         return _composition_error(error, main_config)
     return f"`the configuration` cannot be used: {one_line(error)}. Correct the setting it names. {_SHOW}"
+
+
+def explain_group_value(error: ValueError) -> str | None:
+    """Returns the message for a group that is given a number or null, None for any other error.
+
+    Args:
+        error: what Hydra raised, of a kind that it has no class for.
+    """
+    if not str(error).startswith("Config group override must be a string or a list"):
+        return None
+    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    for override in OverridesParser.create().parse_overrides(given):
+        group, value = override.key_or_group, override.value()
+        if not isinstance(value, (str, list)) and (CONFIGS / group).is_dir():
+            choices = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+            return (
+                f"`{group}` is {value!r}, but a group is chosen by the name of one of its files: nothing can be read "
+                f"from that. Choose one of: {choices}."
+            )
+    return None
 
 
 def _unknown_choice(error: MissingConfigException) -> str:

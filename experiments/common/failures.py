@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import hypertorch
-from experiments.common.config_errors import explain_config_error
+from experiments.common.config_errors import explain_config_error, explain_group_value
 from experiments.common.processes import is_first_process, why_not_shared
 from hypertorch.errors import HypertorchError
 from hypertorch.search import FailedTrial
@@ -70,6 +70,8 @@ def explain(error: BaseException, main_config: Path) -> str | None:
         return explain_config_error(error, main_config) if ours is None else str(ours)
     if isinstance(error, (ExpectedFailure, HypertorchError)):
         return str(error)
+    if isinstance(error, ValueError) and (message := explain_group_value(error)) is not None:
+        return message
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"`device` has too little memory ({str(error).splitlines()[0]}) This run does not fit. Lower "

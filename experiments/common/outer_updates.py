@@ -22,6 +22,12 @@ def build_outer_optimizer(config: DictConfig) -> Callable[[list[torch.Tensor]], 
         ExpectedFailure: if the optimizer refuses its settings.
     """
     factory = make(config, "outer_optimizer")
+    # To PyTorch true is the number 1.
+    if isinstance(OmegaConf.select(config, "outer_optimizer.lr"), bool):
+        raise ExpectedFailure(
+            f"`outer_optimizer.lr` is {config.outer_optimizer.lr}, but it is a step size, so a number is needed. Write "
+            "for example outer_optimizer.lr=0.001."
+        )
     try:
         factory([torch.zeros(1, requires_grad=True)])
     except (TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -48,7 +49,7 @@ def as_given(config: DictConfig, key: str) -> Any:
     return OmegaConf.select(config, key)
 
 
-def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) -> int:
+def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str, maximum: int | None = None) -> int:
     """Returns a whole number of the configuration.
 
     Args:
@@ -56,6 +57,7 @@ def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) ->
         key: dotted name of the setting.
         minimum: the smallest allowed.
         purpose: what the number is for, a clause of the message.
+        maximum: the largest allowed; None for any.
 
     Raises:
         ExpectedFailure: if it is anything else.
@@ -66,7 +68,18 @@ def whole_number(config: DictConfig, key: str, *, minimum: int, purpose: str) ->
             f"`{key}` is {value!r}, but {purpose}, so a whole number of at least {minimum} is needed. Write "
             f"for example {key}={max(minimum, 1)}."
         )
+    if maximum is not None and value > maximum:
+        raise ExpectedFailure(
+            f"`{key}` is {str(value)[:40]}, but {purpose}, so a whole number of at most {maximum} is needed. Write for "
+            f"example {key}={max(minimum, 1)}."
+        )
     return value
+
+
+# Generators are seeded by 64 bits: a larger number would be that of another seed.
+seed_number = partial(whole_number, minimum=0, maximum=2**63 - 1)
+# Memory is set aside for each thread, so that a billion ends the process; no machine has more cores.
+thread_count = partial(whole_number, minimum=1, maximum=1024, purpose="it is the number of threads of PyTorch")
 
 
 def positive_number(config: DictConfig, key: str, *, purpose: str, example: float, or_zero: bool = False) -> float:

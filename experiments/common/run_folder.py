@@ -107,6 +107,7 @@ def choose_folder(config: DictConfig) -> Path:
     """
     if not is_first_process():
         return own_folder()
+    check_places(config)
     if config.paths.run_dir is not None:
         return Path(str(config.paths.run_dir))
     runs = Path(str(config.paths.runs))
@@ -126,6 +127,28 @@ def choose_folder(config: DictConfig) -> Path:
     )
 
 
+def check_places(config: DictConfig) -> None:
+    """Refuses names of folders that would put a run elsewhere than they say.
+
+    Raises:
+        ExpectedFailure: naming the setting.
+    """
+    for key in ("log_dir", "runs", "run_dir"):
+        place = config.paths[key]
+        is_place = isinstance(place, (str, int)) and not isinstance(place, bool) and str(place).strip()
+        if not (place is None and key == "run_dir") and (not is_place or "\0" in str(place)):
+            raise ExpectedFailure(
+                f"`paths.{key}` is {place!r}, which names no folder: the run would lie somewhere else. Write a path, "
+                f"such as paths.{key}=outputs."
+            )
+    name = config.task_name
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise ExpectedFailure(
+            f"`task_name` is {name!r}, which is not the name of one folder: runs would lie outside of paths.log_dir. "
+            "Write a plain name, and paths.log_dir=... to put runs elsewhere."
+        )
+
+
 def current_folder() -> RunFolder:
     """Returns the folder of the current Hydra job, whatever is in it."""
     return RunFolder(Path(HydraConfig.get().runtime.output_dir))
@@ -141,6 +164,7 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
     Raises:
         ExpectedFailure: if a run is there already and is not to be resumed, or it had other settings.
     """
+    check_places(config)
     _refuse_unnamed_sweep(config)
     folder = current_folder()
     if not folder.config.exists():
@@ -177,7 +201,7 @@ def read_config(path: Path, *, setting: str = "run", trusted: Sequence[str] | No
             "that experiments/train.py wrote, such as outputs/train/runs/<date>."
         )
     values = _read_yaml(file)
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not values:
         raise ExpectedFailure(
             f"`{setting}` is {str(path)!r}, whose {_CONFIG} holds no settings: the run cannot be built again. "
             "Restore the file."

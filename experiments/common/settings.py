@@ -14,8 +14,10 @@ from experiments.common.readers import (
     listed_names,
     optional,
     package_names,
+    seed_number,
     switch,
     text,
+    thread_count,
     whole_number,
 )
 from experiments.common.typed_settings import setting
@@ -33,12 +35,10 @@ class ProblemSettings:
         execution: how the problems are run.
     """
 
-    seed: int = setting(partial(whole_number, minimum=0, purpose="it chooses the first weights and the data"))
+    seed: int = setting(partial(seed_number, purpose="it chooses the first weights and the data"))
     device: torch.device = setting(device)
     dtype: torch.dtype = setting(dtype)
-    threads: int | None = setting(
-        optional(partial(whole_number, minimum=1, purpose="it is the number of threads of PyTorch"))
-    )
+    threads: int | None = setting(optional(thread_count))
     execution: ExecutionSettings
 
     def set_threads(self) -> None:

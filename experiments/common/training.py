@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 import hypertorch as ht
 from experiments.common.building import build
 from experiments.common.experiment import Experiment, check_repetitions
+from experiments.common.failures import ExpectedFailure
 from experiments.common.outer_updates import build_outer_optimizer, build_scheduler, check_outer_updates
 from experiments.common.reads import Reads
 from experiments.common.run_folder import RunFolder
@@ -37,7 +38,7 @@ def _scheduler(config: DictConfig, length: int) -> Any:
 
 
 def _idle(config: DictConfig, key: str) -> str | None:
-    if key != "outer_loop.schedule_length" or is_scheduled(config):
+    if not f"{key}.".startswith("outer_loop.schedule_length.") or is_scheduled(config):
         return None
     return (
         "the run has no learning-rate schedule that depends on its length: it would have no effect. Leave it out, or "
@@ -106,7 +107,15 @@ def build_outer_loop(
         ),
         loggers=[ht.JsonLinesLogger(folder.metrics), ht.TensorBoardLogger(folder.tensorboard)],
         checkpoints=build(config, "outer_loop.checkpoints", folder.checkpoints),
-        snapshots=None
-        if config.outer_loop.snapshots.every is None
-        else build(config, "outer_loop.snapshots", pictures=experiment.pictures),
+        snapshots=_snapshots(config, experiment),
     )
+
+
+def _snapshots(config: DictConfig, experiment: Experiment) -> ht.Snapshots | None:
+    block = config.outer_loop.snapshots
+    if not isinstance(block, DictConfig):
+        raise ExpectedFailure(
+            f"`outer_loop.snapshots` is {block!r}, but it is a block with a number of outer steps. Write "
+            "outer_loop.snapshots.every=100, or outer_loop.snapshots.every=null for none."
+        )
+    return None if block.every is None else build(config, "outer_loop.snapshots", pictures=experiment.pictures)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hypertorch.argument_types import typed
+
 
 class PeakMemory(TorchDispatchMode):
     """A context in which every new tensor is counted for as long as it lives.
@@ -156,6 +158,7 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
     return int(float(found.group(1)) * factor)
 
 
+@typed("size")
 def format_bytes(size: int) -> str:
     """Returns a number of bytes as a person reads it, in binary units: "512.0 MiB"."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
-from hypertorch.checks import is_count
+from hypertorch.argument_types import typed
+from hypertorch.checks import check_hparams, check_seed, is_count
 from hypertorch.hypergradients import Hypergradient, hypergradient, measured_execution
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.problem import BilevelProblem
@@ -71,6 +72,7 @@ class HypergradientCheck:
         return "\n".join(lines)
 
 
+@typed("step_size", "tolerance")
 def check_hypergradient(
     problem: BilevelProblem,
     hparams: TensorDict,
@@ -109,6 +111,8 @@ def check_hypergradient(
         TypeError: if a hyperparameter is not float64.
         ValueError: if a number is out of range.
     """
+    check_hparams(hparams)
+    check_seed(seed)
     _check_dtype(hparams)
     _check_numbers(num_directions, step_size, tolerance)
     # The noise that a model draws differs between tasks by `vmap` and by the loop.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hypertorch.argument_types import typed
 from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.text_table import aligned, in_bytes, in_seconds
@@ -113,6 +114,7 @@ class BackendComparison:
         return max((len(figures.seconds) for figures in self.figures.values()), default=0)
 
 
+@typed("exact")
 def compare_backends(
     problem: BilevelProblem,
     hparams: TensorDict,

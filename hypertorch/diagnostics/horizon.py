@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+from hypertorch.argument_types import typed
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.geometric_fit import GeometricFit, fit_geometric
 from hypertorch.diagnostics.text_table import aligned
@@ -80,6 +81,7 @@ class HorizonBias:
         return "\n".join(lines)
 
 
+@typed("implicit", "exact")
 def horizon_bias(
     problem: BilevelProblem,
     hparams: TensorDict,
@@ -173,6 +175,10 @@ def _fit(points: Sequence[HorizonPoint], end: float) -> GeometricFit | None:
 
 
 def _ascending(argument: str, lengths: Sequence[int]) -> list[int]:
+    if not isinstance(lengths, Sequence):
+        raise TypeError(
+            f"`{argument}` is {lengths!r}, a {type(lengths).__name__}: it lists numbers of steps. Pass a list of them."
+        )
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import typed
 from hypertorch.autodiff.products import vjp
+from hypertorch.checks import check_seed
 from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Reverse, measured_execution
@@ -96,6 +98,7 @@ class SpectralRadius:
         )
 
 
+@typed("problem", "tolerance")
 def spectral_radius(
     problem: BilevelProblem,
     hparams: TensorDict,
@@ -149,6 +152,12 @@ def spectral_radius(
     """
     step = _checked_step(step, problem.num_steps)
     _check_numbers(dimension, max_restarts)
+    check_seed(seed)
+    if not 0.0 < tolerance < math.inf:
+        raise ValueError(
+            f"`tolerance` is {tolerance}: restarts would end at once or never, for every residual. Pass a finite "
+            "number above 0, such as 1e-8."
+        )
     # The backend whose cost is like this function's: vjps of single steps.
     execution = measured_execution(
         problem, hparams, backend=Reverse(checkpoint_every=1), outer_step=outer_step, execution=execution

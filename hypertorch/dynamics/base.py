@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.declared import check_declared, check_settings, declared, natural_constraints
@@ -57,7 +59,9 @@ class Dynamics(ABC):
         cls.separate_params = vars(cls).get("separate_params", False)
 
     def __post_init__(self) -> None:
-        """Checks the declared settings; a leaf with checks of its own calls it too."""
+        """Checks the declared settings and the switches; a leaf with checks of its own calls it too."""
+        if dataclasses.is_dataclass(self):
+            check_fields(self, *(field.name for field in dataclasses.fields(self) if field.type in (bool, "bool")))
         check_declared(type(self).__name__, self._declared, declared(type(self)))
 
     @cached_property

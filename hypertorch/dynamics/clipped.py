@@ -19,8 +19,8 @@ from hypertorch.dynamics.settings import Hyper, Setting, UngroupedSetting, resol
 from hypertorch.types import TensorDict, TensorMapping
 
 _EPS = 1e-6  # of `torch.nn.utils.clip_grad_norm_`
-_NORM = Range(0.0, math.inf, Positive(), "It bounds a norm.")
-_MAGNITUDE = Range(0.0, math.inf, Positive(), "It bounds a magnitude.")
+_NORM = Range(0.0, math.inf, Positive(), "It bounds a norm.", infinite=True)
+_MAGNITUDE = Range(0.0, math.inf, Positive(), "It bounds a magnitude.", infinite=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics.learned_update import UpdateRule
 from hypertorch.types import TensorDict
 
@@ -40,6 +41,7 @@ class CoordinatewiseLSTM(UpdateRule):
         gate).
     """
 
+    @typed("preprocess")
     def __init__(self, *, hidden: int = 20, layers: int = 2, preprocess: float | None = 10.0) -> None:
         super().__init__()
         _check_size("CoordinatewiseLSTM", "hidden", hidden)
@@ -97,6 +99,7 @@ class CoordinatewiseMLP(UpdateRule):
         small network per coordinate that sees momenta at several time scales).
     """
 
+    @typed("decays", "preprocess")
     def __init__(
         self, *, hidden: int = 32, decays: Sequence[float] = (0.5, 0.9, 0.99), preprocess: float | None = 10.0
     ) -> None:

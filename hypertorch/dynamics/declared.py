@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypertorch.checks import is_number
 from hypertorch.constraints import Box, Constraint, Positive
 from hypertorch.dynamics.settings import (
     Hyper,
@@ -39,12 +40,19 @@ class Range:
         natural: the constraint of an outer variable that is read as the setting, without a transform. It may be
             narrower than the range: a learnt step size stays above 0. None for no constraint.
         reason: the last sentence of the message for a number outside: what the setting means, or what to use.
+        infinite: whether infinity is allowed, which stands for no bound; else numbers are finite.
     """
 
     lower: float
     upper: float
     natural: Positive | Box | None
     reason: str
+    infinite: bool = dataclasses.field(default=False, kw_only=True)
+
+    def includes(self, values: Tensor) -> Tensor:
+        """Returns which of the values are allowed; NaN never is."""
+        inside = (values >= self.lower) & (values <= self.upper)
+        return inside if self.infinite else inside & values.isfinite()
 
 
 # An open end as a closed one, so that a range is two comparisons. At 1 the bias corrections divide by zero.
@@ -163,7 +171,7 @@ def check_range(owner: str, name: str, setting: Setting, allowed: Range) -> None
 def _check_range(argument: str, setting: UngroupedSetting, allowed: Range) -> None:
     if isinstance(setting, Hyper):
         return
-    if isinstance(setting, str) or not isinstance(setting, (int, float, Sequence, Tensor)):
+    if isinstance(setting, (bool, str, bytes)) or not isinstance(setting, (int, float, Sequence, Tensor)):
         raise TypeError(
             f"{argument} is {setting!r}, which is neither a number, a sequence of numbers, a tensor nor a `Hyper`. "
             "To learn a setting, pass `ht.Hyper(name)` and put its tensor into the outer variables."
@@ -171,14 +179,18 @@ def _check_range(argument: str, setting: UngroupedSetting, allowed: Range) -> No
     if isinstance(setting, Tensor):
         # Before its values are looked at, which costs a wait for the device.
         _check_constant(argument, setting)
-        # Written so that NaN is outside.
-        outside = setting[~((setting >= allowed.lower) & (setting <= allowed.upper))]
+        outside = setting[~allowed.includes(setting)]
         values = outside[:1].tolist()
     else:
         values = setting if isinstance(setting, Sequence) else (setting,)
     for value in values:
-        # Negated for the same reason: every comparison with NaN is false.
-        if not allowed.lower <= value <= allowed.upper:
+        if not is_number(value):
+            raise TypeError(
+                f"{argument} holds {value!r}, a `{type(value).__name__}`: a schedule is of numbers, one for each inner "
+                "step. Convert it, for example by `float`."
+            )
+        # Negated, so that NaN is outside: every comparison with it is false.
+        if not allowed.lower <= value <= allowed.upper or (math.isinf(value) and not allowed.infinite):
             raise ValueError(f"{argument} is {value}, outside [{allowed.lower}, {allowed.upper}]. {allowed.reason}")
 
 

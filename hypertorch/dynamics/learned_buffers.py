@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
 from hypertorch.dynamics.settings import Setting
@@ -46,6 +47,7 @@ class LearnedBuffers(GradientDynamics):
     name: str = "buffers"
 
     def __post_init__(self) -> None:
+        check_fields(self, "name")
         if not isinstance(self.rule, GradientDynamics):
             raise TypeError(
                 f"`rule` of `LearnedBuffers` is {self.rule!r}, not a `GradientDynamics`: only such a rule's buffers "

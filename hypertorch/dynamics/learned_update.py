@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.constraints import Positive
 from hypertorch.dynamics.base import GradientDynamics, by_parameter, flattened
 from hypertorch.dynamics.declared import Range, setting
@@ -100,6 +101,7 @@ class LearnedUpdate(GradientDynamics):
                 f"`rule` is a {type(self.rule).__name__}, not an `UpdateRule`: it has no state per coordinate. Pass an "
                 "instance of a subclass, such as `ht.dynamics.CoordinatewiseLSTM()`."
             )
+        check_fields(self, "name")
         super().__post_init__()
 
     def init_hparams(self) -> TensorDict:

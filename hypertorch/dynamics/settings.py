@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from hypertorch.argument_types import check_fields
 from hypertorch.types import TensorMapping
 
 Per: TypeAlias = Literal["one", "step", "parameter", "step,parameter"]
@@ -45,6 +46,7 @@ class Hyper:
     per: Per = "one"
 
     def __post_init__(self) -> None:
+        check_fields(self, "name", "transform")
         if self.per not in PER:
             raise ValueError(
                 f"`per` of `Hyper({self.name!r})` is {self.per!r}, which names no way to read an outer variable. Use "

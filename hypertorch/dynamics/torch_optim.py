@@ -96,7 +96,7 @@ class TorchOptim(GradientDynamics):
 
     def __post_init__(self) -> None:
         given: object = self.optimizer
-        if isinstance(given, partial) and not given.args:
+        if isinstance(given, partial) and not given.args and isinstance(self.options, Mapping):
             object.__setattr__(self, "optimizer", given.func)
             object.__setattr__(self, "options", {**given.keywords, **self.options})
         check_class(self.optimizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hypertorch.checks import is_count
+
 
 def check_integer(name: str, value: int, *, minimum: int, why: str, advice: str, nature: str | None = None) -> None:
     """Raises unless `value` is an integer of at least `minimum`.
@@ -36,12 +38,6 @@ def check_count(name: str, value: int, *, minimum: int, why: str, advice: str) -
     check_integer(name, value, minimum=minimum, why=why, advice=advice, nature=nature)
 
 
-def check_seed(seed: int) -> None:
-    """Raises unless `seed` is an integer from 0 on."""
-    # Keys of random streams are read modulo 2**64: a negative seed would share the stream of a large one.
-    check_integer("seed", seed, minimum=0, why="it keys the random stream", advice="use for instance `seed=0`")
-
-
 def check_step(step: int) -> None:
     """Raises unless `step` is an integer from 0 on."""
     check_integer("step", step, minimum=0, why="batches are numbered from 0", advice="ask for batch 0 or later")
@@ -69,4 +65,17 @@ def check_shot(shot: int) -> None:
     """Raises unless `shot` is an integer from 1 on."""
     check_count(
         "shot", shot, minimum=1, why="without support examples there is nothing to learn from", advice="use 1 or more"
+    )
+
+
+def check_way(way: object) -> None:
+    """Raises unless `way` is an integer from 1 on."""
+    if not is_count(way):
+        raise ValueError(f"`way` is {way!r}: the head needs at least one output. Pass the number of classes.")
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Raises unless `num_steps` is an integer from 0 on."""
+    check_count(
+        "num_steps", num_steps, minimum=0, why="an inner loop takes no fewer steps than none", advice="use 1 or more"
     )

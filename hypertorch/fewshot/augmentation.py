@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -122,6 +124,7 @@ class Normalisation:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        check_fields(self, "mean", "std")
         # Lists from a config file become tuples, so that nothing can change the checked value.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))

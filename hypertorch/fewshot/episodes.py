@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import check_fields
+
 
 # Named tuples are trees to PyTorch: `vmap` cuts an episode into tasks without knowing the class.
 class Examples(NamedTuple):
@@ -52,6 +54,14 @@ class TaskSpec:
     item_shape: tuple[int, ...]
     outputs: int
     is_classification: bool
+
+    def __post_init__(self) -> None:
+        check_fields(self, "item_shape", "outputs", "is_classification")
+        if self.outputs < 1 or min(self.item_shape, default=1) < 1:
+            raise ValueError(
+                f"`item_shape` of `TaskSpec` is {self.item_shape} and `outputs` {self.outputs}: a network has at least "
+                "one input and one output. Pass numbers of at least 1."
+            )
 
     @property
     def in_features(self) -> int:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hypertorch.autodiff.noise import mix, random_words
+from hypertorch.checks import check_seed
 from hypertorch.fewshot._checks import (
     check_count,
     check_num_queries,
     check_num_tasks,
-    check_seed,
     check_shot,
     check_step,
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError
@@ -76,6 +77,7 @@ class EvoGrad(Hypergradient):
     noise: Literal["gaussian", "sign"] = "gaussian"
 
     def __post_init__(self) -> None:
+        check_fields(self, "sigma", "temperature")
         if isinstance(self.num_copies, bool) or not isinstance(self.num_copies, int) or self.num_copies < 2:
             raise ValueError(
                 f"`num_copies` is {self.num_copies!r}: a single copy has all the weight whatever its loss, so that no "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, BlackBox
 from hypertorch.hypergradients.evolution.antithetic_pairs import Pair, pairs_to_carry, read_pairs
@@ -71,6 +72,7 @@ class EvolutionStrategies(BlackBox):
     horizon: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "sigma", "persistent")
         if isinstance(self.num_pairs, bool) or not isinstance(self.num_pairs, int) or self.num_pairs < 1:
             raise ValueError(
                 f"`num_pairs` is {self.num_pairs!r}: without a perturbed run there is no difference to learn from. "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, PathBlind
 from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route
@@ -79,6 +80,7 @@ class Forward(PathBlind):
     keep_tangents: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, "keep_tangents")
         check_chunk_size(self.chunk_size, "entries")
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
@@ -86,6 +87,7 @@ class Implicit(Hypergradient):
     stationarity_tolerance: float | None = 1e-2
 
     def __post_init__(self) -> None:
+        check_fields(self, "residual_tolerance", "stationarity_tolerance")
         if self.solver is None:
             # Past the guard of a frozen class: the default depends on `map`.
             object.__setattr__(self, "solver", FixedPoint() if self.map == "step" else ConjugateGradient())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
 from hypertorch.errors import IncompatibleBackendError
@@ -64,6 +65,7 @@ class OneStep(Hypergradient):
     epsilon: float = 0.01
 
     def __post_init__(self) -> None:
+        check_fields(self, "finite_difference", "epsilon")
         if not 0.0 < self.epsilon < math.inf:
             raise ValueError(
                 f"`epsilon` is {self.epsilon!r}: a difference needs two places. Pass a finite number above 0; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -58,6 +58,11 @@ class BoundProblem:
                 "Pass a whole number of at least 0."
             )
         self._outer_step = outer_step
+        if carry is not None and not isinstance(carry, Mapping):
+            raise TypeError(
+                f"`carry` is {carry!r}, a {type(carry).__name__}: a run goes on from the inner state of another one. "
+                "Pass `result.carry` of that run, or None to start anew."
+            )
         self._carry = carry or {}
         if self._carry and not problem.warm_start:
             raise ValueError(
@@ -94,6 +99,11 @@ class BoundProblem:
         seed_generators(self.device, problem.seed, self._outer_step, first, CONTEXT)
         batch = self._outer_batch if task_slice is None else task_slice.keep_axis(self._outer_batch)
         context = problem.context(hparams, batch)
+        if not isinstance(context, dict):
+            raise TypeError(
+                f"`context` returned a {type(context).__name__}: the losses read its tensors by name. Return a flat "
+                "dict from names to tensors."
+            )
         clash = sorted(context.keys() & hparams.keys())
         if clash:
             raise ValueError(

@@ -466,7 +466,9 @@ def _inner_loss(
     loss: Callable[..., Any], buffers: tuple[str, ...], params: TensorDict, variables: TensorDict, batch: Batch
 ) -> tuple[Tensor, TensorDict]:
     result = stopping_tangents(loss, params, variables, batch)
-    value, new_buffers = result if isinstance(result, tuple) else (result, {})
+    value: Any
+    # A tuple of another length is no scalar either.
+    value, new_buffers = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     check_scalar(value, "InnerProblem.loss")
     if new_buffers or buffers:
         check_buffers(new_buffers, buffers)

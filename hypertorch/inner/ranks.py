@@ -18,7 +18,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
-from hypertorch.checks import is_out_of_memory
+from hypertorch.argument_types import check_fields
+from hypertorch.checks import is_number, is_out_of_memory
 from hypertorch.errors import HypertorchError, LostRankError
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -42,6 +43,7 @@ class Ranks:
         size: how many there are.
 
     Raises:
+        TypeError: if one is no whole number.
         ValueError: if there is no such place.
     """
 
@@ -49,6 +51,7 @@ class Ranks:
     size: int
 
     def __post_init__(self) -> None:
+        check_fields(self, "rank", "size")
         if not 0 <= self.rank < self.size:
             raise ValueError(
                 f"`rank` is {self.rank!r} of `size` {self.size!r}: processes count from 0. Take the ranks that "
@@ -179,17 +182,17 @@ def join_ranks(*, device: str | torch.device = "cpu", timeout: float = 600.0) ->
         ValueError: if the environment is not that of `torchrun`, or a process has no GPU of its own.
         LostRankError: if the processes do not find each other in time.
     """
+    if not is_number(timeout) or not 0.0 < timeout < float("inf"):
+        raise ValueError(
+            f"`timeout` is {timeout!r}: it is how many seconds a process waits for the others. Pass a finite number "
+            "above 0."
+        )
     if dist.is_initialized():
         yield _joined() if dist.get_world_size() > 1 else None
         return
     if number_of_processes() == 1:
         yield None
         return
-    if not 0.0 < timeout < float("inf"):
-        raise ValueError(
-            f"`timeout` is {timeout!r}: it is how many seconds a process waits for the others. Pass a finite number "
-            "above 0."
-        )
     missing = [name for name in _NEEDED if name not in os.environ]
     if missing:
         raise ValueError(

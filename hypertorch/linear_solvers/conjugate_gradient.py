@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged, with_damping
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, TOLERANCE_ADVICE, check_count, check_not_negative
 from hypertorch.types import TensorDict
@@ -45,6 +46,7 @@ class ConjugateGradient(SymmetricSolver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "tolerance", "damping")
         check_count("ConjugateGradient", "max_iterations", self.max_iterations)
         check_not_negative("ConjugateGradient", "tolerance", self.tolerance, TOLERANCE_ADVICE)
         check_not_negative("ConjugateGradient", "damping", self.damping, DAMPING_ADVICE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hypertorch.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, judged
 from hypertorch.linear_solvers.columns import Layout
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_not_negative
@@ -34,6 +35,7 @@ class Dense(LinearSolver):
     max_entries: int = 4096
 
     def __post_init__(self) -> None:
+        check_fields(self, "damping")
         check_not_negative("Dense", "damping", self.damping, DAMPING_ADVICE)
         check_count("Dense", "max_entries", self.max_entries)
 

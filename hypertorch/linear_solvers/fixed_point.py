@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, relative_size
 from hypertorch.linear_solvers.settings import (
     STEP_SIZE_ADVICE,
@@ -46,6 +47,7 @@ class FixedPoint(LinearSolver):
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "tolerance", "step_size")
         check_count("FixedPoint", "max_iterations", self.max_iterations)
         check_not_negative("FixedPoint", "tolerance", self.tolerance, TOLERANCE_ADVICE)
         check_positive("FixedPoint", "step_size", self.step_size, STEP_SIZE_ADVICE)

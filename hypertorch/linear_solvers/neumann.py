@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
+from hypertorch.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, judged
 from hypertorch.linear_solvers.settings import STEP_SIZE_ADVICE, check_count, check_positive
 from hypertorch.types import TensorDict
@@ -40,6 +41,7 @@ class Neumann(LinearSolver):
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "step_size")
         check_count("Neumann", "num_terms", self.num_terms)
         check_positive("Neumann", "step_size", self.step_size, STEP_SIZE_ADVICE)
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.noise import random_words
+from hypertorch.checks import check_seed
 from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged
 from hypertorch.linear_solvers.columns import Layout
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_positive
@@ -47,6 +49,8 @@ class Nystrom(SymmetricSolver):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "damping")
+        check_seed(self.seed)
         check_count("Nystrom", "rank", self.rank)
         check_positive("Nystrom", "damping", self.damping, DAMPING_ADVICE)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+
+from hypertorch.argument_types import typed
 
 Statistics: TypeAlias = Literal["episode", "running"]
 
@@ -38,11 +41,18 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
+    @typed("features", "momentum", "eps")
     def __init__(
         self, features: int, *, statistics: Statistics = "episode", momentum: float = 1.0, eps: float = 1e-5
     ) -> None:
         super().__init__()
         check_statistics(statistics)
+        check_features(features)
+        if not (0.0 < momentum <= 1.0 and 0.0 <= eps < math.inf):
+            raise ValueError(
+                f"`momentum` is {momentum} and `eps` {eps}: a running mean takes a share above 0 and up to 1 of each "
+                "batch, and eps is added to a variance. Use the defaults, 1.0 and 1e-5."
+            )
         self.statistics = statistics
         self.momentum = momentum
         self.eps = eps
@@ -77,6 +87,15 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, images: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return (images - mean[:, None, None]) * torch.rsqrt(var + self.eps)[:, None, None]
+
+
+def check_features(features: int) -> None:
+    """Raises unless there is at least one feature to normalise."""
+    if features < 1:
+        raise ValueError(
+            f"`features` is {features}: there is nothing to normalise. Pass the number of features or channels, at "
+            "least 1."
+        )
 
 
 def check_statistics(statistics: str) -> None:

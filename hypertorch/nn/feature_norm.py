@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hypertorch.nn.batch_norm import Statistics, check_statistics
+from hypertorch.argument_types import typed
+from hypertorch.nn.batch_norm import Statistics, check_features, check_statistics
 
 _TINY = 1e-12  # keeps the derivative of the root finite where all features are equal
 
@@ -37,6 +38,7 @@ class FeatureNorm(nn.Module):
     running_mean: Tensor
     running_spread: Tensor
 
+    @typed("features", "length")
     def __init__(self, features: int, *, length: float, statistics: Statistics = "episode") -> None:
         super().__init__()
         if not (length > 0.0 and math.isfinite(length)):
@@ -44,6 +46,7 @@ class FeatureNorm(nn.Module):
                 f"`length` is {length}, to which no features can be scaled. Pass a finite number above 0, such as 10."
             )
         check_statistics(statistics)
+        check_features(features)
         self.length = length
         self.statistics = statistics
         if statistics == "running":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from hypertorch.argument_types import check_type
+from hypertorch.checks import checked_path
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.encoding import decode, encode
 from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tensor_file
@@ -102,7 +104,8 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "directory", Path(self.directory))
+        check_type("Checkpoints", "directory", self.directory, str | Path, MISSING)
+        object.__setattr__(self, "directory", checked_path("directory", self.directory))
         for name, value, purpose in (("every", self.every, "written"), ("keep", self.keep, "kept")):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(

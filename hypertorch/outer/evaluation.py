@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import check_metrics, is_count
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.ranks import arguments, check_same_arguments
@@ -25,6 +26,7 @@ OUTER_LOSS = "outer_loss"
 """Name under which the outer loss is logged and reported."""
 
 
+@typed("source", "progress", "execution")
 def evaluate(
     source: ProblemSource,
     hparams: TensorDict,

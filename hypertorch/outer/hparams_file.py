@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from hypertorch.argument_types import typed
+from hypertorch.checks import checked_path
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.checkpoints import load_checkpoint
 from hypertorch.outer.finiteness import check_finite
@@ -19,6 +23,7 @@ HPARAMS_FILE = "hparams.safetensors"
 _FORMAT = "hypertorch.hparams"
 
 
+@typed("path")
 def save_hparams(path: str | Path, hparams: TensorMapping) -> None:
     """Writes outer variables to a safetensors file, whole or not at all.
 
@@ -29,11 +34,18 @@ def save_hparams(path: str | Path, hparams: TensorMapping) -> None:
     Raises:
         CheckpointError: if the file cannot be written.
     """
+    file = checked_path("path", path)
+    if not isinstance(hparams, Mapping) or not all(isinstance(value, Tensor) for value in hparams.values()):
+        raise TypeError(
+            f"`hparams` is {hparams!r:.100}, no dict from names to tensors: nothing else is kept in such a file. Pass "
+            "outer variables, such as `trained.best_hparams`."
+        )
     # Safetensors sorts its entries; the order is that of the outer variables.
     texts = {"format": _FORMAT, "order": json.dumps(list(hparams))}
-    write_tensor_file(Path(path), hparams, texts)
+    write_tensor_file(file, hparams, texts)
 
 
+@typed("path", "device")
 def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> TensorDict:
     """Returns the outer variables of a run.
 
@@ -47,7 +59,7 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
         CheckpointError: if there is no such file, or it is damaged or of another kind.
         NonFiniteError: if they hold NaN or infinity.
     """
-    path = Path(path)
+    path = checked_path("path", path)
     if path.is_dir():
         inside = path / "checkpoints" / HPARAMS_FILE
         path = inside if inside.is_file() else path / HPARAMS_FILE

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from hypertorch.argument_types import typed
+from hypertorch.checks import checked_path
 from hypertorch.errors import CheckpointError
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -92,8 +94,9 @@ class JsonLinesLogger(Logger):
         path: the file; it and its folder are made when the first record comes, and an existing file is appended to.
     """
 
+    @typed("path")
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+        self._path = checked_path("path", path)
         self._file: IO[str] | None = None
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -60,7 +60,8 @@ def one_writer(folder: Path, file: str = "") -> Iterator[None]:
             _refuse_other_machine(owner)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         writer = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        # A dead process's of this machine is replaced here.
+        # A dead process's of this machine is replaced here. A pipe in its place would be waited for.
+        owner.unlink(missing_ok=True)
         owner.write_text(json.dumps(writer), encoding="utf-8")
         try:
             yield

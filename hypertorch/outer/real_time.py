@@ -95,16 +95,16 @@ class RealTime(OuterSettings):
                 "carries on belong to the entries of the last one. Compute it in the losses instead, or use an "
                 "`OuterLoop`."
             )
+        # Both check what they are made of.
+        self._source()
+        self._backend()
+        super().__post_init__()
         if self.execution.ranks is not None:
             raise IncompatibleBackendError(
                 f"`execution` has {self.execution.ranks.size} processes, but a real-time run is one inner run, whose "
                 "tangents one process carries on: the others would have nothing to do. Leave `ranks` out, and start "
                 "the run without `torchrun`."
             )
-        # Both check what they are made of.
-        self._source()
-        self._backend()
-        super().__post_init__()
 
     def run(self, num_inner_steps: int, *, resume: bool = False, override: bool = False) -> Trained:
         """Returns what an inner run of `num_inner_steps` steps found, with an update after every `every` of them.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hypertorch.argument_types import check_fields
 from hypertorch.constraints import Constraint
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints
@@ -39,6 +40,7 @@ class OuterSettings:
     most_non_finite: int = 10
 
     def __post_init__(self) -> None:
+        check_fields(self, "scheduler", "clip_norm", "validation", "checkpoints", "progress")
         check_kind("execution", self.execution, Execution, "for example `ht.Execution(tasks='loop')`")
         if not callable(self.optimizer):
             raise TypeError(
@@ -57,8 +59,11 @@ class OuterSettings:
                     f"`learning_rates[{pattern!r}]` is {rate!r}: it is the step size of an outer variable. Pass a "
                     "finite number of at least 0."
                 )
+        if self.constraints is not None:
+            check_kind("constraints", self.constraints, Mapping, "for example `{'log_*': ht.Positive()}`")
         for pattern, constraint in (self.constraints or {}).items():
             check_kind(f"constraints[{pattern!r}]", constraint, Constraint, "for example `ht.Positive()`")
+        check_kind("loggers", self.loggers, Sequence, "for example `[ht.JsonLinesLogger(path)]`")
         for position, logger in enumerate(self.loggers):
             check_kind(f"loggers[{position}]", logger, Logger, "for example `ht.JsonLinesLogger(path)`")
         if self.snapshots is not None and not any(takes_snapshots(logger) for logger in self.loggers):

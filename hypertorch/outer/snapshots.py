@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from hypertorch.argument_types import check_fields
 from hypertorch.outer.loggers import Logger
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -40,6 +41,7 @@ class Snapshots:
     pictures: Shown | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "tensors", "pictures")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(
                 f"`every` is {self.every!r}: it counts outer steps between two snapshots. Pass a whole number of at "
@@ -62,7 +64,10 @@ class Snapshots:
         pictures = {} if self.pictures is None else self.pictures(hparams)
         for which, shown in (("tensors", tensors), ("pictures", pictures)):
             if not isinstance(shown, Mapping) or not all(isinstance(value, Tensor) for value in shown.values()):
-                raise TypeError(f"`Snapshots.{which}` returned {shown!r}. Return a dict from names to tensors.")
+                raise TypeError(
+                    f"`Snapshots.{which}` returned {shown!r}, a {type(shown).__name__}: loggers take tensors by name. "
+                    "Return a dict from names to tensors."
+                )
         for name, picture in pictures.items():
             _check_picture(name, picture)
         for logger in loggers:

@@ -80,6 +80,11 @@ class OuterState:
         _check_optimizer(self.optimizer, self.leaves)
         _check_rates(self.optimizer, groups)
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        if scheduler is not None and self.scheduler is None:
+            raise TypeError(
+                "`scheduler` returned None: the rates would stay as they are, without a word. Return the scheduler, or "
+                "pass `scheduler=None` for none."
+            )
         _check_scheduler(self.scheduler)
         _check_scaled(self.optimizer, self.scheduler)
         self.step = 0

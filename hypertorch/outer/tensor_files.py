@@ -73,6 +73,9 @@ def read_tensor_file(path: Path, *, remedy: str) -> tuple[TensorDict, dict[str, 
     Raises:
         CheckpointError: if the file is missing, truncated or altered, or is of another origin.
     """
+    # Opened, a pipe would be waited for.
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"`{path}` is no regular file, so it holds no tensors: it was put there. {remedy}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             texts = dict(file.metadata() or {})

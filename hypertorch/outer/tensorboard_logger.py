@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from hypertorch.argument_types import typed
+from hypertorch.checks import checked_path
 from hypertorch.outer.loggers import Logger
 from hypertorch.types import TensorMapping
 
@@ -20,8 +22,9 @@ class TensorBoardLogger(Logger):
         directory: folder of the event files; made when the first record comes.
     """
 
+    @typed("directory")
     def __init__(self, directory: str | Path) -> None:
-        self._directory = Path(directory)
+        self._directory = checked_path("directory", directory)
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
 

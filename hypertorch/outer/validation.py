@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hypertorch.argument_types import check_fields
 from hypertorch.outer.report import Report
 from hypertorch.problem import ProblemSource
 
@@ -35,6 +36,7 @@ class Validation:
     mode: Literal["max", "min"] = "max"
 
     def __post_init__(self) -> None:
+        check_fields(self, "metric")
         if not isinstance(self.source, ProblemSource):
             raise TypeError(
                 f"`source` of `Validation` is a {type(self.source).__name__}, not a `ProblemSource`: there would be no "

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, hypergradient
@@ -89,6 +90,7 @@ class SearchResult:
         return found
 
 
+@typed("execution")
 def minimise(
     problem: BilevelProblem,
     bounds: Mapping[str, tuple[float, float]],
@@ -234,7 +236,7 @@ class _Searched:
         self, problem: BilevelProblem, bounds: Mapping[str, tuple[float, float]], log: Collection[str]
     ) -> None:
         self._start = {name: value.detach() for name, value in problem.init_hparams().items()}
-        if isinstance(log, str) or not isinstance(log, Collection):
+        if isinstance(log, str) or not isinstance(log, Collection) or not all(isinstance(name, str) for name in log):
             raise TypeError(f"`log` is {log!r}, but it lists names. Pass a tuple of them, such as `('lr',)`.")
         if not isinstance(bounds, Mapping):
             raise TypeError(f"`bounds` is {bounds!r}, which has no names. Pass for example `{{'lr': (0.01, 1.0)}}`.")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
+from hypertorch.argument_types import typed
+
 Direction: TypeAlias = Literal["max", "min"]
 Task = TypeVar("Task", bound=Callable[..., Any])
 
@@ -98,6 +100,7 @@ class SearchedCommand(ABC):
         """Returns the overrides that say what is computed, not where or how it is shown."""
 
 
+@typed("command")
 def searchable(command: SearchedCommand) -> Callable[[Task], Task]:
     """Returns a decorator for the function under `hydra.main`, from which the sweeper learns what it searches.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.autodiff.noise import mix
 from hypertorch.checks import is_count
 from hypertorch.dynamics import SGD
@@ -17,6 +18,7 @@ from hypertorch.search.loss_table import check_loss_table
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 
+@typed("losses", "others")
 def loss_distances(losses: Tensor, others: Tensor) -> Tensor:
     """Returns the mean absolute difference of the losses that the same configurations reach on two data sets.
 

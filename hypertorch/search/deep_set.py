@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
 
 
@@ -56,6 +57,7 @@ class DeepSet(nn.Module):
         return self.outputs(torch.cat([means, sizes.to(means.dtype).log().unsqueeze(1)], dim=1))
 
 
+@typed("sets")
 def pad_sets(sets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns data sets of different numbers of examples as one tensor, and these numbers.
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hypertorch.argument_types import typed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bracket:
@@ -31,6 +33,7 @@ class Bracket:
         return sum(size * end for size, end in zip(self.sizes, self.steps, strict=True))
 
 
+@typed("num_trials", "min_steps", "max_steps", "eta")
 def successive_halving(num_trials: int, min_steps: int, max_steps: int, eta: int) -> Bracket:
     """Returns the bracket in which `num_trials` start, and one in `eta` goes on from each rung.
 
@@ -54,6 +57,7 @@ def successive_halving(num_trials: int, min_steps: int, max_steps: int, eta: int
     return Bracket(sizes=tuple(max(num_trials // eta**rung, 1) for rung in range(len(steps))), steps=steps)
 
 
+@typed("min_steps", "max_steps", "eta")
 def hyperband(min_steps: int, max_steps: int, eta: int) -> list[Bracket]:
     """Returns the brackets of Hyperband, that with the most trials first.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hypertorch.checks import check_dense
+
 
 def check_loss_table(name: str, losses: Tensor) -> None:
     """Checks a table of losses.
@@ -13,8 +15,10 @@ def check_loss_table(name: str, losses: Tensor) -> None:
         losses: shape `(sets, configurations)`.
 
     Raises:
+        TypeError: if its entries cannot be looked at.
         ValueError: if it has another form, or holds what is not finite.
     """
+    check_dense(name, losses)
     if losses.dim() != 2 or not losses.numel() or not losses.is_floating_point():
         raise ValueError(
             f"`{name}` has the shape {tuple(losses.shape)} and dtype {losses.dtype}: it has a row for each data set "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hypertorch.argument_types import typed
+from hypertorch.checks import check_dense
 from hypertorch.search.loss_table import check_count_of, check_loss_table
 
 
+@typed("distances", "losses")
 def nearest_best(distances: Tensor, losses: Tensor, count: int) -> list[int]:
     """Returns the best configuration of the nearest data set, then that of the next nearest, and so on, each once.
 
@@ -26,6 +29,12 @@ def nearest_best(distances: Tensor, losses: Tensor, count: int) -> list[int]:
     """
     check_loss_table("losses", losses)
     check_count_of(count, losses.shape[1])
+    check_dense("distances", distances)
+    if not distances.is_floating_point():
+        raise TypeError(
+            f"`distances` has dtype {distances.dtype}: distances are real numbers. Convert it with "
+            "`.to(torch.float64)`."
+        )
     if distances.shape != losses.shape[:1] or bool(distances.isnan().any()):
         raise ValueError(
             f"`distances` has the shape {tuple(distances.shape)}, and {int(distances.isnan().sum())} of its entries "

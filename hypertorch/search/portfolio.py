@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import typed
 from hypertorch.search.loss_table import check_count_of, check_loss_table
 
 
+@typed("losses")
 def greedy_portfolio(losses: Tensor, count: int) -> list[int]:
     """Returns configurations, each of which lowers most what the best of those before it reaches, in the mean.
 

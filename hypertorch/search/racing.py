@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
+from hypertorch.argument_types import typed
 
+
+@typed("values", "best", "maximise", "level")
 def is_worse(values: Sequence[float], best: Sequence[float], *, maximise: bool, level: float = 0.05) -> bool:
     """Returns whether a trial is worse than the best one, by a one-sided paired t-test over seeds.
 
@@ -25,7 +28,8 @@ def is_worse(values: Sequence[float], best: Sequence[float], *, maximise: bool, 
         False with fewer than two seeds: a spread takes two.
 
     Raises:
-        ValueError: if the two are of different lengths.
+        TypeError: if an argument is of another type.
+        ValueError: if the two are of different lengths, or `level` is no share.
 
     References:
         Birattari et al. (2002), A racing algorithm for configuring metaheuristics.
@@ -34,6 +38,11 @@ def is_worse(values: Sequence[float], best: Sequence[float], *, maximise: bool, 
         raise ValueError(
             f"`values` has {len(values)} and `best` {len(best)} seeds: the test compares them in pairs. Pass the "
             "values at the same seeds."
+        )
+    if not 0.0 < level < 1.0:
+        raise ValueError(
+            f"`level` is {level}: it is the share of equal trials that are given up by chance. Pass a number between 0 "
+            "and 1, such as 0.05."
         )
     worse_by = np.subtract(best, values) if maximise else np.subtract(values, best)
     if len(worse_by) < 2:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from hypertorch.argument_types import typed
 from hypertorch.search.loss_table import check_loss_table
 
 
+@typed("losses", "order")
 def regrets(losses: Tensor, order: Sequence[int]) -> Tensor:
     """Returns what the best of the first evaluations is above the best of all configurations.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hypertorch.checks import is_count
+from hypertorch.checks import check_seed, is_count
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -59,7 +59,7 @@ def widen(
         nets; there with equal shares).
     """
     _check_params(params)
-    _check_seed(seed)
+    check_seed(seed)
     if not isinstance(layer, str):
         raise TypeError(_no_name("layer", layer))
     following, beside = _names("following", following), _names("beside", beside)
@@ -118,16 +118,6 @@ def _check_params(params: object) -> None:
             raise TypeError(
                 f"`params[{name!r}]` is a `{type(value).__name__}`, which has no shape to widen. Pass tensors alone."
             )
-
-
-def _check_seed(seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(
-            f"`seed` is {seed!r}, a `{type(seed).__name__}`: the same seed has to draw the same copies again. Pass a "
-            "whole number, such as 0."
-        )
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"`seed` is {seed}, for which PyTorch has no generator. Pass a whole number below 2 ** 64.")
 
 
 def _names(argument: str, names: str | Sequence[str]) -> tuple[str, ...]:

@@ -286,7 +286,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a huge file": (lambda file: file.write_text("a: 1\n" + "#" * 2**21), "has 2 MiB"),
     "a list": (lambda file: file.write_text("- a"), "holds no settings"),
     "a word": (lambda file: file.write_text("word"), "has no `experiment`"),
-    "nothing": (lambda file: file.write_text(""), "has no `experiment`"),
+    "nothing": (lambda file: file.write_text(""), "holds no settings"),
     "no number for a seed": (lambda file: swap(file, "seed: 0", "seed: abc"), "`seed` is 'abc'"),
     "another command's": (lambda file: file.write_text("works: {}"), "has no `experiment`"),
 }

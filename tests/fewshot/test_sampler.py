@@ -195,7 +195,7 @@ def test_the_gpu_gets_the_same_episodes():
         ({"num_tasks": True}, TypeError, r"`num_tasks` is True, a bool: it is a count"),
         ({"augmentation": "flip"}, TypeError, r"`augmentation` is 'flip', a str: .*Pass an `Augmentation`"),
         ({"normalisation": (0.5, 0.25)}, TypeError, r"`normalisation` is \(0.5, 0.25\), a tuple: .*`Normalisation`"),
-        ({"seed": -1}, ValueError, r"`seed` must be at least 0, got -1: it keys.*Use for instance"),
+        ({"seed": -1}, ValueError, r"`seed` must be at least 0 and below 2 .* 64, got -1: it keys.*Use for instance"),
         ({"dtype": torch.int64}, TypeError, r"`dtype` is torch.int64: .*floating-point.*torch.float32"),
         ({"shot": 7}, ValueError, r"7 \+ 4 = 11, but class 'class0' has 10 images: .*at most 10"),
     ],

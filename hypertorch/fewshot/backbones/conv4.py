@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
 from hypertorch.nn.batch_norm import BatchNorm, Statistics
 from hypertorch.nn.feature_norm import FeatureNorm
@@ -46,6 +47,7 @@ class Conv4(nn.Module):
         Vinyals et al. (2016), Matching networks, section 4.1; Finn, Abbeel and Levine (2017), MAML, section 5.2.
     """
 
+    @typed("feature_length")
     def __init__(
         self,
         *,

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
 from hypertorch.nn.feature_norm import FeatureNorm
 
@@ -30,6 +31,7 @@ class MLP(nn.Module):
         ValueError: if a number is out of range, or there is no layer at all.
     """
 
+    @typed("hidden", "feature_length")
     def __init__(
         self,
         *,

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
 from hypertorch.nn.batch_norm import BatchNorm, Statistics
 from hypertorch.nn.feature_norm import FeatureNorm
@@ -40,6 +41,7 @@ class ResNet12(nn.Module):
         Oreshkin, Rodriguez and Lacoste (2018), TADAM, section 2.1; Lee et al. (2019), MetaOptNet, section 4.1.
     """
 
+    @typed("channels", "feature_length")
     def __init__(
         self,
         *,

@@ -38,6 +38,11 @@ def cached_array(
         make: computes the array.
         cache_dir: folder of the cache; by default the user's cache folder.
     """
+    if cache_dir is not None and not isinstance(cache_dir, (str, Path)):
+        raise TypeError(
+            f"`cache_dir` is {cache_dir!r}, a {type(cache_dir).__name__}: it says where decoded images are kept. Pass "
+            "the path of a folder, or None for the user's cache folder."
+        )
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     # The name holds 64 bits of the hash; the whole key is compared after reading, so that names may collide.
     path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
@@ -50,6 +55,8 @@ def cached_array(
 
 def _read(path: Path, key: str) -> np.ndarray | None:
     """Returns the stored array, or None where there is none to be trusted."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

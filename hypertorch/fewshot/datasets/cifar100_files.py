@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import pickle
+import pickletools
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,18 @@ from rich.progress import track
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_files import is_image, open_image, read_images
+from hypertorch.fewshot.datasets.regular_files import check_regular
 
 SIDE = 32
 # 500 for training and 100 for testing in CIFAR-100; CIFAR-FS splits by class and uses all of them.
 PER_CLASS = 600
+# The official pickle of the training images has 155 MB.
+_LARGEST = 2**28
+# What reading a damaged archive or pickle raises.
+_DAMAGED = (
+    *(OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, pickle.UnpicklingError, MemoryError),
+    *(AttributeError, ImportError, LookupError, OverflowError, RecursionError, TypeError, ValueError),
+)
 _ARCHIVE = "cifar-100-python.tar.gz"
 _UNPACKED = "cifar-100-python"
 # 24 * 25 = 600 tiles.
@@ -95,25 +106,68 @@ def _read_pickles(unpacked: Path | None, archive: Path | None) -> dict[str, Any]
     source = unpacked if unpacked is not None else archive
     try:
         for name in ("train", "test", "meta"):
-            raw = (unpacked / name).read_bytes() if unpacked is not None else _member(archive, name)
+            raw = _unpacked(unpacked / name) if unpacked is not None else _member(archive, name)
+            _check_operations(raw)
             # Python 2 wrote the files: its strings hold bytes, each of which latin1 reads as one character.
             contents[name] = _ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
-    except (OSError, EOFError, KeyError, tarfile.TarError, pickle.UnpicklingError, ValueError) as error:
+        _check_contents(contents)
+    except _DAMAGED as error:
         raise DatasetError(
-            f"`root` has {str(source)!r}, which cannot be read as CIFAR-100 ({error}): it is incomplete, damaged or "
-            f"manipulated. {HOW_TO_GET}"
+            f"`root` has {str(source)!r}, which cannot be read as CIFAR-100 ({str(error) or type(error).__name__}): it "
+            f"is incomplete, damaged or manipulated. {HOW_TO_GET}"
         ) from error
     return contents
 
 
+def _unpacked(file: Path) -> bytes:
+    _check_length(check_regular(file).st_size, file.name)
+    return file.read_bytes()
+
+
 def _member(archive: Path | None, name: str) -> bytes:
     assert archive is not None
+    check_regular(archive)
     # Read member by member in memory: nothing is unpacked, so no path in the archive can lead out of the folder.
     with tarfile.open(archive) as packed:
-        file = packed.extractfile(f"{_UNPACKED}/{name}")
+        member = packed.getmember(f"{_UNPACKED}/{name}")
+        file = packed.extractfile(member) if member.isreg() else None
         if file is None:
-            raise KeyError(f"{name!r} is no file")
+            raise ValueError(f"{name!r} is no file")
+        _check_length(member.size, name)
         return file.read()
+
+
+def _check_length(length: int, name: str) -> None:
+    if length > _LARGEST:
+        raise ValueError(f"{name!r} has {length} bytes, of which the official one has less than {_LARGEST}")
+
+
+def _check_operations(raw: bytes) -> None:
+    """Raises if a pickle is cut off, or numbers an object of its memory by more than it has bytes."""
+    for operation, argument, _ in pickletools.genops(raw):
+        # The unpickler makes a table as long as the largest number, which four bytes let take 64 GiB.
+        if operation.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > len(raw):
+            raise ValueError(f"it numbers an object by {argument}")
+
+
+def _check_contents(contents: dict[str, Any]) -> None:
+    """Raises if what the pickles hold is not what CIFAR-100 holds."""
+    for name, content in contents.items():
+        if not isinstance(content, dict):
+            raise ValueError(f"{name!r} holds a {type(content).__name__} where a dict is expected")
+    names = contents["meta"]["fine_label_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("'fine_label_names' is no list of names")
+    for name in ("train", "test"):
+        pixels, labels = contents[name]["data"], contents[name]["fine_labels"]
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3 * SIDE * SIDE,):
+            kind = getattr(pixels, "dtype", type(pixels).__name__)
+            raise ValueError(
+                f"the pixels of {name!r} are {kind} of shape {np.shape(pixels)} instead of uint8 of (images, 3072)"
+            )
+        is_list = isinstance(labels, list) and all(isinstance(label, int) for label in labels)
+        if not is_list or len(labels) != len(pixels) or not set(labels) <= set(range(len(names))):
+            raise ValueError(f"'fine_labels' of {name!r} are no {len(pixels)} numbers below {len(names)}")
 
 
 def _from_pickles(contents: dict[str, Any], classes: Sequence[str]) -> np.ndarray:
@@ -140,6 +194,7 @@ def _from_mosaics(folder: Path, classes: Sequence[str], cache_dir: str | Path | 
     # By content: there are a hundred files at most, and a replaced mosaic is noticed whatever its date.
     digest = hashlib.sha256()
     for name in classes:
+        check_regular(files[name])
         digest.update(files[name].read_bytes())
 
     def decode_all() -> np.ndarray:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cifar100_files import HOW_TO_GET, PER_CLASS, read_cifar100
 from hypertorch.fewshot.datasets.cifar_fs_classes import CIFAR_FS_CLASSES
+from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
+from hypertorch.fewshot.datasets.image_folder import split_parts
 
 
 def CIFARFS(  # noqa: N802  (made like an instance, as the other data sets)
@@ -35,26 +37,19 @@ def CIFARFS(  # noqa: N802  (made like an instance, as the other data sets)
         progress: shows a bar while decoding.
 
     Raises:
-        ValueError: if `split` names none.
+        TypeError: if `root` is no path.
+        ValueError: if `split` names none, or one twice.
         DatasetError: if the data is missing, incomplete or damaged.
 
     References:
         Bertinetto, Henriques, Torr and Vedaldi (2019), Meta-learning with differentiable closed-form solvers,
         section 4.1; Krizhevsky (2009), Learning multiple layers of features from tiny images.
     """
-    classes: list[str] = []
-    for part in split.split("+"):
-        if part not in CIFAR_FS_CLASSES:
-            raise ValueError(
-                f"`split` is {split!r}, which names no split. Use {', '.join(map(repr, CIFAR_FS_CLASSES))}, or several "
-                "joined by '+'."
-            )
-        # A split named twice is refused by `ImageClasses`, as its names would be there twice.
-        classes += CIFAR_FS_CLASSES[part]
-    given = root if root is not None else os.environ.get("HYPERTORCH_DATA")
-    if not given:
+    check_switch("progress", progress)
+    classes = [name for part in split_parts(split, CIFAR_FS_CLASSES) for name in CIFAR_FS_CLASSES[part]]
+    folder = data_folder(root)
+    if folder is None:
         raise DatasetError(f"`root` is not given, and HYPERTORCH_DATA is not set: CIFAR-100 is not found. {HOW_TO_GET}")
-    folder = Path(given).expanduser()
     inner = folder / "cifar100"
     images = read_cifar100(inner if inner.is_dir() else folder, classes, cache_dir=cache_dir, progress=progress)
     return ImageClasses(

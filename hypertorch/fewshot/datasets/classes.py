@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypertorch.argument_types import check_fields
+
 ClassesT = TypeVar("ClassesT", bound="Classes")
 
 
@@ -37,10 +39,16 @@ class Classes(ABC):
     split: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "counts", "class_names", "source", "split")
         # Lists from a config file become tuples, so that nothing can change the checked value.
         object.__setattr__(self, "counts", tuple(self.counts))
         object.__setattr__(self, "class_names", tuple(self.class_names))
         object.__setattr__(self, "source", self.source or type(self).__name__)
+        if isinstance(self.tensor, Tensor) and self.tensor.layout is not torch.strided:
+            raise TypeError(
+                f"`{self.field}` is a tensor of {self.tensor.layout} layout: a batch of episodes is gathered from its "
+                "rows. Convert it with `.to_dense()`."
+            )
         self._check_items()
         self._check_classes()
         # Contiguous images can be viewed as a matrix; others would be copied as a whole for each batch.

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 from rich.progress import track
 
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cache import cached_array
+from hypertorch.fewshot.datasets.image_size import check_image_size
+from hypertorch.fewshot.datasets.regular_files import check_regular
 
 # Formats that Pillow recognises without reading pixels itself: data, films, and drawings that need another program.
 _NOT_READ = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 # What lies beside images, and is none: notes, tables, annotations, what file managers write.
 _COMPANIONS = frozenset((".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"))
+# What Pillow's readers raise of a damaged file: each of them reads its numbers from wherever the file says they are.
+_UNREADABLE = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError),
+    struct.error,
+)
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 # Part of the cache's key: to be raised whenever the same files would be decoded to other pixels.
-_DECODING = "upright, on white, fit, Lanczos, 3"
+_DECODING = "upright, on white, fit, Lanczos, 4"
 
 
 @cache
@@ -71,21 +83,16 @@ def read_images(
         uint8 `(files, channels, image_size, image_size)`.
 
     Raises:
-        ValueError: if `channels` is neither 1 nor 3.
-        DatasetError: if a file is no readable image, empty, or a link to nothing.
+        ValueError: if `channels` is neither 1 nor 3, or the images do not fit into memory.
+        DatasetError: if a file is no readable image, empty, no file (such as a pipe), or a link to nothing.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"`channels` is {channels}: images are grey or coloured. Use 1 or 3.")
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels not in (1, 3):
+        raise ValueError(f"`channels` is {channels!r}: images are grey, of one channel, or coloured. Use 1 or 3.")
+    check_image_size(image_size, images=len(files), channels=channels)
     digest = hashlib.sha256()
     for file in files:
         # All files are looked at before the first is decoded, so that a bad one is known at once and not after minutes.
-        if not file.exists():
-            raise DatasetError(
-                f"{str(file)!r} is a link to a file that is gone. Restore that file, or remove the link."
-            )
-        status = file.stat()
-        if not status.st_size:
-            raise DatasetError(f"{str(file)!r} is an empty file: its copying was cut off. Copy it again, or remove it.")
+        status = check_regular(file)
         # Size and time, not content: with a full cache, none of thousands of files has to be opened.
         # A name is bytes, which need not be UTF-8.
         digest.update(os.fsencode(file) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
@@ -107,35 +114,70 @@ def open_image(file: Path, mode: str) -> Image.Image:
     Raises:
         DatasetError: if the file is no readable image.
     """
-    try:
+    check_regular(file)
+    with explained(f"{str(file)!r}", "Copy it again, or remove it."), Image.open(file) as image:
         # Cameras store the picture as the sensor lay, with a note of how to turn it.
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            return _on_white(_eight_bits(upright, image.format)).convert(mode)
-    # Pillow's PNG reader raises the first two; a conversion of colours that it lacks, the last.
-    except (OSError, SyntaxError, ValueError) as error:
+        upright = ImageOps.exif_transpose(image)
+        return _on_white(_eight_bits(upright, image)).convert(mode)
+
+
+@contextmanager
+def explained(file: str, advice: str) -> Iterator[None]:
+    """Raises what Pillow raises while it reads a file as an error of the data set.
+
+    Args:
+        file: which one, for the message.
+        advice: what to do about it, a sentence.
+
+    Raises:
+        DatasetError: if the file is no readable image, or one of more pixels than Pillow's limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Between its limit and twice its limit Pillow warns, and decodes gigabytes all the same.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DatasetError(
-            f"{str(file)!r} is no readable image ({error}): it is damaged, or not what its name says. Copy it again, "
-            "or remove it."
+            f"{file} has more pixels than {Image.MAX_IMAGE_PIXELS}, up to which an image is decoded ({error}): a small "
+            "file may ask for all memory. Scale it down, or remove it; if it is to be trusted, raise the limit, "
+            "`PIL.Image.MAX_IMAGE_PIXELS`."
+        ) from error
+    except _UNREADABLE as error:
+        raise DatasetError(
+            f"{file} is no readable image ({error}): it is damaged, or not what its name says. {advice}"
         ) from error
 
 
-def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+def _eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
     """Returns a grey image of 16 bits scaled to 8, and any other of 8 as it is.
+
+    Args:
+        image: the image.
+        source: as it was opened, with what its format says of it.
 
     Raises:
         ValueError: if the brightness of white is not known.
     """
     # Pillow opens PGM files of 16 bits as "I", and in older versions PNG files; of other formats "I" means 32 bits.
-    if image.mode == "F" or (image.mode == "I" and kind not in ("PNG", "PPM")):
+    if image.mode == "F" or (image.mode == "I" and source.format not in ("PNG", "PPM")):
         raise ValueError("32 bits per pixel, of which none says how bright white is: save it with 8 or 16")
     # Pillow itself reads 16-bit colour as 8 bits, but would clip 16-bit grey, making nearly all of it white.
     if not image.mode.startswith("I"):
         return image
+    # Of other formats, such as FITS, 16 bits may have a sign.
+    if source.format not in ("PNG", "PPM", "TIFF", "JPEG2000"):
+        raise ValueError(f"16 bits per pixel in {source.format}, of which white is not known: save it as PNG")
+    white, is_inverted = 65535, False
+    if isinstance(source, TiffImageFile):
+        # Pillow leaves 12 bits as they are, and 16 bits whose 0 is white.
+        white = 2 ** source.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        is_inverted = source.tag_v2.get(_PHOTOMETRIC) == 0
     # Wide enough for 255 * 65535, which the 16 bits of the file are not.
     levels = np.asarray(image).astype(np.int64)
     # Rounded to the nearest in integers, so exactly.
-    return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    scaled = ((levels * 255 + white // 2) // white).astype(np.uint8)
+    return Image.fromarray(255 - scaled if is_inverted else scaled)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

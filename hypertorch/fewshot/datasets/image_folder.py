@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
-from hypertorch.fewshot._checks import check_count
+from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.image_files import is_companion, is_image, read_images
+from hypertorch.fewshot.datasets.image_size import check_image_size
 
 # The first name that is there counts.
 SPLIT_FOLDERS = {
@@ -62,13 +63,23 @@ def ImageFolder(  # noqa: N802  (made like an instance, as the other data sets)
             range.
         DatasetError: if folders or classes are missing, a class is empty or in two splits, or a file is damaged.
     """
-    check_count("image_size", image_size, minimum=1, why="images need pixels", advice="use for instance 84")
+    check_switch("progress", progress)
+    check_image_size(image_size)
     folder = _checked_root(root)
     found: dict[str, list[Path]] = {}
     for part in _parts(folder, split):
         # No class overwrites another: that splits share none was checked when the parts were found.
         found |= _classes_in(part)
     chosen = found if classes is None else _chosen(found, classes, folder)
+    check_files_differ(
+        folder,
+        (
+            (repr(str(file.relative_to(folder))), file)
+            for place in ([folder] if split is None else _existing_splits(folder))
+            for own in _class_folders(place)
+            for file in _images_in(own)
+        ),
+    )
     # Only of the classes that are used: what lies in others does not matter to this run.
     _name_what_is_left_out(folder, [members[0].parent for members in chosen.values()])
     return read_classes(
@@ -142,6 +153,33 @@ def check_disjoint(classes_of: Mapping[str, Iterable[str]], root: Path, advice: 
                 )
 
 
+def check_files_differ(root: Path, files: Iterable[tuple[str, Path]]) -> None:
+    """Raises if a file is there twice, by a link or by name: what is learned from could be judged on.
+
+    Cost: one look at the status of each file.
+
+    Args:
+        root: where they are, for the message.
+        files: the images of all classes of all splits, each with what it is called in the message.
+
+    Raises:
+        DatasetError: if two of them are the same file.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    for name, file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            continue  # What is read is looked at when it is read, and the rest is not missed.
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            raise DatasetError(
+                f"`root` is {str(root)!r}, in which {name} is the same file as {seen[identity]}: the image would count "
+                "twice, and what is learned from could be judged on. Remove one of them."
+            )
+        seen[identity] = name
+
+
 def split_parts(split: str, known: Iterable[str], otherwise: str = "") -> list[str]:
     """Returns the names that are joined by `+` in `split`.
 
@@ -153,9 +191,8 @@ def split_parts(split: str, known: Iterable[str], otherwise: str = "") -> list[s
     Raises:
         ValueError: if one of them is unknown, or named twice.
     """
-    # What is no text gets the message below, not an AttributeError.
-    parts: list[str] = split.split("+") if isinstance(split, str) else [split]
-    if not set(parts) <= set(known):
+    parts = split.split("+") if isinstance(split, str) else []
+    if not parts or not set(parts) <= set(known):
         raise ValueError(
             f"`split` is {split!r}, which names no split. Use {', '.join(map(repr, known))}, or several joined by "
             f"'+'{otherwise}."
@@ -174,15 +211,15 @@ def split_folder(root: Path, part: str) -> Path | None:
 
 
 def _checked_root(root: str | Path) -> Path:
-    if not isinstance(root, (str, os.PathLike)):
+    if root is None:
         raise TypeError(
-            f"`root` is {root!r}, a {type(root).__name__}: it says where the images are, and has no default. Pass the "
-            "path of the folder: `root=...`, or `dataset.root=...` on the command line."
+            "`root` is None, a NoneType: it says where the images are, and has no default. Pass the path of the "
+            "folder: `root=...`, or `dataset.root=...` on the command line."
         )
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
+    folder = data_folder(root)
+    if folder is None or not folder.is_dir():
         raise DatasetError(
-            f"`root` is {str(folder)!r}, which is no folder: images are read from its subfolders. Pass the folder that "
+            f"`root` is {str(root)!r}, which is no folder: images are read from its subfolders. Pass the folder that "
             "holds them."
         )
     return folder
@@ -192,7 +229,7 @@ def _parts(root: Path, split: str | None) -> list[Path]:
     """Returns the folders that hold the class folders."""
     if split is None:
         return [root]
-    folders = []
+    folders: list[Path] = []
     for part in split_parts(split, SPLIT_FOLDERS, "; None if the classes lie in `root` itself"):
         folder = split_folder(root, part)
         if folder is None:
@@ -201,14 +238,17 @@ def _parts(root: Path, split: str | None) -> list[Path]:
                 f"split {part!r}. Sort the class folders into one folder per split, or pass `split=None`."
             )
         folders.append(folder)
-    # Splits that are not asked for count as well: a class shared with them would spoil a later judgement.
-    existing = [folder for folder in (split_folder(root, part) for part in SPLIT_FOLDERS) if folder is not None]
     check_disjoint(
-        {folder.name: [path.name for path in _class_folders(folder)] for folder in existing},
+        {folder.name: [path.name for path in _class_folders(folder)] for folder in _existing_splits(root)},
         root,
         "; or, if the folders divide the images of each class, merge them and pass `split=None`",
     )
     return folders
+
+
+def _existing_splits(root: Path) -> list[Path]:
+    # Splits that are not asked for count as well: what is shared with them would spoil a later judgement.
+    return [folder for folder in (split_folder(root, part) for part in SPLIT_FOLDERS) if folder is not None]
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -219,7 +259,7 @@ def _class_folders(folder: Path) -> list[Path]:
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in _class_folders(folder):
-        files = sorted(file for file in path.iterdir() if is_image(file))
+        files = _images_in(path)
         if not files:
             raise DatasetError(_without_image(path))
         found[path.name] = files
@@ -230,6 +270,10 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
             "class is a folder of images. Sort the images into one folder per class."
         )
     return found
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if is_image(file))
 
 
 def _without_image(folder: Path) -> str:
@@ -263,7 +307,8 @@ def _name_what_is_left_out(root: Path, folders: Iterable[Path]) -> None:
 
 def _chosen(found: Mapping[str, list[Path]], classes: Sequence[str], root: Path) -> dict[str, list[Path]]:
     # A text is a sequence of its letters, and would be taken for a list of classes.
-    if isinstance(classes, str) or len(set(classes)) < len(classes):
+    is_list = isinstance(classes, Sequence) and all(isinstance(name, str) for name in classes)
+    if not is_list or isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
         raise ValueError(
             f"`classes` is {classes!r}: it lists the names of classes, each once. Write for example "
             f"`classes={sorted(found)[:2]}`."

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
+from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
 from hypertorch.fewshot.datasets.image_folder import (
     SPLIT_FOLDERS,
     ImageFolder,
     check_disjoint,
+    check_files_differ,
     read_classes,
     split_folder,
     split_parts,
 )
+from hypertorch.fewshot.datasets.image_size import check_image_size
+from hypertorch.fewshot.datasets.regular_files import check_regular
 
 _CSV = {"meta_train": "train.csv", "meta_val": "val.csv", "meta_test": "test.csv"}
 _HOW_TO_GET = (
@@ -53,21 +57,23 @@ def MiniImageNet(  # noqa: N802  (made like an instance, as the other data sets)
         progress: shows a bar while decoding.
 
     Raises:
-        ValueError: if `split` names none, or one twice.
-        DatasetError: if the data is missing, incomplete or damaged, or splits share a class.
+        TypeError: if `root` is no path, or `image_size` no integer.
+        ValueError: if `split` names none, or one twice, or `image_size` is out of range.
+        DatasetError: if the data is missing, incomplete or damaged, or splits share a class or a file.
 
     References:
         Vinyals et al. (2016), Matching networks for one shot learning, section 4.1.2; Ravi and Larochelle (2017),
         Optimization as a model for few-shot learning (the split).
     """
+    check_switch("progress", progress)
     # Refused before the folder is looked for: a misspelt split is no missing data.
     parts = split_parts(split, _CSV)
-    given = root if root is not None else os.environ.get("HYPERTORCH_DATA")
-    if not given:
+    check_image_size(image_size)
+    folder = data_folder(root)
+    if folder is None:
         raise DatasetError(
             f"`root` is not given, and HYPERTORCH_DATA is not set: mini-ImageNet is not found. {_HOW_TO_GET}"
         )
-    folder = Path(given).expanduser()
     folder = folder / "mini_imagenet" if (folder / "mini_imagenet").is_dir() else folder
     _check_layout(folder, parts)
     if not all((folder / _CSV[part]).is_file() for part in parts):
@@ -116,7 +122,7 @@ def _read_lists(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
         members: dict[str, list[Path]] = {}
         first_line: dict[Path, int] = {}
         for row in lists[part]:
-            file = _existing(root, row.filename, row.label)
+            file = _existing(root, row, root / _CSV[part])
             # Resolved: a link, or another spelling of the path, is the same image.
             line = first_line.setdefault(file.resolve(), row.line)
             if line != row.line:
@@ -128,6 +134,15 @@ def _read_lists(root: Path, parts: Sequence[str]) -> dict[str, list[Path]]:
             members.setdefault(row.label, []).append(file)
         # Classes in alphabetical order, as the other layout has them.
         found |= dict(sorted(members.items()))
+    check_files_differ(
+        root,
+        (
+            (f"{row.filename!r} of {_CSV[part]!r}", file)
+            for part, rows in lists.items()
+            for row in rows
+            if (file := _found(root, row)) is not None
+        ),
+    )
     return found
 
 
@@ -139,21 +154,25 @@ class _Row(NamedTuple):
 
 def _read_list(path: Path) -> list[_Row]:
     """Returns the rows of a split file."""
+    check_regular(path)
     found: list[_Row] = []
     try:
         # Spreadsheets put a byte order mark in front, which is no part of the first column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
-            if rows.fieldnames is None or not {"filename", "label"} <= set(rows.fieldnames):
+            columns = list(rows.fieldnames or ())
+            if columns.count("filename") != 1 or columns.count("label") != 1:
                 raise DatasetError(
-                    f"`root` has {str(path)!r} with the columns {rows.fieldnames}: `filename` and `label` are needed. "
-                    f"{_HOW_TO_GET}"
+                    f"`root` has {str(path)!r} with the columns {columns}: `filename` and `label` are needed, "
+                    f"each once. {_HOW_TO_GET}"
                 )
             for row in rows:
-                if not row["filename"] or not row["label"]:
+                name, label = row["filename"], row["label"]
+                # A row that is too long has the rest under None.
+                if None in row or not (name and name.strip()) or not (label and label.strip()) or "\0" in name + label:
                     raise DatasetError(
-                        f"`root` has {str(path)!r}, whose line {rows.line_num} lacks a file name or a label: the file "
-                        f"was cut off or changed. {_HOW_TO_GET}"
+                        f"`root` has {str(path)!r}, whose line {rows.line_num} lacks a file name or a label, or has "
+                        f"more than the heading: the file was cut off or changed. {_HOW_TO_GET}"
                     )
                 found.append(_Row(row["filename"], row["label"], rows.line_num))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -161,15 +180,38 @@ def _read_list(path: Path) -> list[_Row]:
             f"`root` has {str(path)!r}, which cannot be read as a table in UTF-8 ({error}): it was saved in another "
             "encoding, or is damaged. Save it as CSV in UTF-8, or copy it again."
         ) from error
+    if not found:
+        raise DatasetError(
+            f"`root` has {str(path)!r}, which names no file under its heading: the split would be empty. {_HOW_TO_GET}"
+        )
     return found
 
 
-def _existing(folder: Path, name: str, label: str) -> Path:
+def _existing(root: Path, row: _Row, table: Path) -> Path:
+    """Returns the file that a row names, which lies in `root`, or in the folder of images that `root` links to."""
+    file = _found(root, row)
+    if file is None:
+        raise DatasetError(
+            f"`root` is {str(root)!r}, whose split files name {row.filename[:200]!r}, which is neither in `images` nor "
+            f"beside them: the copy is incomplete. {_HOW_TO_GET}"
+        )
+    inside = [place.resolve() for place in (root, root / "images")]
+    if not any(file.resolve().is_relative_to(place) for place in inside):
+        raise DatasetError(
+            f"`root` has {str(table)!r}, whose line {row.line} names {row.filename!r} of the class {row.label!r}, "
+            "which leads out of the folder: a table may not say which other files are read. Put the image into "
+            "`images`, and name it by its path from there."
+        )
+    return file
+
+
+def _found(root: Path, row: _Row) -> Path | None:
     # Copies differ in where the images lie: in one folder, beside the split files, or by class.
-    for candidate in (folder / "images" / name, folder / name, folder / label / name):
-        if candidate.is_file():
-            return candidate
-    raise DatasetError(
-        f"`root` is {str(folder)!r}, whose split files name {name!r}, which is neither in `images` nor beside them: "
-        f"the copy is incomplete. {_HOW_TO_GET}"
-    )
+    for candidate in (root / "images" / row.filename, root / row.filename, root / row.label / row.filename):
+        try:
+            if candidate.exists():
+                return candidate
+        # A name that is too long; there is no such file.
+        except OSError:
+            continue
+    return None

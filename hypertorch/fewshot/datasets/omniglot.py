@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hypertorch.checks import check_switch
 from hypertorch.errors import DatasetError
-from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.cache import default_cache_dir
+from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.download import OMNIGLOT_FILES, download_omniglot
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
+from hypertorch.fewshot.datasets.image_size import check_image_size
 from hypertorch.fewshot.datasets.omniglot_files import HOW_TO_GET, read_part
 from hypertorch.fewshot.datasets.omniglot_partitions import Members, partition_members
 
@@ -77,11 +79,10 @@ def Omniglot(  # noqa: N802  (made like an instance, `Omniglot(split=...)`)
         Lake, Salakhutdinov and Tenenbaum (2015), Human-level concept learning through probabilistic program induction.
         Vinyals et al. (2016), Matching networks for one shot learning, section 4.1.1.
     """
+    check_switch("progress", progress)
     members = partition_members(partition, split)
     degrees = _checked_rotations(rotations)
-    check_count(
-        "image_size", image_size, minimum=1, why="images need pixels", advice="use for instance `image_size=28`"
-    )
+    check_image_size(image_size)
     folder = _find_root(root, members)
     if download:
         # The lake partition's training classes are all in one archive, so the other is not fetched for them.
@@ -155,10 +156,9 @@ def default_root() -> Path:
 
 def _find_root(root: str | Path | None, members: Members) -> Path:
     """Returns the folder that has the data, or the one in which to expect it."""
-    given = root if root is not None else os.environ.get("HYPERTORCH_DATA")
-    if not given:
+    folder = data_folder(root)
+    if folder is None:
         return default_root()
-    folder = Path(given).expanduser()
     if folder.is_file():
         raise DatasetError(
             f"`root` is {str(folder)!r}, a file: the folder that holds 'images_background.zip' and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -17,13 +18,18 @@ from rich.progress import track
 
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cache import cached_array
+from hypertorch.fewshot.datasets.image_files import explained
+from hypertorch.fewshot.datasets.image_size import check_image_size
 from hypertorch.fewshot.datasets.omniglot_partitions import OmniglotPart
+from hypertorch.fewshot.datasets.regular_files import check_regular
 
 HOW_TO_GET = (
     "Download it with `scripts/download_data omniglot` (or `download=True`), or say where it lies: `root=...`, "
     "`dataset.root=...` on the command line, or the environment variable HYPERTORCH_DATA."
 )
 _REPLACE = "Delete it and download it again with `scripts/download_data omniglot`."
+# The official drawings have hundreds of bytes; a member of an archive may promise any number (unit: bytes).
+_LARGEST = 2**20
 # Part of the cache's key: to be raised whenever the same files would be decoded to other pixels.
 _DECODING = "ink 255, L, Lanczos, 1"
 
@@ -79,7 +85,7 @@ class _Folder(_Source):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name in self.names():
-            status = (self.path.parent / name).stat()
+            status = check_regular(self.path.parent / name)
             # Not by content, which would open up to 19,280 files at every start.
             digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
@@ -106,16 +112,27 @@ class _Archive(_Source):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return sorted(name for name in archive.namelist() if name.endswith(".png"))
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise self._damaged(error) from error
 
     def read(self, names: Iterable[str]) -> Iterable[bytes]:
         with zipfile.ZipFile(self.path) as archive:
             for name in names:
                 try:
+                    if archive.getinfo(name).file_size > _LARGEST:
+                        raise ValueError(f"{name!r} has {archive.getinfo(name).file_size} bytes")
                     content = archive.read(name)
-                # zlib.error is no OSError; both it and a bad checksum mean damaged bytes.
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                # zlib.error is no OSError; both it and a bad checksum mean damaged bytes. A member under a password is
+                # a RuntimeError, and so is one of an unknown compression.
+                except (
+                    zipfile.BadZipFile,
+                    zlib.error,
+                    lzma.LZMAError,
+                    EOFError,
+                    OSError,
+                    RuntimeError,
+                    ValueError,
+                ) as error:
                     raise self._damaged(error) from error
                 yield content
 
@@ -142,6 +159,7 @@ def _open_source(root: Path, part: OmniglotPart) -> _Source:
 def _decode_all(source: _Source, part: OmniglotPart, image_size: int, progress: bool) -> np.ndarray:
     # Checked before anything is decoded: a missing drawing would shift all later ones into wrong classes.
     names = _checked_names(source, part)
+    check_image_size(image_size, images=len(names))
     images = np.empty((len(names), image_size, image_size), dtype=np.uint8)
     contents = track(source.read(names), f"Decoding {part.folder}", total=len(names), disable=not progress)
     for image, name, content in zip(images, names, contents, strict=True):
@@ -173,15 +191,12 @@ def _checked_names(source: _Source, part: OmniglotPart) -> list[str]:
 
 
 def _decode(content: bytes, name: str, path: Path, side: int, image_size: int) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(content)) as drawing:
-            # Grey before scaling: images of one bit Pillow scales by the nearest pixel, whatever filter is asked for.
-            paper = np.asarray(drawing.convert("L"))
-    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises both
-        raise DatasetError(
-            f"`root` has {str(path)!r} with {name!r}, which is no readable PNG file ({error}): it is damaged. "
-            f"{_REPLACE}"
-        ) from error
+    with (
+        explained(f"`root` has {str(path)!r} with {name!r}, which", _REPLACE),
+        Image.open(io.BytesIO(content)) as drawing,
+    ):
+        # Grey before scaling: images of one bit Pillow scales by the nearest pixel, whatever filter is asked for.
+        paper = np.asarray(drawing.convert("L"))
     if paper.shape != (side, side):
         height, width = paper.shape
         raise DatasetError(

@@ -129,13 +129,13 @@ def partition_members(partition: str, split: str) -> Members:
     Raises:
         ValueError: if there is no such partition or split.
     """
-    if partition not in PARTITIONS:
+    if not isinstance(partition, str) or partition not in PARTITIONS:
         raise ValueError(
             f"`partition` is {partition!r}: Omniglot is divided in two ways. Use one of "
             f"{', '.join(map(repr, PARTITIONS))}."
         )
     # What is no text gets the message below, not an AttributeError.
-    wanted = split.split("+") if isinstance(split, str) else [split]
+    wanted = split.split("+") if isinstance(split, str) else [""]
     if not set(wanted) <= set(SPLITS) or len(set(wanted)) != len(wanted):
         raise ValueError(
             f"`split` is {split!r}: there is no such split. Use one of {', '.join(map(repr, SPLITS))}, or several "

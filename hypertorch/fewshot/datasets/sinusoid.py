@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypertorch.fewshot._checks import check_num_queries, check_num_tasks, check_seed, check_shot, check_step
+from hypertorch.argument_types import check_fields
+from hypertorch.checks import check_seed
+from hypertorch.fewshot._checks import check_num_queries, check_num_tasks, check_shot, check_step
 from hypertorch.fewshot._random import random_uniform
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples
 
@@ -48,6 +50,7 @@ class Sinusoid(EpisodeSource):
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        check_fields(self, "dtype")
         check_shot(self.shot)
         check_num_queries(self.num_queries)
         check_num_tasks(self.num_tasks)

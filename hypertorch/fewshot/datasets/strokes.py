@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from hypertorch.fewshot._checks import check_count, check_seed
+from hypertorch.checks import check_seed, check_switch
+from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_classes import ImageClasses
+from hypertorch.fewshot.datasets.image_size import check_image_size
 from hypertorch.fewshot.datasets.stroke_drawing import draw_class
 
 # The place of a split in this list keys its random streams: the order is not to be changed.
@@ -54,14 +56,15 @@ def StrokeCharacters(  # noqa: N802  (made like an instance)
         TypeError: if a number is no integer.
         ValueError: if there is no such split, or a number is too small.
     """
-    if split not in _NUM_CLASSES:
+    check_switch("progress", progress)
+    if not isinstance(split, str) or split not in _NUM_CLASSES:
         raise ValueError(
             f"`split` is {split!r}: there is no such split. Use one of {', '.join(map(repr, _NUM_CLASSES))}."
         )
     count = _NUM_CLASSES[split] if num_classes is None else num_classes
     check_count("num_classes", count, minimum=1, why="a split needs a class", advice="leave it out for the default")
     check_count("drawings", drawings, minimum=1, why="a class needs an image", advice="use for instance 20")
-    check_count("image_size", image_size, minimum=8, why="strokes would run together", advice="use 28, for instance")
+    check_image_size(image_size, images=count * drawings, minimum=8, why="strokes would run together")
     check_seed(seed)
     # All that the pixels depend on: two settings with one key would get each other's images.
     key = f"strokes {_VERSION} {seed} {split} {count} {drawings} {image_size}"

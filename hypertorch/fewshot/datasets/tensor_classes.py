@@ -94,6 +94,11 @@ class TensorClasses(Classes):
                 f"`items` is {got}: networks compute with floating-point numbers, or look up int64 or int32 tokens. "
                 "Convert it, `items.float()` or `items.long()`; images stored as bytes are `ImageClasses`."
             )
+        if self.items.is_floating_point() and not self.items.is_meta and not bool(self.items.isfinite().all()):
+            raise ValueError(
+                "`items` holds NaN or infinity: every loss of an episode with such an item would be none. Replace what "
+                "is missing, or leave those items out."
+            )
         # A learner's inputs have an axis of tasks, one of examples, and what is left for one item.
         if self.items.dim() < 2:
             raise ValueError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot._checks import check_way
 from hypertorch.fewshot.learners.backbone_checks import feature_count, first_parameter
 from hypertorch.fewshot.learners.head_learner import HeadLearner, linear_head
 from hypertorch.fewshot.learners.objectives import Objective
@@ -40,6 +42,7 @@ class ANIL(HeadLearner):
         Raghu, Raghu, Bengio and Vinyals (2020), Rapid learning or feature reuse?, section 4.
     """
 
+    @typed("backbone", "way", "dynamics", "num_steps")
     def __init__(
         self,
         backbone: nn.Module,
@@ -51,6 +54,7 @@ class ANIL(HeadLearner):
         objective: Objective | None = None,
         normalise: bool = False,
     ) -> None:
+        check_way(way)
         # PyTorch's own first weights, of its global generator like those of the backbone: `torch.manual_seed` before
         # building fixes both.
         layer = nn.Linear(feature_count(backbone), way).to(first_parameter(backbone))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hypertorch import tree
-from hypertorch.checks import is_count
+from hypertorch.argument_types import typed
 from hypertorch.errors import IncompatibleBackendError
+from hypertorch.fewshot._checks import check_way
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.backbone_checks import first_parameter, fit_and_predict, refuse_dropout
 from hypertorch.fewshot.learners.base import Embedding, Learner
@@ -56,6 +57,7 @@ class FeatureLearner(Learner):
 
     needs_every_class = True
 
+    @typed("backbone", "normalise", "own_hparams")
     def __init__(
         self,
         backbone: nn.Module,
@@ -65,8 +67,7 @@ class FeatureLearner(Learner):
         normalise: bool = False,
         own_hparams: TensorDict | None = None,
     ) -> None:
-        if not is_count(way):
-            raise ValueError(f"`way` is {way!r}: the head needs at least one output. Pass the number of classes.")
+        check_way(way)
         refuse_dropout(backbone)
         first_parameter(backbone)  # raises if there is none, whatever a subclass learns beside
         self._fit, self._predict = fit_and_predict(backbone)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot._checks import check_num_steps
 from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.feature_learner import FeatureLearner, GivenHead, QueryFeatures
@@ -41,6 +43,7 @@ class HeadLearner(FeatureLearner):
         IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong.
     """
 
+    @typed("backbone", "dynamics", "num_steps")
     def __init__(
         self,
         backbone: nn.Module,
@@ -55,6 +58,7 @@ class HeadLearner(FeatureLearner):
         super().__init__(backbone, way=way, objective=objective, normalise=normalise, own_hparams=own_hparams)
         some = first_parameter(backbone)
         self._dynamics = dynamics
+        check_num_steps(num_steps)
         self._num_steps = num_steps
         # Of the backbone's type and device, as one optimizer moves all of them and one step reads them together.
         self._owned = {name: value.to(some) for name, value in dynamics.init_hparams().items()}

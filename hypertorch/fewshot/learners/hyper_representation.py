@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.head_learner import HeadLearner, linear_head
@@ -43,6 +44,7 @@ class HyperRepresentation(HeadLearner):
         meta-learning, section 4 and equation 8.
     """
 
+    @typed("backbone", "dynamics", "num_steps")
     def __init__(
         self,
         backbone: nn.Module,

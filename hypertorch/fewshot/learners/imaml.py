@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.network_learner import NetworkLearner, SupportProblem
@@ -39,6 +40,7 @@ class IMAML(NetworkLearner):
         Rajeswaran, Finn, Kakade and Levine (2019), Meta-learning with implicit gradients, equations 3 and 6.
     """
 
+    @typed("proximity")
     def __init__(
         self,
         network: nn.Module,

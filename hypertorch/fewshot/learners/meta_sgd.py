@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.network_learner import NetworkLearner
@@ -33,6 +34,7 @@ class MetaSGD(NetworkLearner):
         Li, Zhou, Chen and Li (2017), Meta-SGD: learning to learn quickly for few-shot learning, equation 2.
     """
 
+    @typed("network", "dynamics", "num_steps")
     def __init__(
         self, network: nn.Module, *, dynamics: Dynamics, num_steps: int = 1, objective: Objective | None = None
     ) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
+from hypertorch.fewshot._checks import check_num_steps
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.backbone_checks import fit_and_predict
 from hypertorch.fewshot.learners.base import Embedding, Learner
@@ -51,6 +53,7 @@ class NetworkLearner(Learner):
         IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
     """
 
+    @typed("network", "dynamics", "num_steps")
     def __init__(
         self,
         network: nn.Module,
@@ -62,6 +65,7 @@ class NetworkLearner(Learner):
     ) -> None:
         self._fit, self._predict = fit_and_predict(network)
         self._objective = chosen_objective(objective)
+        check_num_steps(num_steps)
         self._num_steps = num_steps
         initial = self._fit.init_params()
         initialisation = {name: initial[name] for name in self._fit.trained_names()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hypertorch.argument_types import check_fields
 from hypertorch.types import TensorDict
 
 
@@ -43,6 +44,7 @@ class Classification(Objective):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, "label_smoothing")
         # Written as what is allowed, so that NaN is refused.
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(

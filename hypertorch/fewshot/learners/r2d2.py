@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hypertorch.argument_types import typed
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.closed_form_head import ClosedFormHead
 from hypertorch.types import TensorDict
@@ -42,6 +43,7 @@ class R2D2(ClosedFormHead):
         equations 4 to 6.
     """
 
+    @typed("backbone", "ridge", "scale")
     def __init__(self, backbone: nn.Module, *, way: int = 5, ridge: float = 50.0, scale: float = 1.0) -> None:
         for name, value in {"ridge": ridge, "scale": scale}.items():
             # Written as what is allowed, so that NaN is refused.

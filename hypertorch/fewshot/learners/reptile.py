@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hypertorch.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot._checks import check_integer
 from hypertorch.fewshot.episodes import Episode, Examples
@@ -50,6 +51,7 @@ class Reptile(NetworkLearner):
         Nichol, Achiam and Schulman (2018), On first-order meta-learning algorithms, algorithm 2.
     """
 
+    @typed("network", "dynamics", "num_steps")
     def __init__(
         self,
         network: nn.Module,

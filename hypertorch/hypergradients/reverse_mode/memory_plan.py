@@ -8,6 +8,7 @@ from math import ceil
 from typing import Literal
 
 from hypertorch import tree
+from hypertorch.argument_types import typed
 from hypertorch.autodiff.live_memory import format_bytes, parse_bytes
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps, states_alive
@@ -90,6 +91,7 @@ class PlanReasons:
         ]
 
 
+@typed("problem")
 def plan_memory(
     problem: BilevelProblem,
     hparams: TensorDict,

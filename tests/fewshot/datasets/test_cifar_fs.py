@@ -137,10 +137,10 @@ def test_a_manipulated_pickle_runs_nothing(tmp_path: Path, pickles: dict[str, by
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (None, "No such file"),
-        (b"", "Ran out of input"),
-        (b"\x80\x02}", "Ran out of input"),
-        (b"\x80\xff", "unsupported pickle protocol"),
+        (None, "cannot be read .*No such file"),
+        (b"", "empty file: its copying was cut off"),
+        (b"\x80\x02}", "cannot be read as CIFAR-100 .*pickle exhausted"),
+        (b"\x80\xff.", "cannot be read as CIFAR-100 .*unsupported pickle protocol"),
     ],
 )
 def test_a_damaged_pickle_is_said(tmp_path: Path, pickles: dict[str, bytes], content: bytes | None, why: str) -> None:
@@ -151,7 +151,7 @@ def test_a_damaged_pickle_is_said(tmp_path: Path, pickles: dict[str, bytes], con
     (folder / "test").unlink()
     if content is not None:
         (folder / "test").write_bytes(content)
-    with pytest.raises(DatasetError, match=f"cannot be read as CIFAR-100 .*{why}"):
+    with pytest.raises(DatasetError, match=why):
         read_cifar100(tmp_path, NAMES)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot import ImageClasses, ImageFolder, MiniImageNet
+from hypertorch.fewshot.datasets.image_files import open_image
 from tests.helpers.omniglot import broken_png
 
 
@@ -110,7 +112,7 @@ def test_a_link_to_nothing_and_classes_that_are_no_list_are_explained(tmp_path: 
         with pytest.raises(ValueError, match="`classes` is .*names of classes, each once"):
             ImageFolder(tmp_path / "data", image_size=2, classes=classes, cache_dir=tmp_path / "cache")
     (tmp_path / "data" / "a" / "two.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(DatasetError, match="two.png' is a link to a file that is gone"):
+    with pytest.raises(DatasetError, match="two.png', which cannot be read .* is a link to a file that is gone"):
         ImageFolder(tmp_path / "data", image_size=2, cache_dir=tmp_path / "cache")
 
 
@@ -217,7 +219,7 @@ def test_folders_of_another_depth_are_explained(tmp_path: Path) -> None:
 def test_an_empty_file_is_named_as_empty(tmp_path: Path) -> None:
     class_folders(tmp_path / "data")
     (tmp_path / "data" / "b" / "7.png").touch()
-    with pytest.raises(DatasetError, match="7.png' is an empty file: its copying was cut off. Copy it again, or"):
+    with pytest.raises(DatasetError, match="7.png', which is an empty file: its copying was cut off"):
         ImageFolder(tmp_path / "data", cache_dir=tmp_path / "cache")
 
 
@@ -297,8 +299,8 @@ def test_mistakes_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / "train.csv").write_text(",".join(columns) + "\n")
         with pytest.raises(DatasetError, match=r"columns \['file.*', .*\]: `filename` and `label` are needed"):
             MiniImageNet(tmp_path, split="meta_train")
-    (tmp_path / "train.csv").write_text("")
-    with pytest.raises(DatasetError, match=r"columns None: `filename` and `label` are needed"):
+    (tmp_path / "train.csv").write_text("\n")
+    with pytest.raises(DatasetError, match=r"columns \[\]: `filename` and `label` are needed"):
         MiniImageNet(tmp_path, split="meta_train")
 
 
@@ -382,3 +384,81 @@ def test_a_class_may_have_a_name_that_is_no_utf8(tmp_path: Path) -> None:
         save(tmp_path / "data" / name / "0.png", 40)
     classes = ImageFolder(tmp_path / "data", image_size=8, cache_dir=tmp_path / "cache")
     assert len(classes.class_names) == 2 and classes.counts == (1, 1)
+
+
+def tiff_of_grey(levels: np.ndarray, bits: int, *, white_is_zero: bool) -> bytes:
+    """A TIFF file of one line of grey levels, as cameras and microscopes write them."""
+    stream = np.array([[int(bit) for bit in f"{level:0{bits}b}"] for level in levels.tolist()], np.uint8).reshape(-1)
+    line = np.packbits(stream).tobytes() if bits == 12 else levels.astype("<u2").tobytes()
+    tags = [
+        (256, 4, 1, len(levels)),
+        (257, 4, 1, 1),
+        (258, 3, 1, bits),
+        (259, 3, 1, 1),
+        (262, 3, 1, 0 if white_is_zero else 1),
+        (273, 4, 1, 8),
+        (277, 3, 1, 1),
+        (278, 4, 1, 1),
+        (279, 4, 1, len(line)),
+    ]
+    start = 8 + len(line) + len(line) % 2
+    body = (
+        line
+        + bytes(len(line) % 2)
+        + struct.pack("<H", len(tags))
+        + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    )
+    return b"II*\0" + struct.pack("<I", start) + body + bytes(4)
+
+
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, False), (16, True)])
+def test_white_is_white_in_every_grey_tiff(bits: int, white_is_zero: bool, tmp_path: Path) -> None:
+    levels = np.linspace(0, 2**bits - 1, 8).round().astype(np.int64)
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "data" / "a" / "x.tif").write_bytes(tiff_of_grey(levels, bits, white_is_zero=white_is_zero))
+    found = np.asarray(open_image(tmp_path / "data" / "a" / "x.tif", "L"))[0]
+    expected = (levels * 255 / (2**bits - 1)).round()
+    assert np.abs(found - (255 - expected if white_is_zero else expected)).max() <= 1
+
+
+# By mode and format: what is shown of a grey of 64, in the bright half of the picture 192.
+MODES = {
+    ("1", "PNG"): (0, 255),
+    ("L", "PNG"): (64, 192),
+    ("LA", "PNG"): (64, 192),
+    ("P", "PNG"): (64, 192),
+    ("P", "GIF"): (64, 192),
+    ("RGB", "PNG"): (64, 192),
+    ("RGBA", "PNG"): (64, 192),
+    ("CMYK", "JPEG"): (64, 192),
+    ("CMYK", "TIFF"): (64, 192),
+    ("YCbCr", "TIFF"): (64, 192),
+    ("I;16", "PNG"): (64, 192),
+    ("I;16", "TIFF"): (64, 192),
+    ("L", "JPEG"): (64, 192),
+    ("L", "JPEG2000"): (64, 192),
+    ("I;16", "JPEG2000"): (64, 192),
+    ("I", "TIFF"): None,
+    ("F", "TIFF"): None,
+    ("LAB", "TIFF"): None,
+}
+
+
+@pytest.mark.parametrize(("mode", "kind"), MODES)
+def test_an_image_of_every_mode_is_shown_as_it_is_or_refused(mode: str, kind: str, tmp_path: Path) -> None:
+    grey = np.full((16, 16), 64, np.uint8)
+    grey[:, 8:] = 192
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "LAB":
+        image = Image.frombytes("LAB", (16, 16), bytes(3 * 256))
+    else:
+        image = Image.fromarray(grey).convert("RGB" if mode in ("CMYK", "YCbCr") else "L").convert(mode, dither=0)
+    image.save(tmp_path / "x", kind)
+    if MODES[mode, kind] is None:
+        with pytest.raises(DatasetError, match="x' is no readable image"):
+            open_image(tmp_path / "x", "L")
+        return
+    for wanted in ("L", "RGB"):
+        found = np.asarray(open_image(tmp_path / "x", wanted)).reshape(16, 16, -1)
+        assert np.abs(found[4, [2, 13], 0].astype(int) - MODES[mode, kind]).max() <= 2

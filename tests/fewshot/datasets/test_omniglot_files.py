@@ -147,9 +147,9 @@ def changed_archive(root, change):
             lambda files: files.update({FIRST.replace("_01.png", "_05.png"): files[FIRST]}),
             r"character01' has 5 drawings instead of 4",
         ),
-        (lambda files: files.update({FIRST: b"no picture"}), r"0001_01.png', which is no readable PNG file.*damaged"),
-        (lambda files: files.update({FIRST: files[FIRST][:60]}), r"0001_01.png', which is no readable PNG file"),
-        (lambda files: files.update({FIRST: broken_png()}), r"no readable PNG file \(broken PNG file"),
+        (lambda files: files.update({FIRST: b"no picture"}), r"0001_01.png', which is no readable image.*damaged"),
+        (lambda files: files.update({FIRST: files[FIRST][:60]}), r"0001_01.png', which is no readable image"),
+        (lambda files: files.update({FIRST: broken_png()}), r"no readable image \(broken PNG file"),
         (
             lambda files: files.update({FIRST: png(np.zeros((9, 7), dtype=np.uint8))}),
             r"0001_01.png' of 7 x 9 pixels instead of 15 x 15: these are not the official drawings.*`image_size`",
