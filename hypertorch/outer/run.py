@@ -10,11 +10,13 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from hypertorch import tree
 from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError
 from hypertorch.hypergradients import Hypergradient, measured_execution
 from hypertorch.inner.execution import Execution
+from hypertorch.outer.background import BackgroundWriter, background_writer
 from hypertorch.outer.checkpoints import Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
@@ -94,9 +96,12 @@ def train(
 
     with nullcontext() if loop.checkpoints is None else one_writer(loop.checkpoints.directory):
         resumed = _begin(loop, state, num_outer_steps, settings, resume=resume, override=override)
-        run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
-        if not run.is_over():
-            run.to_the_end()
+        with background_writer() as writer:
+            run = _Run(
+                loop, source, backend, state, num_outer_steps, writer, resumed=resumed, zeros_allowed=zeros_allowed
+            )
+            if not run.is_over():
+                run.to_the_end()
         return _conclude(loop, state)
 
 
@@ -205,6 +210,7 @@ class _Run:
         backend: Hypergradient,
         state: OuterState,
         num_outer_steps: int,
+        writer: BackgroundWriter,
         *,
         resumed: bool,
         zeros_allowed: Collection[str] | None,
@@ -214,6 +220,7 @@ class _Run:
         self._backend = backend
         self._state = state
         self._num_outer_steps = num_outer_steps
+        self._writer = writer
         self._saved = self._position() if resumed else None
         self._stopwatch = Stopwatch(seconds=state.seconds, step=state.step)
         self._constraints: dict[str, Constraint] = {}
@@ -294,6 +301,7 @@ class _Run:
                     self._save()
             if state.step >= self._num_outer_steps:
                 return
+            self._writer.check()
             self._step(display)
 
     def _step(self, display: ProgressDisplay) -> None:
@@ -381,7 +389,7 @@ class _Run:
         validation, state = self._loop.validation, self._state
         if validation is None:
             return
-        _check_finite(state, self._loop.checkpoints)
+        _check_finite(state, self._loop.checkpoints, self._writer)
         report = self._evaluate(validation, num_episodes=validation.num_episodes)
         value = validation.figure(report)
         with uninterrupted():
@@ -418,20 +426,26 @@ class _Run:
         return step % checkpoints.every == 0 or step == self._num_outer_steps
 
     def _save(self) -> None:
-        """Writes a checkpoint, unless there is nothing new since the last."""
+        """Begins to write a checkpoint, unless there is nothing new since the last."""
         if self._loop.checkpoints is None or self._state.step == 0 or self._saved == self._position():
             return
+        # Before the state is copied: there is never more than one copy.
+        self._writer.wait()
         # A run that resumed from NaN could never recover, and the checkpoint may be the only one that is kept.
         _check_finite(self._state, self._loop.checkpoints)
         self._state.seconds = self._stopwatch.seconds
-        self._loop.checkpoints.save(self._state.capture())
+        self._writer.begin(self._loop.checkpoints.prepare(self._state.capture()))
         self._saved = self._position()
 
     def _position(self) -> tuple[int, int]:
         return self._state.step, self._state.validated_step
 
 
-def _check_finite(state: OuterState, checkpoints: Checkpoints | None) -> None:
+def _check_finite(state: OuterState, checkpoints: Checkpoints | None, writer: BackgroundWriter | None = None) -> None:
+    if tree.all_finite(state.hparams.values()):
+        return
+    if writer is not None:
+        writer.wait()  # for the checkpoint that is named
     newest = None if checkpoints is None else checkpoints.newest()
     kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
     check_finite(
