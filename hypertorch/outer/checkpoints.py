@@ -179,10 +179,15 @@ class Checkpoints:
         goes_on = f"`{earlier[-1].name}`, the previous checkpoint" if earlier else "the start: there is no earlier one"
         return f"Delete this file; the run then resumes from {goes_on}."
 
+    def remove_leftovers(self) -> None:
+        """Removes what processes that were killed while they wrote left in the folder; its one writer calls it."""
+        # The second kind is safetensors' own.
+        for pattern in (f"*.safetensors{PARTIAL}", ".tmp??????"):
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
+
     def _remove_old(self) -> None:
-        # The second kind is safetensors' own, of a process that was killed while it wrote.
-        leftovers = [*self.directory.glob(f"step_*{PARTIAL}"), *self.directory.glob(".tmp??????")]
-        for path in [*self.paths()[: -self.keep], *leftovers]:
+        for path in self.paths()[: -self.keep]:
             path.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from hypertorch.outer.tensor_files import not_written
 
 _LOCK = ".lock"
 _WRITER = ".writer.json"
+# A process writes its name right after it has the lock.
+_LOOKS, _PAUSE = 10, 0.05  # seconds
 
 
 @contextmanager
@@ -57,9 +60,29 @@ def one_writer(folder: Path, file: str = "") -> Iterator[None]:
 
 
 def _writer(owner: Path) -> str:
+    """Returns who holds the lock, in words."""
+    for attempt in range(_LOOKS):
+        if attempt:
+            time.sleep(_PAUSE)
+        try:
+            writer = json.loads(owner.read_text(encoding="utf-8"))
+            pid, host, since = int(writer["pid"]), str(writer["host"]), str(writer["since"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+        # Killed, it left its name, and the one that holds the lock now is about to write its own.
+        if not (host == socket.gethostname() and _is_gone(pid)):
+            return f"process {pid} on {host[:80]!r} since {since[:30]}"
+    return "another process"
+
+
+def _is_gone(pid: int) -> bool:
+    """Returns whether this machine has no such process; False where that cannot be asked."""
+    if os.name != "posix" or pid <= 0:  # elsewhere this signal is no question
+        return False
     try:
-        writer = json.loads(owner.read_text(encoding="utf-8"))
-        return f"process {int(writer['pid'])} on {str(writer['host'])[:80]!r} since {str(writer['since'])[:30]}"
-    # The other process may be about to write it.
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False

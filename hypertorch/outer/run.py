@@ -133,6 +133,8 @@ def _begin(
 ) -> bool:
     """Brings state and loggers to where the run starts; returns whether that is a checkpoint."""
     newest = None if loop.checkpoints is None else loop.checkpoints.newest()
+    if loop.checkpoints is not None:
+        loop.checkpoints.remove_leftovers()
     if not resume:
         if newest is not None:
             raise CheckpointError(
