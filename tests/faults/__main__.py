@@ -38,7 +38,7 @@ _SHARE = {**dict.fromkeys(LOOPS, 14), **dict.fromkeys(COMMANDS, 12), **dict.from
 def random_kills(num_kills: int, *, short: bool) -> Iterator[tuple[Run, str, int]]:
     """Gives runs, kinds and how many kills of each.
 
-    Of SIGKILL there are as many as are asked for, of each other kind a fifth; in the short form, one of one other kind.
+    Of SIGKILL there are as many as are asked for, of each other kind a tenth; in the short form, one of one other kind.
     """
     runs = {**LOOPS, **({} if short else COMMANDS), **({} if short else ANEW)}
     others = [kind for kind in kills.KINDS if kind != "SIGKILL"]
@@ -48,7 +48,7 @@ def random_kills(num_kills: int, *, short: bool) -> Iterator[tuple[Run, str, int
         if short:
             yield run, others[position % len(others)], 1
         elif name not in ANEW:
-            yield from ((run, kind, -(-own // 5)) for kind in others)
+            yield from ((run, kind, -(-own // 10)) for kind in others)
 
 
 def aimed_kills(*, short: bool) -> Iterator[tuple[Run, dict[str, tuple[kills.Aim, ...]]]]:

@@ -188,6 +188,8 @@ def start(go_on: Callable[[Path], None], folder: Path, log: Path, aim: Callable[
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        # Whoever started the harness may ignore an interrupt, as a shell does for what goes on in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # A power failure is not tried, and waiting for a busy disk takes most of the time.
         os.fsync = lambda descriptor: None
         if aim is not None:

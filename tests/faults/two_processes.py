@@ -9,15 +9,18 @@ import shutil
 import signal
 import socket
 from functools import partial
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
+from typing import Any
 
 from hypertorch.errors import CheckpointError
+from hypertorch.outer import loggers
 from tests.faults import kills
 from tests.faults.campaign import FaultError, outcome
 from tests.faults.runs import Run
 
-_REFUSED = 3
+_REFUSED = 3  # an exit code
+_PATIENCE = 60.0  # seconds
 
 
 def meet(run: Run, folder: Path, num_trials: int, seed: int) -> int:
@@ -37,12 +40,12 @@ def meet(run: Run, folder: Path, num_trials: int, seed: int) -> int:
     _check(kills.exit_code(kills.start(run.go_on, folder / "undisturbed", folder / "log")) == 0, "undisturbed")
     expected, named = outcome(folder / "undisturbed"), 0
     for trial in range(num_trials):
-        place, barrier = folder / str(trial), context.Barrier(2)
+        place, barrier, is_refused = folder / str(trial), context.Barrier(2), context.Event()
         aim = partial(kills.half_a_checkpoint, generator.randint(1, 9))
         killed = kills.start(run.go_on, place, folder / "log", aim)
         _check(kills.exit_code(killed) == -signal.SIGKILL, "the first process is to be killed")
 
-        go_on = partial(_go_on, run, barrier, folder / f"{trial}.refused")
+        go_on = partial(_go_on, run, barrier, is_refused, folder / f"{trial}.refused")
         children = [kills.start(go_on, place, folder / "log") for _ in range(2)]
         codes = [kills.exit_code(child) for child in children]
         _check(sorted(codes) == [0, _REFUSED], f"trial {trial}: exit codes {codes}")
@@ -56,12 +59,21 @@ def meet(run: Run, folder: Path, num_trials: int, seed: int) -> int:
     return named
 
 
-def _go_on(run: Run, barrier: Barrier, refused: Path, folder: Path) -> None:
+def _go_on(run: Run, barrier: Barrier, is_refused: Event, message: Path, folder: Path) -> None:
+    """Resumes the run beside the other process; the one that may go on does not end before the other has tried."""
+    log = loggers.JsonLinesLogger.log
+
+    def waiting(*args: Any) -> None:
+        is_refused.wait(_PATIENCE)
+        log(*args)
+
+    loggers.JsonLinesLogger.log = waiting  # type: ignore[method-assign]
     barrier.wait()
     try:
         run.go_on(folder)
     except CheckpointError as error:
-        refused.write_text(str(error))
+        message.write_text(str(error))
+        is_refused.set()
         raise SystemExit(_REFUSED) from error
 
 
