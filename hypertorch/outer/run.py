@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from hypertorch import tree
 from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError
@@ -444,17 +443,14 @@ class _Run:
 
 
 def _check_finite(state: OuterState, checkpoints: Checkpoints | None, writer: BackgroundWriter | None = None) -> None:
-    if tree.all_finite(state.hparams.values()):
-        return
-    if writer is not None:
-        writer.wait()  # for the checkpoint that is named
-    newest = None if checkpoints is None else checkpoints.newest()
-    kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
-    check_finite(
-        state.hparams,
-        where=f"after {state.step} outer steps",
-        remedy=(f"Lower the outer learning rate, or bound the hypergradient by `clip_norm`.{kept}"),
-    )
+    def remedy() -> str:
+        if writer is not None:
+            writer.wait()  # for the checkpoint that is named
+        newest = None if checkpoints is None else checkpoints.newest()
+        kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
+        return f"Lower the outer learning rate, or bound the hypergradient by `clip_norm`.{kept}"
+
+    check_finite(state.hparams, where=f"after {state.step} outer steps", remedy=remedy)
 
 
 def _validation_figures(report: Report) -> dict[str, float]:
