@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -170,9 +171,8 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
     if not folder.config.exists():
         _refuse_missing(config, folder)
         folder.path.joinpath(_OVERRIDES).write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
-        # Last: a folder with this file is a run. "x" lets one of two processes with the same folder win.
-        with folder.config.open("x", encoding="utf-8") as file:
-            file.write(OmegaConf.to_yaml(config, resolve=True))
+        # Last, and whole: a folder with this file is a run.
+        _create_whole(folder.config, OmegaConf.to_yaml(config, resolve=True))
         return folder
     if config.resume is not True and not is_restarted():
         raise ExpectedFailure(
@@ -181,6 +181,21 @@ def open_folder(config: DictConfig, overrides: Sequence[str]) -> RunFolder:
         )
     _refuse_changes(config, folder, overrides)
     return RunFolder(folder.path, resumed=True)
+
+
+def _create_whole(path: Path, text: str) -> None:
+    """Writes a new file, whole or not at all; raises a `FileExistsError` if another process has written it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    try:
+        # Unlike a rename, a link lets one of two processes with the same folder win.
+        os.link(partial, path)
+    except FileExistsError as error:
+        raise FileExistsError(error.errno, error.strerror, str(path)) from error
+    except OSError:  # a file system without links
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_config(path: Path, *, setting: str = "run", trusted: Sequence[str] | None = ()) -> DictConfig:

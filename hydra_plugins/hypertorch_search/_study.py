@@ -171,8 +171,9 @@ class Studied:
         owner = trial.user_attrs.get(_OWNER)
         if owner is not None:
             return not self.process.is_alive(owner)
+        # A process writes its name right after it has begun a trial: killed in between, it leaves one without.
         begun = trial.datetime_start
-        return begun is None or time.time() - begun.timestamp() > _BEGUN
+        return not self.process.others() or begun is None or time.time() - begun.timestamp() > _BEGUN
 
     def _taken(self, number: int) -> Drawn:
         with _quiet():

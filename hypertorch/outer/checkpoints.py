@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import KW_ONLY, MISSING, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -87,7 +88,8 @@ class Checkpoints:
 
     A checkpoint is one safetensors file, `step_00000500.safetensors`. Its header holds as JSON what is not a tensor, so
     that reading one never runs code. A file appears whole or not at all, and has a checksum. The run writes one every
-    `every` outer steps, at the end, and when it is interrupted.
+    `every` outer steps, at the end, and when it is interrupted; beside the outer steps, from a copy of its state in
+    host memory, one file at a time.
 
     Args:
         directory: folder of the files; made when a run starts.
@@ -120,6 +122,19 @@ class Checkpoints:
             CheckpointError: if the file cannot be written, or a part of the state can be kept neither as a tensor nor
                 as JSON (the message names it).
         """
+        return self.prepare(checkpoint)()
+
+    def prepare(self, checkpoint: Checkpoint) -> Callable[[], Path]:
+        """Returns what writes a checkpoint as it is now: the run may go on, and change it, before that is called.
+
+        Cost: a copy of its tensors in host memory.
+
+        Returns:
+            A function for any thread, which returns the new file and raises as `save` does.
+
+        Raises:
+            CheckpointError: if a part of the state can be kept neither as a tensor nor as JSON (the message names it).
+        """
         tensors: TensorDict = {}
         for name in _TENSOR_FIELDS:
             # A prefix for each field: `hparams` and `best_hparams` have the same names.
@@ -127,10 +142,17 @@ class Checkpoints:
         state = {name: encode(getattr(checkpoint, name), name, tensors) for name in _JSON_FIELDS}
         # Safetensors sorts its entries, but the optimizer's state is matched to hparams by their order.
         state["order"] = {name: list(getattr(checkpoint, name)) for name in _TENSOR_FIELDS}
+        texts = {"format": _FORMAT, "version": _VERSION, "state": json.dumps(state)}
         path = self.directory / f"step_{checkpoint.step:08d}.safetensors"
-        write_tensor_file(path, tensors, {"format": _FORMAT, "version": _VERSION, "state": json.dumps(state)})
-        self._remove_old()  # after the new one is complete: a crash in between leaves one too many, never none
-        return path
+        # The optimizer changes its tensors in place.
+        copies = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+        def write() -> Path:
+            write_tensor_file(path, copies, texts)
+            self._remove_old()  # after the new one is complete: a crash in between leaves one too many, never none
+            return path
+
+        return write
 
     def paths(self) -> list[Path]:
         """Returns the files of complete checkpoints, oldest first."""
@@ -160,10 +182,15 @@ class Checkpoints:
         goes_on = f"`{earlier[-1].name}`, the previous checkpoint" if earlier else "the start: there is no earlier one"
         return f"Delete this file; the run then resumes from {goes_on}."
 
+    def remove_leftovers(self) -> None:
+        """Removes what processes that were killed while they wrote left in the folder; its one writer calls it."""
+        # The second kind is safetensors' own.
+        for pattern in (f"*.safetensors{PARTIAL}", ".tmp??????"):
+            for path in self.directory.glob(pattern):
+                path.unlink(missing_ok=True)
+
     def _remove_old(self) -> None:
-        # The second kind is safetensors' own, of a process that was killed while it wrote.
-        leftovers = [*self.directory.glob(f"step_*{PARTIAL}"), *self.directory.glob(".tmp??????")]
-        for path in [*self.paths()[: -self.keep], *leftovers]:
+        for path in self.paths()[: -self.keep]:
             path.unlink(missing_ok=True)
 
 

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,8 @@ _SHARED = (
     "nfs", "cifs", "smb", "lustre", "gpfs", "ceph", "beegfs", "glusterfs", "afs", "pvfs", "orangefs", "wekafs",
     "fuse.", "9p", "panfs", "vast",
 )  # fmt: skip
+# A process writes its name right after it has the lock.
+_LOOKS, _PAUSE = 10, 0.05  # seconds
 
 
 @contextmanager
@@ -102,9 +105,15 @@ def _refuse_other_machine(owner: Path) -> None:
 
 
 def _writer(owner: Path) -> str:
-    found = _read(owner)
-    # The other process may be about to write it.
-    return "another process" if found is None else _described(found)
+    """Returns who holds the lock, in words."""
+    for attempt in range(_LOOKS):
+        if attempt:
+            time.sleep(_PAUSE)
+        found = _read(owner)
+        # One that ended or was killed left its name: who holds the lock now is about to write its own.
+        if found is not None and not found["ended"] and not _is_gone(found):
+            return _described(found)
+    return "another process"
 
 
 def _described(writer: dict[str, Any]) -> str:
@@ -119,3 +128,17 @@ def _read(owner: Path) -> dict[str, Any] | None:
         return {"pid": int(writer["pid"]), "host": str(writer["host"]), "since": str(writer["since"]), "ended": ended}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
+
+
+def _is_gone(writer: dict[str, Any]) -> bool:
+    """Returns whether a writer is a process of this machine that is no more; False where that cannot be asked."""
+    pid = writer["pid"]
+    if os.name != "posix" or pid <= 0 or writer["host"] != socket.gethostname():  # elsewhere this signal is no question
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False

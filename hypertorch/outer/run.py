@@ -16,6 +16,7 @@ from hypertorch.errors import CheckpointError, LostRankError
 from hypertorch.hypergradients import Hypergradient, measured_execution
 from hypertorch.inner.execution import Execution
 from hypertorch.inner.ranks import Ranks
+from hypertorch.outer.background import BackgroundWriter, background_writer
 from hypertorch.outer.checkpoints import Checkpoint, Checkpoints, check_same_hparams, differences
 from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.evaluation import evaluate
@@ -107,9 +108,12 @@ def train(
             resumed = _begin_alike(ranks, begin, state)
             if not ranks.is_first:
                 loop = replace(loop, loggers=(), snapshots=None, checkpoints=None, progress=False)
-        run = _Run(loop, source, backend, state, num_outer_steps, resumed=resumed, zeros_allowed=zeros_allowed)
-        if not run.is_over():
-            run.to_the_end()
+        with background_writer() as writer:
+            run = _Run(
+                loop, source, backend, state, num_outer_steps, writer, resumed=resumed, zeros_allowed=zeros_allowed
+            )
+            if not run.is_over():
+                run.to_the_end()
         return _conclude(loop, state)
 
 
@@ -141,6 +145,8 @@ def _begin(
 ) -> bool:
     """Brings state and loggers to where the run starts; returns whether that is a checkpoint."""
     newest = None if loop.checkpoints is None else loop.checkpoints.newest()
+    if loop.checkpoints is not None:
+        loop.checkpoints.remove_leftovers()
     if not resume:
         if newest is not None:
             raise CheckpointError(
@@ -232,6 +238,7 @@ class _Run:
         backend: Hypergradient,
         state: OuterState,
         num_outer_steps: int,
+        writer: BackgroundWriter,
         *,
         resumed: bool,
         zeros_allowed: Collection[str] | None,
@@ -241,6 +248,7 @@ class _Run:
         self._backend = backend
         self._state = state
         self._num_outer_steps = num_outer_steps
+        self._writer = writer
         self._saved = self._position() if resumed else None
         self._stopwatch = Stopwatch(seconds=state.seconds, step=state.step)
         self._constraints: dict[str, Constraint] = {}
@@ -334,6 +342,7 @@ class _Run:
                     self._save()
             if state.step >= self._num_outer_steps:
                 return
+            self._writer.check()
             self._step(display)
 
     def _step(self, display: ProgressDisplay) -> None:
@@ -421,7 +430,7 @@ class _Run:
         validation, state = self._loop.validation, self._state
         if validation is None:
             return
-        _check_finite(state, self._loop.checkpoints)
+        _check_finite(state, self._loop.checkpoints, self._writer)
         report = self._evaluate(validation, num_episodes=validation.num_episodes)
         value = validation.figure(report)
         with uninterrupted():
@@ -458,27 +467,30 @@ class _Run:
         return step % checkpoints.every == 0 or step == self._num_outer_steps
 
     def _save(self) -> None:
-        """Writes a checkpoint, unless there is nothing new since the last."""
+        """Begins to write a checkpoint, unless there is nothing new since the last."""
         if self._loop.checkpoints is None or self._state.step == 0 or self._saved == self._position():
             return
+        # Before the state is copied: there is never more than one copy.
+        self._writer.wait()
         # A run that resumed from NaN could never recover, and the checkpoint may be the only one that is kept.
         _check_finite(self._state, self._loop.checkpoints)
         self._state.seconds = self._stopwatch.seconds
-        self._loop.checkpoints.save(self._state.capture())
+        self._writer.begin(self._loop.checkpoints.prepare(self._state.capture()))
         self._saved = self._position()
 
     def _position(self) -> tuple[int, int]:
         return self._state.step, self._state.validated_step
 
 
-def _check_finite(state: OuterState, checkpoints: Checkpoints | None) -> None:
-    newest = None if checkpoints is None else checkpoints.newest()
-    kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
-    check_finite(
-        state.hparams,
-        where=f"after {state.step} outer steps",
-        remedy=(f"Lower the outer learning rate, or bound the hypergradient by `clip_norm`.{kept}"),
-    )
+def _check_finite(state: OuterState, checkpoints: Checkpoints | None, writer: BackgroundWriter | None = None) -> None:
+    def remedy() -> str:
+        if writer is not None:
+            writer.wait()  # for the checkpoint that is named
+        newest = None if checkpoints is None else checkpoints.newest()
+        kept = "" if newest is None else f" The last checkpoint, `{newest}`, holds none."
+        return f"Lower the outer learning rate, or bound the hypergradient by `clip_norm`.{kept}"
+
+    check_finite(state.hparams, where=f"after {state.step} outer steps", remedy=remedy)
 
 
 def _validation_figures(report: Report) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.common import run_folder
 from experiments.common.failures import ExpectedFailure
 from experiments.common.run_folder import choose_folder
 
@@ -53,3 +55,29 @@ def test_the_order_of_settings_and_where_it_is_written_do_not_make_another_comma
 def test_a_new_run_is_in_a_folder_of_its_own(tmp_path: Path) -> None:
     earlier = run_at(tmp_path / "a", 1, ["seed=1"])
     assert choose_folder(asking(tmp_path, "seed=1", resume=False)) != earlier
+
+
+def test_settings_are_written_whole_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "config.yaml", Path.write_text
+
+    def torn(file: Path, text: str, **named: str) -> None:
+        write(file, text[:2], **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", torn)
+        with pytest.raises(KeyboardInterrupt):
+            run_folder._create_whole(path, "seed: 0\n")
+    assert not path.exists()
+    run_folder._create_whole(path, "seed: 0\n")
+    with pytest.raises(FileExistsError, match=r"config\.yaml'$"):
+        run_folder._create_whole(path, "seed: 1\n")
+    assert path.read_text() == "seed: 0\n"
+
+    def without_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", without_links)
+    run_folder._create_whole(tmp_path / "other.yaml", "seed: 1\n")
+    assert (tmp_path / "other.yaml").read_text() == "seed: 1\n"
+    assert not list(tmp_path.glob("*.partial"))

@@ -30,6 +30,7 @@ from experiments.common.config_errors import CONFIGS
 from hydra_plugins.hypertorch_search import _summary, sweeper
 from hydra_plugins.hypertorch_search._settings import check_settings
 from hydra_plugins.hypertorch_search._space import overrides_of, read_space
+from hydra_plugins.hypertorch_search._study import Studied
 from hydra_plugins.hypertorch_search.config import SearchConfig
 from hypertorch.search import hyperband, is_worse
 from hypertorch.search.halving import rungs
@@ -663,6 +664,22 @@ def test_a_trial_of_a_living_process_is_left_alone(command: Command) -> None:
         assert code == 1 and "whose pruner is None" in error
     assert search(command, *words)[0] == 0
     assert states(study()) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_trial_without_a_name_is_left_where_no_other_process_is_at_work() -> None:
+    """A process that was killed between beginning it and writing its name on it; a living one is about to."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.InMemoryStorage()
+    one = optuna.create_study(storage=storage, study_name="search")
+    one.enqueue_trial({"lr": "0.5"})
+    one.ask()
+    space = read_space(OverridesParser.create().parse_overrides(["lr=0.5,1.0"]), {})
+    with Process(storage, 0) as process:
+        studied = Studied(one, storage, process, space)
+        with Process(storage, 0):
+            assert studied.take_up(2) == []
+        assert [drawn.number for drawn in studied.take_up(2)] == [0]
+        assert studied.take_up(2) == []
 
 
 LONGER = (

@@ -146,6 +146,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(str(tmp_path), keep=3)
     (tmp_path / "step_00000001.safetensors.partial").write_bytes(b"left by a kill")
     (tmp_path / "notes.txt").write_text("mine")
+    checkpoints.remove_leftovers()
     for step in (2, 99_999_999, 100_000_000, 7, 50):
         checkpoints.save(make_checkpoint(step))
     names = [path.name for path in checkpoints.paths()]

@@ -156,10 +156,47 @@ def test_a_shared_file_system_is_known_by_the_mounts(
     assert is_shared_with_machines(folder) is shared
 
 
+LATE = """
+import json, os, socket, sys, time
+from pathlib import Path
+from filelock import FileLock
+folder = Path(sys.argv[1])
+with FileLock(folder / ".lock"):
+    print("held", flush=True)
+    input()
+    time.sleep(0.1)
+    name = {"pid": os.getpid(), "host": socket.gethostname(), "since": "2026"}
+    (folder / ".writer.json").write_text(json.dumps(name))
+    input()
+"""
+
+
+def test_the_name_that_a_killed_process_left_is_not_taken_for_the_writer(tmp_path: Path) -> None:
+    dead = holder(tmp_path)
+    end(dead, signal.SIGKILL)
+    assert json.loads((tmp_path / ".writer.json").read_text())["pid"] == dead.pid
+    with subprocess.Popen(
+        [sys.executable, "-c", LATE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as late:
+        assert late.stdin is not None
+        assert late.stdout is not None
+        assert late.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="is being written by another process: two"), one_writer(tmp_path):
+            pass
+        late.stdin.write("\n")
+        late.stdin.flush()
+        with (
+            pytest.raises(CheckpointError, match=f"is being written by (process {late.pid} on|another process)"),
+            one_writer(tmp_path),
+        ):
+            pass
+        late.stdin.write("\n")
+
+
 def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in (".tmpXy12ab", "step_00000003.safetensors.partial"):
+    for name in (".tmpXy12ab", "step_00000003.safetensors.partial", "hparams.safetensors.partial"):
         (folder / name).write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
     full_loop(tmp_path).run(5)
@@ -168,6 +205,10 @@ def test_leftovers_of_interrupted_writes_are_removed(tmp_path: Path) -> None:
         ".writer.json",
         "notes.txt",
     }
+    # Also of a run that is done, which writes no checkpoint.
+    (folder / ".tmpXy12ab").write_bytes(b"half")
+    full_loop(tmp_path).run(5, resume=True)
+    assert not (folder / ".tmpXy12ab").exists()
 
 
 def test_a_deleted_folder_is_an_error_at_the_next_record(tmp_path: Path) -> None:
