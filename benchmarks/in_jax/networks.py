@@ -92,7 +92,9 @@ def _normalised(values: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
 
 
 def _pooled(images: jax.Array) -> jax.Array:
-    """Returns the largest of every 2x2; an odd last row and column are dropped."""
-    count, height, width, channels = images.shape
-    kept = images[:, : height // 2 * 2, : width // 2 * 2]
-    return kept.reshape(count, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    """Returns the largest of every 2x2; an odd last row and column are dropped.
+
+    Not `jnp.max` of a reshaped image: with `jax.checkpoint` its hypergradient is silently wrong, by its own size.
+    """
+    window = (1, 2, 2, 1)
+    return lax.reduce_window(images, -jnp.inf, lax.max, window, window, "VALID")

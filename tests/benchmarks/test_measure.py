@@ -56,7 +56,8 @@ def measured_here(
     object.__setattr__(work, "given", given)
     settings = measure.Settings(
         seed=0, device=CPU, dtype=torch.float64, num_threads=None, tolerance=1e-4,
-        rounds=Rounds(repetitions=2, shortest=0.0, longest=1.0), memory=False, memory_limit=2**30, longest_run=60.0, longest_work=60.0,
+        rounds=Rounds(repetitions=2, shortest=0.0, longest=1.0),
+        memory=False, memory_limit=2**30, longest_run=60.0, longest_work=60.0,
     )  # fmt: skip
     rows = measure.measure("w", work, None, replace(settings, **changes), lambda _: None)
     assert [item.contestant for item in rows] == [name for name in given if name in changes.get("contestants", given)]

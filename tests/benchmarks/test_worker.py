@@ -23,6 +23,7 @@ from hypertorch.types import TensorDict
 from tests.benchmarks.benchmark_works import WORKS, job_of, memory_request
 
 NO_JAX = "jax is not installed; it comes with the extra `benchmark`"
+JAX_VARIANTS = {"all at once": InJax(), "rematerialised": InJax(remat=True), "in turn": InJax(tasks="map")}
 ECHO = """
 import json, os, sys
 for line in sys.stdin:
@@ -146,7 +147,7 @@ def test_jax_agrees_and_has_a_peak(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("contestant", [InJax(), InJax(remat=True), InJax(tasks="map")], ids=str)
+@pytest.mark.parametrize("contestant", list(JAX_VARIANTS.values()), ids=JAX_VARIANTS)
 @pytest.mark.parametrize("name", WORKS)
 def test_jax_agrees_on_every_work(name: str, contestant: InJax) -> None:
     pytest.importorskip("jax", reason=NO_JAX)
