@@ -30,12 +30,15 @@ class InJax(Contestant):
     Args:
         remat: whether steps are in `jax.checkpoint`: only states are kept, and a step is computed again on the way
             back.
-        tasks: "vmap" for all at once, "map" for one after the other (`lax.map`), which is the faster where every task
-            has convolutions of its own.
+        unroll: whether the compiled program has all steps one after the other instead of a loop, which takes longer to
+            compile and can be the faster.
+        tasks: "vmap" for all at once, "in turn" for a call of the compiled program for each: the faster where every
+            task has convolutions of its own.
     """
 
     remat: bool = False
-    tasks: Literal["vmap", "map"] = "vmap"
+    unroll: bool = False
+    tasks: Literal["vmap", "in turn"] = "vmap"
     side: Side = field(default="by hand", init=False)
     compiles: bool = field(default=True, init=False)
     own_framework: bool = field(default=True, init=False)
@@ -76,6 +79,7 @@ class InJax(Contestant):
             "num_tasks": job.num_tasks,
             "initialisation": sorted(job.initialisation),
             "remat": self.remat,
+            "unroll": self.unroll,
             "tasks": self.tasks,
             "float64": some.dtype is torch.float64,
         }

@@ -29,7 +29,7 @@ TORCHOPT_FUNCTIONAL = "TorchOpt, functional"
 TORCHOPT_VECTORISED = "TorchOpt, vectorised"
 JAX = "JAX"
 JAX_REMAT = "JAX, rematerialised"
-JAX_IN_TURN = "JAX, tasks in turn"
+JAX_IN_TURN = "JAX, unrolled, tasks in turn"
 
 VARIANTS: dict[str, Contestant] = {
     PLAIN: PlainTraining(),
@@ -51,7 +51,7 @@ VARIANTS: dict[str, Contestant] = {
     FORWARD: Ours(backend=Forward),
     JAX: InJax(),
     JAX_REMAT: InJax(remat=True),
-    JAX_IN_TURN: InJax(tasks="map"),
+    JAX_IN_TURN: InJax(unroll=True, tasks="in turn"),
 }
 
 PEERS = (HIGHER, TORCHOPT, TORCHOPT_FUNCTIONAL)

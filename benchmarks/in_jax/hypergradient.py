@@ -18,8 +18,8 @@ def hypergradient(settings: Mapping[str, Any]) -> Callable[[Params, Params, Data
     Args:
         settings: the job as numbers and names: `network` and `losses` with their own settings, `num_steps`, `lr`,
             `momentum`, `num_tasks` (None without tasks), `initialisation` (the weights that are outer variables),
-            `remat` (whether a step is computed again on the way back) and `tasks` ("vmap", or "map" for one after the
-            other).
+            `remat` (whether a step is computed again on the way back), `unroll` (whether the program has all steps one
+            after the other, and no loop) and `tasks` ("vmap", or "in turn" for a call of the program for each).
     """
     of_job = losses(
         settings["losses"], network(settings["network"], settings["network_settings"]), settings["loss_settings"]
@@ -33,11 +33,19 @@ def hypergradient(settings: Mapping[str, Any]) -> Callable[[Params, Params, Data
         def of_task(own: Data) -> jax.Array:
             return _outer_loss_after_training(of_job, settings, params, hparams, own)
 
-        if settings["num_tasks"] is None:
-            return of_task(data)
-        return (jax.vmap(of_task)(data) if settings["tasks"] == "vmap" else lax.map(of_task, data)).mean()
+        return jax.vmap(of_task)(data).mean() if all_tasks else of_task(data)
 
-    return jax.jit(jax.grad(outer_loss))
+    num_tasks, in_turn = settings["num_tasks"], settings["tasks"] == "in turn"
+    all_tasks = num_tasks is not None and not in_turn
+    compiled = jax.jit(jax.grad(outer_loss))
+    if num_tasks is None or not in_turn:
+        return compiled
+
+    def mean_over_tasks(hparams: Params, params: Params, data: Data) -> Params:
+        each = [compiled(hparams, params, {name: data[name][task] for name in data}) for task in range(num_tasks)]
+        return jax.tree.map(lambda *values: sum(values) / num_tasks, *each)
+
+    return mean_over_tasks
 
 
 def _outer_loss_after_training(
@@ -58,5 +66,6 @@ def _outer_loss_after_training(
         # In a scan nothing can undo it by finding the same operations twice.
         step = jax.checkpoint(step, prevent_cse=False)
     buffer = jax.tree.map(jnp.zeros_like, params) if momentum else {}
-    (params, _), _ = lax.scan(step, (params, buffer), jnp.arange(settings["num_steps"]))
+    steps = jnp.arange(settings["num_steps"])
+    (params, _), _ = lax.scan(step, (params, buffer), steps, unroll=settings["unroll"])
     return of_job.outer(params, variables, data)

@@ -23,7 +23,11 @@ from hypertorch.types import TensorDict
 from tests.benchmarks.benchmark_works import WORKS, job_of, memory_request
 
 NO_JAX = "jax is not installed; it comes with the extra `benchmark`"
-JAX_VARIANTS = {"all at once": InJax(), "rematerialised": InJax(remat=True), "in turn": InJax(tasks="map")}
+JAX_VARIANTS = {
+    "all at once": InJax(),
+    "rematerialised": InJax(remat=True),
+    "in turn": InJax(unroll=True, tasks="in turn"),
+}
 ECHO = """
 import json, os, sys
 for line in sys.stdin:
@@ -151,6 +155,6 @@ def test_jax_agrees_and_has_a_peak(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", WORKS)
 def test_jax_agrees_on_every_work(name: str, contestant: InJax) -> None:
     pytest.importorskip("jax", reason=NO_JAX)
-    if contestant.tasks == "map" and job_of(WORKS[name].tiny()).num_tasks is None:
+    if contestant.tasks == "in turn" and job_of(WORKS[name].tiny()).num_tasks is None:
         pytest.skip("there are no tasks")
     assert relative_error(*jax_grads(name, contestant)) < 1e-9
