@@ -81,6 +81,15 @@ def test_a_process_that_fails_is_said(tmp_path: Path, program: str, expected: st
         one.close()
 
 
+def test_a_process_that_has_ended_is_asked_in_vain(tmp_path: Path) -> None:
+    one = worker(tmp_path, "pass")
+    one._process.wait()
+    with pytest.raises(NotMeasured, match="its process failed"):
+        one.ask("first")
+    one.close()
+    one.close()
+
+
 def test_a_process_that_lasts_is_ended(tmp_path: Path) -> None:
     one = worker(tmp_path, "import time; time.sleep(60)", longest=0.1)
     with pytest.raises(NotMeasured, match=r"^takes more than 0.1 s$"):
