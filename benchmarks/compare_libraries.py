@@ -1,4 +1,4 @@
-"""Runs hypertorch, higher, TorchOpt and plain training on the same work, and compares time, memory and results.
+"""Runs hypertorch, higher, TorchOpt, JAX and plain training on the same work, and compares time, memory and results.
 
 scripts/benchmark                                  everything, on the CPU (hours)
 scripts/benchmark --cuda                           the same on a GPU
@@ -28,7 +28,7 @@ from benchmarks.measure import Settings, measure
 from benchmarks.memory import available_bytes
 from benchmarks.results import Results, Sweep
 from benchmarks.sizes import build_work, other_sizes, sizes
-from benchmarks.tables import ratio_lines, table_of_growth, table_of_rows
+from benchmarks.tables import ratio_lines, table_of_costs, table_of_growth, table_of_rows
 from benchmarks.timing import Rounds
 from benchmarks.work import Work
 from experiments.common.failures import ExpectedFailure, Failures
@@ -64,7 +64,7 @@ class BenchmarkSettings:
         seed: chooses the data and the first weights.
         device: where to compute.
         dtype: of the tensors.
-        threads: threads of PyTorch's operations; None for its own choice.
+        threads: threads of every contestant, and cores that it is kept on; None for each library's own choice.
         resume: whether to go on with an earlier benchmark.
         only: names of the works and sweeps to run; None for all.
         contestants: names of those that take part; None for all.
@@ -83,7 +83,7 @@ class BenchmarkSettings:
     device: torch.device = setting(device)
     dtype: torch.dtype = setting(dtype)
     threads: int | None = setting(
-        optional(partial(whole_number, minimum=1, purpose="it is the number of threads of PyTorch"))
+        optional(partial(whole_number, minimum=1, purpose="it is the number of threads of a contestant"))
     )
     resume: bool = setting(switch)
     only: list[str] | None = setting(partial(listed_names, example="small_unroll"))
@@ -153,6 +153,7 @@ def main(config: DictConfig) -> None:
             say("none of the contestants takes part")
             continue
         console.print(table_of_rows(rows))
+        console.print(table_of_costs(rows))
         results.add(rows, folder.results)
     results.draw()
     results.write(folder.results)
@@ -170,6 +171,7 @@ def measuring(own: BenchmarkSettings) -> Settings:
         seed=own.seed,
         device=own.device,
         dtype=own.dtype,
+        num_threads=own.threads,
         rounds=_QUICK_ROUNDS if own.quick else rounds,
         tolerance=own.tolerance,
         memory=own.memory,

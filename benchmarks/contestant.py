@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,8 +15,8 @@ from benchmarks.job import Job
 from hypertorch.types import TensorDict
 
 Side: TypeAlias = Literal["ours", "peer", "by hand", "floor"]
-"""Whose the contestant is: the library's, a peer as it is meant to be used, what a user can write with parts of a peer;
-the floor computes no hypergradient."""
+"""Whose the contestant is: the library's, a peer as it is meant to be used, what a user can write with parts of a peer
+or in another framework; the floor computes no hypergradient."""
 
 OneTask: TypeAlias = Callable[[TensorDict, int], torch.Tensor]
 """`(outer variables with the context, task) -> outer loss`, with a graph to the outer variables."""
@@ -23,10 +24,6 @@ OneTask: TypeAlias = Callable[[TensorDict, int], torch.Tensor]
 
 class NotMeasured(Exception):  # noqa: N818 (a row of the table, not a fault)
     """A contestant that cannot take part; its message is the reason that the table shows."""
-
-
-class NotCompiled(NotMeasured):
-    """A compiled variant that PyTorch cannot compile; the others of the work in this process cannot be either."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +45,8 @@ class Contestant(ABC):
     side: Side
     compiles = False
     """Whether its first run compiles."""
+    own_framework = False
+    """Whether it computes in a process without PyTorch, that of `command`."""
 
     @property
     @abstractmethod
@@ -57,6 +56,20 @@ class Contestant(ABC):
     def prepares(self, job: Job) -> bool:
         """Returns whether the first run of a job does what no later one does, so that it is not measured."""
         return self.compiles
+
+    def command(self, job: Job, folder: Path) -> list[str]:
+        """Returns the command of the process of a contestant with a framework of its own.
+
+        The process answers lines of stdin by lines of JSON, as `benchmarks.turns` does.
+
+        Args:
+            job: the job.
+            folder: where the process finds the job, and leaves its hypergradient.
+
+        Raises:
+            NotMeasured: if what it needs is missing.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs in a process with PyTorch")
 
     @abstractmethod
     def run(self, job: Job) -> Outcome:

@@ -73,13 +73,24 @@ class _ConvFewShot(Work):
 
     def contestants(self) -> Mapping[str, Contestant]:
         """Returns who takes part."""
-        return variants.chosen(*variants.PEERS, variants.TORCHOPT_VECTORISED, variants.EAGER, variants.PLAIN)
+        return variants.chosen(
+            *variants.PEERS,
+            variants.TORCHOPT_VECTORISED,
+            variants.EAGER,
+            *variants.IN_JAX,
+            variants.JAX_IN_TURN,
+            variants.PLAIN,
+        )
 
     def targets(self) -> tuple[Target, ...]:
         """Returns the ratios to be reached."""
         return (
             Target(contestant=variants.EAGER, quantity="time", against="peers", at_most=1.05),
             Target(contestant=variants.EAGER, quantity="memory", against="peers", at_most=1.0),
+            *(
+                Target(contestant=variants.EAGER, quantity="time", against=name, at_most=0.8)
+                for name in (*variants.IN_JAX, variants.JAX_IN_TURN)
+            ),
         )
 
     def tiny(self) -> _ConvFewShot:
@@ -101,7 +112,15 @@ class ConvMAML(_ConvFewShot):
         source = Source.seeded(seed, device, dtype)
         network, lr = self.backbone(source, _WAY), 0.1
         learner = MAML(network, dynamics=ht.dynamics.SGD(lr=lr), num_steps=self.num_steps)
-        return maml_job(learner, network, Classification(), self.episode(source), num_steps=self.num_steps, lr=lr)
+        return maml_job(
+            learner,
+            network,
+            Classification(),
+            self.episode(source),
+            num_steps=self.num_steps,
+            lr=lr,
+            stated_network=("conv4", {"downsample": self.downsample}),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,4 +138,12 @@ class ConvHyperRepresentation(_ConvFewShot):
         backbone, lr = self.backbone(source, None), 0.1
         learner = HyperRepresentation(backbone, way=_WAY, dynamics=ht.dynamics.SGD(lr=lr), num_steps=self.num_steps)
         episode = self.episode(source)
-        return hyper_representation_job(learner, backbone, episode, way=_WAY, num_steps=self.num_steps, lr=lr)
+        return hyper_representation_job(
+            learner,
+            backbone,
+            episode,
+            way=_WAY,
+            num_steps=self.num_steps,
+            lr=lr,
+            stated_network=("conv4", {"downsample": self.downsample}),
+        )

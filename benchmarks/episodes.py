@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks.job import Job, Predict
+from benchmarks.job import Job, Predict, Stated
 from hypertorch.fewshot import Classification, Episode, HyperRepresentation, Learner, Objective
 from hypertorch.types import Batch, TensorDict
 
@@ -16,7 +17,14 @@ _TINY = 1e-12
 
 
 def maml_job(
-    learner: Learner, network: nn.Module, objective: Objective, episode: Episode, *, num_steps: int, lr: float
+    learner: Learner,
+    network: nn.Module,
+    objective: Objective,
+    episode: Episode,
+    *,
+    num_steps: int,
+    lr: float,
+    stated_network: tuple[str, Mapping[str, Any]],
 ) -> Job:
     """Returns the job of a MAML hypergradient: all weights are adapted, their initialisation is the outer variable.
 
@@ -27,6 +35,7 @@ def maml_job(
         episode: support and query examples, with a tasks axis.
         num_steps: inner steps.
         lr: step size.
+        stated_network: name and settings of the network in another framework.
     """
 
     def loss(predict: Predict, _: TensorDict, examples: Batch) -> Tensor:
@@ -44,11 +53,24 @@ def maml_job(
         lr=lr,
         num_tasks=num_tasks,
         own_problem=learner.problem(episode, num_tasks),
+        stated=Stated(
+            network=stated_network[0],
+            network_settings=stated_network[1],
+            losses="classification" if isinstance(objective, Classification) else "regression",
+            data=_tensors(episode),
+        ),
     )
 
 
 def hyper_representation_job(
-    learner: HyperRepresentation, backbone: Any, episode: Episode, *, way: int, num_steps: int, lr: float
+    learner: HyperRepresentation,
+    backbone: Any,
+    episode: Episode,
+    *,
+    way: int,
+    num_steps: int,
+    lr: float,
+    stated_network: tuple[str, Mapping[str, Any]],
 ) -> Job:
     """Returns the job of a hyper-representation hypergradient: a linear head is adapted, features are learnt.
 
@@ -62,6 +84,7 @@ def hyper_representation_job(
         way: classes.
         num_steps: inner steps.
         lr: step size.
+        stated_network: name and settings of the backbone in another framework.
     """
     head = nn.Linear(backbone.num_features, way).to(episode.support.inputs)
     nn.init.zeros_(head.weight)
@@ -95,4 +118,19 @@ def hyper_representation_job(
         num_tasks=num_tasks,
         context=features,
         own_problem=learner.problem(episode, num_tasks),
+        stated=Stated(
+            network=stated_network[0],
+            network_settings=stated_network[1],
+            losses="hyper_representation",
+            data=_tensors(episode),
+        ),
     )
+
+
+def _tensors(episode: Episode) -> TensorDict:
+    return {
+        "support_inputs": episode.support.inputs,
+        "support_targets": episode.support.targets,
+        "query_inputs": episode.query.inputs,
+        "query_targets": episode.query.targets,
+    }

@@ -23,12 +23,12 @@ CONTESTANT_FAILURES = (
 """What a library may raise when it cannot do a work: a row of the table. Interrupts are not among them."""
 
 _LONGEST = 200
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "resource_exhausted")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether a contestant failed for want of memory, as PyTorch and Python say it."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    """Returns whether a contestant failed for want of memory, as PyTorch, JAX and Python say it."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def reason(error: BaseException) -> str:

@@ -58,7 +58,13 @@ class ParameterGrowth(Work):
     def contestants(self) -> Mapping[str, Contestant]:
         """Returns who takes part."""
         return variants.chosen(
-            *variants.PEERS, variants.EAGER, variants.COMPILED, variants.STEP_WISE, variants.SQRT, variants.PLAIN
+            *variants.PEERS,
+            variants.EAGER,
+            variants.COMPILED,
+            variants.STEP_WISE,
+            variants.SQRT,
+            *variants.IN_JAX,
+            variants.PLAIN,
         )
 
     def tiny(self) -> ParameterGrowth:

@@ -23,6 +23,25 @@ MakeDynamics: TypeAlias = Callable[["Job"], ht.Dynamics]
 """Makes an inner optimiser for a job."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stated:
+    """A job as names, numbers and arrays, for a contestant of another framework, which has no use for the functions.
+
+    Args:
+        network: name of the network, "mlp", "conv4" or "transformer".
+        network_settings: what its weights do not tell.
+        losses: name of the kind of losses.
+        loss_settings: numbers that the losses need.
+        data: tensors of the losses, with a leading tasks axis if there are tasks.
+    """
+
+    network: str
+    network_settings: Mapping[str, Any]
+    losses: str
+    loss_settings: Mapping[str, Any] = field(default_factory=dict)
+    data: TensorDict
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """A hypergradient to compute: gradient descent on a network's weights, differentiated in the outer variables.
@@ -44,6 +63,7 @@ class Job:
         context: computed once for a task from the outer variables and its outer batch; the losses read its entries
             beside the outer variables.
         own_problem: the same job as the library's users would state it; None to make one of the losses above.
+        stated: the same job for another framework; None where there is none that could run it.
 
     Attributes:
         initialisation: names of the outer variables that are initial weights.
@@ -62,6 +82,7 @@ class Job:
     num_tasks: int | None = None
     context: Callable[[TensorDict, Batch], TensorDict] | None = None
     own_problem: ht.BilevelProblem | None = None
+    stated: Stated | None = None
     initialisation: frozenset[str] = field(init=False)
     _problems: dict[MakeDynamics | None, ht.BilevelProblem] = field(init=False, default_factory=dict)
 

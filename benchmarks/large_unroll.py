@@ -60,6 +60,7 @@ class LargeUnroll(Work):
             variants.SQRT_COMPILED,
             variants.STEP_WISE,
             variants.STEP_WISE_COMPILED,
+            *variants.IN_JAX,
             variants.PLAIN,
         )
 
@@ -75,6 +76,10 @@ class LargeUnroll(Work):
             Target(contestant=variants.SQRT, quantity="memory", against="peers", at_most=1 / 8),
             Target(contestant=variants.SQRT_COMPILED, quantity="time", against="peers", at_most=1.6),
             Target(contestant=variants.SQRT_COMPILED, quantity="memory", against="peers", at_most=1 / 8),
+            *(
+                Target(contestant=variants.EAGER, quantity="time", against=name, at_most=0.8)
+                for name in variants.IN_JAX
+            ),
         )
 
     def tiny(self) -> LargeUnroll:

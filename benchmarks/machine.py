@@ -13,7 +13,7 @@ import torch
 from benchmarks.memory import psutil
 from experiments.common.reporting import versions
 
-_PEERS = ("higher", "torchopt", "optree", "psutil")
+_PEERS = ("higher", "torchopt", "optree", "jax", "jaxlib", "psutil")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from benchmarks.failure_reasons import CONTESTANT_FAILURES, is_out_of_memory, re
 from benchmarks.job import Job
 from benchmarks.own_process import in_own_process
 from benchmarks.tables import byte_words
+from benchmarks.turns import TurnsRequest
 from benchmarks.work import Work
+from benchmarks.worker import start
 
 try:
     import psutil  # pyright: ignore[reportMissingModuleSource]
@@ -29,7 +33,7 @@ except ImportError:  # Windows has none
 
 _MMAP_THRESHOLD = -3  # the number of this option in glibc's malloc.h
 _OWN_MAPPING_FROM = 2**16
-_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_PROCESSES = Path("/proc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class MemoryRequest:
         seed: of the data.
         device: "cpu" or "cuda".
         dtype: of the tensors.
-        num_threads: threads of PyTorch's operations.
+        num_threads: threads; None for each library's own choice.
         limit: bytes that the process may take beside its data (on a CPU); the run fails beyond.
         longest: seconds after which the process is ended.
     """
@@ -52,7 +56,7 @@ class MemoryRequest:
     seed: int
     device: str
     dtype: torch.dtype
-    num_threads: int
+    num_threads: int | None
     limit: int
     longest: float
 
@@ -65,6 +69,8 @@ def peak_bytes(request: MemoryRequest) -> int:
     """
     if psutil is None:
         raise NotMeasured("psutil is not installed (it comes with the extra `benchmark`)")
+    if request.work.contestants()[request.contestant].own_framework:
+        return _peak_of_worker(request)
     return in_own_process(peak_bytes_here, request, request.longest)
 
 
@@ -85,7 +91,8 @@ def peak_bytes_here(request: MemoryRequest) -> int:
     Raises:
         NotMeasured: if the run failed; says why.
     """
-    torch.set_num_threads(request.num_threads)
+    if request.num_threads is not None:
+        torch.set_num_threads(request.num_threads)
     device = torch.device(request.device)
     keep_no_freed_blocks()
     contestant = request.work.contestants()[request.contestant]
@@ -99,6 +106,37 @@ def peak_bytes_here(request: MemoryRequest) -> int:
         if is_out_of_memory(error):
             raise NotMeasured(f"needs more than {byte_words(request.limit)}") from error
         raise NotMeasured(reason(error)) from error
+
+
+def _peak_of_worker(request: MemoryRequest) -> int:
+    """Returns the peak memory of a process without PyTorch, read from outside: that of a run after its first one."""
+    turns = TurnsRequest(
+        work=request.work,
+        contestant=request.contestant,
+        seed=request.seed,
+        device=request.device,
+        dtype=request.dtype,
+        num_threads=request.num_threads,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder, ends = Path(name), time.monotonic() + request.longest
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(_OWN_MAPPING_FROM)}
+        worker = start(turns, folder=folder / "run", caches=folder / "caches", ends=ends, environment=environment)
+        try:
+            worker.ask("ready")
+            _limit_memory(request.limit, worker.pid)
+            worker.first()
+            worker.ask("trim")
+            before = psutil.Process(worker.pid).memory_info().rss
+            _forget_peak(worker.pid)
+            worker.turn(1)
+            return max(_peak_resident(worker.pid) - before, 0)
+        except NotMeasured as error:
+            if is_out_of_memory(error):
+                raise NotMeasured(f"needs more than {byte_words(request.limit)}") from error
+            raise
+        finally:
+            worker.close()
 
 
 def _job(work: Work, request: MemoryRequest, device: torch.device) -> Job:
@@ -143,26 +181,33 @@ def _of_c_library(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-def _limit_memory(limit: int) -> None:
-    """Makes allocations beyond the limit fail in this process, instead of anything else on the machine."""
+def _limit_memory(limit: int, pid: int | None = None) -> None:
+    """Makes allocations beyond the limit fail in a process, by default this, instead of all else on the machine."""
     if sys.platform == "linux":
-        now = _status_bytes("VmData")
-        resource.setrlimit(resource.RLIMIT_DATA, (now + limit, resource.RLIM_INFINITY))
+        now = _status_bytes("VmData", pid)
+        resource.prlimit(pid or 0, resource.RLIMIT_DATA, (now + limit, resource.RLIM_INFINITY))
 
 
-def _forget_peak() -> None:
+def _forget_peak(pid: int | None = None) -> None:
     """Starts the system's record of the largest resident set anew; elsewhere than on Linux it is since the start."""
-    if _CLEAR_REFS.exists():
-        _CLEAR_REFS.write_text("5")
+    if _PROCESSES.exists():
+        (_PROCESSES / _name(pid) / "clear_refs").write_text("5")
 
 
-def _peak_resident() -> int:
-    if _STATUS.exists():
-        return _status_bytes("VmHWM")
+def _peak_resident(pid: int | None = None) -> int:
+    if _PROCESSES.exists():
+        return _status_bytes("VmHWM", pid)
+    if pid is not None:
+        raise NotMeasured("the system does not say what another process has taken")
     # macOS counts in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _status_bytes(key: str) -> int:
-    line = next(line for line in _STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(key + ":"))
+def _status_bytes(key: str, pid: int | None) -> int:
+    lines = (_PROCESSES / _name(pid) / "status").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(key + ":"))
     return int(line.split()[1]) * 1024
+
+
+def _name(pid: int | None) -> str:
+    return "self" if pid is None else str(pid)

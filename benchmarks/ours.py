@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import hypertorch as ht
-from benchmarks.contestant import Contestant, NotCompiled, Outcome, Side
+from benchmarks.contestant import Contestant, NotMeasured, Outcome, Side
 from benchmarks.job import Job, MakeDynamics
 
 _NOT_COMPILED = "`compile=True`"
@@ -45,7 +45,7 @@ class Ours(Contestant):
         """Returns the hypergradient.
 
         Raises:
-            NotCompiled: if what is to be compiled cannot be.
+            NotMeasured: if what is to be compiled cannot be.
         """
         problem = job.problem(self.dynamics)
         with warnings.catch_warnings():
@@ -54,5 +54,5 @@ class Ours(Contestant):
             try:
                 result = ht.hypergradient(problem, job.hparams, backend=self.backend())
             except UserWarning as warning:
-                raise NotCompiled(str(warning)) from warning
+                raise NotMeasured(str(warning)) from warning
         return Outcome(grads=result.grads, figures={} if self.figures is None else self.figures(job, result))

@@ -77,7 +77,7 @@ class ReversibleUnroll(Work):
                 figures=_kept,
                 compiles=True,
             ),
-            **variants.chosen(variants.PLAIN),
+            **variants.chosen(*variants.IN_JAX, variants.PLAIN),
         }
 
     def targets(self) -> tuple[Target, ...]:

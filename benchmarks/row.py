@@ -22,10 +22,15 @@ class Row:
         side: on which side it stands.
         median_seconds: median over the repetitions.
         min_seconds: the fastest repetition.
-        spread_seconds: interquartile range of the repetitions; None in older results, and of what ran once.
-        first_seconds: the first run, apart: with compilation, where there is one.
+        lower_quartile_seconds: of the repetitions.
+        upper_quartile_seconds: of the repetitions.
+        first_seconds: the first run of a process that finds no compiled program: with compilation, where there is one.
+        second_process_seconds: the first run of a second process, which finds what the first one compiled; None of what
+            does not compile.
         repetitions: timed runs.
         peak_bytes: peak memory above what was in use before, in a process of its own.
+        operations: calls of PyTorch's dispatcher in a run; None of what runs compiled programs.
+        moved_bytes: that those calls read and write.
         error: relative error of the hypergradient against the work's reference.
         error_in_float64: the same in float64, where the other is beyond the tolerance; None elsewhere.
         reference: whose hypergradient that is.
@@ -45,10 +50,14 @@ class Row:
     side: Side
     median_seconds: float | None = None
     min_seconds: float | None = None
-    spread_seconds: float | None = None
+    lower_quartile_seconds: float | None = None
+    upper_quartile_seconds: float | None = None
     first_seconds: float | None = None
+    second_process_seconds: float | None = None
     repetitions: int = 0
     peak_bytes: int | None = None
+    operations: int | None = None
+    moved_bytes: int | None = None
     error: float | None = None
     error_in_float64: float | None = None
     reference: str | None = None

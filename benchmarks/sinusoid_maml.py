@@ -42,12 +42,25 @@ class SinusoidMAML(Work):
         lr = 0.01
         learner = MAML(network, dynamics=ht.dynamics.SGD(lr=lr), num_steps=self.num_steps, objective=Regression())
         episode = Sinusoid(num_tasks=self.num_tasks, seed=seed, dtype=dtype).to(device).at(0)
-        return maml_job(learner, network, Regression(), episode, num_steps=self.num_steps, lr=lr)
+        return maml_job(
+            learner,
+            network,
+            Regression(),
+            episode,
+            num_steps=self.num_steps,
+            lr=lr,
+            stated_network=("mlp", {"activation": "relu"}),
+        )
 
     def contestants(self) -> Mapping[str, Contestant]:
         """Returns who takes part."""
         return variants.chosen(
-            *variants.PEERS, variants.TORCHOPT_VECTORISED, variants.EAGER, variants.COMPILED, variants.PLAIN
+            *variants.PEERS,
+            variants.TORCHOPT_VECTORISED,
+            variants.EAGER,
+            variants.COMPILED,
+            *variants.IN_JAX,
+            variants.PLAIN,
         )
 
     def targets(self) -> tuple[Target, ...]:
@@ -56,6 +69,7 @@ class SinusoidMAML(Work):
             Target(contestant=variants.EAGER, quantity="time", against="peers", at_most=1 / 12),
             Target(contestant=variants.EAGER, quantity="time", against=variants.TORCHOPT_VECTORISED, at_most=1.05),
             Target(contestant=variants.COMPILED, quantity="time", against="peers", at_most=1 / 50),
+            Target(contestant=variants.COMPILED, quantity="time", against=variants.JAX, at_most=1.2),
         )
 
     def tiny(self) -> SinusoidMAML:

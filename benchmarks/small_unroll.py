@@ -17,30 +17,35 @@ from benchmarks.work import Target, Work
 
 @dataclass(frozen=True, kw_only=True)
 class SmallUnroll(Work):
-    """MLP 20-32-10 on 100 rows: a step is so small that what a library does around it is what counts.
+    """An MLP, 20-32-10 by default: a step is so small that what a library does around it is what counts.
 
     Args:
         num_steps: inner steps.
         num_rows: training examples.
+        features: numbers per row.
         hidden: width of the hidden layer.
+        classes: outputs.
     """
 
     num_steps: int = 500
     num_rows: int = 100
+    features: int = 20
     hidden: int = 32
+    classes: int = 10
 
     @property
     def title(self) -> str:
         """What is computed."""
-        return f"MLP 20-{self.hidden}-10, {self.num_rows} rows, {self.num_steps} steps, example weights"
+        widths = f"{self.features}-{self.hidden}-{self.classes}"
+        return f"MLP {widths}, {self.num_rows} rows, {self.num_steps} steps, example weights"
 
     def job(self, *, seed: int, device: torch.device, dtype: torch.dtype) -> Job:
         """Returns the job with its data."""
         return weighted_examples(
             Source.seeded(seed, device, dtype),
-            mlp(20, self.hidden, 10),
-            features=20,
-            classes=10,
+            mlp(self.features, self.hidden, self.classes),
+            features=self.features,
+            classes=self.classes,
             rows=self.num_rows,
             num_steps=self.num_steps,
             lr=0.1,
@@ -55,6 +60,7 @@ class SmallUnroll(Work):
             variants.STEP_WISE,
             variants.STEP_WISE_COMPILED,
             variants.SQRT,
+            *variants.IN_JAX,
             variants.PLAIN,
         )
 
@@ -63,6 +69,8 @@ class SmallUnroll(Work):
         return (
             Target(contestant=variants.EAGER, quantity="time", against="peers", at_most=1.05),
             Target(contestant=variants.COMPILED, quantity="time", against="peers", at_most=0.5),
+            Target(contestant=variants.COMPILED, quantity="time", against=variants.JAX, at_most=1.2),
+            Target(contestant=variants.COMPILED, quantity="time", against=variants.JAX_REMAT, at_most=2.5),
         )
 
     def tiny(self) -> SmallUnroll:

@@ -16,7 +16,7 @@ NOT_MEASURED = "not measured"
 
 
 def table_of_rows(rows: Sequence[Row]) -> Table:
-    """Returns what was measured on one work, one line per contestant.
+    """Returns times and errors on one work, one line per contestant.
 
     Args:
         rows: of one work at one size.
@@ -24,7 +24,7 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
     notes = [f"{row.contestant}: {'; '.join(row.notes)}" for row in rows if row.notes]
     table = Table(title=rows[0].title, title_justify="left", caption="\n".join(notes) or None, caption_justify="left")
     table.add_column("contestant")
-    for column in ("median", "fastest", "x best peer", "memory", "error"):
+    for column in ("median", "quartiles", "fastest", "x best peer", "error"):
         table.add_column(column, justify="right")
     agreeing = [row for row in rows if row.side == "peer" and row.agrees is not False]
     peers = [row.min_seconds for row in agreeing if row.min_seconds is not None]
@@ -33,10 +33,35 @@ def table_of_rows(rows: Sequence[Row]) -> Table:
         table.add_row(
             row.contestant,
             time_words(row.median_seconds),
+            _quartile_words(row),
             time_words(fastest),
             f"{fastest / min(peers):.3g}" if peers and fastest is not None else _MISSING,
-            byte_words(row.peak_bytes),
             _error_words(row),
+        )
+    return table
+
+
+def table_of_costs(rows: Sequence[Row]) -> Table:
+    """Returns what the first runs and a run cost beside its time, one line per contestant.
+
+    The first run is that of a process that finds no compiled program. Operations and the bytes that they move do not
+    depend on the machine; they are those of PyTorch's dispatcher, which compiled programs do not ask.
+
+    Args:
+        rows: of one work at one size.
+    """
+    table = Table()
+    table.add_column("contestant")
+    for column in ("first run", "in a second process", "memory", "operations", "bytes moved"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            row.contestant,
+            time_words(row.first_seconds),
+            time_words(row.second_process_seconds),
+            byte_words(row.peak_bytes),
+            _MISSING if row.operations is None else f"{row.operations:,}",
+            byte_words(row.moved_bytes),
         )
     return table
 
@@ -95,6 +120,12 @@ def byte_words(count: float | None, digits: int = _DIGITS) -> str:
         if count >= scale:
             return f"{count / scale:.{digits}g} {unit}"
     return f"{count:.{digits}g} B"
+
+
+def _quartile_words(row: Row) -> str:
+    if row.lower_quartile_seconds is None:
+        return _MISSING
+    return f"{time_words(row.lower_quartile_seconds)} to {time_words(row.upper_quartile_seconds)}"
 
 
 def _error_words(row: Row) -> str:

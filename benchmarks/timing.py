@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 
 Run = Callable[[], object]
+Turn = Callable[[int], float]
+"""From a number of runs in a row to their mean time (unit: seconds)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """How repetitions are made: in each round every contestant runs once, starting with another one each time.
+    """How repetitions are made: in each round every contestant has a turn, in an order drawn anew.
 
     What disturbs the machine for a while then disturbs all of them, and none always runs behind the same neighbour.
 
@@ -62,24 +65,24 @@ class Rounds:
     shortest: float
     longest: float
 
-    def times(self, runs: Mapping[str, Run], stopwatch: Stopwatch) -> dict[str, list[float]]:
+    def times(self, turns: Mapping[str, Turn], seed: int) -> dict[str, list[float]]:
         """Returns the time of one run in each repetition, by contestant.
 
         Args:
-            runs: contestants that are warm.
-            stopwatch: of the device.
+            turns: of contestants that are warm.
+            seed: of the orders.
         """
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        times: dict[str, list[float]] = {name: [] for name in turns}
         numbers: dict[str, int] = {}
-        for name, run in runs.items():
-            warming = stopwatch.seconds(run)
+        for name, turn in turns.items():
+            warming = turn(1)
             numbers[name] = max(1, math.ceil(self.shortest / max(warming, 1e-6)))
             if warming >= self.longest:
                 times[name].append(warming)
-        names = list(runs)
-        for turn in range(self.repetitions):
-            first = turn % max(len(names), 1)
-            for name in names[first:] + names[:first]:
+        names, orders = list(turns), random.Random(seed)
+        for _ in range(self.repetitions):
+            orders.shuffle(names)
+            for name in names:
                 if sum(times[name]) * numbers[name] < self.longest:
-                    times[name].append(stopwatch.seconds(runs[name], numbers[name]))
+                    times[name].append(turns[name](numbers[name]))
         return times

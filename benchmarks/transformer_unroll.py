@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from benchmarks import variants
 from benchmarks.contestant import Contestant
 from benchmarks.data import Source
-from benchmarks.job import Job, Predict
+from benchmarks.job import Job, Predict, Stated
 from benchmarks.work import Target, Work
 from hypertorch.types import Batch, TensorDict
 
@@ -72,6 +72,12 @@ class TransformerUnroll(Work):
             outer_batch=held_out,
             num_steps=self.num_steps,
             lr=0.1,
+            stated=Stated(
+                network="transformer",
+                network_settings={"num_layers": self.num_layers, "num_heads": self.num_heads},
+                losses="weighted_sequences",
+                data={"tokens": tokens, "held_out": held_out},
+            ),
         )
 
     def contestants(self) -> Mapping[str, Contestant]:
@@ -85,6 +91,7 @@ class TransformerUnroll(Work):
             variants.MIXED,
             variants.MIXED_COMPILED,
             variants.MIXED_SQRT_COMPILED,
+            *variants.IN_JAX,
             variants.PLAIN,
         )
 
@@ -93,6 +100,10 @@ class TransformerUnroll(Work):
         return (
             Target(contestant=variants.MIXED_COMPILED, quantity="time", against="peers", at_most=1.1),
             Target(contestant=variants.MIXED_COMPILED, quantity="memory", against="peers", at_most=1 / 10),
+            *(
+                Target(contestant=variants.MIXED_COMPILED, quantity="time", against=name, at_most=0.8)
+                for name in variants.IN_JAX
+            ),
         )
 
     def tiny(self) -> TransformerUnroll:

@@ -6,6 +6,7 @@ from functools import partial
 
 from benchmarks.contestant import Contestant
 from benchmarks.higher_unroll import Higher
+from benchmarks.jax_unroll import InJax
 from benchmarks.ours import Ours
 from benchmarks.plain_training import PlainTraining
 from benchmarks.torchopt_unroll import TorchOptFunctional, TorchOptMeta, TorchOptVectorised
@@ -26,6 +27,9 @@ HIGHER = "higher"
 TORCHOPT = "TorchOpt"
 TORCHOPT_FUNCTIONAL = "TorchOpt, functional"
 TORCHOPT_VECTORISED = "TorchOpt, vectorised"
+JAX = "JAX"
+JAX_REMAT = "JAX, rematerialised"
+JAX_IN_TURN = "JAX, unrolled, tasks in turn"
 
 VARIANTS: dict[str, Contestant] = {
     PLAIN: PlainTraining(),
@@ -45,9 +49,13 @@ VARIANTS: dict[str, Contestant] = {
         backend=partial(Reverse, checkpoint_every="sqrt", derivative="mixed", compile=True), compiles=True
     ),
     FORWARD: Ours(backend=Forward),
+    JAX: InJax(),
+    JAX_REMAT: InJax(remat=True),
+    JAX_IN_TURN: InJax(unroll=True, tasks="in turn"),
 }
 
 PEERS = (HIGHER, TORCHOPT, TORCHOPT_FUNCTIONAL)
+IN_JAX = (JAX, JAX_REMAT)
 
 
 def chosen(*names: str) -> dict[str, Contestant]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.data import Source
-from benchmarks.job import Job, Predict
+from benchmarks.job import Job, Predict, Stated
 from hypertorch.types import Batch, TensorDict
 
 
@@ -31,7 +31,7 @@ def weighted_examples(
 
     Args:
         source: of the data.
-        network: from `(rows, features)` to `(rows, classes)`.
+        network: an `mlp` from `(rows, features)` to `(rows, classes)`.
         features: numbers per row.
         classes: outputs of the network.
         rows: training examples, and held-out ones.
@@ -73,4 +73,16 @@ def weighted_examples(
         num_steps=num_steps,
         lr=lr,
         momentum=momentum,
+        stated=Stated(
+            network="mlp",
+            network_settings={"activation": "tanh"},
+            losses="weighted_examples",
+            loss_settings={"rows": rows, "batch_size": batch_size, "rows_per_weight": per_group},
+            data={
+                "inputs": inputs,
+                "targets": targets,
+                "held_out_inputs": held_out[0],
+                "held_out_targets": held_out[1],
+            },
+        ),
     )

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from benchmarks import compare_libraries, measure, timing
 from benchmarks.row import Row
+from benchmarks.turns import Turns
 from benchmarks.work import Work
 
 
@@ -25,7 +26,7 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(timing.gc, "collect", lambda: 0)
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        monkeypatch.setattr(measure, "in_own_process", lambda function, argument, _: function(argument))
+        monkeypatch.setattr(measure, "start", lambda request, **_: Turns(request))
         monkeypatch.setattr(measure, "peak_bytes", lambda request: 1000 * len(request.contestant))
         self.folder, self.monkeypatch, self.capsys = tmp_path / "run", monkeypatch, capsys
 
@@ -54,6 +55,8 @@ class TestCommand:
         for item in rows.values():
             assert item["notes"] == []
             assert 0 < item["min_seconds"] <= item["median_seconds"]
+            assert item["operations"] > 4
+            assert item["moved_bytes"] > 1000
             assert item["peak_bytes"] == 1000 * len(item["contestant"])
             assert item["agrees"] is (None if item["contestant"] == "plain training" else True)
         with (self.folder / "rows.csv").open(encoding="utf-8", newline="") as file:

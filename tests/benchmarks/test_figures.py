@@ -14,10 +14,9 @@ from benchmarks.failure_reasons import is_out_of_memory, reason
 from benchmarks.ratios import Ratio, measured_ratio
 from benchmarks.row import Row
 from benchmarks.sweep import crossover, growth
-from benchmarks.tables import byte_words, ratio_lines, table_of_rows, time_words
-from benchmarks.timing import Rounds, Stopwatch
+from benchmarks.tables import byte_words, ratio_lines, table_of_costs, table_of_rows, time_words
+from benchmarks.timing import Rounds
 from benchmarks.work import Target
-from tests.benchmarks.benchmark_works import CPU
 
 
 class TestAgreement:
@@ -41,31 +40,27 @@ class TestAgreement:
         assert math.isinf(relative_error({"a": torch.ones(2)}, zeros))
 
 
-class _FakeStopwatch(Stopwatch):
-    """Says that a run takes as long as it returns."""
-
-    def seconds(self, run, number=1):
-        return sum(run() for _ in range(number)) / number
-
-
 class TestRounds:
     def ran(self, seconds: dict[str, float], rounds: Rounds) -> tuple[list[str], dict[str, list[float]]]:
         order: list[str] = []
 
-        def run_of(name: str):
-            def run() -> float:
-                order.append(name)
+        def turn_of(name: str):
+            def turn(number: int) -> float:
+                order.extend([name] * number)
                 return seconds[name]
 
-            return run
+            return turn
 
-        times = rounds.times({name: run_of(name) for name in seconds}, _FakeStopwatch(device=CPU))
+        times = rounds.times({name: turn_of(name) for name in seconds}, seed=0)
         return order, times
 
-    def test_contestants_take_turns_and_each_begins_once(self) -> None:
-        order, times = self.ran({"a": 1.0, "b": 2.0, "c": 3.0}, Rounds(repetitions=3, shortest=0.5, longest=100.0))
-        assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-        assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}
+    def test_contestants_have_turns_in_an_order_drawn_for_every_round(self) -> None:
+        order, times = self.ran({"a": 1.0, "b": 2.0, "c": 3.0}, Rounds(repetitions=20, shortest=0.5, longest=100.0))
+        rounds = ["".join(order[start : start + 3]) for start in range(3, len(order), 3)]
+        assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+        assert len(rounds) == 20
+        assert len(set(rounds)) >= 5
+        assert times == {"a": [1.0] * 20, "b": [2.0] * 20, "c": [3.0] * 20}
 
     def test_short_runs_are_repeated_and_long_ones_stop(self) -> None:
         order, times = self.ran({"short": 0.25, "long": 8.0}, Rounds(repetitions=4, shortest=1.0, longest=10.0))
@@ -159,7 +154,7 @@ class TestRatios:
             row("wrong peer", "peer", min_seconds=0.1, error=0.5, agrees=False),
             row("own", min_seconds=1.0, agrees=True),
         ]
-        assert list(table_of_rows(rows).columns[3].cells) == ["1", "0.025", "0.25"]
+        assert list(table_of_rows(rows).columns[4].cells) == ["1", "0.025", "0.25"]
 
     @pytest.mark.parametrize(
         ("figure", "at_most", "shown"),
@@ -231,6 +226,23 @@ def test_reasons() -> None:
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("something else"))
+
+
+def test_the_table_of_costs() -> None:
+    rows = [
+        row("eager", first_seconds=0.5, operations=12_345, moved_bytes=2048, peak_bytes=5),
+        row("compiled", first_seconds=20.0, second_process_seconds=2.5),
+    ]
+    cells = zip(*(column.cells for column in table_of_costs(rows).columns), strict=True)
+    assert list(cells) == [
+        ("eager", "500 ms", "-", "5 B", "12,345", "2 KiB"),
+        ("compiled", "20 s", "2.5 s", "-", "-", "-"),
+    ]
+
+
+def test_quartiles_are_shown() -> None:
+    shown = table_of_rows([row("a", lower_quartile_seconds=0.5, upper_quartile_seconds=2.0), row("b")])
+    assert list(shown.columns[2].cells) == ["500 ms to 2 s", "-"]
 
 
 def test_figures_for_people() -> None:

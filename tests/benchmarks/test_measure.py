@@ -15,11 +15,12 @@ from benchmarks import (
     torchopt_unroll,
     variants,
 )
-from benchmarks.contestant import Contestant, NotCompiled, NotMeasured, Outcome
+from benchmarks.contestant import Contestant, NotMeasured, Outcome
 from benchmarks.job import Job
 from benchmarks.memory import MemoryRequest, peak_bytes
 from benchmarks.row import Row
 from benchmarks.timing import Rounds
+from benchmarks.turns import Turns
 from tests.benchmarks.benchmark_works import CPU, job_of, memory_request
 
 
@@ -46,14 +47,17 @@ class _FixedWork(SmallUnroll):
         return self.given  # type: ignore[attr-defined]
 
 
-def measured_here(monkeypatch: pytest.MonkeyPatch, given: dict[str, Contestant], **changes) -> dict[str, Row]:
+def measured_here(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Contestant], start=None, **changes
+) -> dict[str, Row]:
     monkeypatch.setattr(timing.gc, "collect", lambda: 0)
-    monkeypatch.setattr(measure, "in_own_process", lambda function, argument, _: function(argument))
+    monkeypatch.setattr(measure, "start", start or (lambda request, **_: Turns(request)))
     work = _FixedWork(num_steps=1, num_rows=2, hidden=2)
     object.__setattr__(work, "given", given)
     settings = measure.Settings(
-        seed=0, device=CPU, dtype=torch.float64, rounds=Rounds(repetitions=2, shortest=0.0, longest=1.0),
-        tolerance=1e-4, memory=False, memory_limit=2**30, longest_run=60.0, longest_work=60.0,
+        seed=0, device=CPU, dtype=torch.float64, num_threads=None, tolerance=1e-4,
+        rounds=Rounds(repetitions=2, shortest=0.0, longest=1.0),
+        memory=False, memory_limit=2**30, longest_run=60.0, longest_work=60.0,
     )  # fmt: skip
     rows = measure.measure("w", work, None, replace(settings, **changes), lambda _: None)
     assert [item.contestant for item in rows] == [name for name in given if name in changes.get("contestants", given)]
@@ -79,8 +83,10 @@ def test_the_first_hypergradient_is_the_reference(monkeypatch: pytest.MonkeyPatc
     assert {rows[name].reference for name in ("right", "close", "wrong")} == {"right"}
     assert rows["wrong"].repetitions == 2
     assert rows["wrong"].min_seconds is not None
-    # The first run, one to warm up, two rounds.
-    assert contestants["floor"].runs == 4
+    quartiles = (rows["wrong"].lower_quartile_seconds, rows["wrong"].upper_quartile_seconds)
+    assert min(quartiles) <= rows["wrong"].median_seconds <= max(quartiles)  # type: ignore[type-var]
+    # The first run, one to count operations, one to warm up, two rounds.
+    assert contestants["floor"].runs == 5
 
 
 def test_what_only_rounding_sets_apart_agrees_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,25 +108,54 @@ def test_what_only_rounding_sets_apart_agrees_in_float64(monkeypatch: pytest.Mon
     assert measured_here(monkeypatch, given)["kinked"].error == 0.0
 
 
-def test_what_takes_long_runs_once_and_twice_if_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_long_runs_once_and_once_more_in_each_process_if_it_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     right = {"weight": torch.tensor([1.0])}
     contestants = {"plain": _Fixed(right), "compiled": _Fixed(right, compiles=True)}
     rows = measured_here(monkeypatch, contestants, rounds=Rounds(repetitions=3, shortest=0.0, longest=0.0))
-    assert {name: item.runs for name, item in contestants.items()} == {"plain": 1, "compiled": 2}
+    assert {name: item.runs for name, item in contestants.items()} == {"plain": 1, "compiled": 3}
     assert {name: item.repetitions for name, item in rows.items()} == {"plain": 1, "compiled": 1}
     assert rows["plain"].min_seconds == rows["plain"].first_seconds
 
 
-def test_a_refused_compilation_is_that_of_all_compiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_compiles_is_run_in_a_second_process_with_the_caches_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     right = {"weight": torch.tensor([1.0])}
-    later = _Fixed(right, compiles=True)
-    rows = measured_here(
-        monkeypatch,
-        {"a": _Fixed(NotCompiled("cannot be compiled"), compiles=True), "b": later, "c": _Fixed(right)},
-    )
-    assert rows["b"].notes == ("not measured: cannot be compiled",)
-    assert later.runs == 0
-    assert rows["c"].agrees is True
+    given = {"plain": _Fixed(right), "a": _Fixed(right, compiles=True), "b": _Fixed(right, compiles=True)}
+    started: list[tuple[str, object, object]] = []
+
+    def start(request, *, folder, caches, ends):
+        started.append((request.contestant, folder, caches))
+        return Turns(request)
+
+    rows = measured_here(monkeypatch, given, start=start)
+    assert [name for name, *_ in started] == ["plain", "a", "a", "b", "b"]
+    folders, caches = zip(*((folder, cache) for _, folder, cache in started), strict=True)
+    assert len({*folders, *caches}) == 5 + 3
+    assert caches[1] == caches[2] != caches[3] == caches[4]
+    assert rows["plain"].second_process_seconds is None
+    assert rows["plain"].operations == rows["plain"].moved_bytes == 0
+    assert rows["a"].second_process_seconds is not None
+    assert rows["a"].operations is rows["a"].moved_bytes is None
+
+
+def test_a_turn_that_fails_is_that_of_all_who_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(_Fixed):
+        """Fails when it is timed."""
+
+        def run(self, job: Job) -> Outcome:
+            if self.runs == 3:
+                raise NotMeasured("takes more than 60 s")
+            return super().run(job)
+
+    right = {"weight": torch.tensor([1.0])}
+    given = {"failing": _Fixed(TypeError("no")), "late": Late(right), "right": _Fixed(right)}
+    rows = measured_here(monkeypatch, given)
+    late = "not measured: takes more than 60 s"
+    assert [row.notes for row in rows.values()] == [("not measured: TypeError: no",), (late,), (late,)]
+    assert rows["right"].agrees is True
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,5 +67,5 @@ def test_cuda_is_short_for_the_device(checkout: Path) -> None:
 
 def test_every_peer_is_pinned() -> None:
     pinned = (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    for name in ("higher", "torchopt", "optree", "graphviz", "psutil"):
+    for name in ("higher", "torchopt", "optree", "graphviz", "psutil", "jax", "jaxlib", "ml-dtypes", "opt-einsum"):
         assert any(line.startswith(f"{name}==") for line in pinned), name
