@@ -127,6 +127,16 @@ def concatenate(trees: Sequence[TensorMapping]) -> TensorDict:
     return {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
 
 
+def not_zero(tensors: TensorMapping) -> set[str]:
+    """Returns the names of the tensors that hold another number than zero.
+
+    Cost: one reduction per tensor and a single copy to the host.
+    """
+    # Stacked, so that the device is waited for once and not once per tensor.
+    found = torch.stack([tensor.detach().any() for tensor in tensors.values()]).tolist() if tensors else []
+    return {name for name, holds in zip(tensors, found, strict=True) if holds}
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Returns whether no tensor holds NaN or infinity.
 

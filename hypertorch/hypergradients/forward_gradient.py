@@ -21,7 +21,7 @@ from hypertorch.hypergradients.forward_mode.tangents import (
     directional_grads,
     with_last_term,
 )
-from hypertorch.hypergradients.guards.replay import check_replay
+from hypertorch.hypergradients.guards.replay import Replays
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.types import TensorDict
@@ -86,15 +86,19 @@ class ForwardGradient(RandomDirections):
         route = serving_route(loop, variables, TangentRoute(backend="ForwardGradient", vectorised=size > 1))
         total = complete_grads(variables, [])
         first: ForwardState | None = None
+        replays = Replays(inner_eps=loop.inner_eps)
         for start in range(0, self.num_samples, size):
             chunk = {name: value[start : start + size] for name, value in directions.items()}
             advance = partial(route.advance, loop, variables)
             run = scan(advance, route.start(loop, variables, chunk), range(loop.num_steps))
             run = with_last_term(loop, variables, run)
-            first = first or run
             # Every chunk is a run of its own, and must be the same one.
-            check_replay(run.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
+            if first is None:
+                first = run
+            else:
+                replays.add(run.state, first.state, 0, loop.num_steps)
             total = complete_grads(variables, [total, directional_grads(variables, run)])
+        replays.check()
         # The mean of (df . v) v, which is unbiased since E[v v'] is the identity.
         return BackendResult(
             grads={name: None if value is None else value / self.num_samples for name, value in total.items()},
