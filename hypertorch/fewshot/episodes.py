@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hypertorch import tree
+
 
 # Named tuples are trees to PyTorch: `vmap` cuts an episode into tasks without knowing the class.
 class Examples(NamedTuple):
@@ -111,7 +113,9 @@ class _Moved(EpisodeSource):
         return self.source.num_tasks
 
     def at(self, step: int) -> Episode:
-        return Episode(*(Examples(*(part.to(self.device) for part in examples)) for examples in self.source.at(step)))
+        return Episode(
+            *(Examples(*(tree.to_device(part, self.device) for part in part_of)) for part_of in self.source.at(step))
+        )
 
     def to(self, device: torch.device | str) -> EpisodeSource:
         return self.source.to(device)

@@ -30,6 +30,13 @@ T = TypeVar("T")
 
 # They read a value, or the shape of their result depends on one: either way the host waits.
 _READING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# They look whether a matrix could be factorised.
+_CHECKING = (
+    aten._linalg_check_errors.default,
+    aten._linalg_eigh.default,
+    aten._linalg_svd.default,
+    aten.linalg_eig.default,
+)
 # They take a position from the host, and copy it.
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
 # A number of the host, a tensor without axes, is no operand of theirs as it is of sums and products.
@@ -67,6 +74,10 @@ class DeviceTensor(Tensor):
         # PyTorch refuses it for subclasses; of a GPU's tensor it copies to the host.
         return self.detach().cpu().tolist()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        # Whose address tells tensors apart that share memory.
+        return self.host.untyped_storage()
+
     def __repr__(self) -> str:
         return f"{self.host!r} on {self.device}"
 
@@ -91,7 +102,7 @@ class StandIn(TorchDispatchMode):
         super().__init__()
         self.device = torch.device(device)
         self._generators: list[torch.Generator] = []
-        self.generator = self._make_generator(self.device)
+        self.generator = self.make_generator()
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
         self._pinned: set[int] = set()
@@ -103,8 +114,11 @@ class StandIn(TorchDispatchMode):
 
     def __enter__(self) -> StandIn:
         self._active.append(self)
-        torch.Generator = self._make_generator  # type: ignore[misc, assignment]
+        torch.Generator = _Generator  # type: ignore[misc, assignment]
         setattr(torch, self.device.type, _MODULE)
+        self._accelerator = torch.accelerator.current_accelerator, torch.accelerator.synchronize
+        torch.accelerator.current_accelerator = lambda *_, **__: torch.device(self.device.type)  # type: ignore[assignment]
+        torch.accelerator.synchronize = lambda *_, **__: None  # type: ignore[assignment]
         # `torch.tensor(3.0, device=...)` makes a tensor of the host, and shows how it is copied.
         torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
@@ -112,6 +126,7 @@ class StandIn(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         torch._C._set_only_lift_cpu_tensors(False)
+        torch.accelerator.current_accelerator, torch.accelerator.synchronize = self._accelerator
         delattr(torch, self.device.type)
         torch.Generator = _OwnGenerator  # type: ignore[misc]
         self._active.pop()
@@ -129,7 +144,7 @@ class StandIn(TorchDispatchMode):
             return self._pin(args[0])
         if func is aten.is_pinned.default:
             return id(args[0]) in self._pinned
-        here = self._is_mine(kwargs.get("device"))
+        here = self.is_mine(kwargs.get("device"))
         if here or any(isinstance(value, DeviceTensor) for value in pytree.tree_leaves((args, kwargs))):
             return self.run(func, args, kwargs)
         return func(*args, **kwargs)
@@ -140,7 +155,7 @@ class StandIn(TorchDispatchMode):
         mine = [value for value in tensors if isinstance(value, DeviceTensor)]
         others = [value for value in tensors if not isinstance(value, DeviceTensor)]
         target = kwargs.get("device")
-        leaves = target is not None and not self._is_mine(target)
+        leaves = target is not None and not self.is_mine(target)
         to_host = (func is aten._to_copy.default and leaves) or (
             func is aten.copy_.default and not isinstance(args[0], DeviceTensor)
         )
@@ -183,7 +198,7 @@ class StandIn(TorchDispatchMode):
             return bool(masks) and not fills
         if func is aten.repeat_interleave.Tensor:
             return kwargs.get("output_size") is None
-        return any(tag in func.tags for tag in _READING)
+        return func in _CHECKING or any(tag in func.tags for tag in _READING)
 
     def _check_devices(self, func: Any, args: tuple, others: list[Tensor]) -> None:
         if func in _INDEXING and all(isinstance(value, DeviceTensor) for value in (args[0], *args[2:3])):
@@ -197,12 +212,12 @@ class StandIn(TorchDispatchMode):
                 f"{shapes}) at {_place(func)}"
             )
 
-    def _is_mine(self, device: Any) -> bool:
+    def is_mine(self, device: Any) -> bool:
+        """Returns whether a device is the stand-in."""
         return device is not None and torch.device(device).type == self.device.type
 
-    def _make_generator(self, device: Any = "cpu") -> torch.Generator:
-        if not self._is_mine(device):
-            return _OwnGenerator(device)
+    def make_generator(self) -> torch.Generator:
+        """Returns a generator of the stand-in."""
         self._generators.append(_OwnGenerator())
         return self._generators[-1]
 
@@ -221,6 +236,14 @@ _MODULE = SimpleNamespace(
     get_rng_state=lambda device=None: StandIn.active().generator.get_state(),
     set_rng_state=lambda state, device=None: StandIn.active().generator.set_state(state),
 )
+
+
+class _Generator(_OwnGenerator):
+    """`torch.Generator`, which knows the stand-in."""
+
+    def __new__(cls, device: Any = "cpu") -> Any:
+        active = StandIn.active()
+        return active.make_generator() if active.is_mine(device) else _OwnGenerator(device)
 
 
 def _same(one: torch.Generator, other: torch.Generator) -> bool:
@@ -250,7 +273,8 @@ def _moved(value: Any, device: torch.device, done: dict[int, Any]) -> Any:
     elif isinstance(value, Tensor):
         moved = value.detach().to(device).requires_grad_(value.requires_grad)
     elif isinstance(value, dict):
-        moved = type(value)((key, _moved(item, device, done)) for key, item in value.items())
+        moved = copy.copy(value)
+        moved.update((key, _moved(item, device, done)) for key, item in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         moved = type(value)(*(_moved(item, device, done) for item in value))
     elif isinstance(value, (list, tuple)):

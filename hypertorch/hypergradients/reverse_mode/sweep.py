@@ -101,10 +101,12 @@ def sweep(
         algorithm 1.
     """
     last: InnerState | None = None
-    replays = Replays(inner_eps=loop.inner_eps)
+    replays: Replays | None = None
     for segment in segments:
         end, pull_back = differentiate(segment)
         if segment.arrival is not None and end is not segment.arrival:
+            # Not before: one graph of all steps runs none twice.
+            replays = replays or Replays(inner_eps=loop.inner_eps)
             replays.add(end, segment.arrival, segment.start, segment.stop)
         if last is None:
             # Kept without its graph, which would otherwise live as long as the sweep.
@@ -118,7 +120,8 @@ def sweep(
         # Not to be held while the segment before is run.
         del segment, end, pull_back, part
     assert last is not None
-    replays.check()
+    if replays is not None:
+        replays.check()
     return BackendResult(grads=grads, outer_loss=outer_loss, state=last)
 
 
