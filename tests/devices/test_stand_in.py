@@ -295,7 +295,7 @@ def test_a_sampler_makes_its_episodes_on_the_device(augmentation: fewshot.Augmen
         device.reset()
         episode = there.at(4)
         assert not device.reads and not device.uploads
-        assert {part.device.type for examples in episode for part in examples} == {"lazy"}
+        assert {part.device.type for examples in episode for part in examples} == {device.device.type}
         if augmentation is None:
             assert torch.equal(episode.query.inputs.cpu(), sampler.at(4).query.inputs)
 
@@ -384,7 +384,7 @@ def test_a_step_that_is_not_finite_is_left_out_on_a_device(policy: str) -> None:
             progress=False,
         )
         trained = loop.run(num_outer_steps=3)
-        assert trained.hparams["weights"].device.type == "lazy"
+        assert trained.hparams["weights"].device.type == device.device.type
 
 
 def test_an_evaluation_reads_once() -> None:
@@ -440,7 +440,7 @@ class TestTheStandIn:
                 lambda: here.add_(there),
                 lambda: torch.where(there > 0, here, there),
             ):
-                with pytest.raises(RuntimeError, match="same device, but found lazy:0 and cpu"):
+                with pytest.raises(RuntimeError, match="same device, but found .*:0 and cpu"):
                     meet()
             assert (there * here.sum()).device == device.device  # a number of the host
 
@@ -495,5 +495,4 @@ class TestTheStandIn:
         with StandIn():
             pass
         assert before == (torch.Generator, torch.accelerator.current_accelerator, torch.accelerator.synchronize)
-        assert not hasattr(torch, "lazy")
         assert torch.tensor(1.0).device.type == "cpu"

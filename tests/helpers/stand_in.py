@@ -6,7 +6,8 @@ a GPU wait is counted, by the operation and the line that asked for it: a value 
 from memory of the host that is not pinned. The numbers are those of the CPU's kernels.
 
 "lazy" is a device that PyTorch knows and no build serves. It takes no registration, which would hold for the rest of
-the process. The backward pass runs in the thread that asks for it; on a GPU it runs in one of the engine's own.
+the process. The backward pass runs in the thread that asks for it; on a GPU it runs in one of the engine's own, and
+so it does with a registered device (`tests/devices/test_registered_device.py`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+import hypertorch
+
 aten = torch.ops.aten
 HOST = torch.device("cpu")
 T = TypeVar("T")
+
+NAME = "lazy:0"  # of the device
+_LIBRARY, _TESTS = Path(hypertorch.__file__).parent, Path(__file__).parent.parent
 
 # They read a value, or the shape of their result depends on one: either way the host waits.
 _READING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -67,7 +73,7 @@ class DeviceTensor(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # A backward pass runs outside of the mode's thread on some devices; the mode is one for all.
+        # The engine's threads have no mode of their own.
         return StandIn.active().run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -98,9 +104,9 @@ class StandIn(TorchDispatchMode):
 
     _active: list[StandIn] = []  # noqa: RUF012
 
-    def __init__(self, device: str = "lazy:0") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = torch.device(device)
+        self.device = torch.device(NAME)
         self._generators: list[torch.Generator] = []
         self.generator = self.make_generator()
         self.reads: Counter[str] = Counter()
@@ -115,7 +121,9 @@ class StandIn(TorchDispatchMode):
     def __enter__(self) -> StandIn:
         self._active.append(self)
         torch.Generator = _Generator  # type: ignore[misc, assignment]
-        setattr(torch, self.device.type, _MODULE)
+        self._registered = hasattr(torch, self.device.type)
+        if not self._registered:
+            setattr(torch, self.device.type, MODULE)
         self._accelerator = torch.accelerator.current_accelerator, torch.accelerator.synchronize
         torch.accelerator.current_accelerator = lambda *_, **__: torch.device(self.device.type)  # type: ignore[assignment]
         torch.accelerator.synchronize = lambda *_, **__: None  # type: ignore[assignment]
@@ -127,7 +135,8 @@ class StandIn(TorchDispatchMode):
         super().__exit__(*exception)
         torch._C._set_only_lift_cpu_tensors(False)
         torch.accelerator.current_accelerator, torch.accelerator.synchronize = self._accelerator
-        delattr(torch, self.device.type)
+        if not self._registered:
+            delattr(torch, self.device.type)
         torch.Generator = _OwnGenerator  # type: ignore[misc]
         self._active.pop()
 
@@ -228,11 +237,11 @@ class StandIn(TorchDispatchMode):
 
     def put(self, value: T) -> T:
         """Returns a copy of an object with all its tensors on the stand-in: those that it holds however deep."""
-        return _moved(value, self.device, {})
+        return moved(value, self.device)
 
 
 # PyTorch remembers the module of a device: it is one object, and serves whichever stand-in is active.
-_MODULE = SimpleNamespace(
+MODULE = SimpleNamespace(
     get_rng_state=lambda device=None: StandIn.active().generator.get_state(),
     set_rng_state=lambda state, device=None: StandIn.active().generator.set_state(state),
 )
@@ -257,34 +266,39 @@ def _place(func: Any) -> str:
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         line = f"{path.name}:{frame.f_lineno}"
-        if "hypertorch" in path.parts and "tests" not in path.parts:
+        if _LIBRARY in path.parents:
             return f"{func} at {line}"
-        if "tests" in path.parts and path.name != Path(__file__).name and not fallback:
+        if _TESTS in path.parents and path != Path(__file__) and not fallback:
             fallback = line
         frame = frame.f_back
     return f"{func} at {fallback}"
+
+
+def moved(value: T, device: torch.device) -> T:
+    """Returns a copy of an object with all its tensors on a device: those that it holds however deep."""
+    return _moved(value, device, {})
 
 
 def _moved(value: Any, device: torch.device, done: dict[int, Any]) -> Any:
     if id(value) in done:
         return done[id(value)]
     if isinstance(value, nn.Module):
-        moved: Any = copy.deepcopy(value).to(device)
+        copied: Any = copy.deepcopy(value).to(device)
     elif isinstance(value, Tensor):
-        moved = value.detach().to(device).requires_grad_(value.requires_grad)
+        copied = value.detach().to(device).requires_grad_(value.requires_grad)
     elif isinstance(value, dict):
-        moved = copy.copy(value)
-        moved.update((key, _moved(item, device, done)) for key, item in value.items())
+        copied = copy.copy(value)
+        copied.update((key, _moved(item, device, done)) for key, item in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        moved = type(value)(*(_moved(item, device, done) for item in value))
+        copied = type(value)(*(_moved(item, device, done) for item in value))
     elif isinstance(value, (list, tuple)):
-        moved = type(value)(_moved(item, device, done) for item in value)
+        copied = type(value)(_moved(item, device, done) for item in value)
     elif hasattr(value, "__dict__") and not isinstance(value, (type, Callable)):  # type: ignore[arg-type]
-        moved = copy.copy(value)
-        done[id(value)] = moved
+        copied = copy.copy(value)
+        done[id(value)] = copied
         for name, item in vars(value).items():
-            object.__setattr__(moved, name, _moved(item, device, done))
+            object.__setattr__(copied, name, _moved(item, device, done))
     else:
-        moved = value
-    done[id(value)] = moved
-    return moved
+        copied = value
+    done[id(value)] = copied
+    return copied
