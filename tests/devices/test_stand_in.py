@@ -51,7 +51,7 @@ BACKENDS: dict[str, Callable[[int], ht.Hypergradient]] = {
     "ForwardGradient": lambda _: backends.ForwardGradient(num_samples=2),
     "ForwardGradient one by one": lambda _: backends.ForwardGradient(num_samples=2, chunk_size=1),
     "EvoGrad": lambda _: backends.EvoGrad(),
-    "EvolutionStrategies": lambda _: backends.EvolutionStrategies(num_pairs=2, sigma=0.1),
+    "EvolutionStrategies": lambda _: backends.EvolutionStrategies(num_pairs=2, sigma=1e-4),
     **{name: partial(lambda backend, _: backend, backend) for name, backend in REVERSIBLE.items()},
 }
 ALL_PATHS = {*EXACT, *REVERSIBLE, "mixed", "mixed or not"} - {"forward by duals"}  # a single step has no momentum
@@ -176,7 +176,9 @@ def check(case: str, backend: str, **options: Any) -> None:
     assert counts[0] == counts[1], "the number of waits grows with the horizon"
     reads, uploads = counts[0]
     assert not uploads, "something is copied from the host"
-    assert reads.total() == 1 + MORE_READS.get(backend, 0), reads
+    # Which of two it is, a clock has said.
+    either = (backend,) if backend != "mixed or not" else ("whole graph", "mixed")
+    assert reads.total() in {1 + MORE_READS.get(name, 0) for name in either}, reads
 
 
 PLAIN = [case for case in CASES if ", schedules" not in case and ", per parameter" not in case]
