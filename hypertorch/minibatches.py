@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
+from hypertorch import tree
 from hypertorch.autodiff.noise import random_permutation
 from hypertorch.checks import check_seed, is_count
 from hypertorch.types import Batch
@@ -77,7 +78,9 @@ class Minibatches:
         chosen = self.indices(step)
         if isinstance(self.dataset, TensorDataset):
             # The indices go to the data, which may lie on an accelerator.
-            return tuple(tensor[torch.from_numpy(chosen).to(tensor.device)] for tensor in self.dataset.tensors)
+            tensors, indices = self.dataset.tensors, torch.from_numpy(chosen)
+            there = {device: tree.to_device(indices, device) for device in {tensor.device for tensor in tensors}}
+            return tuple(tensor[there[tensor.device]] for tensor in tensors)
         # Plain integers: not every data set takes those of numpy.
         return default_collate([self.dataset[int(index)] for index in chosen])
 

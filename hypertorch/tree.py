@@ -157,6 +157,25 @@ def concatenate(trees: Sequence[TensorMapping]) -> TensorDict:
     return {name: torch.cat([tree[name] for tree in trees]) for name in trees[0]}
 
 
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; a copy from the host is not waited for where the device reads pinned memory."""
+    accelerator = torch.accelerator.current_accelerator()
+    # Apple's GPU shares the host's memory, and pins none of it.
+    if value.device.type != "cpu" or accelerator is None or device.type != accelerator.type or device.type == "mps":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
+def not_zero(tensors: TensorMapping) -> set[str]:
+    """Returns the names of the tensors that hold another number than zero.
+
+    Cost: one reduction per tensor and a single copy to the host.
+    """
+    # Stacked, so that the device is waited for once and not once per tensor.
+    found = torch.stack([tensor.detach().any() for tensor in tensors.values()]).tolist() if tensors else []
+    return {name for name, holds in zip(tensors, found, strict=True) if holds}
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Returns whether no tensor holds NaN or infinity.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Python's integers have no width: the mask makes words of them.
 _WORD = (1 << 64) - 1
+_HOST = ("cpu", "meta")  # code on them draws from the host's generator, or not at all
 
 
 def mix(*key: int) -> int:
@@ -52,21 +53,24 @@ def seed_generators(device: torch.device, *key: int) -> None:
     # Not `torch.manual_seed`, which seeds every device: the generators of other devices are not put back after a run.
     seed = mix(*key) >> 1  # torch takes signed 64-bit seeds
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[_cuda_index(device)].manual_seed(seed)
+    if device.type in ("cuda", "xpu"):
+        # The shortest way, which every inner step takes.
+        torch.get_device_module(device).default_generators[_index(device)].manual_seed(seed)
+    elif device.type not in _HOST:
+        _set_state(device, torch.Generator(device).manual_seed(seed).get_state())
 
 
 def generator_states(device: torch.device) -> tuple[Tensor, ...]:
-    """Returns the states of torch's default generators that code on a device may draw from."""
+    """Returns the states of torch's default generators that code on a device may draw from; they lie on the host."""
     host = torch.default_generator.get_state()
-    return (host, torch.cuda.get_rng_state(device)) if device.type == "cuda" else (host,)
+    return (host,) if device.type in _HOST else (host, _state(device))
 
 
 def set_generators(states: tuple[Tensor, ...], device: torch.device) -> None:
     """Sets torch's default generators of the host and of `device` to the states that `generator_states` returned."""
     torch.default_generator.set_state(states[0])
     if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+        _set_state(device, states[1])
 
 
 @contextmanager
@@ -79,5 +83,20 @@ def preserved_generators(device: torch.device) -> Iterator[None]:
         set_generators(states, device)
 
 
-def _cuda_index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+def _index(device: torch.device) -> int:
+    return torch.get_device_module(device).current_device() if device.index is None else device.index
+
+
+# `torch.cuda`, `torch.xpu` and the module that any other backend registers name these two alike; that of Apple's GPU
+# takes no device, since there is one.
+def _state(device: torch.device) -> Tensor:
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

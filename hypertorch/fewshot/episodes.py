@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hypertorch import tree
 from hypertorch.argument_types import check_fields
 
 
@@ -121,7 +122,9 @@ class _Moved(EpisodeSource):
         return self.source.num_tasks
 
     def at(self, step: int) -> Episode:
-        return Episode(*(Examples(*(part.to(self.device) for part in examples)) for examples in self.source.at(step)))
+        return Episode(
+            *(Examples(*(tree.to_device(part, self.device) for part in part_of)) for part_of in self.source.at(step))
+        )
 
     def to(self, device: torch.device | str) -> EpisodeSource:
         return self.source.to(device)

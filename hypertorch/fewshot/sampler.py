@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypertorch import tree
 from hypertorch.autodiff.noise import mix, random_words
 from hypertorch.checks import check_seed
 from hypertorch.fewshot._checks import (
@@ -113,7 +114,9 @@ class EpisodeSampler(EpisodeSource):
         parts = rows[:, :, : self.shot], rows[:, :, self.shot :]
         # The parts lie one after the other, so that one gather serves both and each is a contiguous view of the result.
         # Row numbers are all that travels to the device; the images are there already.
-        order = torch.from_numpy(np.concatenate([part.ravel() for part in parts])).to(self.dataset.tensor.device)
+        order, device = torch.from_numpy(np.concatenate([part.ravel() for part in parts])), self.dataset.tensor.device
+        if device.type != "cpu":
+            order = tree.to_device(order, device)
         inputs = self._changed(self.dataset.inputs(order, self.dtype), step)
         support, query = inputs.split([part.size for part in parts])
         return Episode(self._examples(support, self.shot), self._examples(query, self.num_queries))

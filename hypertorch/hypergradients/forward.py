@@ -24,7 +24,7 @@ from hypertorch.hypergradients.forward_mode.tangents import (
     directional_grads,
     with_last_term,
 )
-from hypertorch.hypergradients.guards.replay import check_replay
+from hypertorch.hypergradients.guards.replay import Replays
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
@@ -88,16 +88,20 @@ class Forward(PathBlind):
         grads = complete_grads(variables, [])
         carries: list[TensorDict] = []
         first: BackendResult | None = None
+        replays = Replays(inner_eps=loop.inner_eps)
         # Asked before the chunks, so that all of them are pushed alike.
         route = self._route(loop, variables)
         for entries in self._chunks(loop.share(_num_entries(variables))):
             part = self._chunk(loop, variables, entries, route)
-            first = first or part
             # Every chunk runs the inner loop again: its columns belong to
             # those of the others only if it is the same run.
-            check_replay(part.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
+            if first is None:
+                first = part
+            else:
+                replays.add(part.state, first.state, 0, loop.num_steps)
             grads = complete_grads(variables, [grads, part.grads])
             carries.append(part.carry)
+        replays.check()
         return BackendResult(
             grads=grads,
             outer_loss=part.outer_loss,

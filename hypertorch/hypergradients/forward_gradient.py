@@ -21,7 +21,7 @@ from hypertorch.hypergradients.forward_mode.tangents import (
     directional_grads,
     with_last_term,
 )
-from hypertorch.hypergradients.guards.replay import check_replay
+from hypertorch.hypergradients.guards.replay import Replays
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.types import TensorDict, TensorMapping
@@ -86,6 +86,7 @@ class ForwardGradient(RandomDirections):
         route = serving_route(loop, variables, TangentRoute(backend="ForwardGradient", vectorised=size > 1))
         total = tree.PairwiseSum()
         first: ForwardState | None = None
+        replays = Replays(inner_eps=loop.inner_eps)
         own = loop.share(self.num_samples)
         for start in own[::size]:
             stop = min(start + size, own.stop)
@@ -93,10 +94,13 @@ class ForwardGradient(RandomDirections):
             advance = partial(route.advance, loop, variables)
             run = scan(advance, route.start(loop, variables, chunk), range(loop.num_steps))
             run = with_last_term(loop, variables, run)
-            first = first or run
             # Every chunk is a run of its own, and must be the same one.
-            check_replay(run.state, first.state, 0, loop.num_steps, inner_eps=loop.inner_eps)
+            if first is None:
+                first = run
+            else:
+                replays.add(run.state, first.state, 0, loop.num_steps)
             total.add(directional_grads(variables, run))
+        replays.check()
         # The mean of (df . v) v, which is unbiased since E[v v'] is the identity.
         grads = complete_grads(variables, [total.total()])
         return BackendResult(

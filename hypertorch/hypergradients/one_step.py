@@ -121,7 +121,9 @@ def _gradient_leaves(loop: InnerLoop, loss: InnerLoss, params: TensorDict) -> Te
         return {}
     point, gradient = loss.evaluations[0]
     # A diverged run is not what is looked for here: NaN equals NaN.
-    if not all(torch.allclose(point[name], params[name], rtol=0.0, atol=0.0, equal_nan=True) for name in point):
+    if tree.not_zero(
+        {name: ~torch.isclose(point[name], params[name], rtol=0.0, atol=0.0, equal_nan=True) for name in point}
+    ):
         raise IncompatibleBackendError(
             f"`OneStep(finite_difference=True)` got dynamics {loop.dynamics!r}, which evaluate the gradient elsewhere "
             "than at the params: the place may depend on hyperparameters, which takes a second derivative. Use "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hypertorch import tree
 from hypertorch.checks import check_switch
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
@@ -226,7 +227,9 @@ def _without_missing_paths(
     counted, the first time that the question comes up for this kind of problem.
     """
     # A number that is not zero shows that there is a path.
-    if all(value is None or bool(value.any()) for value in result.grads.values()):
+    found = {name: value for name, value in result.grads.items() if value is not None}
+    with_path = tree.not_zero(found)
+    if with_path == found.keys():
         return result
     key = (kind_of(loop.problem), loop.num_steps, *variables)
 
@@ -236,9 +239,6 @@ def _without_missing_paths(
         known = sweep(own, variables, kept.segments(own, variables, steps, with_graphs=not kept.whole_graph), steps.vjp)
         return frozenset(name for name, value in known.grads.items() if value is not None)
 
-    followed = memo.recall(FOLLOWED, key, follow)
-    grads = {
-        name: value if name in followed or (value is not None and bool(value.any())) else None
-        for name, value in result.grads.items()
-    }
+    with_path |= memo.recall(FOLLOWED, key, follow)
+    grads = {name: value if name in with_path else None for name, value in result.grads.items()}
     return replace(result, grads=grads)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 
-import torch
-
+from hypertorch import tree
 from hypertorch.errors import ZeroHypergradientWarning
 from hypertorch.types import TensorMapping
 
@@ -43,11 +42,10 @@ class ZeroWatch:
         # A run of a single step shows too little.
         if not self._zero or step > self._last or self._last == self._first:
             return
-        looked_at = [name for name in self._zero if name not in allowed and grads[name].numel()]
-        # Stacked, so that the device is waited for once and not once per variable.
-        moves = torch.stack([grads[name].any() for name in looked_at]).tolist() if looked_at else []
+        looked_at = {name: grads[name] for name in self._zero if name not in allowed and grads[name].numel()}
+        moved = tree.not_zero(looked_at)
         # What has moved once is not looked at again: a zero later on is no sign of a mistake.
-        self._zero = [name for name, move in zip(looked_at, moves, strict=True) if not move]
+        self._zero = [name for name in looked_at if name not in moved]
         if self._zero and step == self._last:
             warnings.warn(
                 ZeroHypergradientWarning(self._message(), tuple(self._zero)), stacklevel=7

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hypertorch.autodiff.noise import (
-    _cuda_index,
+    generator_states,
     mix,
     preserved_generators,
     random_permutation,
@@ -67,7 +67,36 @@ WORDS = [15744299189795819943, 11424349517701572599]
 MIXED = 7702586659592502839
 
 
-def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert _cuda_index(torch.device("cuda")) == 3
-    assert _cuda_index(torch.device("cuda", 1)) == 1
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    module = getattr(torch, kind)
+    generators = [torch.Generator() for _ in range(4)]
+    monkeypatch.setattr(module, "current_device", lambda: 3)
+    monkeypatch.setattr(module, "default_generators", generators)
+    # Asked in a context: the seeds of the host's generator are those of this test alone.
+    with preserved_generators(CPU):
+        seed_generators(torch.device(kind), 5)
+        seed_generators(torch.device(kind, 1), 6)
+    seeds = [generator.initial_seed() for generator in generators]
+    assert (seeds[3], seeds[1]) == (mix(5) >> 1, mix(6) >> 1)
+    assert seeds[0] not in (mix(5) >> 1, mix(6) >> 1)
+
+
+def test_apples_gpu_is_asked_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, generator = torch.device("mps"), torch.Generator()
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
+    monkeypatch.setattr(torch, "Generator", lambda _: type(generator)())
+    generator.manual_seed(1)
+    with preserved_generators(device):
+        seed_generators(device, 5)
+        assert generator.initial_seed() == mix(5) >> 1
+    assert generator.initial_seed() == 1
+
+
+@pytest.mark.parametrize("name", ["cpu", "meta"])
+def test_the_hosts_generator_is_all_there_is_for_code_on(name: str) -> None:
+    assert len(generator_states(torch.device(name))) == 1
+    with preserved_generators(torch.device(name)):
+        seed_generators(torch.device(name), 5)
+        assert torch.default_generator.initial_seed() == mix(5) >> 1

@@ -48,7 +48,9 @@ def first_values(leaf: type) -> dict[str, float]:
     return values
 
 
-def learner_of(leaf: Any, item: int, way: int, dynamics: ht.Dynamics, dtype: torch.dtype) -> ht.fewshot.Learner:
+def learner_of(
+    leaf: Any, item: int, way: int, dynamics: ht.Dynamics, dtype: torch.dtype, *, num_steps: int = 2
+) -> ht.fewshot.Learner:
     """A learner on a small network, by the arguments that its class has.
 
     Args:
@@ -57,10 +59,11 @@ def learner_of(leaf: Any, item: int, way: int, dynamics: ht.Dynamics, dtype: tor
         way: classes of an episode.
         dynamics: the inner optimiser, where the class takes one.
         dtype: of the network.
+        num_steps: inner steps, where the class takes them.
     """
     torch.manual_seed(0)
     takes = inspect.signature(leaf).parameters
     network = ht.fewshot.MLP(in_features=item, hidden=(6,), out_features=way if "network" in takes else None)
     module = with_smooth_activations(network)
-    offered = {"dynamics": dynamics, "num_steps": 2, "way": way}
+    offered = {"dynamics": dynamics, "num_steps": num_steps, "way": way}
     return leaf(module.to(dtype), **{name: value for name, value in offered.items() if name in takes})

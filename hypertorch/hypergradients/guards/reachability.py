@@ -46,7 +46,9 @@ def check_reachability(
     """
     # A name that may have no path is not asked about, and costs nothing.
     judged = {name: value for name, value in grads.items() if name not in set(allowed)}
-    suspects = [name for name, value in judged.items() if value is None or _says_nothing(backend, value)]
+    # Those whose value shows that there is a path.
+    followed = _followed(backend, {name: value for name, value in judged.items() if value is not None})
+    suspects = [name for name in judged if name not in followed]
     if not suspects:
         return
     # Only now, in doubt: it costs a run.
@@ -71,11 +73,11 @@ def check_reachability(
         )
 
 
-def _says_nothing(backend: Hypergradient, value: torch.Tensor) -> bool:
-    """Returns whether a value does not show that there is a path."""
+def _followed(backend: Hypergradient, values: TensorDict) -> set[str]:
+    """Returns the names of the values that show that there is a path."""
     if isinstance(backend, (RandomDirections, BlackBox)):
-        return True
-    return isinstance(backend, PathBlind) and not bool(value.any())
+        return set()
+    return tree.not_zero(values) if isinstance(backend, PathBlind) else set(values)
 
 
 def known_reach(problem: BilevelProblem, kind: str, hparams: TensorDict, probe: Probe) -> frozenset[str]:

@@ -12,6 +12,7 @@ import torch
 from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.guards.cross_check import Reference, case_of, fault_of, forget, vjp_faults
+from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compiler_errors
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
@@ -91,7 +92,9 @@ def _faults(reference: Reference, steps_of: StepsOf, *, compiled: bool) -> Itera
     steps.advance(departure, reference.step)
     for _ in range(2 if compiled else 1):  # the first vjp of compiled steps is not compiled
         segment = Segment(reference.step, reference.step + 1, departure, products.outputs)
-        found = steps.vjp(segment).pull_back(list(products.cotangents))
+        run = steps.vjp(segment)
+        check_replay(run.end, products.outputs, *segment[:2], inner_eps=reference.loop.inner_eps)
+        found = run.pull_back(list(products.cotangents))
     yield from vjp_faults(products, found.grads, found.cotangents, departure)
 
 
@@ -120,5 +123,5 @@ def _seconds(loop: InnerLoop, steps: Steps) -> float:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

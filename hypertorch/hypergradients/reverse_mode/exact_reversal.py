@@ -124,12 +124,12 @@ class ExactReversal:
     def _check_arrival(self, exact: ExactState, initial: InnerState) -> None:
         """Raises `ReplayError` unless the run backwards ended where the run forward began, with nothing left over."""
         # In integers, where equal means equal: no tolerance hides a step that was undone wrongly.
-        expected = [encode(value) for value in initial.tensors()]
-        missed = [
-            name
-            for name, value, first in zip(initial.names(), exact.integers(), expected, strict=True)
-            if not torch.equal(value, first)
-        ]
+        gaps = {
+            name: value != encode(first)
+            for name, value, first in zip(initial.names(), exact.integers(), initial.tensors(), strict=True)
+        }
+        moved = tree.not_zero(gaps)
+        missed = [name for name in gaps if name in moved]
         if not missed and all(buffer.is_empty() for buffer in exact.information.values()):
             return
         what = f"`{missed[0]}` came back with other bits" if missed else "information was left over"

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
-from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.hypergradients.reverse_mode.graph import with_terms
 from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
 from hypertorch.inner.loop import InnerLoop
@@ -35,7 +34,6 @@ def mixed_vjp(loop: InnerLoop, variables: TensorDict, segment: Segment) -> Diffe
     The part of a variable that the inner loss reads is never None: forward mode answers zeros where there is no path.
 
     Raises:
-        ReplayError: if the step does not end at the segment's arrival.
         RuntimeError: (PyTorch's own) if an operation of the inner loss has no forward derivative.
 
     References:
@@ -47,8 +45,6 @@ def mixed_vjp(loop: InnerLoop, variables: TensorDict, segment: Segment) -> Diffe
         end, loss = loop.transition(leaves, variables, step, route="leaf")
         loop.record.add_step(step, loss.value)
         term = loop.term(end, variables, step)
-    if segment.arrival is not None:
-        check_replay(end, segment.arrival, step, step + 1, inner_eps=loop.inner_eps)
     loop.record.add_vjps(1, graph_steps=1)
 
     def pull_back_step(cotangents: Cotangents) -> PulledBack:

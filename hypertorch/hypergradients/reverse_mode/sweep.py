@@ -11,6 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.products import vjp
 from hypertorch.hypergradients.base import BackendResult
+from hypertorch.hypergradients.guards.replay import Replays
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
@@ -58,7 +59,7 @@ class Differentiable(NamedTuple):
     """A segment that was run so that it can be differentiated.
 
     Attributes:
-        end: the state after the segment.
+        end: the state after the segment; the segment's arrival itself where the steps were not run again.
         pull_back: from the cotangents of the end to what the segment adds. It is called once, and frees its graph.
     """
 
@@ -81,7 +82,10 @@ def sweep(
 
     and the initialisation's part `a_0 dPhi_0/dvariables` from a last segment that is connected to the variables.
 
-    Cost: one evaluation of the outer loss and its gradient, and what `differentiate` costs for each segment.
+    Where a segment was run again, its end is compared with its arrival; the answers are read after the last one.
+
+    Cost: one evaluation of the outer loss and its gradient, what `differentiate` costs for each segment, and one wait
+    for the device.
 
     Args:
         loop: the inner loop.
@@ -89,13 +93,21 @@ def sweep(
         segments: of the run, from the last to the first; at least one, of no steps perhaps.
         differentiate: runs a segment and differentiates it.
 
+    Raises:
+        ReplayError: if a segment does not end at its arrival.
+
     References:
         Franceschi, Donini, Frasconi and Pontil (2017), Forward and reverse gradient-based hyperparameter optimization,
         algorithm 1.
     """
     last: InnerState | None = None
+    replays: Replays | None = None
     for segment in segments:
         end, pull_back = differentiate(segment)
+        if segment.arrival is not None and end is not segment.arrival:
+            # Not before: one graph of all steps runs none twice.
+            replays = replays or Replays(inner_eps=loop.inner_eps)
+            replays.add(end, segment.arrival, segment.start, segment.stop)
         if last is None:
             # Kept without its graph, which would otherwise live as long as the sweep.
             last = end.detached()
@@ -108,6 +120,8 @@ def sweep(
         # Not to be held while the segment before is run.
         del segment, end, pull_back, part
     assert last is not None
+    if replays is not None:
+        replays.check()
     return BackendResult(grads=grads, outer_loss=outer_loss, state=last)
 
 
