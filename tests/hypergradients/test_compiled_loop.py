@@ -108,6 +108,8 @@ class Series(ht.InnerProblem):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.shared = normal(4, seed=1)
+        self.place = torch.zeros(4, dtype=F64)
+        self.array = self.place.clone().numpy()
         self.drawn: list[int] = []
 
     def init_params(self, hparams: TensorDict) -> TensorDict:
@@ -117,6 +119,13 @@ class Series(ht.InnerProblem):
         self.drawn.append(step)
         length = 3 if self.kind == "ragged" and step == 7 else 4
         own = normal(length, seed=10 + step)
+        if self.kind == "refilled":  # one place for the data of all steps
+            return {"y": self.place.copy_(own)}
+        if self.kind == "refilled past PyTorch":
+            self.array[:] = own.numpy()
+            return {"y": torch.from_numpy(self.array)}
+        if self.kind == "late":  # which differs from a step on that is not looked at first
+            return {"y": self.shared if step < 5 else own}
         return {"shared": {"x": self.shared}, "mixed": {"x": self.shared, "y": own}}.get(self.kind, {"y": own})
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Any) -> Tensor:
@@ -130,9 +139,21 @@ def series(kind: str, num_steps: int) -> ht.BilevelProblem:
     return ht.BilevelProblem(Series(kind), outer, dynamics=D.SGD(lr=0.1), num_steps=num_steps)
 
 
-@pytest.mark.parametrize(("kind", "looped"), [("shared", True), ("mixed", True), ("own", True), ("ragged", False)])
+@pytest.mark.parametrize(
+    ("kind", "looped"), [("shared", True), ("mixed", True), ("own", True), ("late", True), ("ragged", False)]
+)
 def test_data_that_differs_is_stacked_and_ragged_data_goes_by_single_steps(kind: str, looped: bool) -> None:
     assert_looped(series(kind, 10), looped=looped)
+
+
+@pytest.mark.parametrize("kind", ["refilled", "refilled past PyTorch"])
+@pytest.mark.parametrize(("num_steps", "kept"), [(10, {"checkpoint_every": 4}), (10, {}), (5, {})])
+def test_data_that_is_written_over_is_copied_as_it_is_drawn(kind: str, num_steps: int, kept: dict[str, Any]) -> None:
+    # Without compilation PyTorch refuses data that is written over under a graph, where it sees it.
+    expected = ht.hypergradient(series("own", num_steps), {"c": torch.tensor(0.5, dtype=F64)}, backend=Reverse())
+    problem = series(kind, num_steps)
+    result = ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True, **kept))
+    torch.testing.assert_close(result.grads["c"], expected.grads["c"], rtol=1e-9, atol=1e-12)
 
 
 def test_stacked_data_is_bounded() -> None:

@@ -30,7 +30,15 @@ from hypertorch.hypergradients.reverse_mode.compilation import (
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
-from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, sweep
+from hypertorch.hypergradients.reverse_mode.sweep import (
+    Cotangents,
+    Differentiable,
+    Grads,
+    PulledBack,
+    Segment,
+    accumulate,
+    sweep,
+)
 from hypertorch.inner import memo
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
@@ -66,27 +74,51 @@ class Data(NamedTuple):
 def data_of(loop: InnerLoop, steps: range) -> Data:
     """Returns the data of some steps.
 
+    A tensor that every step hands over is held once. The others are copied as soon as they are drawn: whoever draws
+    them may write the next ones to the same place.
+
     Raises:
         NotCompilableError: if its structure, its shapes or what is no tensor in it differ between steps.
     """
-    batches = [loop.draw(loop.first_index + step) for step in steps]
-    flat = [pytree.tree_flatten(batch) for batch in batches]
-    leaves, structure = flat[0]
-    if any(other != structure for _, other in flat):
-        raise NotCompilableError("the data of the steps has not one structure")
-    stacked: dict[int, Tensor] = {}
-    for position, leaf in enumerate(leaves):
-        others = [own[position] for own, _ in flat]
-        if all(other is leaf for other in others):
-            continue
-        if not isinstance(leaf, Tensor):
-            if any(other != leaf for other in others):
-                raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
-            continue
-        if any(other.shape != leaf.shape or other.dtype != leaf.dtype for other in others):
-            raise NotCompilableError("the data of the steps has not one shape")
-        stacked[position] = _of_any_length(torch.stack([other.detach() for other in others]))
-    return Data(batches[0], stacked)
+    first = loop.draw(loop.first_index + steps.start)
+    leaves, structure = pytree.tree_flatten(first)
+    marks = [_mark(leaf) for leaf in leaves]
+    differing: set[int] = set()
+    # The second step tells which tensors differ. Should a later one show more of them, all are drawn once more.
+    looked_at = steps[1:2]
+    while True:
+        stacked = {position: _room(leaves[position], len(steps)) for position in sorted(differing)}
+        found = set(differing)
+        for step in looked_at:
+            own, other = pytree.tree_flatten(loop.draw(loop.first_index + step))
+            if other != structure:
+                raise NotCompilableError("the data of the steps has not one structure")
+            for position, (leaf, value) in enumerate(zip(leaves, own, strict=True)):
+                if position in stacked:
+                    _copy(value, stacked[position][step - steps.start])
+                elif not isinstance(leaf, Tensor):
+                    if value != leaf:
+                        raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
+                elif value is not leaf or _mark(value) != marks[position]:
+                    found.add(position)
+        if found == differing and looked_at == steps:
+            return Data(first, {position: _of_any_length(value) for position, value in stacked.items()})
+        differing, looked_at = found, steps
+
+
+def _mark(leaf: Any) -> int:
+    """Returns what grows when a tensor is written to."""
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+def _room(leaf: Tensor, num_steps: int) -> Tensor:
+    return torch.empty((num_steps, *leaf.shape), dtype=leaf.dtype, device=leaf.device)
+
+
+def _copy(value: Any, place: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != place.shape or value.dtype != place.dtype:
+        raise NotCompilableError("the data of the steps has not one shape")
+    place.copy_(value.detach())
 
 
 def counters_of(loop: InnerLoop, steps: range) -> Tensor:
@@ -261,14 +293,19 @@ class _LoopedSteps:
     def _compare(self, run: _Run, steps: range, cotangents: Cotangents) -> None:
         """Compares the first steps with those without compilation: programs that are new are not trusted."""
         few = steps[:_STEPS_COMPARED]
-        departure = run.end.replace_tensors([value[0] for value in run.before])
-        expected = graph_vjp(self._loop.uncounted(), self._variables, Segment(few.start, few.stop, departure, None))
-        reached = run.end.tensors() if few == steps else [value[len(few)] for value in run.before]
+        states = [run.end.replace_tensors([value[step] for value in run.before]) for step in range(len(few))]
+        states.append(run.end if few == steps else run.end.replace_tensors([value[len(few)] for value in run.before]))
         pulled, _ = self._pulled(run._replace(before=[value[: len(few)] for value in run.before]), few, cotangents)
-        compare("the state", reached, expected.end.tensors())
-        right = expected.pull_back(list(cotangents))
-        compare("the hypergradient", [*pulled.grads.values()], [*right.grads.values()])
-        compare("the cotangents of the state", pulled.cotangents, right.cotangents)
+        # One by one: the data of a step may be written over by that of the next.
+        own, backward = self._loop.uncounted(), list(cotangents)
+        right: Grads = dict.fromkeys(self._variables)
+        for step in reversed(few):
+            found = graph_vjp(own, self._variables, Segment(step, step + 1, states[step - few.start], None))
+            compare("the state", states[step - few.start + 1].tensors(), found.end.tensors())
+            part, backward, _ = found.pull_back(backward)
+            right = accumulate(right, part)
+        compare("the hypergradient", [*pulled.grads.values()], [*right.values()])
+        compare("the cotangents of the state", pulled.cotangents, backward)
 
     def _pulled(self, run: _Run, steps: range, cotangents: Cotangents) -> tuple[PulledBack, Tensor]:
         """Returns what some steps add, and the inner losses before each."""

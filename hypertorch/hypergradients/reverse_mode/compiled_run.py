@@ -107,7 +107,10 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
         return None
     grads, outer_loss, state, losses = found
     if programs_made() != made:
-        expected = by_whole_graph(loop.uncounted(), variables)
+        try:
+            expected = by_whole_graph(loop.uncounted(), variables)
+        except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
+            raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
         compare("the last state", state.tensors(), expected.state.tensors())
         compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])
     for _ in range(2):  # forward, and on the way back with a derivative
@@ -119,7 +122,7 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
 
 
 def _whole_unrolled(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
-    found = _called(loop, variables, _whole, tuple(loop.draw(step) for step in range(loop.num_steps)))
+    found = _called(loop, variables, _whole, _batches(loop))
     if found is None:
         return None
     grads, outer_loss, state, losses = found
@@ -127,6 +130,17 @@ def _whole_unrolled(loop: InnerLoop, variables: TensorDict) -> BackendResult | N
         loop.record.add_step(step, value)
     loop.record.add_vjps(loop.num_steps, graph_steps=loop.num_steps)
     return BackendResult(grads={name: grads.get(name) for name in variables}, outer_loss=outer_loss, state=state)
+
+
+def _batches(loop: InnerLoop) -> tuple[Batch, ...]:
+    """Returns the data of all steps."""
+    try:
+        data = data_of(loop, range(loop.num_steps))
+    except NotCompilableError:  # of several shapes, each a tensor of its own
+        return tuple(loop.draw(step) for step in range(loop.num_steps))
+    return tuple(
+        data.at({position: value[step] for position, value in data.stacked.items()}) for step in range(loop.num_steps)
+    )
 
 
 def _called(loop: InnerLoop, variables: TensorDict, function: Callable[..., Any], *data: Any) -> Any:
