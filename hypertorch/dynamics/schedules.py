@@ -202,9 +202,11 @@ def _check_number(function: str, argument: str, value: object) -> None:
 
 
 def _finite(function: str, argument: str, value: float) -> float:
-    _check_number(function, argument, value)
-    # Python's integers are longer than any float. Written so that NaN is refused.
-    too_long = isinstance(value, int) and abs(value) >= _LARGEST
+    # Python's integers can be longer than any float, and are numbers all the same.
+    too_long = isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LARGEST
+    if not too_long:
+        _check_number(function, argument, value)
+    # Written so that NaN is refused.
     if too_long or not abs(float(value)) < _LARGEST:
         raise ValueError(
             f"`{argument}` of `{function}` is {value}: the values next to it would be no numbers. Pass a finite one, "

@@ -26,7 +26,8 @@ def run_at(folder: Path, minutes: int, overrides: list[str]) -> Path:
 def asking(runs: Path, *overrides: str, resume: bool = True) -> DictConfig:
     return OmegaConf.create(
         {
-            "paths": {"run_dir": None, "runs": str(runs)},
+            "paths": {"run_dir": None, "runs": str(runs), "log_dir": str(runs)},
+            "task_name": "train",
             "resume": resume,
             "hydra": {"overrides": {"task": list(overrides)}},
         }

@@ -23,6 +23,7 @@ from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
 from hypertorch.hypergradients.reverse_mode.compilation import (
     NotCompilableError,
+    TooManyProgramsError,
     compilation,
     compiled,
     programs_made,
@@ -161,6 +162,8 @@ def by_compiled_loop(loop: InnerLoop, variables: TensorDict, every: int | None) 
     try:
         with compilation():
             result = sweep(trial, variables, steps.segments(every), steps.vjp)
+    except TooManyProgramsError:  # single steps would be as many
+        raise
     except NotCompilableError as error:
         refuse_loop(loop, error)
         return None

@@ -13,7 +13,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compilation, compiled, programs_made
+from hypertorch.hypergradients.reverse_mode.compilation import (
+    NotCompilableError,
+    TooManyProgramsError,
+    compilation,
+    compiled,
+    programs_made,
+)
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled_loop import (
     compare,
@@ -95,6 +101,8 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
         try:
             with compilation():
                 return _whole_by_loop(loop, variables)
+        except TooManyProgramsError:
+            raise
         except NotCompilableError as error:
             refuse_loop(loop, error)
     return _whole_unrolled(loop, variables)
