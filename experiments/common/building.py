@@ -80,7 +80,7 @@ def build(
             raise
         # The class met a value that it was not written for, such as a word in place of a number.
         raise ExpectedFailure(
-            f"`{key}` is {bound.func.__name__}({spelt_arguments(bound)}), which cannot be built: {error}. "
+            f"`{key}` is {bound.func.__name__}({spelt_arguments(bound)}), which cannot be built: {one_line(error)}. "
             "Correct the setting that has the wrong kind of value."
         ) from error
 

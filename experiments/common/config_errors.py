@@ -66,6 +66,11 @@ def explain_group_value(error: ValueError) -> str | None:
     given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     for override in OverridesParser.create().parse_overrides(given):
         group, value = override.key_or_group, override.value()
+        if not group:
+            return (
+                f"`{override.input_line}` has no name in front of the equals sign: nothing can be set by it. Write the "
+                "name of a setting or of a group there."
+            )
         if not isinstance(value, (str, list)) and (CONFIGS / group).is_dir():
             choices = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
             return (
@@ -194,7 +199,9 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 def one_line(error: BaseException) -> str:
     """Returns what a library says of an error, without what it says of its own insides."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    # PyTorch adds the calls inside of its own library.
+    said, _, _ = str(error).partition("\nException raised from ")
+    lines = [line.strip() for line in said.splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=", "See http")))[
         :300
     ].rstrip(".")

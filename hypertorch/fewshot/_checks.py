@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hypertorch.checks import is_count
 
+MOST = 2**31 - 1
+"""The largest count of tasks, examples, classes or steps."""
+
 
 def check_integer(name: str, value: int, *, minimum: int, why: str, advice: str, nature: str | None = None) -> None:
     """Raises unless `value` is an integer of at least `minimum`.
@@ -32,10 +35,16 @@ def check_count(name: str, value: int, *, minimum: int, why: str, advice: str) -
 
     Raises:
         TypeError: if it is no integer (a bool is none).
-        ValueError: if it is too small.
+        ValueError: if it is too small, or above `MOST`.
     """
     nature = "it is a count, so a whole number"
     check_integer(name, value, minimum=minimum, why=why, advice=advice, nature=nature)
+    _check_most(name, value)
+
+
+def _check_most(name: str, value: int) -> None:
+    if value > MOST:
+        raise ValueError(f"`{name}` must be at most {MOST}, got {value}: no memory holds so many. Use fewer.")
 
 
 def check_step(step: int) -> None:
@@ -70,8 +79,9 @@ def check_shot(shot: int) -> None:
 
 def check_way(way: object) -> None:
     """Raises unless `way` is an integer from 1 on."""
-    if not is_count(way):
+    if not isinstance(way, int) or not is_count(way):  # the first is for the type checker: a count is an int
         raise ValueError(f"`way` is {way!r}: the head needs at least one output. Pass the number of classes.")
+    _check_most("way", way)
 
 
 def check_num_steps(num_steps: int) -> None:
