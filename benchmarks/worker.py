@@ -185,7 +185,7 @@ def _threads(number: int | None) -> dict[str, str]:
 
 @contextmanager
 def _kept_on(number: int | None) -> Iterator[None]:
-    """Keeps processes that are started inside on so many cores, the last ones, where the system can (Linux)."""
+    """Keeps processes that are started inside on the last `number` cores, where the system can (Linux)."""
     if number is None or sys.platform != "linux":
         yield
         return

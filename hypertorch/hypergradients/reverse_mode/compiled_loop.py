@@ -274,7 +274,7 @@ class _LoopedSteps:
         """Returns some steps that are run, with the states before them."""
         data = data_of(self._loop, steps)
         run = compiled(_forward, self._program.key, self._loop.device, loops=True)
-        noise = () if self._values else generator_states(self._loop.device)
+        noise = generator_states(self._loop.device)
         with torch.no_grad():
             end, before, values = run(
                 self._program, state, self._moving, self._fixed, data, counters_of(self._loop, steps)

@@ -119,6 +119,7 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
             expected = by_whole_graph(loop.uncounted(), variables)
         except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
             raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
+        compare("the outer loss", [outer_loss], [expected.outer_loss])
         compare("the last state", state.tensors(), expected.state.tensors())
         compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])
     for _ in range(2):  # forward, and on the way back with a derivative
