@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import platformdirs
 import torch
 from torch import fx
 from torch.autograd import forward_ad
@@ -28,6 +30,9 @@ BACKEND = "inductor"
 # The problems of one class with other sizes, settings or lengths of the last batch share a list of programs. Each takes
 # seconds: more of them is a mistake.
 _MOST_PROGRAMS = 16
+
+# Where PyTorch keeps programs; it sets the variable itself when its compiler is loaded.
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 PROGRAMS = "compiled programs"
 MADE = "number of programs that were compiled"
@@ -113,6 +118,8 @@ def _options(device: torch.device, loops: bool) -> Any:
         "triton.cudagraphs": device.type == "cuda" and not loops,
         "cpp_wrapper": loops,
         "post_grad_custom_pre_pass": mends.CompilerMends(),
+        # Without it PyTorch keeps no program with a loop on disk. What the loop does is in the key all the same.
+        "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
     }
 
 
@@ -156,6 +163,7 @@ def compilation() -> Iterator[None]:
     Raises:
         NotCompilableError: where PyTorch cannot compile one.
     """
+    _keep_in_cache_of_user()
     with _autograd_as_before(), ExitStack() as stack:
         # Loaded by PyTorch when first asked for, which takes a second.
         dynamo: Any = torch._dynamo
@@ -185,6 +193,20 @@ def compilation() -> Iterator[None]:
             if isinstance(inner, NotCompilableError):
                 raise inner from error
             raise NotCompilableError(f"PyTorch says: {_first_sentence(str(error))}") from error
+
+
+def _keep_in_cache_of_user() -> None:
+    """Lets programs be kept in the user's own cache folder, for the next process.
+
+    PyTorch's choice is a folder for temporary files: many systems empty it when they start, and all users share it,
+    although what lies there is run. The folder of an environment variable or of an earlier compilation stays.
+    """
+    if _FOLDER in os.environ:
+        return
+    folder = platformdirs.user_cache_path("hypertorch") / "programs"
+    with suppress(OSError):  # no folder to write to: PyTorch's choice
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.environ[_FOLDER] = str(folder)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -1,0 +1,71 @@
+"""Programs with a loop inside are kept on disk: the next process takes its own, and no other's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# Prints what a process did whose inner loss and horizon are given.
+PROCESS = """
+import json, os, sys
+import torch
+import hypertorch as ht
+from tests.helpers.problems import LambdaInner, LambdaOuter, normal
+
+power, num_steps = float(sys.argv[1]), int(sys.argv[2])
+target = normal(4, seed=1)
+inner = LambdaInner(
+    lambda h: {"w": h["init"].clone()}, lambda p, h, b: ((p["w"] - target) ** power * h["c"].exp()).sum()
+)
+outer = LambdaOuter({"init": normal(4, seed=2), "c": normal(4, seed=3)}, lambda p, h, b: p["w"].square().sum())
+problem = ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.01), num_steps=num_steps)
+hparams = problem.init_hparams()
+right = ht.hypergradient(problem, hparams, backend=ht.hypergradients.Reverse()).grads
+found = ht.hypergradient(problem, hparams, backend=ht.hypergradients.Reverse(compile=True)).grads
+error = max(float((found[name] - right[name]).abs().max()) for name in right)
+
+from torch._dynamo.utils import counters  # not before: the compiler looks for its folder when it is loaded
+
+kept, made = (counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss"))
+print(json.dumps([error, kept, made, os.environ["TORCHINDUCTOR_CACHE_DIR"]]))
+"""
+
+
+def run(home: Path, power: int, num_steps: int) -> tuple[float, int, int, str]:
+    """Returns the largest error, how many programs came from disk and how many were made, and the folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(power), str(num_steps)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=CHECKOUT,
+        env=environment | {"XDG_CACHE_HOME": str(home)},
+    )
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's cache folder has another place")
+@pytest.mark.parametrize("num_steps", [5, 20])
+def test_a_second_process_compiles_nothing_and_another_problem_is_not_mistaken(tmp_path: Path, num_steps: int) -> None:
+    # A short run is one program, a long one is two: forward and back.
+    programs = 1 if num_steps == 5 else 2
+    folder = tmp_path / "hypertorch" / "programs"
+    error, kept, made, place = run(tmp_path, power=2, num_steps=num_steps)
+    assert (kept, made, place) == (0, programs, str(folder))
+    assert folder.stat().st_mode & 0o077 == 0  # what lies there is run: nobody else may write to it
+    assert error < 1e-12
+    error, kept, made, _ = run(tmp_path, power=2, num_steps=num_steps)
+    assert (kept, made) == (programs, 0)
+    assert error < 1e-12
+    # Only a number inside of the loop differs.
+    error, kept, made, _ = run(tmp_path, power=4, num_steps=num_steps)
+    assert (kept, made) == (0, programs)
+    assert error < 1e-12
