@@ -36,10 +36,11 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def check_switch(name: str, value: object) -> None:
-    """Raises `TypeError` if a setting that is either on or off is neither True nor False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` is {value!r}, which is neither True nor False. Pass one of them.")
+def check_switch(name: str, value: object, *words: str) -> None:
+    """Raises `TypeError` if a setting that is either on or off is neither True nor False, nor one of some words."""
+    if not isinstance(value, bool) and not (isinstance(value, str) and value in words):
+        others = "".join(f" nor {word!r}" for word in words)
+        raise TypeError(f"`{name}` is {value!r}, which is neither True nor False{others}. Pass one of them.")
 
 
 def check_seed(seed: object) -> None:

@@ -60,8 +60,11 @@ class Reverse(Hypergradient):
     state, unless a setting says less. There the loop over the steps is inside of two programs, one forward and one
     back, which serve every horizon. Single steps are called from Python where that cannot be: with noise, buffers of
     the params or `snapshots`, in mixed mode, for data of several shapes, and for a rule that branches on the index of
-    the step. Compilation takes seconds to minutes. What cannot be compiled (a schedule given
-    as a list of numbers and a beta that is learnt are examples) runs without, after one warning.
+    the step. Compilation takes seconds to minutes; the log says how long, and from how many hypergradients on it pays.
+    What cannot be compiled (a schedule given as a list of numbers and a beta that is learnt are examples) runs without,
+    after one warning. With "auto", runs go without compilation until they have taken as long as a compilation is
+    estimated to take. The change is made by the clock, and changes the last bits: for runs that must be repeated or
+    resumed bit for bit, say True or False.
 
     `derivative` says how the inner gradient is differentiated. By "reverse", reverse over reverse. By "mixed", forward
     over reverse: the Hessian product and the cross derivative of a step are the gradient in params and hyperparameters,
@@ -89,13 +92,13 @@ class Reverse(Hypergradient):
             `round(sqrt(num_steps / 2))`, compiled or in mixed mode `round(sqrt(num_steps))`.
         snapshots: most states kept at once, the first one included (unit: states, at least 1).
         memory_budget: bytes, or a string such as "512MiB" or "1.5 GB".
-        compile: run the steps as compiled functions.
+        compile: run the steps as compiled functions; "auto" once runs without have taken as long as a compilation.
         derivative: "reverse", "mixed" or "auto".
 
     Raises:
         ValueError: if a setting is out of its range or an unknown word, more than one of the first three is given, or
             `memory_budget` together with a `derivative`.
-        TypeError: if `compile` is neither True nor False.
+        TypeError: if `compile` is neither True nor False nor "auto".
         IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, nothing fits
             `memory_budget` (the message then says what would), or mixed mode is not possible or would be wrong.
         ReplayError: (from `compute`) if steps run again do not arrive at the same state.
@@ -109,7 +112,7 @@ class Reverse(Hypergradient):
     checkpoint_every: int | Literal["sqrt"] | None = None
     snapshots: int | None = None
     memory_budget: int | str | None = None
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
     derivative: Derivative = "reverse"
 
     def __post_init__(self) -> None:
@@ -118,7 +121,7 @@ class Reverse(Hypergradient):
                 f"`derivative` is {self.derivative!r}, which names no way to differentiate the inner gradient. Use "
                 "'reverse', 'mixed' or 'auto'."
             )
-        check_switch("compile", self.compile)
+        check_switch("compile", self.compile, "auto")
         _ = self.checkpointing  # which checks the settings
         if self.memory_budget is not None and self.derivative != "reverse":
             raise ValueError(
@@ -174,6 +177,7 @@ class Reverse(Hypergradient):
                 self.derivative,
                 run=lambda trial: self._compiled(trial, variables, kept),
                 otherwise=lambda: self._eager(loop, variables, kept),
+                where_it_pays=self.compile == "auto",
             )
         return self._eager(loop, variables, kept)
 

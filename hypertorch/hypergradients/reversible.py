@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from hypertorch.autodiff.missing_derivatives import NotVectorisableError
 from hypertorch.checks import check_switch
@@ -47,10 +48,10 @@ class Reversible(Hypergradient):
     models. The arithmetic on integers is not compiled.
 
     Args:
-        compile: run derivatives as compiled functions.
+        compile: run derivatives as compiled functions; "auto" once runs without have taken as long as a compilation.
 
     Raises:
-        TypeError: if `compile` is neither True nor False.
+        TypeError: if `compile` is neither True nor False nor "auto".
         IncompatibleBackendError: (from `compute`) if the dynamics are not reversible, or the inner problem has
             untrained buffers.
         NonFiniteError: (from `compute`) if params, velocities or gradients leave the range of the integers.
@@ -61,10 +62,10 @@ class Reversible(Hypergradient):
         algorithms 2 and 3.
     """
 
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
-        check_switch("compile", self.compile)
+        check_switch("compile", self.compile, "auto")
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the exact derivative of the outer loss in `variables`."""
@@ -86,6 +87,7 @@ class Reversible(Hypergradient):
             "reversible",
             run=lambda trial: run(trial, CompiledReversal),
             otherwise=lambda: run(loop, ExactReversal),
+            where_it_pays=self.compile == "auto",
         )
 
 

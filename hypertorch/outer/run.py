@@ -14,6 +14,7 @@ from hypertorch.checks import check_hparams
 from hypertorch.constraints import Constraint
 from hypertorch.errors import CheckpointError, LostRankError
 from hypertorch.hypergradients import Hypergradient, measured_execution
+from hypertorch.hypergradients.reverse_mode.compile_costs import warn_if_too_short
 from hypertorch.inner.execution import Execution
 from hypertorch.inner.ranks import Ranks
 from hypertorch.outer.background import BackgroundWriter, background_writer
@@ -371,6 +372,7 @@ class _Run:
                 take(proposal, state, self._constraints)
             self._show_snapshot()
             if to_log:
+                warn_if_too_short(done - self._first, self._num_outer_steps - done)
                 figures = {} if proposal is None else to_floats(proposal.figures)
                 if loop.on_non_finite != "raise":
                     figures[NON_FINITE_STEPS] = float(state.non_finite_steps)

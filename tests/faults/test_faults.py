@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "words",
     [
-        ("--short", "--kills", "5", "--meetings", "2", "--steps", "40"),
+        ("--short", "--kills", "3", "--meetings", "1", "--steps", "40"),
         pytest.param(("--kills", "100"), marks=pytest.mark.slow),
     ],
     ids=["short", "long"],

@@ -61,7 +61,6 @@ def _without_garbage_collection() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 def problem_of(num_steps: int, dynamics: ht.Dynamics = SGD) -> ht.BilevelProblem:

@@ -151,6 +151,7 @@ def test_without_a_context_it_is_empty() -> None:
     assert set(SEEN) == {("plain", frozenset({"c"}), frozenset())}
 
 
+@pytest.mark.slow
 def test_a_compiled_step_hands_it_over_too() -> None:
     hparams = APART.init_hparams()
     eager = ht.hypergradient(AMONG, hparams, backend=backends.Reverse())

@@ -133,8 +133,14 @@ def test_a_failed_last_write_is_raised(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_failed_write_is_raised_beside_another_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    monkeypatch.setattr(tensor_files, "save_file", full_disk)
-    source = Quadratics(fail_at=5, failure=failure)
+    source = watched(fail_at=5, failure=failure)
+
+    def late(*_: object, **__: object) -> None:
+        # Known only when the step has failed: known before, it would be raised before the step.
+        assert source.begun[5].wait(PATIENCE)
+        full_disk()
+
+    monkeypatch.setattr(tensor_files, "save_file", late)
     with pytest.raises(CheckpointError, match="could not be written") as caught:
         full_loop(tmp_path, source).run(40)
     assert caught.value.__context__ is failure

@@ -7,6 +7,7 @@ One step is compiled, whatever the horizon is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from hypertorch.hypergradients.reverse_mode.compilation import (
     compiled,
     programs_made,
 )
+from hypertorch.hypergradients.reverse_mode.compile_costs import note_eager
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
@@ -300,13 +302,17 @@ class _LoopedSteps:
         states.append(run.end if few == steps else run.end.replace_tensors([value[len(few)] for value in run.before]))
         pulled, _ = self._pulled(run._replace(before=[value[: len(few)] for value in run.before]), few, cotangents)
         # One by one: the data of a step may be written over by that of the next.
-        own, backward = self._loop.uncounted(), list(cotangents)
+        own, backward, fastest = self._loop.uncounted(), list(cotangents), float("inf")
         right: Grads = dict.fromkeys(self._variables)
         for step in reversed(few):
-            found = graph_vjp(own, self._variables, Segment(step, step + 1, states[step - few.start], None))
-            compare("the state", states[step - few.start + 1].tensors(), found.end.tensors())
+            segment = Segment(step, step + 1, states[step - few.start], None)
+            start = time.perf_counter()
+            found = graph_vjp(own, self._variables, segment)
             part, backward, _ = found.pull_back(backward)
             right = accumulate(right, part)
+            fastest = min(fastest, time.perf_counter() - start)
+            compare("the state", states[step - few.start + 1].tensors(), found.end.tensors())
+        note_eager((self._program.key, "reverse"), fastest * self._loop.num_steps)
         compare("the hypergradient", [*pulled.grads.values()], [*right.values()])
         compare("the cotangents of the state", pulled.cotangents, backward)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -19,6 +19,15 @@ from hypertorch.hypergradients.reverse_mode.compilation import (
     compilation,
     compiled,
     programs_made,
+)
+from hypertorch.hypergradients.reverse_mode.compile_costs import (
+    count,
+    is_measured,
+    is_worth_compiling,
+    note_compilation,
+    note_compiled,
+    note_eager,
+    timed,
 )
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled_loop import (
@@ -45,7 +54,12 @@ NOISY = "steps that draw noise"
 
 
 def run_compiled(
-    loop: InnerLoop, derivative: str, run: Callable[[InnerLoop], BackendResult], otherwise: Callable[[], BackendResult]
+    loop: InnerLoop,
+    derivative: str,
+    run: Callable[[InnerLoop], BackendResult],
+    otherwise: Callable[[], BackendResult],
+    *,
+    where_it_pays: bool = False,
 ) -> BackendResult:
     """Returns the result of a run with compiled functions, or of one without, with a warning once, if need be.
 
@@ -54,6 +68,7 @@ def run_compiled(
         derivative: how the inner gradient is differentiated; one way may be compiled where another cannot.
         run: the run with compiled functions, of a loop that is counted only if the run succeeds.
         otherwise: the run without.
+        where_it_pays: compile once the runs without have taken as long as a compilation takes.
     """
     if is_in_torch_dispatch_mode(include_infra_modes=False):
         # Nothing is remembered against the problem: outside of the mode it can be compiled.
@@ -68,11 +83,16 @@ def run_compiled(
     family = (Program.of(loop).key, derivative)
     if not may_compile(family, lambda: kind_of(problem)):
         return otherwise()
+    if where_it_pays and not is_worth_compiling(family):
+        result, seconds = timed(loop.device, otherwise)
+        note_eager(family, seconds)
+        return result
     # What fails halfway leaves no counts behind.
     trial = loop.uncounted()
+    what = f"`{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`"
     try:
         with compilation():
-            result = run(trial)
+            result = _measured(family, what, trial, run)
     except NotCompilableError as error:
         reason = error
     else:
@@ -80,8 +100,18 @@ def run_compiled(
         return result
     # What is wrong with the problem itself is an error here, and no word on compilation.
     result = otherwise()
-    what = f"a step of `{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`"
-    refuse(family, kind_of(problem), what, reason)
+    refuse(family, kind_of(problem), f"a step of {what}", reason)
+    return result
+
+
+def _measured(family: Hashable, what: str, loop: InnerLoop, run: Callable[[InnerLoop], BackendResult]) -> BackendResult:
+    """Returns a run with compiled functions, of which the time is taken until it is known what compilation saves."""
+    count(family)
+    if is_measured(family):
+        return run(loop)
+    made = programs_made()
+    result, seconds = timed(loop.device, lambda: run(loop))
+    (note_compiled if programs_made() == made else note_compilation)(family, what, seconds)
     return result
 
 
@@ -116,9 +146,10 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     grads, outer_loss, state, losses = found
     if programs_made() != made:
         try:
-            expected = by_whole_graph(loop.uncounted(), variables)
+            expected, seconds = timed(loop.device, lambda: by_whole_graph(loop.uncounted(), variables))
         except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
             raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
+        note_eager((Program.of(loop).key, "reverse"), seconds)
         compare("the outer loss", [outer_loss], [expected.outer_loss])
         compare("the last state", state.tensors(), expected.state.tensors())
         compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])

@@ -14,6 +14,7 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.guards.cross_check import Reference, case_of, fault_of, forget, vjp_faults
 from hypertorch.hypergradients.guards.replay import check_replay
 from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError, compiler_errors
+from hypertorch.hypergradients.reverse_mode.compile_costs import synchronize
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
 from hypertorch.inner import memo
@@ -113,15 +114,10 @@ def _seconds(loop: InnerLoop, steps: Steps) -> float:
     # Two warm-ups: compiled steps differentiate the run's last one, which they
     # meet first, without compilation, and compile at the next.
     for run in range(_REPEATS + 2):
-        _synchronize(loop.device)
+        synchronize(loop.device)
         start = time.perf_counter()
         steps.vjp(Segment(0, 1, departure, arrival)).pull_back(cotangents)
-        _synchronize(loop.device)
+        synchronize(loop.device)
         if run >= 2:
             best = min(best, time.perf_counter() - start)
     return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
