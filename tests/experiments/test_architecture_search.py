@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments.architecture_search import ArchitectureSearch, MixedNet, rank_correlation
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.mlp import MLP
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 from tests.helpers.problems import normal
 
@@ -30,11 +25,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> ArchitectureSearch:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, ArchitectureSearch)
-    return experiment
+    return built(ArchitectureSearch, *TINY, "dtype=float64", *overrides)
 
 
 def test_a_mixture_is_the_weighted_sum() -> None:

@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.distilled_data import DistilledData
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -27,11 +22,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> DistilledData:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, DistilledData)
-    return experiment
+    return built(DistilledData, *TINY, "dtype=float64", *overrides)
 
 
 def first_weights(problem: ht.BilevelProblem) -> torch.Tensor:

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.ensemble import Ensemble, ambiguity, cross_entropy, frequent, greedy, mixed
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 from tests.helpers.problems import normal
 
@@ -28,11 +23,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> Ensemble:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, Ensemble)
-    return experiment
+    return built(Ensemble, *TINY, "dtype=float64", *overrides)
 
 
 def some_answers() -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digits import Images
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.hypernetwork import Hypernetwork, losses, penalised, with_wrong_labels
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 from tests.helpers.problems import normal
 
@@ -29,11 +24,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> Hypernetwork:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, Hypernetwork)
-    return experiment
+    return built(Hypernetwork, *TINY, "dtype=float64", *overrides)
 
 
 def some_images() -> Images:

@@ -8,19 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digits import digit_splits
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.noisy_labels import NoisyLabels, weights_of, with_flipped_labels
 from hypertorch.types import TensorDict
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -40,12 +35,7 @@ TINY = (
 
 
 def experiment(*overrides: str) -> NoisyLabels:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    found = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(found, NoisyLabels)
-    return found
+    return built(NoisyLabels, *TINY, "dtype=float64", *overrides)
 
 
 def learnt(problem: ht.BilevelProblem) -> TensorDict:

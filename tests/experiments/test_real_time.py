@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.real_time import RealTime, neighbour_map
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -29,11 +24,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> RealTime:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, RealTime)
-    return experiment
+    return built(RealTime, *TINY, "dtype=float64", *overrides)
 
 
 def as_in_the_command(experiment: RealTime, num_updates: int) -> ht.Trained:

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digit_sets import (
     NUM_CLASSES,
     Configurations,
@@ -22,11 +19,9 @@ from experiments.common.digit_sets import (
     validation_losses,
 )
 from experiments.common.digits import Images
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.warm_start import WarmStart, correlation, mean_regrets, meta_features
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 from tests.helpers.problems import normal
 
@@ -38,11 +33,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> WarmStart:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, WarmStart)
-    return experiment
+    return built(WarmStart, *TINY, "dtype=float64", *overrides)
 
 
 def pool() -> Images:
