@@ -15,6 +15,7 @@ from hypertorch import tree
 from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
@@ -78,7 +79,7 @@ class EvoGrad(Hypergradient):
 
     def __post_init__(self) -> None:
         check_fields(self, "sigma", "temperature")
-        if isinstance(self.num_copies, bool) or not isinstance(self.num_copies, int) or self.num_copies < 2:
+        if not is_count(self.num_copies, least=2):
             raise ValueError(
                 f"`num_copies` is {self.num_copies!r}: a single copy has all the weight whatever its loss, so that no "
                 "hyperparameter could change it. Pass a whole number of at least 2."

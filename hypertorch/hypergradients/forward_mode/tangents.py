@@ -11,6 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.missing_derivatives import forward_mode
 from hypertorch.autodiff.products import jvps, vjp
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
@@ -146,7 +147,7 @@ def check_chunk_size(chunk_size: int | None, what: str) -> None:
     """Raises `ValueError` if a chunk would hold nothing."""
     if chunk_size is None:
         return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if not is_count(chunk_size):
         raise ValueError(
             f"`chunk_size` is {chunk_size!r}: so many {what} are pushed through the inner loop together, at least 1. "
             "Pass a whole number, or None for all of them."
