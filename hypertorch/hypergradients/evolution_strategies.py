@@ -135,7 +135,7 @@ class EvolutionStrategies(BlackBox):
         self, loop: InnerLoop, values: TensorDict, perturbed: TensorDict, position: int, before: Pair | None
     ) -> tuple[Pair, Tensor]:
         """Returns a pair after its two runs, and `(f+ - f-) / (2 N sigma)`."""
-        # Of the run and the pair: all slices of tasks are perturbed alike.
+        # A function of the run and the pair: all slices of tasks are perturbed alike.
         generator = loop.generator(position)
         direction = {
             name: torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
@@ -150,8 +150,8 @@ class EvolutionStrategies(BlackBox):
             loss, state = _run(loop, moved, start)
             losses.append(loss)
             states.append(state)
-        # All perturbations since the run began, whose effect its state still bears. The
-        # last one alone would give the biased estimate of a truncated run.
+        # The sum of all perturbations since the run began: the state depends on all of them. The last one alone would
+        # give the biased estimate of a truncated run.
         total = direction if before is None else tree.add(before.perturbations, direction)
         weight = (losses[0] - losses[1]) / (2.0 * self.num_pairs * self.sigma)
         return Pair(states=(states[0], states[1]), perturbations=total), weight

@@ -16,7 +16,7 @@ from hypertorch.types import TensorDict
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Hypergradient):
-    """The hypergradient by reverse mode through the last `window` inner steps (K-RMD), biased by what is before.
+    """The hypergradient by reverse mode through the last `window` inner steps (K-RMD); it is biased.
 
     With `T = num_steps`, `K = window` and `s_{T-K}` held constant:
 

@@ -64,7 +64,7 @@ def train(
     override: bool = False,
     zeros_allowed: Collection[str] | None = None,
 ) -> Trained:
-    """Returns what `OuterLoop.run` does, which see.
+    """Returns what `OuterLoop.run` returns; that method documents it.
 
     Args:
         loop: the outer loop.
