@@ -28,7 +28,7 @@ from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS, MARKERS
 from experiments.common.mlp import MLP, accuracy
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 OPERATIONS = {
@@ -153,7 +153,6 @@ class ArchitectureSearch(DigitsExperiment):
         shows_weights: bool = False,
     ) -> ht.ProblemSource:
         """Returns a run with first weights and minibatches of its own for every outer step; long ones for None."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self._images["train"].pairs())
         outer = Judged(
             net=net,
@@ -163,8 +162,7 @@ class ArchitectureSearch(DigitsExperiment):
             shows_weights=shows_weights,
         )
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(
                 Training(net=net, batches=ht.Minibatches(train, self.batch_size, seed=own)),
                 outer,
@@ -173,7 +171,7 @@ class ArchitectureSearch(DigitsExperiment):
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 def with_negatives(images: Images, *, seed: int) -> Images:

@@ -176,11 +176,9 @@ class DataSelection(DigitsExperiment):
         seed: int | None = None,
     ) -> ht.ProblemSource:
         """Returns trainings with first weights and minibatches of their own, on what the context says."""
-        seed = self.settings.seed if seed is None else seed
         judged = self.images["validation" if split == "validation" else "test"]
 
-        def problem(index: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, index)
+        def problem(own: int) -> ht.BilevelProblem:
             places = TensorDataset(torch.arange(num_chosen, device=pool.labels.device))
             return ht.BilevelProblem(
                 ChosenExamples(self._net, pool, ht.Minibatches(places, self.batch_size, seed=own)),
@@ -196,7 +194,7 @@ class DataSelection(DigitsExperiment):
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

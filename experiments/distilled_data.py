@@ -159,8 +159,7 @@ class DistilledData(DigitsExperiment):
 
         if self._same and seed is None:
             return problem(run_seed(self.settings.seed, "training", 0))
-        start = self.settings.seed if seed is None else seed
-        return ht.Problems(lambda outer_step: problem(run_seed(start, purpose, outer_step)))
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 class OnLearntImages(ht.InnerProblem):

@@ -26,7 +26,7 @@ from experiments.common.labelled_images import CleanImages
 from experiments.common.line_styles import line_styles
 from experiments.common.mlp import MLP, accuracy
 from experiments.common.net_training import NetTraining
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.seeds import Purpose
 from experiments.common.settings_grid import Axis, grid_problem
 from hypertorch.types import Batch, TensorDict
 
@@ -160,22 +160,20 @@ class LearnedOptimizer(DigitsExperiment):
         seed: int | None = None,
     ) -> ht.ProblemSource:
         """Returns nets with first weights and minibatches of their own, trained and judged on the images of a split."""
-        seed = self.settings.seed if seed is None else seed
         images = self.images[split]
         data = TensorDataset(*images.pairs())
         first = {} if dynamics is self._rule else {name: images.inputs.new_tensor(0.0) for name in ("lr", "decay")}
         judged = (lambda _: images.pairs()) if judged is None else judged
         outer = CleanImages(data=judged, first=first, net=self._net, measures=_MEASURES)
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             inner = NetTraining(
                 net=self._net, batches=ht.Minibatches(data, self.batch_size, seed=own), like=images.inputs
             )
             steps = self.num_steps if num_steps is None else num_steps
             return ht.BilevelProblem(inner, outer, dynamics=dynamics, num_steps=steps, seed=own)
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
     def _tune(self, name: str, num_steps: int) -> TensorDict:
         """Returns the settings of an optimiser with which the nets of validation have the least loss at a horizon."""

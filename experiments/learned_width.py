@@ -28,7 +28,7 @@ from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS, MARKERS
 from experiments.common.mlp import accuracy
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 _STEEPNESS = 16.0  # gates fall from 0.9 to 0.1 over a quarter of a layer
@@ -138,12 +138,10 @@ class LearnedWidth(DigitsExperiment):
         seed: int | None = None,
     ) -> ht.ProblemSource:
         """Returns a run with first weights and minibatches of its own for every outer step; cut nets see the test."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self._images["train"])
         judged = self._images["test" if nets.is_cut else "validation"]
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(
                 NetTraining(nets=nets, batches=ht.Minibatches(train, self.batch_size, seed=own)),
                 PricedNets(nets=nets, data=judged, prices=self._prices, shows_layers=shows_layers),
@@ -152,7 +150,7 @@ class LearnedWidth(DigitsExperiment):
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

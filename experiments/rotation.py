@@ -25,7 +25,7 @@ from experiments.common.labelled_images import CleanImages
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict
 
 
@@ -111,11 +111,9 @@ class Rotation(DigitsExperiment):
         self, purpose: Purpose, judged: Callable[[int], Batch], *, num_steps: int, seed: int | None = None
     ) -> ht.ProblemSource:
         """Returns a run with first weights and minibatches of its own for every outer step."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self.upright["train"].pairs())
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(
                 RotatedTraining(net=self._net, batches=ht.Minibatches(train, self.batch_size, seed=own)),
                 CleanImages(data=judged, first={"angle": torch.zeros_like(self._angle)}, figures=angle, net=self._net),
@@ -124,7 +122,7 @@ class Rotation(DigitsExperiment):
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 class RotatedTraining(ht.InnerProblem):

@@ -30,7 +30,7 @@ from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP, error_rate
 from experiments.common.random_search import Draw, RandomSearch, random_search
 from experiments.common.readers import positive_number
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict
 
 _SCHEDULES = ("log_lr", "logit_momentum")
@@ -157,18 +157,16 @@ class Schedules(DigitsExperiment):
 
     def _runs(self, purpose: Purpose, split: str, *, seed: int | None = None) -> ht.ProblemSource:
         """Returns runs with first weights and minibatches of their own, judged on a split."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self.images["train"].pairs())
         outer = CleanImages(
             data=self.images[split].pairs(), first=self._first, net=self._net, measures={"error": error_rate}
         )
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             inner = ScaledTraining(net=self._net, batches=ht.Minibatches(train, self.batch_size, seed=own))
             return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self.num_steps, seed=own)
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 def first_values(
