@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import hypertorch as ht
 from experiments.common.failures import ExpectedFailure
 from experiments.ensemble import Ensemble, ambiguity, cross_entropy, frequent, greedy, mixed
 from tests.experiments.built import built
-from tests.experiments.commands import Command
+from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal
 
 TINY = (
@@ -120,12 +119,10 @@ def test_what_does_not_fit_is_refused(word: str, message: str) -> None:
 
 def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        *TINY, "outer_loop.progress=false", "outer_loop.num_outer_steps=3", "validation.every=3",
-        f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        *TINY, "outer_loop.num_outer_steps=3", "validation.every=3",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert set(results["baselines"]) == {
         "best net alone", "all alike", "greedy", "greedy, diversity and frequency",
     }  # fmt: skip
@@ -136,9 +133,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_learnt_weights_are_better_than_one_net_and_than_all_alike(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=ensemble", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=ensemble")
     loss = {name: own["test"]["outer_loss"]["mean"] for name, own in results["baselines"].items()}
     learnt = results["metrics"]["test"]
     assert learnt["outer_loss"]["mean"] < min(loss["best net alone"], loss["all alike"])

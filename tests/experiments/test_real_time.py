@@ -15,7 +15,7 @@ import hypertorch as ht
 from experiments.common.failures import ExpectedFailure
 from experiments.real_time import RealTime, neighbour_map
 from tests.experiments.built import built
-from tests.experiments.commands import Command
+from tests.experiments.commands import Command, results_of
 
 TINY = (
     "experiment=real_time", "experiment.sizes.unlabelled=200", "experiment.sizes.validation=30", "experiment.hidden=4",
@@ -120,8 +120,6 @@ def test_a_small_run_draws_its_course(command: Command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_learning_beats_the_bad_start(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=real_time", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=real_time")
     plain = results["baselines"]["not learnt"]["test"]["accuracy"]["mean"]
     assert results["metrics"]["test"]["accuracy"]["mean"] > plain + 0.025

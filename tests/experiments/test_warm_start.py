@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from experiments.common.digits import Images
 from experiments.common.failures import ExpectedFailure
 from experiments.warm_start import WarmStart, correlation, mean_regrets, meta_features
 from tests.experiments.built import built
-from tests.experiments.commands import Command
+from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal
 
 TINY = (
@@ -188,12 +187,10 @@ def test_what_does_not_fit_is_refused(word: str, message: str) -> None:
 
 def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        *TINY, "outer_loop.progress=false", "outer_loop.num_outer_steps=3", "validation.every=3",
-        f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        *TINY, "outer_loop.num_outer_steps=3", "validation.every=3",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert set(results["metrics"]["test"]) >= {"correlation", "regret_1", "regret_3", "regret_5"}
     assert set(results["baselines"]) == {
         "hand-made features", "greedy portfolio", "best on average", "random", "true distance",
@@ -204,9 +201,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_the_learnt_distance_halves_the_first_regret(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=warm_start", "outer_loop.progress=false", "threads=1", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=warm_start", "threads=1")
     learnt = {name: figure["mean"] for name, figure in results["metrics"]["test"].items()}
     first = {name: splits["test"]["regret_1"]["mean"] for name, splits in results["baselines"].items()}
     assert learnt["correlation"] > 0.8
