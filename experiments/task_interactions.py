@@ -6,7 +6,6 @@ scripts/train experiment=task_interactions
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -14,18 +13,20 @@ from typing import ClassVar
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from omegaconf import DictConfig
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional as F
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, Images
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline, refuse_other_problems
+from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
+from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages, first_params, logits
 from experiments.common.outer_updates import build_outer_optimizer, build_scheduler
+from experiments.common.reads import Reads
+from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
 _PAIRS = CLASSES * (CLASSES - 1) // 2
@@ -33,8 +34,7 @@ _PAIRS = CLASSES * (CLASSES - 1) // 2
 _GRID = (0.0, *np.geomspace(1e-4, 1.0, 17).tolist())
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
-class TaskInteractions(DigitsExperiment):
+class TaskInteractions(Experiment):
     """Learns how strongly the weights of any two classes are drawn together, and all of them to 0, from few images.
 
     The inner problem is softmax regression on whitened principal components, which are those of images without labels.
@@ -44,12 +44,16 @@ class TaskInteractions(DigitsExperiment):
 
     Args:
         config: the configuration, for the group `dynamics` and, for a baseline, those of the outer loop.
+        settings: the plain settings of all experiments.
         sizes: images: "labelled", "unlabelled" and "test"; 0 for all that are left over.
+        data: "digits" (embedded) or "mnist".
+        root: the folder of MNIST's files; None for the embedded digits.
         components: principal components.
         folds: parts that the labelled images are split into for cross-validation.
         num_steps: the horizon (unit: steps).
     """
 
+    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("test",)
     metric = "outer_loss"
     mode = "min"
@@ -58,19 +62,28 @@ class TaskInteractions(DigitsExperiment):
         "for all pairs 69.4 / 19.2 %, learnt interactions 71.6 / 22.1 %",
     }
 
-    components: int = 30
-    folds: int = 4
-    num_steps: int = 60
-
-    def __post_init__(self) -> None:
-        images = self.digit_splits()
-        if self.folds < 2 or len(images["labelled"]) % self.folds:
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: ProblemSettings,
+        *,
+        sizes: Mapping[str, int],
+        data: DigitsName = "digits",
+        root: str | None = None,
+        components: int = 30,
+        folds: int = 4,
+        num_steps: int = 60,
+    ) -> None:
+        super().__init__(config, settings)
+        images = digit_splits(data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype)
+        if folds < 2 or len(images["labelled"]) % folds:
             raise ExpectedFailure(
-                f"`experiment.folds` is {self.folds}, but {len(images['labelled'])} labelled images are to be split "
-                "into folds of the same size, at least 2. Use a divisor of their number, such as 2."
+                f"`experiment.folds` is {folds}, but {len(images['labelled'])} labelled images are to be split into "
+                "folds of the same size, at least 2. Use a divisor of their number, such as 2."
             )
-        self.images = with_components(images, self.components)
-        self._dynamics = build(self.config, "dynamics")
+        self.images = with_components(images, components)
+        self._dynamics = build(config, "dynamics")
+        self._folds, self._num_steps = folds, num_steps
 
     def training(self) -> ht.ProblemSource:
         """Returns the folds, each a task: trained on the others, judged on itself."""
@@ -108,7 +121,7 @@ class TaskInteractions(DigitsExperiment):
 
         def loss(rho: float) -> float:
             hparams = {**none, "rho": torch.full_like(none["rho"], rho)}
-            return ht.evaluate(source, hparams, num_episodes=self.folds).metrics[self.metric].mean
+            return ht.evaluate(source, hparams, num_episodes=self._folds).metrics[self.metric].mean
 
         return min(_GRID, key=loss)
 
@@ -128,8 +141,8 @@ class TaskInteractions(DigitsExperiment):
 
     def _cross_validation(self, *, num_interactions: int = _PAIRS, first_rho: float | None = None) -> ht.BilevelProblem:
         inputs, labels = self.images["labelled"].pairs()
-        place = torch.arange(len(labels), device=labels.device).reshape(self.folds, -1)
-        others = torch.stack([torch.cat([*place[:fold], *place[fold + 1 :]]) for fold in range(self.folds)])
+        place = torch.arange(len(labels), device=labels.device).reshape(self._folds, -1)
+        others = torch.stack([torch.cat([*place[:fold], *place[fold + 1 :]]) for fold in range(self._folds)])
         trained_on, judged_on = (inputs[others], labels[others]), (inputs[place], labels[place])
         return self._problem(trained_on, judged_on, num_interactions, first_rho)
 
@@ -150,7 +163,7 @@ class TaskInteractions(DigitsExperiment):
             InteractingClasses(data=trained_on),
             CleanImages(data=judged_on, first=first, constraints=dict.fromkeys(first, at_least_0)),
             dynamics=self._dynamics,
-            num_steps=self.num_steps,
+            num_steps=self._num_steps,
             num_tasks=len(trained_on[0]),
             seed=self.settings.seed,
         )

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
+from experiments.common.config_errors import CONFIGS
+from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
+from experiments.common.settings import TrainSettings
+from experiments.common.typed_settings import parse
 from experiments.task_interactions import TaskInteractions, matrix
 from hypertorch.types import TensorDict
-from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -23,7 +28,11 @@ TINY = (
 
 
 def tiny(*overrides: str) -> TaskInteractions:
-    return built(TaskInteractions, *TINY, "dtype=float64", *overrides)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("train", [*TINY, "dtype=float64", *overrides])
+    experiment = build_experiment(config, parse(TrainSettings, config))
+    assert isinstance(experiment, TaskInteractions)
+    return experiment
 
 
 def scattered() -> TensorDict:
