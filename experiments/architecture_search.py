@@ -11,27 +11,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES, Images
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS, MARKERS
 from experiments.common.mlp import MLP, accuracy
-from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 OPERATIONS = {
@@ -47,7 +44,8 @@ OPERATIONS = {
 """Candidates by name: some useful, some useless, and some that a training can end in NaN with."""
 
 
-class ArchitectureSearch(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class ArchitectureSearch(DigitsExperiment):
     """Learns which operation follows each hidden layer, by weights of a mixture of all candidates.
 
     Every image is, at random, as it is or as its negative: even functions see what both have in common, odd ones do
@@ -59,11 +57,7 @@ class ArchitectureSearch(Experiment):
     mixtures, where it would make everything NaN, and the others are what the weights are ranked against.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         operations: names of the candidates.
         hidden: widths of the hidden layers, each of which has a choice.
         batch_size: images in a minibatch of an inner step.
@@ -72,40 +66,29 @@ class ArchitectureSearch(Experiment):
         num_alone: trainings of each operation alone, with first weights of their own.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "outer_loss"
     mode = "min"
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        operations: Sequence[str] = tuple(OPERATIONS),
-        hidden: Sequence[int] = (24,),
-        batch_size: int = 100,
-        num_steps: int = 100,
-        final_steps: int = 100,
-        num_alone: int = 3,
-    ) -> None:
-        super().__init__(config, settings)
-        unknown = [name for name in operations if name not in OPERATIONS]
-        if unknown or len(set(operations)) < max(2, len(operations)):
+    operations: Sequence[str] = tuple(OPERATIONS)
+    hidden: Sequence[int] = (24,)
+    batch_size: int = 100
+    num_steps: int = 100
+    final_steps: int = 100
+    num_alone: int = 3
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.operations if name not in OPERATIONS]
+        if unknown or len(set(self.operations)) < max(2, len(self.operations)):
             raise ExpectedFailure(
-                f"`experiment.operations` is {list(operations)}: there is a choice between two or more different ones. "
-                f"Use some of {list(OPERATIONS)}."
+                f"`experiment.operations` is {list(self.operations)}: there is a choice between two or more different "
+                f"ones. Use some of {list(OPERATIONS)}."
             )
-        images = digit_splits(data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype)
-        self._images = {split: with_negatives(own, seed=settings.seed) for split, own in images.items()}
-        self._operations = tuple(operations)
-        self._mlp = MLP((self._images["train"].inputs.shape[1], *hidden, CLASSES))
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._batch_size, self._num_steps, self._final_steps = batch_size, num_steps, final_steps
-        self._num_alone = num_alone
+        images = self.digit_splits()
+        self._images = {split: with_negatives(own, seed=self.settings.seed) for split, own in images.items()}
+        self._operations = tuple(self.operations)
+        self._mlp = MLP((self._images["train"].inputs.shape[1], *self.hidden, CLASSES))
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
 
     @cached_property
     def alone(self) -> dict[str, float]:
@@ -113,22 +96,22 @@ class ArchitectureSearch(Experiment):
         found = {}
         for name in self._operations:
             source = self._runs("search", self._alone(name), "validation")
-            runs = [ht.unroll(source.at(seed), self._first(), outer_step=seed) for seed in range(self._num_alone)]
+            runs = [ht.unroll(source.at(seed), self._first(), outer_step=seed) for seed in range(self.num_alone)]
             found[name] = sum(float(run.outer_loss) for run in runs) / len(runs)
         if sum(math.isfinite(loss) for loss in found.values()) < 2:
             raise ExpectedFailure(
-                f"`experiment.operations` is {list(self._operations)}, but alone they end at the validation losses "
+                f"`experiment.operations` is {list(self.operations)}, but alone they end at the validation losses "
                 f"{list(found.values())}: fewer than two can be trained. Lower dynamics.lr."
             )
         return found
 
     def training(self) -> ht.ProblemSource:
         """Returns a run with the mixtures from new first weights for every outer step."""
-        return self._runs("training", self._mixed(), "validation", num_steps=self._num_steps, shows_weights=True)
+        return self._runs("training", self._mixed(), "validation", num_steps=self.num_steps, shows_weights=True)
 
     def validation(self) -> ht.ProblemSource:
         """Returns the same with other first weights and minibatches."""
-        return self._runs("validation", self._mixed(), "validation", num_steps=self._num_steps)
+        return self._runs("validation", self._mixed(), "validation", num_steps=self.num_steps)
 
     def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
         """Returns long runs of nets with the heaviest operation of each layer alone."""
@@ -170,7 +153,6 @@ class ArchitectureSearch(Experiment):
         shows_weights: bool = False,
     ) -> ht.ProblemSource:
         """Returns a run with first weights and minibatches of its own for every outer step; long ones for None."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self._images["train"].pairs())
         outer = Judged(
             net=net,
@@ -180,17 +162,16 @@ class ArchitectureSearch(Experiment):
             shows_weights=shows_weights,
         )
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(
-                Training(net=net, batches=ht.Minibatches(train, self._batch_size, seed=own)),
+                Training(net=net, batches=ht.Minibatches(train, self.batch_size, seed=own)),
                 outer,
                 dynamics=self._dynamics,
-                num_steps=self._final_steps if num_steps is None else num_steps,
+                num_steps=self.final_steps if num_steps is None else num_steps,
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 def with_negatives(images: Images, *, seed: int) -> Images:

@@ -130,16 +130,15 @@ class BlackBoxOptimizer(Experiment):
         self, purpose: Purpose, functions: Functions, *, count: int = _AT_ONCE, seed: int | None = None
     ) -> ht.ProblemSource:
         """Returns learnt searches on functions of their own for every outer step."""
-        seed = self.settings.seed if seed is None else seed
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            drawn = Drawn(functions, functions.draw(count, run_seed(seed, purpose, outer_step), self._like))
+        def problem(own: int) -> ht.BilevelProblem:
+            drawn = Drawn(functions, functions.draw(count, own, self._like))
             steps = self._queries - 1  # after the last of them the last query is judged
             return ht.BilevelProblem(
                 Search(drawn), BestValue(drawn), dynamics=self._dynamics, num_steps=steps, num_tasks=count
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
     def _random(self, split: str, queries: int) -> ht.ProblemSource:
         """Returns random searches on the functions of the evaluation, each made at once: without steps."""

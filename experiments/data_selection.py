@@ -14,7 +14,6 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -22,16 +21,15 @@ from torch.utils.data import TensorDataset
 import hypertorch as ht
 from experiments.common.alphabets import load_alphabets
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES, Images
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.failures import ExpectedFailure
 from experiments.common.image_grid import draw_image_grid
 from experiments.common.labelled_images import CleanImages
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
-from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
 from hypertorch.autodiff.noise import mix
 from hypertorch.types import Batch, TensorDict
 
@@ -44,7 +42,8 @@ KINDS = ("right", "wrong label", "copy", "no digit")
 _GRID = (4, 9)
 
 
-class DataSelection(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class DataSelection(DigitsExperiment):
     """Learns how much each example of a pool counts in training, by the loss on clean images after it.
 
     Half of the pool is junk: images with a wrong label, copies of a few images, and made-up characters with random
@@ -53,13 +52,9 @@ class DataSelection(Experiment):
     with take as many steps of the same size, without weights, on all of the pool or a part of it.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         sizes: digits of "pool" (a quarter gets wrong labels; with the other junk it has half as many examples more), of
             "validation" (the clean images) and "test", and with a scorer of "new_pool", a pool that it has not seen; 0
             for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         selector: "weights" (a number for each example) or "scorer" (a net, which weighs other examples too).
         num_copied: images of which all copies are made.
         scorer_hidden: width of the scorer's hidden layer.
@@ -69,44 +64,34 @@ class DataSelection(Experiment):
         num_steps: the horizon, while weights are learnt and of the nets that are judged (unit: inner steps).
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     metric = "outer_loss"
     mode = "min"
     published: ClassVar = {
         "metagradient descent (Engstrom et al. 2025), DataRater (2025)": "on text and image-text data, not comparable",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        selector: SelectorName = "weights",
-        num_copied: int = 10,
-        scorer_hidden: int = 64,
-        hidden: int = 100,
-        norm: NormName = "none",
-        batch_size: int = 100,
-        num_steps: int = 100,
-    ) -> None:
-        super().__init__(config, settings)
-        seed = settings.seed
-        check_pools(selector, sizes)
-        self.images = digit_splits(data, sizes, root=root, seed=seed, device=settings.device, dtype=settings.dtype)
+    selector: SelectorName = "weights"
+    num_copied: int = 10
+    scorer_hidden: int = 64
+    hidden: int = 100
+    norm: NormName = "none"
+    batch_size: int = 100
+    num_steps: int = 100
+
+    def __post_init__(self) -> None:
+        seed = self.settings.seed
+        check_pools(self.selector, self.sizes)
+        self.images = self.digit_splits()
         self.pools = {
-            name: junk_pool(self.images[name], num_copied, seed=mix(seed, index))
+            name: junk_pool(self.images[name], self.num_copied, seed=mix(seed, index))
             for index, name in enumerate(("pool", "new_pool"))
-            if name in sizes
+            if name in self.sizes
         }
         pixels = self.images["pool"].inputs.shape[1]
-        self._selector = selector_named(selector, self.pools["pool"], scorer_hidden, seed=seed)
-        self.splits = ("validation", "new_pool", "test") if "new_pool" in sizes else ("validation", "test")
-        self._net = MLP((pixels, hidden, CLASSES), activation_named(norm))
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._batch_size, self._num_steps = batch_size, num_steps
+        self._selector = selector_named(self.selector, self.pools["pool"], self.scorer_hidden, seed=seed)
+        self.splits = ("validation", "new_pool", "test") if "new_pool" in self.sizes else ("validation", "test")
+        self._net = MLP((pixels, self.hidden, CLASSES), activation_named(self.norm))
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
 
     def training(self) -> ht.ProblemSource:
         """Returns the training of a new net on the weighted pool at every outer step, judged on clean images."""
@@ -191,14 +176,12 @@ class DataSelection(Experiment):
         seed: int | None = None,
     ) -> ht.ProblemSource:
         """Returns trainings with first weights and minibatches of their own, on what the context says."""
-        seed = self.settings.seed if seed is None else seed
         judged = self.images["validation" if split == "validation" else "test"]
 
-        def problem(index: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, index)
+        def problem(own: int) -> ht.BilevelProblem:
             places = TensorDataset(torch.arange(num_chosen, device=pool.labels.device))
             return ht.BilevelProblem(
-                ChosenExamples(self._net, pool, ht.Minibatches(places, self._batch_size, seed=own)),
+                ChosenExamples(self._net, pool, ht.Minibatches(places, self.batch_size, seed=own)),
                 CleanImages(
                     data=judged.pairs(),
                     first=self._selector.first(),
@@ -206,12 +189,12 @@ class DataSelection(Experiment):
                     net=self._net,
                 ),
                 dynamics=self._dynamics,
-                num_steps=self._num_steps,
+                num_steps=self.num_steps,
                 context=context,
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,35 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages
 from experiments.common.mlp import MLP
 from experiments.common.readers import positive_number
-from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
 # The rates that a baseline chooses from.
 _RATES = tuple(10 ** (exponent / 4) for exponent in range(-14, 5))
 
 
-class DistilledData(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class DistilledData(DigitsExperiment):
     """Learns one training image for each digit, and the learning rate, so that a net trained on these ten does well.
 
     An inner run trains a net on the ten images, all of them at each step. The outer loss is that of the trained net on
@@ -43,10 +42,7 @@ class DistilledData(Experiment):
 
     Args:
         config: the configuration; `dynamics.lr` is the learning rate before the first outer step.
-        settings: the plain settings of all experiments.
         sizes: real images for "train" (the outer loss), "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         hidden: width of the net's hidden layer; 0 for none, which is softmax regression.
         first_weights: "same" or "new".
         rates: "one" learnt rate, or one for each inner "step".
@@ -56,7 +52,6 @@ class DistilledData(Experiment):
         weight_scale: standard deviation of the net's first weights, in units of `1/sqrt(fan_in)`.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "accuracy"
     mode = "max"
@@ -66,51 +61,39 @@ class DistilledData(Experiment):
         "Maclaurin et al. 2015 (softmax regression on MNIST)": "a picture, no figure",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        hidden: int = 0,
-        first_weights: str = "new",
-        rates: Literal["one", "step"] = "one",
-        outer_batch_size: int = 1000,
-        num_steps: int = 20,
-        first_scale: float = 0.1,
-        weight_scale: float = 1.0,
-    ) -> None:
-        super().__init__(config, settings)
+    hidden: int = 0
+    first_weights: str = "new"
+    rates: Literal["one", "step"] = "one"
+    outer_batch_size: int = 1000
+    num_steps: int = 20
+    first_scale: float = 0.1
+    weight_scale: float = 1.0
+
+    def __post_init__(self) -> None:
         for name, value, known in (
-            ("first_weights", first_weights, ("same", "new")),
-            ("rates", rates, ("one", "step")),
+            ("first_weights", self.first_weights, ("same", "new")),
+            ("rates", self.rates, ("one", "step")),
         ):
             if value not in known:
                 raise ExpectedFailure(
                     f"`experiment.{name}` is {value!r}, which this experiment does not know. Use {' or '.join(known)}."
                 )
-        self.images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
+        self.images = self.digit_splits()
         inputs = self.images["train"].inputs
-        self._net = MLP((inputs.shape[1], *([hidden] if hidden else []), CLASSES))
+        self._net = MLP((inputs.shape[1], *([self.hidden] if self.hidden else []), CLASSES))
         # Built as it is set, for the checks of its numbers.
-        self._dynamics = replace(build(config, "dynamics"), lr=ht.Hyper("log_lr", torch.exp, per=rates))
-        lr = positive_number(config, "dynamics.lr", purpose="its logarithm is learnt", example=0.1)
-        noise = torch.randn((CLASSES, inputs.shape[1]), generator=torch.Generator().manual_seed(settings.seed))
-        self._num_rates = num_steps if rates == "step" else None
-        self._first = self._hparams(first_scale * noise.to(inputs), lr)
-        self._same = first_weights == "same"
-        self._weight_scale = weight_scale
-        self._outer_batch_size, self._num_steps = outer_batch_size, num_steps
+        self._dynamics = replace(build(self.config, "dynamics"), lr=ht.Hyper("log_lr", torch.exp, per=self.rates))
+        lr = positive_number(self.config, "dynamics.lr", purpose="its logarithm is learnt", example=0.1)
+        noise = torch.randn((CLASSES, inputs.shape[1]), generator=torch.Generator().manual_seed(self.settings.seed))
+        self._num_rates = self.num_steps if self.rates == "step" else None
+        self._first = self._hparams(self.first_scale * noise.to(inputs), lr)
+        self._same = self.first_weights == "same"
         self._chosen: dict[str, TensorDict] = {}
 
     def training(self) -> ht.ProblemSource:
         """Returns runs on the learnt images, each judged on a new batch of real training images."""
         train = TensorDataset(*self.images["train"].pairs())
-        batches = ht.Minibatches(train, self._outer_batch_size, seed=self.settings.seed)
+        batches = ht.Minibatches(train, self.outer_batch_size, seed=self.settings.seed)
         return self._runs("training", batches)
 
     def validation(self) -> ht.ProblemSource:
@@ -149,7 +132,7 @@ class DistilledData(Experiment):
         net = "softmax regression" if layers == 1 else f"a net with {self._net.widths[1]} hidden units"
         weights = "the same first weights in every run" if self._same else "first weights drawn anew for every run"
         rate = f"{float(hparams['log_lr'].exp().mean()):.2g}{' (mean of all steps)' if self._num_rates else ''}"
-        title = f"All that {net} is trained on, for {self._num_steps} steps at the learnt rate {rate}\n({weights})"
+        title = f"All that {net} is trained on, for {self.num_steps} steps at the learnt rate {rate}\n({weights})"
         draw_row(hparams["images"], title, folder / "distilled.png")
 
     def _hparams(self, images: Tensor, lr: float) -> TensorDict:
@@ -168,16 +151,15 @@ class DistilledData(Experiment):
 
     def _runs(self, purpose: Purpose, judged: Callable[[int], Batch], *, seed: int | None = None) -> ht.ProblemSource:
         """Returns the one problem of the same first weights, or one with first weights of its own for every step."""
-        inner = OnLearntImages(self._net, self._weight_scale)
+        inner = OnLearntImages(self._net, self.weight_scale)
         outer = CleanImages(data=judged, first=self._first, figures=mean_rate, net=self._net)
 
         def problem(own: int) -> ht.BilevelProblem:
-            return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self._num_steps, seed=own)
+            return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self.num_steps, seed=own)
 
         if self._same and seed is None:
             return problem(run_seed(self.settings.seed, "training", 0))
-        start = self.settings.seed if seed is None else seed
-        return ht.Problems(lambda outer_step: problem(run_seed(start, purpose, outer_step)))
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 class OnLearntImages(ht.InnerProblem):

@@ -6,35 +6,35 @@ scripts/train experiment=ensemble
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
+from experiments.common.digits import CLASSES, Images
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
-from experiments.common.reads import Reads
+from experiments.common.net_training import NetTraining
 from experiments.common.seeds import run_seed
-from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
 _WIDTHS = (2, 4, 8, 16, 32)
 _FEWEST = 0.05  # share of the training images that the least trained net sees
 
 
-class Ensemble(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class Ensemble(DigitsExperiment):
     """Learns the weights of nets that differ in width, training images and seed; a net's answer is a distribution.
 
     The weights lie on the simplex, so that most become zero. They are learnt on several resamples of the validation
@@ -44,10 +44,7 @@ class Ensemble(Experiment):
 
     Args:
         config: the configuration, for the group `dynamics`, which trains the nets.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         num_nets: how many nets there are to choose from.
         train_steps: of each net (unit: inner steps).
         batch_size: images in a minibatch.
@@ -57,45 +54,32 @@ class Ensemble(Experiment):
         num_picks: nets that the greedy selections take one after the other, the same ones again if they help.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "outer_loss"
     mode = "min"
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        num_nets: int = 30,
-        train_steps: int = 100,
-        batch_size: int = 20,
-        num_resamples: int = 8,
-        diversity: float = 0.2,
-        least_frequency: float = 0.5,
-        num_picks: int = 20,
-    ) -> None:
-        super().__init__(config, settings)
-        counts = {"num_nets": num_nets, "num_resamples": num_resamples, "num_picks": num_picks}
+    num_nets: int = 30
+    train_steps: int = 100
+    batch_size: int = 20
+    num_resamples: int = 8
+    diversity: float = 0.2
+    least_frequency: float = 0.5
+    num_picks: int = 20
+
+    def __post_init__(self) -> None:
+        counts = {"num_nets": self.num_nets, "num_resamples": self.num_resamples, "num_picks": self.num_picks}
         for name, count in counts.items():
             if count < 1:
                 raise ExpectedFailure(f"`experiment.{name}` is {count}, but it is a count. Write 1 or more.")
-        if not diversity >= 0.0:
-            raise ExpectedFailure(f"`experiment.diversity` is {diversity}, but it is a reward. Write 0 or more.")
-        if not 0.0 <= least_frequency <= 1.0:
+        if not self.diversity >= 0.0:
+            raise ExpectedFailure(f"`experiment.diversity` is {self.diversity}, but it is a reward. Write 0 or more.")
+        if not 0.0 <= self.least_frequency <= 1.0:
             raise ExpectedFailure(
-                f"`experiment.least_frequency` is {least_frequency}, but it is a share. Write a number from 0 to 1."
+                f"`experiment.least_frequency` is {self.least_frequency}, but it is a share. Write a number "
+                "from 0 to 1."
             )
-        self._images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._num_nets, self._train_steps, self._batch_size = num_nets, train_steps, batch_size
-        self._num_resamples, self._num_picks = num_resamples, num_picks
-        self._diversity, self._least_frequency = diversity, least_frequency
+        self._images = self.digit_splits()
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
 
     @cached_property
     def answers(self) -> dict[str, Tensor]:
@@ -103,10 +87,10 @@ class Ensemble(Experiment):
         found: dict[str, list[Tensor]] = {split: [] for split in self.splits}
         generator = torch.Generator().manual_seed(self.settings.seed)
         train = self._images["train"]
-        for net in range(self._num_nets):
+        for net in range(self.num_nets):
             # From few images to all: most nets know something that others do not.
             share = _FEWEST ** float(torch.rand((), generator=generator))
-            chosen = torch.randperm(len(train), generator=generator)[: max(self._batch_size, round(share * len(train)))]
+            chosen = torch.randperm(len(train), generator=generator)[: max(self.batch_size, round(share * len(train)))]
             width = _WIDTHS[int(torch.randint(len(_WIDTHS), (), generator=generator))]
             mlp = MLP((train.inputs.shape[1], width, CLASSES))
             params = self._trained(
@@ -118,7 +102,7 @@ class Ensemble(Experiment):
 
     def training(self) -> ht.ProblemSource:
         """Returns the judgement of the weights of every resample on its own validation images."""
-        return self._problem(Resampled(self.answers["validation"], *self._resamples, diversity=self._diversity))
+        return self._problem(Resampled(self.answers["validation"], *self._resamples, diversity=self.diversity))
 
     def validation(self) -> ht.ProblemSource:
         """Returns the judgement of the ensemble on all validation images."""
@@ -132,14 +116,14 @@ class Ensemble(Experiment):
         """
         refuse_other_problems(seed)
         return self._problem(
-            Judged(self.answers[split], self._images[split].labels, self._num_resamples, self._least_frequency)
+            Judged(self.answers[split], self._images[split].labels, self.num_resamples, self.least_frequency)
         )
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns the best net alone, all alike, greedy selection, and ESDF: greedy with diversity and frequency."""
         source = self.evaluation(split)
         return {
-            name: Baseline(source=source, hparams=dict.fromkeys(_names(self._num_resamples), weights))
+            name: Baseline(source=source, hparams=dict.fromkeys(_names(self.num_resamples), weights))
             for name, weights in self.selected.items()
         }
 
@@ -151,15 +135,15 @@ class Ensemble(Experiment):
         single = F.one_hot(alone.argmin(), len(answers)).to(answers)
         counts = torch.stack(
             [
-                greedy(answers[:, rows], labels[rows], self._num_picks, diversity=self._diversity)
+                greedy(answers[:, rows], labels[rows], self.num_picks, diversity=self.diversity)
                 for rows in self._resamples[1]
             ]
         )
         return {
             "best net alone": single,
             "all alike": torch.full_like(single, 1.0 / len(answers)),
-            "greedy": greedy(answers, labels, self._num_picks),
-            "greedy, diversity and frequency": frequent(counts, self._least_frequency),
+            "greedy": greedy(answers, labels, self.num_picks),
+            "greedy, diversity and frequency": frequent(counts, self.least_frequency),
         }
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
@@ -167,8 +151,8 @@ class Ensemble(Experiment):
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         answers, labels = self.answers["validation"], self._images["validation"].labels
         alone = (answers.argmax(dim=-1) == labels).to(answers.dtype).mean(dim=1)
-        learnt = torch.stack([hparams[name] for name in _names(self._num_resamples)])
-        weights = {"learnt": frequent(learnt, self._least_frequency), **self.selected}
+        learnt = torch.stack([hparams[name] for name in _names(self.num_resamples)])
+        weights = {"learnt": frequent(learnt, self.least_frequency), **self.selected}
         draw_ensembles(alone, weights, (learnt > 0).to(learnt.dtype).mean(dim=0), results, folder / "ensemble.png")
 
     @cached_property
@@ -176,15 +160,18 @@ class Ensemble(Experiment):
         """All labels, and the validation images of each resample, drawn with repetition, `(resamples, images)`."""
         labels = self._images["validation"].labels
         generator = torch.Generator().manual_seed(run_seed(self.settings.seed, "training", 0))
-        rows = torch.randint(len(labels), (self._num_resamples, len(labels)), generator=generator)
+        rows = torch.randint(len(labels), (self.num_resamples, len(labels)), generator=generator)
         return labels, rows.to(labels.device)
 
     def _trained(self, mlp: MLP, images: Images, seed: int) -> TensorDict:
-        batches = ht.Minibatches(TensorDataset(*images.pairs()), self._batch_size, seed=seed)
+        batches = ht.Minibatches(TensorDataset(*images.pairs()), self.batch_size, seed=seed)
         problem = ht.BilevelProblem(
-            PlainTraining(mlp, batches, images.inputs), Nothing(), dynamics=self._dynamics, num_steps=self._train_steps,
+            NetTraining(net=mlp, batches=batches, like=images.inputs),
+            Nothing(),
+            dynamics=self._dynamics,
+            num_steps=self.train_steps,
             seed=seed,
-        )  # fmt: skip
+        )
         return ht.unroll(problem, problem.init_hparams()).params
 
     def _problem(self, outer: ht.OuterProblem) -> ht.BilevelProblem:
@@ -336,34 +323,6 @@ class Resampled(Judged):
             loss = cross_entropy(mixed(own, weights), self._labels[rows])
             found.append(loss - self._diversity * ambiguity(own, weights))
         return torch.stack(found).sum()
-
-
-class PlainTraining(ht.InnerProblem):
-    """Trains one net of the library.
-
-    Args:
-        mlp: the net.
-        batches: images and labels of an inner step.
-        like: a tensor of the weights' dtype and device.
-    """
-
-    def __init__(self, mlp: MLP, batches: Callable[[int], Batch], like: Tensor) -> None:
-        self._mlp = mlp
-        self._batches = batches
-        self._like = like
-
-    def init_params(self, hparams: TensorDict) -> TensorDict:
-        """Returns random first weights."""
-        return self._mlp.draw(self._like)
-
-    def batch(self, step: int) -> Batch:
-        """Returns images and labels."""
-        return self._batches(step)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy."""
-        images, labels = batch
-        return F.cross_entropy(self._mlp(params, images), labels)
 
 
 class Nothing(ht.OuterProblem):

@@ -10,24 +10,21 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
+from experiments.common.digits import CLASSES, Images
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings
 from experiments.common.trained_net import TrainedNet
 from hypertorch.autodiff.noise import mix
 from hypertorch.types import Batch, TensorDict, TensorMapping
@@ -35,7 +32,8 @@ from hypertorch.types import Batch, TensorDict, TensorMapping
 _ANEW = ht.dynamics.SGD(lr=0.2, momentum=0.95)  # full batch; the problem is strictly convex
 
 
-class Hypernetwork(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class Hypernetwork(DigitsExperiment):
     """Learns the strength of an L2 penalty through a network that answers with the trained weights for each strength.
 
     The hypernetwork is trained once, while the strength is learnt. An inner step draws strengths from the whole range
@@ -46,10 +44,7 @@ class Hypernetwork(Experiment):
 
     Args:
         config: the configuration, for the group `dynamics`, which trains the hypernetwork.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         wrong: share of the training labels that are replaced by random ones, which make a penalty worth while.
         log_l2: least and greatest logarithm of the strength.
         hidden: widths of the hidden layers of the hypernetwork.
@@ -59,47 +54,35 @@ class Hypernetwork(Experiment):
         num_compared: strengths over the range at which the answer is compared with training anew.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "outer_loss"
     mode = "min"
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        wrong: float = 0.3,
-        log_l2: Sequence[float] = (-7.0, 0.0),
-        hidden: Sequence[int] = (64,),
-        num_drawn: int = 8,
-        num_steps: int = 20,
-        anew_steps: int = 1500,
-        num_compared: int = 15,
-    ) -> None:
-        super().__init__(config, settings)
-        if len(log_l2) != 2 or not log_l2[0] < log_l2[1]:
+    wrong: float = 0.3
+    log_l2: Sequence[float] = (-7.0, 0.0)
+    hidden: Sequence[int] = (64,)
+    num_drawn: int = 8
+    num_steps: int = 20
+    anew_steps: int = 1500
+    num_compared: int = 15
+
+    def __post_init__(self) -> None:
+        if len(self.log_l2) != 2 or not self.log_l2[0] < self.log_l2[1]:
             raise ExpectedFailure(
-                f"`experiment.log_l2` is {list(log_l2)}: the strengths are drawn between the least and the greatest "
-                "logarithm. Write two numbers, the smaller first."
+                f"`experiment.log_l2` is {list(self.log_l2)}: the strengths are drawn between the least and the "
+                "greatest logarithm. Write two numbers, the smaller first."
             )
-        if num_compared < 2:
+        if self.num_compared < 2:
             raise ExpectedFailure(
-                f"`experiment.num_compared` is {num_compared}, but a range has two ends. Write 2 or more."
+                f"`experiment.num_compared` is {self.num_compared}, but a range has two ends. Write 2 or more."
             )
-        self._images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
-        self._images["train"] = with_wrong_labels(self._images["train"], wrong, seed=settings.seed)
+        self._images = self.digit_splits()
+        self._images["train"] = with_wrong_labels(self._images["train"], self.wrong, seed=self.settings.seed)
         like = self._images["train"].inputs
-        self._range = ht.Box(lower=log_l2[0], upper=log_l2[1])
-        self._answers = Answers(mlp=MLP((1, *hidden, CLASSES * (like.shape[1] + 1))), box=self._range)
-        self._compared = torch.linspace(log_l2[0], log_l2[1], num_compared).to(like)
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._num_drawn, self._num_steps, self._anew_steps = num_drawn, num_steps, anew_steps
+        self._range = ht.Box(lower=self.log_l2[0], upper=self.log_l2[1])
+        self._answers = Answers(mlp=MLP((1, *self.hidden, CLASSES * (like.shape[1] + 1))), box=self._range)
+        self._compared = torch.linspace(self.log_l2[0], self.log_l2[1], self.num_compared).to(like)
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
         # The hypernetwork that a run trained, and the strength that it chose.
         self._trained: TensorDict | None = None
         self._chosen: TensorDict = self._first()
@@ -112,10 +95,10 @@ class Hypernetwork(Experiment):
     def training(self) -> ht.ProblemSource:
         """Returns the training of the hypernetwork, which goes on from outer step to outer step."""
         return ht.BilevelProblem(
-            AnswerTraining(self._answers, self._images["train"], num_drawn=self._num_drawn, seed=self.settings.seed),
+            AnswerTraining(self._answers, self._images["train"], num_drawn=self.num_drawn, seed=self.settings.seed),
             JudgedAnswers(self._answers, self._images["validation"], first=self._first()),
             dynamics=self._dynamics,
-            num_steps=self._num_steps,
+            num_steps=self.num_steps,
             warm_start=True,
             seed=self.settings.seed,
         )
@@ -174,7 +157,7 @@ class Hypernetwork(Experiment):
     def _trained_anew(self, split: str) -> ht.BilevelProblem:
         inner = PenalisedTraining(self._images["train"])
         outer = JudgedWeights(self._images[split], first=self._first())
-        return ht.BilevelProblem(inner, outer, dynamics=_ANEW, num_steps=self._anew_steps)
+        return ht.BilevelProblem(inner, outer, dynamics=_ANEW, num_steps=self.anew_steps)
 
     def _without_steps(self, params: TensorDict, outer: ht.OuterProblem) -> ht.BilevelProblem:
         return ht.BilevelProblem(TrainedNet(params), outer, dynamics=self._dynamics, num_steps=0)

@@ -9,26 +9,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages
 from experiments.common.line_styles import line_styles
 from experiments.common.mlp import MLP, accuracy
-from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.net_training import NetTraining
+from experiments.common.seeds import Purpose
 from experiments.common.settings_grid import Axis, grid_problem
 from hypertorch.types import Batch, TensorDict
 
@@ -69,7 +67,8 @@ _HAND_WRITTEN = {
 _DRAWN = ("Adam, rate and decay tuned", "momentum, rate and decay tuned", "SGD, rate tuned")
 
 
-class LearnedOptimizer(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LearnedOptimizer(DigitsExperiment):
     """Learns the update rule that trains a small net, so that its training loss is least after some steps.
 
     The rule is a network that sees the gradient of one weight at a time, with a memory of its own for each. Every outer
@@ -78,10 +77,7 @@ class LearnedOptimizer(Experiment):
 
     Args:
         config: the configuration; `dynamics` is the rule.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test", on each of which nets are trained; 0 for all left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         hidden: widths of the hidden layers of the nets.
         batch_size: images in a minibatch of an inner step.
         outer_batch_size: training images that the loss of an outer step is taken on.
@@ -89,47 +85,34 @@ class LearnedOptimizer(Experiment):
         search_seeds: nets that each setting of Adam, momentum and SGD is judged on.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test_twice_as_long", "test")
     metric = "training_loss"
     mode = "min"
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        hidden: list[int],
-        batch_size: int = 64,
-        outer_batch_size: int = 200,
-        num_steps: int = 40,
-        search_seeds: int = 5,
-    ) -> None:
-        super().__init__(config, settings)
-        self.images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
-        self._net = MLP((self.images["train"].inputs.shape[1], *hidden, CLASSES))
-        self._batch_size, self._outer_batch_size = batch_size, outer_batch_size
-        self._num_steps, self._search_seeds = num_steps, search_seeds
+    hidden: list[int]
+    batch_size: int = 64
+    outer_batch_size: int = 200
+    num_steps: int = 40
+    search_seeds: int = 5
+
+    def __post_init__(self) -> None:
+        self.images = self.digit_splits()
+        self._net = MLP((self.images["train"].inputs.shape[1], *self.hidden, CLASSES))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self._rule = build(config, "dynamics")
+            torch.manual_seed(self.settings.seed)
+            self._rule = build(self.config, "dynamics")
         if not isinstance(self._rule, ht.dynamics.LearnedUpdate):
             raise ExpectedFailure(
                 f"`dynamics` is {type(self._rule).__name__}, which has no update rule to learn. Write "
                 "dynamics=learned_update or dynamics=learned_update_mlp."
             )
-        self._rule.rule.to(settings.device, settings.dtype)
+        self._rule.rule.to(self.settings.device, self.settings.dtype)
         self._tuned = cache(self._tune)
 
     def training(self) -> ht.ProblemSource:
         """Returns a net with new first weights for every outer step."""
         images = TensorDataset(*self.images["train"].pairs())
-        judged = ht.Minibatches(images, self._outer_batch_size, seed=self.settings.seed)
+        judged = ht.Minibatches(images, self.outer_batch_size, seed=self.settings.seed)
         return self._nets("training", "train", self._rule, judged=judged)
 
     def validation(self) -> ht.ProblemSource:
@@ -152,15 +135,15 @@ class LearnedOptimizer(Experiment):
         """Draws how the loss of fresh nets falls with each optimiser."""
         chosen = {"learnt rule": (self._rule, hparams)}
         for name in _DRAWN:
-            own, found = _HAND_WRITTEN[name], self._tuned(name, self._num_steps)
+            own, found = _HAND_WRITTEN[name], self._tuned(name, self.num_steps)
             decay = f", decay {float(found['decay']):g}" if float(found["decay"]) else ""
             label = f"{name.split(',')[0]} (rate {float(found['lr']):.2g}{decay})"
             chosen[label] = own.dynamics, found
         curves = {label: self._curves(dynamics, values) for label, (dynamics, values) in chosen.items()}
-        draw_curves(curves, self._num_steps, folder / "training_curves.png")
+        draw_curves(curves, self.num_steps, folder / "training_curves.png")
 
     def _horizon(self, split: str) -> int:
-        return self._num_steps * (2 if split.endswith("twice_as_long") else 1)
+        return self.num_steps * (2 if split.endswith("twice_as_long") else 1)
 
     def _judged(self, split: str, dynamics: ht.Dynamics, *, seed: int | None = None) -> ht.ProblemSource:
         images = "test" if split.startswith("test") else split
@@ -177,22 +160,20 @@ class LearnedOptimizer(Experiment):
         seed: int | None = None,
     ) -> ht.ProblemSource:
         """Returns nets with first weights and minibatches of their own, trained and judged on the images of a split."""
-        seed = self.settings.seed if seed is None else seed
         images = self.images[split]
         data = TensorDataset(*images.pairs())
         first = {} if dynamics is self._rule else {name: images.inputs.new_tensor(0.0) for name in ("lr", "decay")}
         judged = (lambda _: images.pairs()) if judged is None else judged
         outer = CleanImages(data=judged, first=first, net=self._net, measures=_MEASURES)
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             inner = NetTraining(
-                net=self._net, batches=ht.Minibatches(data, self._batch_size, seed=own), like=images.inputs
+                net=self._net, batches=ht.Minibatches(data, self.batch_size, seed=own), like=images.inputs
             )
-            steps = self._num_steps if num_steps is None else num_steps
+            steps = self.num_steps if num_steps is None else num_steps
             return ht.BilevelProblem(inner, outer, dynamics=dynamics, num_steps=steps, seed=own)
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
     def _tune(self, name: str, num_steps: int) -> TensorDict:
         """Returns the settings of an optimiser with which the nets of validation have the least loss at a horizon."""
@@ -206,7 +187,7 @@ class LearnedOptimizer(Experiment):
         # All settings at once: each is a task of one problem.
         losses = [
             ht.unroll(grid_problem(source.at(net), (_RATES, decays), grid), grid, execution=_TOGETHER).outer_loss
-            for net in range(self._search_seeds)
+            for net in range(self.search_seeds)
         ]
         rate, decay = points[:, torch.stack(losses).mean(dim=0).nan_to_num(torch.inf).argmin()]
         return {"lr": _RATES.values(rate), "decay": decay}
@@ -214,37 +195,9 @@ class LearnedOptimizer(Experiment):
     def _curves(self, dynamics: ht.Dynamics, hparams: TensorDict) -> Tensor:
         """Returns the loss of fresh nets after 0, 1, ... steps, shape `(nets, 2 * num_steps + 1)`."""
         source = self._judged("test_twice_as_long", dynamics)
-        after = range(2 * self._num_steps + 1)
+        after = range(2 * self.num_steps + 1)
         runs = (ht.unroll(source.at(net), hparams, outer_step=net, metrics_after=after) for net in range(_CURVES))
         return torch.stack([run.metrics_after[self.metric] for run in runs])
-
-
-class NetTraining(ht.InnerProblem):
-    """Trains a net from random first weights.
-
-    Args:
-        net: the net.
-        batches: images and labels of an inner step.
-        like: a tensor of the weights' dtype and device.
-    """
-
-    def __init__(self, *, net: MLP, batches: ht.Minibatches, like: Tensor) -> None:
-        self._net = net
-        self._batches = batches
-        self._like = like
-
-    def init_params(self, hparams: TensorDict) -> TensorDict:
-        """Returns random first weights."""
-        return self._net.draw(self._like)
-
-    def batch(self, step: int) -> Batch:
-        """Returns images and labels."""
-        return self._batches(step)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        """Returns the cross-entropy."""
-        images, labels = batch
-        return F.cross_entropy(self._net(params, images), labels)
 
 
 def draw_curves(curves: Mapping[str, Tensor], num_steps: int, path: Path) -> None:

@@ -12,33 +12,31 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS, MARKERS
 from experiments.common.mlp import accuracy
-from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 _STEEPNESS = 16.0  # gates fall from 0.9 to 0.1 over a quarter of a layer
 _SURE = 50.0  # a logit whose sigmoid is 1 or, with a minus, 0
 
 
-class LearnedWidth(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LearnedWidth(DigitsExperiment):
     """Learns the size of several nets, side by side, each at its own price per unit.
 
     An outer step trains all nets from new first weights. The outer variables then follow the hypergradient of the
@@ -46,13 +44,9 @@ class LearnedWidth(Experiment):
     and shares cross one half, and are trained anew for longer.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         prices: of a unit, one for each net (unit: outer loss per unit).
         hard_widths: shares of each layer's units that the baselines keep, as many as there are prices.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         pool: side of the squares of pixels that become one pixel first (unit: pixels).
         channels: of the first layer, before any is cut.
         width: units of every other layer, before any is cut.
@@ -62,64 +56,56 @@ class LearnedWidth(Experiment):
         final_steps: the horizon of the final evaluation (unit: inner steps).
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     metric = "outer_loss"
     mode = "min"
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        prices: Sequence[float],
-        hard_widths: Sequence[float],
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        pool: int = 1,
-        channels: int = 8,
-        width: int = 32,
-        num_blocks: int = 2,
-        batch_size: int = 100,
-        num_steps: int = 60,
-        final_steps: int = 600,
-    ) -> None:
-        super().__init__(config, settings)
-        if not all(0.0 <= price < float("inf") for price in prices):
+    prices: Sequence[float]
+    hard_widths: Sequence[float]
+    pool: int = 1
+    channels: int = 8
+    width: int = 32
+    num_blocks: int = 2
+    batch_size: int = 100
+    num_steps: int = 60
+    final_steps: int = 600
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= price < float("inf") for price in self.prices):
             raise ExpectedFailure(
-                f"`experiment.prices` is {list(prices)}: a unit costs something or nothing. Use numbers of at least 0."
+                f"`experiment.prices` is {list(self.prices)}: a unit costs something or nothing. Use numbers of "
+                "at least 0."
             )
-        if len(hard_widths) != len(prices) or not all(0.0 < share <= 1.0 for share in hard_widths):
+        if len(self.hard_widths) != len(self.prices) or not all(0.0 < share <= 1.0 for share in self.hard_widths):
             raise ExpectedFailure(
-                f"`experiment.hard_widths` is {list(hard_widths)} for {len(prices)} prices: the baselines train as "
-                "many nets as are learnt, each with a share of the units. Give as many numbers above 0, up to 1."
+                f"`experiment.hard_widths` is {list(self.hard_widths)} for {len(self.prices)} prices: the baselines "
+                "train as many nets as are learnt, each with a share of the units. Give as many numbers above 0, up to "
+                "1."
             )
-        images = digit_splits(data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype)
-        self._images = {split: (pooled(found.inputs, pool), found.labels) for split, found in images.items()}
+        images = self.digit_splits()
+        self._images = {split: (pooled(found.inputs, self.pool), found.labels) for split, found in images.items()}
         # Each net is a row of the table: what is learnt at one price is compared with given widths.
-        self._judged = {f"test at price {price:g}": net for net, price in enumerate(prices)}
+        self._judged = {f"test at price {price:g}": net for net, price in enumerate(self.prices)}
         self.splits = ("validation", *self._judged)
         side = round(self._images["train"][0].shape[1] ** 0.5)
         self._nets = ElasticNets(
-            num_nets=len(prices), side=side, channels=channels, width=width, num_blocks=num_blocks
+            num_nets=len(self.prices), side=side, channels=self.channels, width=self.width, num_blocks=self.num_blocks
         )  # fmt: skip
-        self._prices = torch.tensor(list(prices), dtype=settings.dtype, device=settings.device)
-        self._hard_widths = self._prices.new_tensor(list(hard_widths))
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._batch_size, self._num_steps, self._final_steps = batch_size, num_steps, final_steps
+        self._prices = torch.tensor(list(self.prices), dtype=self.settings.dtype, device=self.settings.device)
+        self._hard_widths = self._prices.new_tensor(list(self.hard_widths))
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
 
     def training(self) -> ht.ProblemSource:
         """Returns short runs of all nets from new first weights, judged on the validation images."""
-        return self._runs("training", self._nets, num_steps=self._num_steps, shows_layers=True)
+        return self._runs("training", self._nets, num_steps=self.num_steps, shows_layers=True)
 
     def validation(self) -> ht.ProblemSource:
         """Returns the same with other first weights and minibatches."""
-        return self._runs("validation", self._nets, num_steps=self._num_steps)
+        return self._runs("validation", self._nets, num_steps=self.num_steps)
 
     def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
         """Returns long runs: of all nets as they are learnt for "validation", else of the net of one price, cut."""
         nets = self._nets if split == "validation" else self._nets.cut(self._judged[split])
-        return self._runs("evaluation", nets, num_steps=self._final_steps, seed=seed)
+        return self._runs("evaluation", nets, num_steps=self.final_steps, seed=seed)
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns nets of a given width with all their blocks, dense or convolutional at first, and without blocks."""
@@ -152,21 +138,19 @@ class LearnedWidth(Experiment):
         seed: int | None = None,
     ) -> ht.ProblemSource:
         """Returns a run with first weights and minibatches of its own for every outer step; cut nets see the test."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self._images["train"])
         judged = self._images["test" if nets.is_cut else "validation"]
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(
-                NetTraining(nets=nets, batches=ht.Minibatches(train, self._batch_size, seed=own)),
+                NetTraining(nets=nets, batches=ht.Minibatches(train, self.batch_size, seed=own)),
                 PricedNets(nets=nets, data=judged, prices=self._prices, shows_layers=shows_layers),
                 dynamics=self._dynamics,
                 num_steps=num_steps,
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

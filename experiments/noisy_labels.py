@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
@@ -15,22 +16,20 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages, WeightedImages
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 NetName: TypeAlias = Literal["mlp", "conv"]
@@ -41,7 +40,8 @@ _LEAST_LOSS = 1e-3  # in the picture, whose lowest bin holds all below
 _STOPS = 40  # numbers of steps that validation chooses the baselines from
 
 
-class NoisyLabels(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class NoisyLabels(DigitsExperiment):
     """Learns a weight net: from the loss of a training image to its weight. Many labels are flipped to one other class.
 
     The classifier is trained once: each outer step goes on from where the last one stopped, by one step on the weighted
@@ -50,12 +50,8 @@ class NoisyLabels(Experiment):
     on the validation images. The validation of the run is a new training with the last weight net held fixed.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         sizes: images for "train" (of which labels are flipped), "clean" (by which the weight net is learnt),
             "validation" (which stop the baselines) and "test"; 0 for all that are left over.
-        data: "digits" (scikit-learn's, embedded) or "mnist".
-        root: MNIST's folder.
         flipped_share: share of the training images whose label is flipped to the one other class that belongs to its
             class.
         net: the classifier, "mlp" or "conv".
@@ -66,7 +62,6 @@ class NoisyLabels(Experiment):
         final_steps: the horizon of a new training (unit: steps).
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "accuracy"
     mode = "max"
@@ -74,41 +69,31 @@ class NoisyLabels(Experiment):
         "Meta-Weight-Net (CIFAR-10, ResNet-32, 40 % flipped; Shu et al. 2019, quoted from memory)": "87.5 %",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        flipped_share: float = 0.4,
-        net: NetName = "mlp",
-        hidden: int = 128,
-        batch_size: int = 100,
-        outer_batch_size: int = 100,
-        warm_up: int = 200,
-        final_steps: int = 4000,
-    ) -> None:
-        super().__init__(config, settings)
-        seed = settings.seed
-        self._images = digit_splits(data, sizes, root=root, seed=seed, device=settings.device, dtype=settings.dtype)
+    flipped_share: float = 0.4
+    net: NetName = "mlp"
+    hidden: int = 128
+    batch_size: int = 100
+    outer_batch_size: int = 100
+    warm_up: int = 200
+    final_steps: int = 4000
+
+    def __post_init__(self) -> None:
+        seed = self.settings.seed
+        self._images = self.digit_splits()
         train = self._images["train"]
-        self._noisy = train.inputs, with_flipped_labels(train.labels, flipped_share, seed=seed)
+        self._noisy = train.inputs, with_flipped_labels(train.labels, self.flipped_share, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._net = ht.FunctionalModule(classifier(net, train.side, hidden).to(train.inputs))
+            self._net = ht.FunctionalModule(classifier(self.net, train.side, self.hidden).to(train.inputs))
             self._first_weights = first_weight_net(train.inputs)
         self._first_params = self._net.init_params()
         self._end: TensorDict | None = None  # params at the end of a run
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._batch_size, self._outer_batch_size = batch_size, outer_batch_size
-        self._warm_up, self._final_steps = warm_up, final_steps
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
 
     def training(self) -> ht.ProblemSource:
         """Returns one step of the run that goes on, judged on a few clean images."""
         clean = TensorDataset(*self._images["clean"].pairs())
-        batches = ht.Minibatches(clean, self._outer_batch_size, seed=self.settings.seed)
+        batches = ht.Minibatches(clean, self.outer_batch_size, seed=self.settings.seed)
         others = {"validation_accuracy": self._images["validation"].pairs()}
         # Without the steps of equal weights: the outer rate is 0 there, and the first weights are all near 1/2.
         return self._problem(self._noisy, batches, num_steps=1, warm_up=0, warm_start=True, others=others)
@@ -124,7 +109,7 @@ class NoisyLabels(Experiment):
             ExpectedFailure: if other problems are asked for: there are none.
         """
         refuse_other_problems(seed)
-        return self._trained(self._noisy, split, self._final_steps if self._end is None else 0, self._end)
+        return self._trained(self._noisy, split, self.final_steps if self._end is None else 0, self._end)
 
     def after(self, trained: ht.Trained) -> NoisyLabels:
         """Returns the experiment that judges and draws the classifier of the run."""
@@ -135,7 +120,7 @@ class NoisyLabels(Experiment):
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns training with equal weights: on the noisy, the true and the clean labels, each to its end or best."""
         true = self._images["train"].pairs()
-        runs = {"equal weights, true labels": self._trained(true, split, self._final_steps)}
+        runs = {"equal weights, true labels": self._trained(true, split, self.final_steps)}
         for name, (images, stop) in self._stopped.items():
             runs[f"{name}, best step"] = self._trained(images, split, stop)
         return {name: Baseline(source=source, hparams=self._equal_weights()) for name, source in runs.items()}
@@ -153,8 +138,8 @@ class NoisyLabels(Experiment):
         """Images and labels to train on with equal weights, and the number of steps with the best validation."""
         found = {}
         for name, images in (("equal weights", self._noisy), ("clean images alone", self._images["clean"].pairs())):
-            stops = sorted({-(-self._final_steps * part // _STOPS) for part in range(1, _STOPS + 1)})
-            run = self._trained(images, "validation", self._final_steps)
+            stops = sorted({-(-self.final_steps * part // _STOPS) for part in range(1, _STOPS + 1)})
+            run = self._trained(images, "validation", self.final_steps)
             figures = ht.unroll(run, self._equal_weights(), metrics_after=stops).metrics_after
             found[name] = images, stops[int(figures["accuracy"].argmax())]
         return found
@@ -168,7 +153,7 @@ class NoisyLabels(Experiment):
         self, images: tuple[Tensor, Tensor], split: str, num_steps: int, first: TensorDict | None = None
     ) -> ht.BilevelProblem:
         judged = self._images[split].pairs()
-        return self._problem(images, judged, num_steps=num_steps, warm_up=self._warm_up, first=first)
+        return self._problem(images, judged, num_steps=num_steps, warm_up=self.warm_up, first=first)
 
     def _problem(
         self,
@@ -181,7 +166,7 @@ class NoisyLabels(Experiment):
         first: TensorDict | None = None,
         others: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> ht.BilevelProblem:
-        batches = ht.Minibatches(TensorDataset(*images), self._batch_size, seed=self.settings.seed)
+        batches = ht.Minibatches(TensorDataset(*images), self.batch_size, seed=self.settings.seed)
         return ht.BilevelProblem(
             NetWeightedImages(
                 data=lambda step: (*batches(step), torch.tensor(step < warm_up)),

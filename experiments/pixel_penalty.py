@@ -7,47 +7,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages, first_params, logits
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
 _SINGLE = tuple(10.0 ** (power / 2) for power in range(-10, 1))  # what the best single penalty is chosen from
 _NONE = 1e-30  # has a logarithm
 
 
-class PixelPenalty(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class PixelPenalty(DigitsExperiment):
     """Learns an L2 penalty for each weight of softmax regression, through all of training, by the validation loss.
 
     It is compared with the best single penalty for all weights, chosen on the validation images.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         batch_size: images in a minibatch.
         num_steps: the horizon (unit: inner steps).
         l2: every penalty before the first outer step.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "outer_loss"
     mode = "min"
@@ -55,30 +50,18 @@ class PixelPenalty(Experiment):
         "Maclaurin et al. 2015, section 3.3": "a picture of the learnt penalties, no figures",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        batch_size: int = 200,
-        num_steps: int = 50,
-        l2: float = 1e-3,
-    ) -> None:
-        super().__init__(config, settings)
-        self.images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
-        self._batch_size, self._num_steps = batch_size, num_steps
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        if not 0.0 < l2 < float("inf"):
+    batch_size: int = 200
+    num_steps: int = 50
+    l2: float = 1e-3
+
+    def __post_init__(self) -> None:
+        self.images = self.digit_splits()
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
+        if not 0.0 < self.l2 < float("inf"):
             raise ExpectedFailure(
-                f"`experiment.l2` is {l2}, but its logarithm is learnt: it must be above 0. Use for instance 1e-3."
+                f"`experiment.l2` is {self.l2}, but its logarithm is learnt: it must be above 0. Use for instance 1e-3."
             )
-        self._l2 = l2
-        self._first = self._constant(l2)
+        self._first = self._constant(self.l2)
 
     def training(self) -> ht.ProblemSource:
         """Returns the run, judged on the validation images."""
@@ -103,7 +86,7 @@ class PixelPenalty(Experiment):
         The learnt penalties have seen the validation images, so one baseline of the test is trained on these too.
         """
         best = min(_SINGLE, key=lambda l2: float(ht.unroll(self._run("validation"), self._constant(l2)).outer_loss))
-        constants = {"the first penalty": self._l2, "no penalty": _NONE, "best single penalty": best}
+        constants = {"the first penalty": self.l2, "no penalty": _NONE, "best single penalty": best}
         found = {name: Baseline(source=self._run(split), hparams=self._constant(l2)) for name, l2 in constants.items()}
         if split == "test":
             source = self._run(split, trained_on=("train", "validation"))
@@ -127,12 +110,12 @@ class PixelPenalty(Experiment):
         first = first_params(pixels, hidden=0, generator=torch.Generator())
         return ht.BilevelProblem(
             PenalisedTraining(
-                ht.Minibatches(images, self._batch_size, seed=self.settings.seed),
+                ht.Minibatches(images, self.batch_size, seed=self.settings.seed),
                 {name: value.to(images.tensors[0]) for name, value in first.items()},
             ),
             CleanImages(data=self.images[split].pairs(), first=self._first),
             dynamics=self._dynamics,
-            num_steps=self._num_steps,
+            num_steps=self.num_steps,
             seed=self.settings.seed,
         )
 

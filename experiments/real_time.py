@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from sklearn.manifold import SpectralEmbedding
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,16 +21,16 @@ from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_length, refuse_other_problems
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline, refuse_other_length, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP, accuracy
 from experiments.common.random_search import Draw, RandomSearch, random_search
 from experiments.common.readers import positive_number
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings, TrainSettings
+from experiments.common.settings import TrainSettings
 from experiments.common.trained_net import TrainedNet
 from hypertorch.errors import NonFiniteError
 from hypertorch.types import Batch, TensorDict
@@ -40,7 +39,8 @@ from hypertorch.types import Batch, TensorDict
 _RANGES = {"log10_lr": (-3.0, 0.0), "momentum": (0.0, 0.95), "log10_auxiliary": (-3.0, 0.0)}
 
 
-class RealTime(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class RealTime(DigitsExperiment):
     """Learns three hyperparameters within the single run of a net with two heads.
 
     The primary head names the digit, for a few images that have labels. The auxiliary head places images without
@@ -51,10 +51,7 @@ class RealTime(Experiment):
 
     Args:
         config: the configuration; `dynamics.lr` and `dynamics.momentum` are where the run starts.
-        settings: the plain settings of all experiments.
         sizes: images for "labelled", "unlabelled", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         hidden: width of the net's hidden layer.
         batch_size: images with labels in a minibatch of an inner step, and images without.
         map_axes: coordinates of an image in the map.
@@ -64,7 +61,6 @@ class RealTime(Experiment):
         search: whether to compare with a random search that takes as much CPU time.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "accuracy"
     mode = "max"
@@ -73,49 +69,39 @@ class RealTime(Experiment):
         "not learnt 59.81 % in 12; random search 60.36 % in 300",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        hidden: int = 128,
-        batch_size: int = 100,
-        map_axes: int = 15,
-        auxiliary: float = 0.0,
-        every: int = 20,
-        num_updates: int,
-        search: bool = True,
-    ) -> None:
-        super().__init__(config, settings)
-        self.images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
+    hidden: int = 128
+    batch_size: int = 100
+    map_axes: int = 15
+    auxiliary: float = 0.0
+    every: int = 20
+    num_updates: int
+    search: bool = True
+
+    def __post_init__(self) -> None:
+        self.images = self.digit_splits()
         unlabelled = self.images["unlabelled"].inputs
-        self._net = MLP((unlabelled.shape[1], hidden, CLASSES + map_axes))
+        self._net = MLP((unlabelled.shape[1], self.hidden, CLASSES + self.map_axes))
         self._inner = TwoHeads(
             self._net,
-            ht.Minibatches(TensorDataset(*self.images["labelled"].pairs()), batch_size, seed=settings.seed),
+            ht.Minibatches(TensorDataset(*self.images["labelled"].pairs()), self.batch_size, seed=self.settings.seed),
             ht.Minibatches(
-                TensorDataset(unlabelled, neighbour_map(unlabelled, map_axes)), batch_size, seed=settings.seed
+                TensorDataset(unlabelled, neighbour_map(unlabelled, self.map_axes)),
+                self.batch_size,
+                seed=self.settings.seed,
             ),
         )
         # Built as it is set, for the checks of its numbers.
-        self._dynamics = replace(build(config, "dynamics"), lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum"))
+        self._dynamics = replace(build(self.config, "dynamics"), lr=ht.Hyper("lr"), momentum=ht.Hyper("momentum"))
         purpose = "it is where the learnt one starts"
-        lr = positive_number(config, "dynamics.lr", purpose=purpose, example=0.01)
-        momentum = positive_number(config, "dynamics.momentum", purpose=purpose, example=0.5, or_zero=True)
-        self._first = self._hparams(lr, momentum, auxiliary)
-        self._every, self._num_updates = every, num_updates
+        lr = positive_number(self.config, "dynamics.lr", purpose=purpose, example=0.01)
+        momentum = positive_number(self.config, "dynamics.momentum", purpose=purpose, example=0.5, or_zero=True)
+        self._first = self._hparams(lr, momentum, self.auxiliary)
         self._end: TensorDict = {}
         self._search: RandomSearch | None = None
-        self._is_searching = search
 
     def training(self) -> ht.ProblemSource:
         """Returns the run that goes on from update to update, judged on the validation images."""
-        return replace(self._run("validation"), num_steps=self._every, warm_start=True)
+        return replace(self._run("validation"), num_steps=self.every, warm_start=True)
 
     def validation(self) -> ht.ProblemSource:
         """Returns the whole run from its start, with hyperparameters that stay as they are."""
@@ -152,15 +138,15 @@ class RealTime(Experiment):
 
     def check_training(self, settings: TrainSettings) -> None:
         """Refuses a run of another length than `num_updates`."""
-        refuse_other_length(settings, self._num_updates)
+        refuse_other_length(settings, self.num_updates)
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the hyperparameters over the run beside the accuracy on the validation images, and the search."""
-        after = range(0, self._num_updates * self._every + 1, self._every)
+        after = range(0, self.num_updates * self.every + 1, self.every)
         plain = ht.unroll(self._run("validation"), self._first, metrics_after=after).metrics_after["accuracy"]
         search = self._random_search()
         best = None if search is None else (len(search.draws), 1.0 - min(search.losses))
-        draw_run(folder / "metrics.jsonl", self._every, plain.tolist(), best, folder / "real_time.png")
+        draw_run(folder / "metrics.jsonl", self.every, plain.tolist(), best, folder / "real_time.png")
         if search is not None:
             search.plot(
                 folder / "random_search.png",
@@ -175,7 +161,7 @@ class RealTime(Experiment):
             self._inner,
             PrimaryHead(self._net, self.images[split].pairs(), first=self._first),
             dynamics=self._dynamics,
-            num_steps=self._every * self._num_updates,
+            num_steps=self.every * self.num_updates,
             seed=self.settings.seed,
         )
 
@@ -189,7 +175,7 @@ class RealTime(Experiment):
 
     def _random_search(self) -> RandomSearch | None:
         """Returns the search, made once; None if there is to be none, or the CPU time is not known."""
-        if self._search is None and self._is_searching and self.training_cpu_seconds is not None:
+        if self._search is None and self.search and self.training_cpu_seconds is not None:
             source = self._run("validation")
 
             def error(draw: Draw) -> float:

@@ -15,23 +15,22 @@ from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_length
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline, refuse_other_length
 from experiments.common.failures import ExpectedFailure
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
 from experiments.common.outer_updates import build_outer_optimizer
-from experiments.common.reads import Reads
 from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings, TrainSettings
+from experiments.common.settings import TrainSettings
 from experiments.common.trained_net import TrainedNet
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
@@ -40,7 +39,8 @@ _STARTS, _RUN = "values of the starts", "nets of the run itself"
 _MEASURED = 20  # outer steps that their CPU time is measured by
 
 
-class Regularisation(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class Regularisation(DigitsExperiment):
     """Learns the regularisation of each layer by T1-T2 while nets are trained, then trains anew with the final values.
 
     Each start has a net, and random first values, of its own. The nets are trained once: an outer step takes `every`
@@ -48,13 +48,9 @@ class Regularisation(Experiment):
     is judged by reruns: new first weights, as many inner steps, the final values held fixed.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
         l2: least and greatest L2 penalty of a start.
         noise: least and greatest standard deviation of a start's noise (unit: of a pixel, or of an activation).
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         num_starts: how many, each drawn log-uniformly from `l2` and `noise`, for each layer.
         hidden: widths of the hidden layers.
         batch_size: images in a minibatch of an inner step.
@@ -63,7 +59,6 @@ class Regularisation(Experiment):
         num_updates: outer steps of the run; a rerun takes as many inner steps as all of them.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "error"
     mode = "min"
@@ -72,42 +67,32 @@ class Regularisation(Experiment):
         "regularisations is poor, whatever the start; about 30 % more time than plain training",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        l2: list[float],
-        noise: list[float],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        num_starts: int = 6,
-        hidden: list[int],
-        batch_size: int = 50,
-        outer_batch_size: int = 200,
-        every: int = 10,
-        num_updates: int,
-    ) -> None:
-        super().__init__(config, settings)
-        self.images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
+    l2: list[float]
+    noise: list[float]
+    num_starts: int = 6
+    hidden: list[int]
+    batch_size: int = 50
+    outer_batch_size: int = 200
+    every: int = 10
+    num_updates: int
+
+    def __post_init__(self) -> None:
+        self.images = self.digit_splits()
         like = self.images["train"].inputs
-        self.nets = StackedMLP(num_starts, MLP((like.shape[1], *hidden, CLASSES)))
-        starts = random_starts({"l2": l2, "noise": noise}, num_starts, self.nets.layers, seed=settings.seed)
+        self.nets = StackedMLP(self.num_starts, MLP((like.shape[1], *self.hidden, CLASSES)))
+        starts = random_starts(
+            {"l2": self.l2, "noise": self.noise}, self.num_starts, self.nets.layers, seed=self.settings.seed
+        )
         self.first = {name: value.to(like) for name, value in starts.items()}
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._batch_size, self._outer_batch_size = batch_size, outer_batch_size
-        self._every, self._num_updates = every, num_updates
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
         # After a run: the nets of the reruns, and those that the run left, by name.
         self._trained: dict[str, TensorDict] = {}
 
     def training(self) -> ht.ProblemSource:
         """Returns the run that goes on from outer step to outer step, judged on new validation images at each."""
         held_out = TensorDataset(*self.images["validation"].pairs())
-        batches = ht.Minibatches(held_out, self._outer_batch_size, seed=self.settings.seed)
-        return replace(self._run("training", batches, with_values=True), num_steps=self._every, warm_start=True)
+        batches = ht.Minibatches(held_out, self.outer_batch_size, seed=self.settings.seed)
+        return replace(self._run("training", batches, with_values=True), num_steps=self.every, warm_start=True)
 
     def validation(self) -> ht.ProblemSource:
         """Returns reruns, judged on all validation images."""
@@ -137,7 +122,7 @@ class Regularisation(Experiment):
 
     def check_training(self, settings: TrainSettings) -> None:
         """Refuses a run of another length than `num_updates`."""
-        refuse_other_length(settings, self._num_updates)
+        refuse_other_length(settings, self.num_updates)
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the path of every value, and the test errors of reruns with the first and with the learnt values."""
@@ -146,7 +131,7 @@ class Regularisation(Experiment):
             (100 * errors(self.nets(self._trained[name], images.inputs), images.labels)).tolist()
             for name in (_STARTS, "learnt")
         )
-        title = f"An outer step every {self._every} inner steps takes {100 * self.overhead():.0f} % more CPU time"
+        title = f"An outer step every {self.every} inner steps takes {100 * self.overhead():.0f} % more CPU time"
         draw_starts(folder / "metrics.jsonl", self.nets.layers, before, after, title, folder / "regularisation.png")
 
     def overhead(self) -> float:
@@ -155,7 +140,7 @@ class Regularisation(Experiment):
         loop = ht.OuterLoop(
             source, optimizer=build_outer_optimizer(self.config), backend=build(self.config, "hypergradient")
         )
-        plain = replace(source, num_steps=_MEASURED * self._every, warm_start=False)
+        plain = replace(source, num_steps=_MEASURED * self.every, warm_start=False)
         spent = [0.0, 0.0]
         for _ in range(3):
             start = process_time()
@@ -176,10 +161,10 @@ class Regularisation(Experiment):
         own = run_seed(self.settings.seed if seed is None else seed, purpose, 0)
         train = TensorDataset(*self.images["train"].pairs())
         return ht.BilevelProblem(
-            RegularisedTraining(self.nets, ht.Minibatches(train, self._batch_size, seed=own)),
+            RegularisedTraining(self.nets, ht.Minibatches(train, self.batch_size, seed=own)),
             HeldOutImages(self.nets, judged, first=self.first, with_values=with_values),
             dynamics=self._dynamics,
-            num_steps=self._every * self._num_updates,
+            num_steps=self.every * self.num_updates,
             seed=own,
         )
 

@@ -6,42 +6,38 @@ scripts/train experiment=rotation
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES, Images
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.labelled_images import CleanImages
 from experiments.common.learning_curve import logged
 from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP
-from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict
 
 
-class Rotation(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class Rotation(DigitsExperiment):
     """Learns the angle by which upright training images must be rotated, so that a net knows rotated test images.
 
     Each outer step trains a new net for a few steps on new minibatches, and moves the angle along the hypergradient of
     the net's loss on rotated validation images. The final evaluation trains for longer, with the best angle.
 
     Args:
-        config: the configuration, for the group `dynamics`.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         hidden: width of the net's hidden layer.
         batch_size: images in a minibatch of an inner step.
         outer_batch_size: validation images in an outer step.
@@ -50,7 +46,6 @@ class Rotation(Experiment):
         true_angle: by which validation and test images are rotated (unit: degrees, counterclockwise).
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("validation", "test")
     metric = "accuracy"
     mode = "max"
@@ -59,55 +54,43 @@ class Rotation(Experiment):
         "angle 28.5 ± 5.2 degrees; without a learnt angle 81.8 ± 0.6 %",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        hidden: int = 128,
-        batch_size: int = 128,
-        outer_batch_size: int = 500,
-        num_steps: int = 20,
-        final_steps: int = 800,
-        true_angle: float = 30.0,
-    ) -> None:
-        super().__init__(config, settings)
-        self.upright = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
-        self.true_angle = torch.tensor(true_angle, dtype=settings.dtype, device=settings.device)
+    hidden: int = 128
+    batch_size: int = 128
+    outer_batch_size: int = 500
+    num_steps: int = 20
+    final_steps: int = 800
+    true_angle: float = 30.0
+
+    def __post_init__(self) -> None:
+        self.upright = self.digit_splits()
+        self._angle = torch.tensor(self.true_angle, dtype=self.settings.dtype, device=self.settings.device)
         self.rotated = {
-            split: Images(inputs=rotate(self.upright[split].inputs, self.true_angle), labels=self.upright[split].labels)
+            split: Images(inputs=rotate(self.upright[split].inputs, self._angle), labels=self.upright[split].labels)
             for split in self.splits
         }
-        self._net = MLP((self.upright["train"].inputs.shape[1], hidden, CLASSES), torch.relu)
-        self._dynamics: ht.Dynamics = build(config, "dynamics")
-        self._batch_size, self._outer_batch_size = batch_size, outer_batch_size
-        self._num_steps, self._final_steps = num_steps, final_steps
+        self._net = MLP((self.upright["train"].inputs.shape[1], self.hidden, CLASSES), torch.relu)
+        self._dynamics: ht.Dynamics = build(self.config, "dynamics")
 
     def training(self) -> ht.ProblemSource:
         """Returns short runs from new first weights, each judged on a new batch of rotated validation images."""
         held_out = TensorDataset(*self.rotated["validation"].pairs())
-        batches = ht.Minibatches(held_out, self._outer_batch_size, seed=self.settings.seed)
-        return self._runs("training", batches, num_steps=self._num_steps)
+        batches = ht.Minibatches(held_out, self.outer_batch_size, seed=self.settings.seed)
+        return self._runs("training", batches, num_steps=self.num_steps)
 
     def validation(self) -> ht.ProblemSource:
         """Returns short runs, judged on all rotated validation images."""
-        return self._runs("validation", self._all("validation"), num_steps=self._num_steps)
+        return self._runs("validation", self._all("validation"), num_steps=self.num_steps)
 
     def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
         """Returns long runs from new first weights, judged on all rotated images of a split."""
-        return self._runs("evaluation", self._all(split), num_steps=self._final_steps, seed=seed)
+        return self._runs("evaluation", self._all(split), num_steps=self.final_steps, seed=seed)
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns the same long runs on upright training images, and on images rotated by the true angle."""
         source = self.evaluation(split)
         return {
-            "no rotation": Baseline(source=source, hparams={"angle": torch.zeros_like(self.true_angle)}),
-            "true angle": Baseline(source=source, hparams={"angle": self.true_angle}),
+            "no rotation": Baseline(source=source, hparams={"angle": torch.zeros_like(self._angle)}),
+            "true angle": Baseline(source=source, hparams={"angle": self._angle}),
         }
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
@@ -117,9 +100,9 @@ class Rotation(Experiment):
         rows = {
             "upright": upright,
             f"rotated by\nthe learnt {float(hparams['angle']):.1f}°": rotate(upright, hparams["angle"]),
-            f"as in the test\n({float(self.true_angle):.0f}°, hidden)": self.rotated["test"].inputs[digits],
+            f"as in the test\n({float(self._angle):.0f}°, hidden)": self.rotated["test"].inputs[digits],
         }
-        draw_angle(folder / "metrics.jsonl", float(self.true_angle), rows, folder / "rotation.png")
+        draw_angle(folder / "metrics.jsonl", float(self._angle), rows, folder / "rotation.png")
 
     def _all(self, split: str) -> Callable[[int], Batch]:
         return lambda _: self.rotated[split].pairs()
@@ -128,22 +111,18 @@ class Rotation(Experiment):
         self, purpose: Purpose, judged: Callable[[int], Batch], *, num_steps: int, seed: int | None = None
     ) -> ht.ProblemSource:
         """Returns a run with first weights and minibatches of its own for every outer step."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self.upright["train"].pairs())
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+        def problem(own: int) -> ht.BilevelProblem:
             return ht.BilevelProblem(
-                RotatedTraining(net=self._net, batches=ht.Minibatches(train, self._batch_size, seed=own)),
-                CleanImages(
-                    data=judged, first={"angle": torch.zeros_like(self.true_angle)}, figures=angle, net=self._net
-                ),
+                RotatedTraining(net=self._net, batches=ht.Minibatches(train, self.batch_size, seed=own)),
+                CleanImages(data=judged, first={"angle": torch.zeros_like(self._angle)}, figures=angle, net=self._net),
                 dynamics=self._dynamics,
                 num_steps=num_steps,
                 seed=own,
             )
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 class RotatedTraining(ht.InnerProblem):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,8 +20,9 @@ from torch.utils.data import TensorDataset
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment
+from experiments.common.digits import CLASSES
+from experiments.common.digits_experiment import DigitsExperiment
+from experiments.common.experiment import Baseline
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages
 from experiments.common.learning_curve import logged
@@ -29,9 +30,7 @@ from experiments.common.line_styles import COLOURS
 from experiments.common.mlp import MLP, error_rate
 from experiments.common.random_search import Draw, RandomSearch, random_search
 from experiments.common.readers import positive_number
-from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.seeds import Purpose
 from hypertorch.types import Batch, TensorDict
 
 _SCHEDULES = ("log_lr", "logit_momentum")
@@ -39,7 +38,8 @@ _SCHEDULES = ("log_lr", "logit_momentum")
 _RANGES = {"log_lr": (-3.0, 2.0), "logit_momentum": (-2.0, 4.0), "log_scale": (-4.0, -1.0), "log_l2": (-14.0, -6.0)}
 
 
-class Schedules(Experiment):
+@dataclass(eq=False, repr=False, kw_only=True)
+class Schedules(DigitsExperiment):
     """Learns how to train a net, so that its training loss is least after a given number of steps.
 
     Learning rate and momentum have a value for every inner step and every tensor of the net; the first weights have a
@@ -49,10 +49,7 @@ class Schedules(Experiment):
     Args:
         config: the configuration; `dynamics.lr` and `dynamics.momentum` are the values of all tensors before the first
             outer step, each a number for all steps or a schedule.
-        settings: the plain settings of all experiments.
         sizes: images for "train", "validation" and "test"; 0 for all that are left over.
-        data: "digits" (embedded) or "mnist".
-        root: the folder of MNIST's files; None for the embedded digits.
         hidden: widths of the hidden layers.
         batch_size: images in a minibatch.
         num_steps: the horizon (unit: inner steps).
@@ -61,7 +58,6 @@ class Schedules(Experiment):
         search_seeds: runs that each draw of the random search is judged on; None for no search.
     """
 
-    READS: ClassVar = Reads(blocks=("dynamics",))
     splits = ("train", "validation", "test")
     metric = "outer_loss"
     mode = "min"
@@ -71,44 +67,33 @@ class Schedules(Experiment):
         "0.127 to 0.156 and 7.7 to 8.5 %",
     }
 
-    def __init__(
-        self,
-        config: DictConfig,
-        settings: ProblemSettings,
-        *,
-        sizes: Mapping[str, int],
-        data: DigitsName = "digits",
-        root: str | None = None,
-        hidden: list[int],
-        batch_size: int = 200,
-        num_steps: int = 100,
-        log_scale: float = -3.0,
-        log_l2: float = -11.5,
-        search_seeds: int | None = 3,
-    ) -> None:
-        super().__init__(config, settings)
-        self.images = digit_splits(
-            data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype
-        )
+    hidden: list[int]
+    batch_size: int = 200
+    num_steps: int = 100
+    log_scale: float = -3.0
+    log_l2: float = -11.5
+    search_seeds: int | None = 3
+
+    def __post_init__(self) -> None:
+        self.images = self.digit_splits()
         like = self.images["train"].inputs
-        self._net = MLP((like.shape[1], *hidden, CLASSES))
-        self._batch_size, self._num_steps, self._search_seeds = batch_size, num_steps, search_seeds
+        self._net = MLP((like.shape[1], *self.hidden, CLASSES))
         # Built as it is set, for the checks of its numbers.
-        given = build(config, "dynamics")
+        given = build(self.config, "dynamics")
         self._dynamics = replace(
             given,
             lr=ht.Hyper("log_lr", torch.exp, per="step,parameter"),
             momentum=ht.Hyper("logit_momentum", torch.sigmoid, per="step,parameter"),
         )
         starts = {
-            "log_lr": first_values(config, "dynamics.lr", given.lr, num_steps, example=0.37).log(),
+            "log_lr": first_values(self.config, "dynamics.lr", given.lr, self.num_steps, example=0.37).log(),
             "logit_momentum": first_values(
-                config, "dynamics.momentum", given.momentum, num_steps, below=1.0, example=0.5
+                self.config, "dynamics.momentum", given.momentum, self.num_steps, below=1.0, example=0.5
             ).logit(),
         }
         self._first = {
             f"{kind}.{name}": start.to(like, copy=True) for kind, start in starts.items() for name in self._net.shapes()
-        } | self.constants({"log_scale": log_scale, "log_l2": log_l2})
+        } | self.constants({"log_scale": self.log_scale, "log_l2": self.log_l2})
         self._search: RandomSearch | None = None
 
     def training(self) -> ht.ProblemSource:
@@ -140,7 +125,7 @@ class Schedules(Experiment):
         if search is not None:
             search.plot(
                 folder / "random_search.png",
-                label=f"training loss, mean of {self._search_seeds} seeds",
+                label=f"training loss, mean of {self.search_seeds} seeds",
                 reached=min(logged(metrics, f"validation/{self.metric}")[1]),
                 reached_by="learnt schedules, at the best validation",
             )
@@ -153,14 +138,14 @@ class Schedules(Experiment):
         """
         like = self.images["train"].inputs
         return {
-            f"{kind}.{name}": like.new_full((self._num_steps,) if kind in _SCHEDULES else (), value)
+            f"{kind}.{name}": like.new_full((self.num_steps,) if kind in _SCHEDULES else (), value)
             for kind, value in values.items()
             for name in self._net.shapes()
         }
 
     def _random_search(self) -> RandomSearch | None:
         """Returns the search of constants, made once; None without a setting, or if the CPU time is not known."""
-        seeds, seconds = self._search_seeds, self.training_cpu_seconds
+        seeds, seconds = self.search_seeds, self.training_cpu_seconds
         if self._search is None and seeds is not None and seconds is not None:
             source = self._runs("search", "train")
 
@@ -172,18 +157,16 @@ class Schedules(Experiment):
 
     def _runs(self, purpose: Purpose, split: str, *, seed: int | None = None) -> ht.ProblemSource:
         """Returns runs with first weights and minibatches of their own, judged on a split."""
-        seed = self.settings.seed if seed is None else seed
         train = TensorDataset(*self.images["train"].pairs())
         outer = CleanImages(
             data=self.images[split].pairs(), first=self._first, net=self._net, measures={"error": error_rate}
         )
 
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
-            inner = ScaledTraining(net=self._net, batches=ht.Minibatches(train, self._batch_size, seed=own))
-            return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self._num_steps, seed=own)
+        def problem(own: int) -> ht.BilevelProblem:
+            inner = ScaledTraining(net=self._net, batches=ht.Minibatches(train, self.batch_size, seed=own))
+            return ht.BilevelProblem(inner, outer, dynamics=self._dynamics, num_steps=self.num_steps, seed=own)
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
 
 def first_values(

@@ -22,7 +22,7 @@ from experiments.common.building import build
 from experiments.common.experiment import Baseline, Experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.seeds import Purpose
 from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
@@ -102,19 +102,18 @@ class WeightSharing(Experiment):
 
     def training(self) -> ht.ProblemSource:
         """Returns runs with drawings and first weights of their own for every outer step."""
-        return self._redrawn("training", self.settings.seed)
+        return self._redrawn("training")
 
     def validation(self) -> ht.ProblemSource:
         """Returns the same with other draws."""
-        return self._redrawn("validation", self.settings.seed)
+        return self._redrawn("validation")
 
     def evaluation(self, split: str, *, seed: int | None = None) -> ht.ProblemSource:
         """Returns redrawn runs for "validation"; for "test", runs on all other drawings, from new first weights."""
-        seed = self.settings.seed if seed is None else seed
         if split == "validation":
-            return self._redrawn("evaluation", seed)
+            return self._redrawn("evaluation", seed=seed)
         data = labelled(self.learning), labelled(self.test)
-        return ht.Problems(lambda index: self._problem(*data, run_seed(seed, "evaluation", index)))
+        return self.reseeded("evaluation", lambda own: self._problem(*data, own), seed=seed)
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns nets that share nothing, that share the lowest layer, that share all, and the start of the search."""
@@ -136,15 +135,14 @@ class WeightSharing(Experiment):
             {name: value.detach().cpu() for name, value in hparams.items()}, self.names, folder / "mixing.png"
         )
 
-    def _redrawn(self, purpose: Purpose, seed: int) -> ht.ProblemSource:
-        def problem(outer_step: int) -> ht.BilevelProblem:
-            own = run_seed(seed, purpose, outer_step)
+    def _redrawn(self, purpose: Purpose, *, seed: int | None = None) -> ht.ProblemSource:
+        def problem(own: int) -> ht.BilevelProblem:
             generator = torch.Generator().manual_seed(own)
             order = torch.randperm(self.learning.shape[2], generator=generator).to(self.learning.device)
             train, held_out = order[: self._num_training], order[self._num_training :]
             return self._problem(labelled(self.learning[:, :, train]), labelled(self.learning[:, :, held_out]), own)
 
-        return ht.Problems(problem)
+        return self.reseeded(purpose, problem, seed=seed)
 
     def _problem(self, train: Batch, judged: Batch, seed: int) -> ht.BilevelProblem:
         first = self._nets.mixing(dict.fromkeys(self._nets.layers, 0.5), self.learning)

@@ -15,9 +15,9 @@ from torch import Tensor
 from hypertorch.types import TensorMapping
 
 
-def is_count(value: object) -> bool:
-    """Returns whether a value is a whole number of at least 1; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_count(value: object, *, least: int = 1) -> bool:
+    """Returns whether a value is a whole number of at least `least`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def is_number(value: object) -> bool:

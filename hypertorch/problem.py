@@ -213,7 +213,7 @@ class BilevelProblem(ProblemSource):
         _check_kind("outer", self.outer, OuterProblem)
         _check_kind("dynamics", self.dynamics, Dynamics)
         # To Python True is the number 1, and would run one step.
-        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int) or self.num_steps < 0:
+        if not is_count(self.num_steps, least=0):
             raise ValueError(
                 f"`num_steps` is {self.num_steps!r}: the inner loop takes a whole number of steps, at least 0. Pass 0 "
                 "only for a closed form in `init_params`."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,6 +14,7 @@ import hypertorch as ht
 from experiments.common.building import build, make
 from experiments.common.failures import ExpectedFailure
 from experiments.common.reads import Reads
+from experiments.common.seeds import Purpose, run_seed
 from experiments.common.settings import ProblemSettings, TrainSettings
 from hypertorch.types import TensorDict
 
@@ -78,6 +79,19 @@ class Experiment(ABC):
             split: one of `splits`.
             seed: chooses other problems than those of the run, where there are others; None for those.
         """
+
+    def reseeded(
+        self, purpose: Purpose, problem: Callable[[int], ht.BilevelProblem], *, seed: int | None = None
+    ) -> ht.ProblemSource:
+        """Returns problems of which every outer step has one with a seed of its own.
+
+        Args:
+            purpose: what they are for: runs for different purposes have different seeds.
+            problem: from its seed to the problem.
+            seed: chooses other problems than those of the run; None for those.
+        """
+        start = self.settings.seed if seed is None else seed
+        return ht.Problems(lambda outer_step: problem(run_seed(start, purpose, outer_step)))
 
     def baselines(self, split: str) -> Mapping[str, Baseline]:
         """Returns what the outcome on a split is compared with, by name; nothing unless overridden."""

@@ -71,6 +71,10 @@ class Jobs:
                 del task["hydra"]
             return use(task)
 
+    def config(self, overrides: Sequence[str]) -> Any:
+        """Returns the configuration of a job, without Hydra's part."""
+        return self.with_config(overrides, lambda config: config)
+
     def launch(self, jobs: Sequence[tuple[str, Sequence[str]]]) -> list[Outcome]:
         """Returns what jobs returned.
 

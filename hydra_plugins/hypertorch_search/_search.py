@@ -1,4 +1,4 @@
-"""A search: draws trials, hands them to Hydra's launcher in batches, and tells the study what they returned."""
+"""A search: what it is made of and checked for before its first trial, and the summary after the last."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
 from rich.console import Console
 
-from hydra_plugins.hypertorch_search._jobs import Jobs, Outcome
+from hydra_plugins.hypertorch_search._jobs import Jobs
 from hydra_plugins.hypertorch_search._settings import check_settings, check_tables
 from hydra_plugins.hypertorch_search._space import described, overrides_of, read_space
 from hydra_plugins.hypertorch_search._study import (
-    ATTEMPT,
-    VALUES,
-    Drawn,
     Studied,
     begin,
     folder_of,
@@ -32,14 +27,13 @@ from hydra_plugins.hypertorch_search._study import (
     storage_shown,
 )
 from hydra_plugins.hypertorch_search._summary import Summary
+from hydra_plugins.hypertorch_search._trials import Trials
 from hydra_plugins.hypertorch_search.config import SearchConfig
-from hypertorch.search.command import Direction, FailedTrial, command_of
-from hypertorch.search.halving import Bracket, hyperband, kept, successive_halving
+from hypertorch.search.command import Direction, command_of
+from hypertorch.search.halving import Bracket, hyperband, successive_halving
 from hypertorch.search.processes import Process
-from hypertorch.search.racing import is_worse
 from hypertorch.search.samplers import build_sampler
 
-_BRACKET = "bracket"
 _ETA = 3
 # Where a sweep's folder is named on the command line.
 _NAMES_FOLDER = ("paths.sweep_dir=", "hydra.sweep.dir=")
@@ -109,7 +103,16 @@ class Search:
             self.studied = Studied(study, storage, process, self.space)
             study.sampler = self._sampler(seed_of(settings.seed, process))
             try:
-                self._run_trials(process)
+                self.studied.enqueue(self.grid or self.starts)
+                Trials(
+                    settings,
+                    self.command,
+                    self.jobs,
+                    self.studied,
+                    directions=self.directions,
+                    brackets=self.brackets,
+                    console=self.console,
+                ).run(process)
             except KeyboardInterrupt as interrupt:
                 raise KeyboardInterrupt(
                     "interrupted. The study was in memory and is lost; the runs of its trials are kept."
@@ -118,16 +121,6 @@ class Search:
                     f"paths.sweep_dir={folder} goes on from there."
                 ) from interrupt
         self._summary(storage_shown(settings.storage, folder), folder).show()
-
-    def _run_trials(self, process: Process) -> None:
-        self.studied.enqueue(self.grid or self.starts)
-        if not self.brackets:
-            while batch := self._next_batch():
-                self._run_batch(batch)
-            return
-        self._refuse_company(process)
-        for index, bracket in enumerate(self.brackets):
-            self._run_bracket(index, bracket)
 
     # What is known before the first trial.
 
@@ -228,10 +221,8 @@ class Search:
             brackets = [successive_halving(settings.num_trials or 1, settings.min_steps, longest, eta)]
         for point in self.space.ends():
             words = overrides_of(point)
-            whole = self.jobs.with_config(words, _itself)
-            rungs = [
-                self.jobs.with_config([*words, *self._up_to(whole, steps)], _itself) for steps in brackets[0].steps
-            ]
+            whole = self.jobs.config(words)
+            rungs = [self.jobs.config([*words, *self.command.lengthened(whole, steps)]) for steps in brackets[0].steps]
             self.command.check_rungs(rungs)
         return brackets
 
@@ -258,209 +249,6 @@ class Search:
         self.jobs = self._jobs(folder)
         self.console.print(f"search in {folder}", highlight=False, soft_wrap=True)
 
-    def _refuse_company(self, process: Process) -> None:
-        if process.others():
-            raise ValueError(
-                f"`hydra.sweeper.pruner` is {self.settings.pruner!r}, and another process is at work on the study: a "
-                "rung is ranked as a whole, by one process. Use hydra/launcher=joblib or submitit with "
-                "hydra.sweeper.n_jobs for trials beside each other, or wait until it ends."
-            )
-
-    # Trials that run to their end.
-
-    def _next_batch(self) -> list[Drawn]:
-        most = self.settings.n_jobs
-        batch = self.studied.take_up(most)
-        while len(batch) < most:
-            drawn = self._draw()
-            if drawn is None:
-                break
-            batch.append(drawn)
-        return batch
-
-    def _draw(self) -> Drawn | None:
-        if self.settings.num_trials is None:
-            return self.studied.draw_waiting()
-        if len(self.studied.trials()) >= self.settings.num_trials:
-            return None
-        drawn = self.studied.draw()
-        if drawn.number < self.settings.num_trials:
-            return drawn
-        self.studied.fail(drawn.number, "another process drew the last trial of the search")
-        return None
-
-    def _run_batch(self, batch: Sequence[Drawn]) -> None:
-        if self.settings.seeds > 1:
-            self._run_seeds(batch)
-            return
-        for trial, outcome in self._launch(batch, [[] for _ in batch]):
-            if not isinstance(outcome, FailedTrial):
-                self._complete(trial, outcome)
-
-    def _run_seeds(self, batch: Sequence[Drawn]) -> None:
-        """Runs the trials of a batch with one seed after the other, and tells their means."""
-        running = {trial.number: trial for trial in batch}
-        values = {number: list(self.studied.attribute(number, VALUES, [])) for number in running}
-        for index in range(self.settings.seeds):
-            due = [trial for number, trial in running.items() if len(values[number]) == index]
-            words = [self._seeded(trial, index) for trial in due]
-            subfolders = [f"{trial.number}/seed_{index}" for trial in due]
-            for trial, outcome in self._launch(due, words, subfolders):
-                if isinstance(outcome, FailedTrial):
-                    del running[trial.number]
-                    continue
-                values[trial.number].append(outcome if len(outcome) > 1 else outcome[0])
-                self.studied.note(trial.number, VALUES, values[trial.number])
-            if self.settings.racing and index + 1 < self.settings.seeds:
-                for number in self._losers({number: values[number] for number in running}):
-                    self.studied.report(number, index + 1, float(np.mean(values[number])))
-                    self.studied.prune(number)
-                    self._say(running.pop(number), f"out of the race after {index + 1} seeds")
-        for number, trial in running.items():
-            self._complete(trial, np.atleast_1d(np.mean(values[number], axis=0)).tolist())
-
-    def _seeded(self, trial: Drawn, index: int) -> list[str]:
-        if self.command is None:
-            raise ValueError(
-                f"`hydra.sweeper.seeds` is {self.settings.seeds}, but this command does not say how it is seeded. "
-                "Leave it out, or attach a `hypertorch.search.SearchedCommand`."
-            )
-        return self.jobs.with_config(
-            overrides_of(trial.point), lambda config: [] if self.command is None else self.command.seeded(config, index)
-        )
-
-    def _losers(self, running: Mapping[int, list[float]]) -> list[int]:
-        """Returns the trials that are worse than the best at the seeds that they have been run with."""
-        maximise = self.directions[0] == "max"
-        finished = [trial.user_attrs[VALUES] for trial in self.studied.trials(TrialState.COMPLETE)]
-        losers = []
-        for number, values in running.items():
-            rivals = [*finished, *(others for other, others in running.items() if other != number)]
-            rivals = [rival[: len(values)] for rival in rivals if len(rival) >= len(values)]
-            if not rivals:
-                continue
-            best = max(rivals, key=lambda rival: np.mean(rival) if maximise else -np.mean(rival))
-            if is_worse(values, best, maximise=maximise):
-                losers.append(number)
-        return losers
-
-    # Trials of which some end early.
-
-    def _run_bracket(self, index: int, bracket: Bracket) -> None:
-        trials = self._trials_of(index, bracket)
-        configs = {trial.number: self.jobs.with_config(overrides_of(trial.point), _itself) for trial in trials}
-        for rung, steps in enumerate(bracket.steps):
-            reached = {one.number: one.intermediate_values for one in self.studied.trials()}
-            is_next = {
-                one.number: rung == 0 or bracket.steps[rung - 1] in reached[one.number]
-                for one in self.studied.trials(TrialState.RUNNING)
-            }
-            due = [one for one in trials if is_next.get(one.number) and steps not in reached[one.number]]
-            for start in range(0, len(due), self.settings.n_jobs):
-                chunk = due[start : start + self.settings.n_jobs]
-                words = [self._up_to(configs[trial.number], steps) for trial in chunk]
-                for trial, outcome in self._launch(chunk, words, goes_on=rung > 0):
-                    if not isinstance(outcome, FailedTrial):
-                        self.studied.report(trial.number, steps, outcome[0])
-            self._end_rung(trials, bracket, rung)
-
-    def _trials_of(self, index: int, bracket: Bracket) -> list[Drawn]:
-        """Returns the trials of a bracket: those that the study has, and new ones."""
-        known = self.studied.take_up(len(self.studied.trials()))
-        for trial in known:
-            # Of a process that ended between drawing a trial and putting it into its bracket.
-            if self.studied.attribute(trial.number, _BRACKET) is None:
-                self.studied.note(trial.number, _BRACKET, index)
-        trials = [
-            Drawn(number=one.number, point=dict(one.params), is_taken_up=True)
-            for one in self.studied.trials()
-            if one.user_attrs.get(_BRACKET) == index
-        ]
-        while len(trials) < bracket.sizes[0]:
-            drawn = self.studied.draw()
-            self.studied.note(drawn.number, _BRACKET, index)
-            trials.append(drawn)
-        return trials
-
-    def _end_rung(self, trials: Sequence[Drawn], bracket: Bracket, rung: int) -> None:
-        steps = bracket.steps[rung]
-        now = {one.number: one for one in self.studied.trials()}
-        ranked = [trial for trial in trials if steps in now[trial.number].intermediate_values]
-        values = [now[trial.number].intermediate_values[steps] for trial in ranked]
-        is_last = steps == bracket.steps[-1]
-        size = len(ranked) if is_last else bracket.sizes[rung + 1]
-        going_on = set(kept(values, size, maximise=self.directions[0] == "max"))
-        for place, trial in enumerate(ranked):
-            if now[trial.number].state is not TrialState.RUNNING:
-                continue
-            if place not in going_on:
-                self.studied.prune(trial.number)
-                self._say(trial, f"out after {steps} outer steps, with {values[place]:.6g}")
-            elif is_last:
-                self._complete(trial, [values[place]])
-
-    def _up_to(self, config: Any, steps: int) -> list[str]:
-        return [] if self.command is None else self.command.lengthened(config, steps)
-
-    # What both have.
-
-    def _launch(
-        self,
-        trials: Sequence[Drawn],
-        words: Sequence[Sequence[str]],
-        subfolders: Sequence[str] | None = None,
-        *,
-        goes_on: bool = False,
-    ) -> list[tuple[Drawn, list[float] | FailedTrial]]:
-        """Runs one job for each trial; a failed one is told to the study.
-
-        Raises:
-            Exception: what stopped a job and says nothing of its settings, after the others were told.
-        """
-        jobs = []
-        for trial, own, subfolder in zip(trials, words, subfolders or [str(one.number) for one in trials], strict=True):
-            more, where = self._going_on(trial, subfolder) if goes_on or trial.is_taken_up else ([], subfolder)
-            jobs.append((where, [*overrides_of(trial.point), *own, *more]))
-        found: list[tuple[Drawn, list[float] | FailedTrial]] = []
-        stopped: list[BaseException] = []
-        outcomes: list[Outcome] = self.jobs.launch(jobs) if jobs else []
-        for trial, outcome in zip(trials, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                stopped.append(outcome)
-                continue
-            if isinstance(outcome, FailedTrial):
-                self.studied.fail(trial.number, outcome.why)
-                self._say(trial, f"failed: {outcome.why}")
-            found.append((trial, outcome))
-        if stopped:
-            for trial, outcome in found:
-                if isinstance(outcome, list) and self.settings.seeds == 1 and not self.brackets:
-                    self._complete(trial, outcome)
-            raise stopped[0]
-        return found
-
-    def _going_on(self, trial: Drawn, subfolder: str) -> tuple[list[str], str]:
-        """Returns the overrides with which a begun trial goes on, and its subfolder."""
-        continued = None if self.command is None else self.command.continued(self.settings.objectives)
-        if continued is not None:
-            return continued, subfolder
-        attempt = int(self.studied.attribute(trial.number, ATTEMPT, 0)) + 1
-        self.studied.note(trial.number, ATTEMPT, attempt)
-        return [], f"{subfolder}_attempt_{attempt}"
-
-    def _complete(self, trial: Drawn, values: Sequence[float]) -> None:
-        self.studied.complete(trial.number, values)
-        shown = ", ".join(f"{name} {value:.6g}" for name, value in zip(self.settings.objectives, values, strict=True))
-        self._say(trial, shown)
-
-    def _say(self, trial: Drawn, what: str) -> None:
-        self.console.print(
-            f"trial {trial.number}: {what}  ({' '.join(overrides_of(trial.point))})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-
     def _summary(self, storage: str, folder: Path) -> Summary:
         return Summary(
             studied=self.studied,
@@ -479,7 +267,3 @@ class Search:
 
 def _direction(word: str) -> Direction:
     return "max" if word == "max" else "min"
-
-
-def _itself(config: Any) -> Any:
-    return config

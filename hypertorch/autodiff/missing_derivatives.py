@@ -168,7 +168,7 @@ def _limit(text: str) -> tuple[str, str] | None:
         switch = ", switch oneDNN off (`torch.backends.mkldnn.flags(enabled=False)`)" if "mkldnn" in text else ""
         return (
             f"the inner problem uses `{operation.group(1) or operation.group(2)}`, which has no forward derivative in "
-            "PyTorch: no tangent can be pushed through it",
+            "PyTorch: no tangent can pass through it",
             f"Write it out of simpler operations{switch}, or use reverse mode, for example `Reverse()`.",
         )
     if "ZeroTensors are immutable" in text:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from hypertorch.argument_types import typed
+from hypertorch.checks import is_count
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.geometric_fit import GeometricFit, fit_geometric
 from hypertorch.diagnostics.text_table import aligned
@@ -180,7 +181,7 @@ def _ascending(argument: str, lengths: Sequence[int]) -> list[int]:
             f"`{argument}` is {lengths!r}, a {type(lengths).__name__}: it lists numbers of steps. Pass a list of them."
         )
     for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        if not is_count(length):
             raise ValueError(
                 f"`{argument}` holds {length!r}: with no step there is nothing to differentiate. Pass whole numbers of "
                 "at least 1."

@@ -13,7 +13,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.argument_types import typed
 from hypertorch.autodiff.products import vjp
-from hypertorch.checks import check_seed
+from hypertorch.checks import check_seed, is_count
 from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Reverse, measured_execution
@@ -327,12 +327,12 @@ def _checked_step(step: int | None, num_steps: int) -> int:
 
 
 def _check_numbers(dimension: int, max_restarts: int) -> None:
-    if isinstance(dimension, bool) or not isinstance(dimension, int) or dimension < 4:
+    if not is_count(dimension, least=4):
         raise ValueError(
             f"`dimension` is {dimension!r}: a Krylov space needs at least 4 vectors, to be cut down to a complex pair "
             "of eigenvalues and grown again. 20 to 30 are usual."
         )
-    if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
+    if not is_count(max_restarts, least=0):
         raise ValueError(
             f"`max_restarts` is {max_restarts!r}: the Krylov space is grown once, and as often again as this whole "
             "number says. Pass 0 for no restarts."

@@ -140,8 +140,8 @@ class Adam(Moments):
                 # The largest of the uncorrected mean squares, as in PyTorch; the correction of the present step comes
                 # after it.
                 v = new_state[f"max_exp_avg_sq.{name}"] = torch.maximum(state[f"max_exp_avg_sq.{name}"], v)
-            # The moments start at zero. What that takes from the mean goes into the step size, which is one number.
-            # Of the square the correction goes under the root, and `eps` is added after it: PyTorch's place for it.
+            # The moments start at zero, which two factors correct. That of the mean divides the step size, which is one
+            # number. That of the square goes under the root, and `eps` is added after it, as in PyTorch.
             root = safe_sqrt(v) / (1.0 - beta2[name] ** t) ** 0.5
             new_params[name] = descend_quotient(w, m, root + eps[name], lr[name] / (1.0 - beta1[name] ** t))
         return new_params, new_state

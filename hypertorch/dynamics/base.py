@@ -31,7 +31,7 @@ class Dynamics(ABC):
             next gradient can be taken in them as they are. Each class says so for itself; it is not inherited.
     """
 
-    # The careful answer: a rule that says nothing has its params viewed anew before the next gradient is taken.
+    # The safe default: the params of a rule that does not say so are viewed anew before the next gradient is taken.
     separate_params: ClassVar[bool] = False
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Dynamics(ABC):
         values: dict[str, Setting] = {name: getattr(self, name) for name in declarations}
         return {name: value for name, value in values.items() if value is not None or not declarations[name].optional}
 
-    # Cached, because a step asks for it. A frozen dataclass allows that: the cache is written past its `__setattr__`.
+    # Cached, because every step asks for it. The cache does not use `__setattr__`, which a frozen dataclass refuses.
     @cached_property
     def active(self) -> frozenset[str]:
         """Names of the declared settings that can differ from zero: a rule leaves out the terms of all others."""

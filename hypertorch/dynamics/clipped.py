@@ -75,7 +75,7 @@ class Clipped(Dynamics):
         if self.max_norm is not None:
             _check_one_for_all(self.max_norm)
         super().__post_init__()
-        # The rule makes the params, so it is the rule that knows; a frozen dataclass sets what it derives by this.
+        # Taken from the rule, which makes the params. A frozen dataclass sets a derived attribute this way.
         object.__setattr__(self, "separate_params", self.rule.separate_params)
 
     def settings(self) -> Mapping[str, Setting]:
@@ -103,7 +103,7 @@ class Clipped(Dynamics):
         self, loss: InnerLoss, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and buffers after one step of the rule along the clipped gradient."""
-        # Nothing is cut below: with a norm held constant, the derivative would be that of another map.
+        # Nothing is detached below: with a constant norm, the derivative would be that of another map.
         grads = loss.gradient(params, hparams)
         if self.max_value is not None:
             grads = {

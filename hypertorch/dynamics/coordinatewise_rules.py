@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hypertorch.argument_types import typed
+from hypertorch.checks import is_count
 from hypertorch.dynamics.learned_update import UpdateRule
 from hypertorch.types import TensorDict
 
@@ -176,7 +177,7 @@ def _num_features(preprocess: float | None) -> int:
 
 
 def _check_size(owner: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise ValueError(
             f"`{name}` of `{owner}` is {value!r}: a network has a whole number of units and layers, at least 1. Pass "
             "such a number."

@@ -55,7 +55,7 @@ class Range:
         return inside if self.infinite else inside & values.isfinite()
 
 
-# An open end as a closed one, so that a range is two comparisons. At 1 the bias corrections divide by zero.
+# The greatest number below the open end 1: a range is then two comparisons. At 1 the bias corrections divide by 0.
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 # A learnt factor stays this far from 1: closer, a running mean learns nothing in the horizon of any inner loop, and
 # `1 / (1 - factor)` in the bias corrections loses all digits in single precision.
@@ -78,7 +78,7 @@ SQUARE_DECAY = Range(0.0, _BELOW_ONE, DECAY, "At 1 the mean square never learns 
 
 @dataclass(frozen=True, kw_only=True)
 class _Declaration:
-    """What `setting` was told."""
+    """The declaration of a setting, as `setting` received it."""
 
     allowed: Range
     never_learnt: str | None
@@ -177,7 +177,7 @@ def _check_range(argument: str, setting: UngroupedSetting, allowed: Range) -> No
             "To learn a setting, pass `ht.Hyper(name)` and put its tensor into the outer variables."
         )
     if isinstance(setting, Tensor):
-        # Before its values are looked at, which costs a wait for the device.
+        # Checked before the values are read, because reading waits for the device.
         _check_constant(argument, setting)
         outside = setting[~allowed.includes(setting)]
         values = outside[:1].tolist()
@@ -212,7 +212,7 @@ def natural_constraints(
 ) -> dict[str, Constraint]:
     """Returns the constraints of all settings that are learnt directly, by name or pattern of the outer variable.
 
-    A setting learnt through a `transform` is left free: the transform is what keeps it in range.
+    A setting learnt through a `transform` has no constraint: the transform keeps it in range.
 
     Args:
         settings: the settings by name, groups included.
@@ -239,7 +239,7 @@ def intersections(constraints: Iterable[Mapping[str, Constraint]]) -> dict[str, 
     for own in constraints:
         for name, constraint in own.items():
             known = result.get(name, constraint)
-            # Equal ones meet without being intersected, so that a kind without bounds can be shared too.
+            # Equal constraints are not intersected, so that a kind without bounds can be shared too.
             result[name] = known if known == constraint else _intersection(name, known, constraint)
     return result
 

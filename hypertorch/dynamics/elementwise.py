@@ -75,6 +75,6 @@ def safe_sqrt(value: Tensor) -> Tensor:
 
     A negative value, which rounding makes of a difference of equal numbers, counts as zero; NaN stays NaN.
     """
-    # False for NaN, which so goes through the root and is seen by the checks.
+    # False for NaN: it goes through the root, and the checks see it.
     at_zero = value <= 0.0
     return torch.where(at_zero, 0.0, torch.where(at_zero, 1.0, value).sqrt())

@@ -113,7 +113,7 @@ class Groups(GradientDynamics):
             )
             new_params.update(part)
             new_state.update(tree.with_prefix(prefix, own_state))
-        # In the order of the params again, which the members take apart.
+        # Put back into the order of the params: the members return them part by part.
         return {name: new_params[name] for name in params}, new_state
 
     def _part(self, pattern: str, values: Mapping[str, Tensor]) -> TensorDict:

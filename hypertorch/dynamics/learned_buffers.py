@@ -17,7 +17,7 @@ from hypertorch.types import TensorDict, TensorMapping
 
 @dataclass(frozen=True, eq=False)
 class LearnedBuffers(GradientDynamics):
-    """The same rule, with first buffers `v_0` read from the outer variables, which so have a hypergradient.
+    """The same rule, with first buffers `v_0` read from the outer variables: they have a hypergradient.
 
     The entry `f"{name}.{buffer}.{parameter}"` of `hparams` is the first value of a buffer, and each buffer without one
     starts as the rule says. Put the entries into `OuterProblem.init_hparams`; with tasks, all start from the same.

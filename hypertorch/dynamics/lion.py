@@ -76,7 +76,7 @@ class Lion(GradientDynamics):
             # The momentum before this step, as in the paper: it is updated, by the other beta, after it has been read.
             direction = running_mean(m, g, beta1[name]).sign()
             if "weight_decay" in self.active:
-                # After the sign, which would swallow it: the decay is decoupled.
+                # Added after the sign, inside of which it would have no effect: the decay is decoupled.
                 direction = decayed(direction, w, weight_decay[name])
             # Along the gradient alone: the decay never enters the momentum.
             new_state[f"exp_avg.{name}"] = running_mean(m, g, beta2[name])

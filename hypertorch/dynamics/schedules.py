@@ -41,7 +41,7 @@ def cyclical(
 
     With `h` from 0 to 1 and back, linearly, within cycle `c = 1, 2, ...`:
 
-        value_t = start + (peak - start) h_t k      k = 1,  1 / 2^(c - 1)  or  gamma^t,   as the policy has it
+        value_t = start + (peak - start) h_t k      k = 1,  1 / 2^(c - 1)  or  gamma^t,   by the policy
 
     It is `torch.optim.lr_scheduler.CyclicLR` with `base_lr=start`, `max_lr=peak`. Its momentum runs against the rate:
     that is `start=max_momentum, peak=base_momentum`.
@@ -60,7 +60,7 @@ def cyclical(
         `num_steps` values.
 
     Raises:
-        TypeError: if a value that is to be a number is none.
+        TypeError: if an argument that must be a number is not one.
         ValueError: if a number is out of range, or `gamma` is given to a policy without one.
 
     References:
@@ -121,7 +121,7 @@ def one_cycle(
         `num_steps` values.
 
     Raises:
-        TypeError: if a value that is to be a number is none, or `three_phase` is neither True nor False.
+        TypeError: if an argument that must be a number is not one, or `three_phase` is neither True nor False.
         ValueError: if a number is out of range, or the horizon is too short for the phases.
 
     References:
@@ -173,7 +173,7 @@ def cosine(num_steps: int, *, start: float, end: float = 0.0, half_period: int |
         `num_steps` values.
 
     Raises:
-        TypeError: if a value that is to be a number is none.
+        TypeError: if an argument that must be a number is not one.
         ValueError: if a number is out of range.
 
     References:

@@ -132,7 +132,7 @@ def resolve_all(
     if isinstance(setting, Hyper):
         if setting.per_parameter:
             return {name: setting.value(hparams, name, index) for name in parameters}
-        # Once for all params: a transform is then one operation of the step, and its derivative one of the sweep back.
+        # Once for all params: a transform is then one operation of a step, and one of the reverse sweep.
         return dict.fromkeys(parameters, setting.value(hparams, "", index))
     if isinstance(setting, (float, int, Tensor)):
         return dict.fromkeys(parameters, setting)

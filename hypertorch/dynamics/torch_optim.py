@@ -31,7 +31,7 @@ from hypertorch.dynamics.torch_optim_options import (
 from hypertorch.types import TensorDict
 
 with warnings.catch_warnings():
-    # Python remarks on this library's source when it first compiles it.
+    # Python warns about the source of this library when it compiles it for the first time.
     warnings.simplefilter("ignore")
     import higher.optim
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch.argument_types import check_fields
+from hypertorch.checks import is_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Augmentation:
     contrast: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.crop_padding, bool) or not isinstance(self.crop_padding, int) or self.crop_padding < 0:
+        if not is_count(self.crop_padding, least=0):
             raise ValueError(
                 f"`crop_padding` is {self.crop_padding!r}: images are moved by whole pixels. Pass 0 or more; 4 is "
                 "usual for 32 x 32 pixels."

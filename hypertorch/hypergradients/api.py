@@ -42,7 +42,7 @@ def hypergradient(
 
     The derivative is made of those of the operations, PyTorch's and your own. A `torch.autograd.Function` with a wrong
     backward pass, or one that keeps an intermediate result on `ctx` without `save_for_backward` (whose second
-    derivative is then incomplete), looks like any other: `check_hypergradient` tells.
+    derivative is then incomplete), looks like any other: `check_hypergradient` finds it.
 
     Cost: that of the backend, for each slice of tasks in turn, plus one evaluation and one vjp of the context. The
     first problem of a kind (the same classes, functions, and modules in the same modes) is looked at for side effects
@@ -77,7 +77,7 @@ def hypergradient(
         check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
     grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
     figures = join_tasks([part.figures for part in parts], slices)
-    # One look at the end. A look at every inner step costs 7 % of a small one.
+    # Checked once, at the end. A check at every inner step costs 7 % of a small step.
     if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
         raise run.explain_non_finite(slices, grads, figures)
     carry = join_tasks([part.carry for part in parts], slices)
@@ -164,7 +164,7 @@ class _Run:
         None stands for an entry that no task has a path from. The sum is taken in pairs, beside which one slice's
         hypergradient is held.
         """
-        # First of all: what depends on more than its arguments has no right derivative, by any backend.
+        # First of all: a function that depends on more than its arguments has no right derivative, by any backend.
         examine(self._bound, self._hparams, slices[0], kind=self._kind, use=self._backend.takes)
         num_tasks = self._bound.problem.num_tasks
         # By weight: the last chunk may hold fewer tasks than the others.
@@ -197,7 +197,7 @@ class _Run:
         def own() -> tuple[Grads, Tensor]:
             found, outer_loss, own_parts = self.over(slices)
             grads = {name: value for name, value in found.items() if value is not None}
-            # Before the sum, in which nothing tells any more whose inner loop it was.
+            # Before the sum: after it, nothing tells whose inner loop it was.
             if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in own_parts)]):
                 raise self.explain_non_finite(slices, grads, join_tasks([part.figures for part in own_parts], slices))
             parts.extend(own_parts)
@@ -227,20 +227,20 @@ class _Run:
                 # What one task shows for all hyperparameters, the others need not.
                 if reached == self._hparams.keys():
                     break
-                # In little memory: who asks may have taken a backend that fits where a whole graph does not.
+                # In little memory: the user may have chosen a backend that fits where a whole graph does not.
                 grads, _, _ = self._slice(item, Reverse(checkpoint_every="sqrt"), 1.0)
                 reached |= {name for name, value in grads.items() if value is not None}
         return frozenset(reached)
 
     def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient, share: float) -> tuple[Grads, Tensor, _Part]:
         """Returns a slice's hypergradient and outer loss times its share of all tasks, and what else it gives."""
-        # Leaves of each slice, whose graphs go with it.
+        # New leaves for each slice, so that its graph is freed with it.
         leaves = tree.leaves_requiring_grad(self._hparams)
         with torch.enable_grad():
             context = self._bound.context(leaves, task_slice)
         loop = self._bound.loop(task_slice, context)
-        # Cut from its graph, so that the backend differentiates in the context's entries, however it goes, and the
-        # graph behind them is gone through once, below. What the context only passes on, data say, is no variable.
+        # Cut from its graph, so that any backend differentiates in the context's entries, and the graph behind them is
+        # traversed once, below. Entries that the context only passes on, such as data, are no variables.
         cut = {name: value.detach().requires_grad_(value.requires_grad) for name, value in context.items()}
         variables = {**leaves, **cut}
         result = backend.compute(loop, variables)
@@ -271,7 +271,7 @@ class _Run:
         self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict
     ) -> NonFiniteError:
         """Returns the error that names where NaN or infinity first appeared, found by running forward again."""
-        # A run that fails is run again to tell where; one that does not pays nothing for it.
+        # Only a run that fails is run again, to find the step: all others pay nothing.
         with self._bound.running(), torch.no_grad():
             constants = tree.detach(self._hparams)
             for item in slices:

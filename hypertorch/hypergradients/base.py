@@ -23,7 +23,7 @@ class BackendResult:
         grads: the derivative of the outer loss in each variable; None where there is no path to it.
         outer_loss: scalar, the mean over the loop's tasks.
         state: the last inner state.
-        figures: what the backend has to say about its own accuracy, each of shape `()` or `(tasks,)`.
+        figures: the backend's estimates of its own accuracy, each of shape `()` or `(tasks,)`.
         carry: what the backend itself must keep for the next outer step. Names that begin with `shared.` have no
             tasks axis; `params.`, `dynamics.` and `index` belong to the inner state.
     """
@@ -70,21 +70,21 @@ class Hypergradient(ABC):
 
 
 class PathBlind(Hypergradient):
-    """A marker: the backend answers zeros, not None, where a variable does not reach the outer loss (forward mode).
+    """A marker: the backend returns zeros, not None, where a variable does not reach the outer loss (forward mode).
 
     Where such a zero appears, the front door asks reverse mode, once for each problem, whether there is a path.
     """
 
 
 class RandomDirections(PathBlind):
-    """A marker: the backend answers noise where a variable does not reach the outer loss.
+    """A marker: the backend returns noise where a variable does not reach the outer loss.
 
     The front door asks reverse mode, once for each problem, which variables do.
     """
 
 
 class BlackBox(PathBlind):
-    """A marker: the backend sees values only, and answers noise where a variable does not change them.
+    """A marker: the backend sees values only, and returns noise where a variable does not change them.
 
     The front door moves every variable, once for each problem, to see which ones do.
     """
@@ -102,8 +102,8 @@ class HypergradientResult:
         params: the last params, with a leading tasks axis if the problem has tasks.
         stats: steps, vjps and stored states, counted; for one slice of tasks at a time.
         carry: what must survive to the next outer step; empty unless the problem is warm-started.
-        figures: what the backend says about its own accuracy (the residual of a linear solve, say), each of shape
-            `()` or `(tasks,)`; most backends say nothing.
+        figures: the backend's estimates of its own accuracy (such as the residual of a linear solve), each of shape
+            `()` or `(tasks,)`; most backends have none.
     """
 
     grads: TensorDict

@@ -15,6 +15,7 @@ from hypertorch import tree
 from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
@@ -78,7 +79,7 @@ class EvoGrad(Hypergradient):
 
     def __post_init__(self) -> None:
         check_fields(self, "sigma", "temperature")
-        if isinstance(self.num_copies, bool) or not isinstance(self.num_copies, int) or self.num_copies < 2:
+        if not is_count(self.num_copies, least=2):
             raise ValueError(
                 f"`num_copies` is {self.num_copies!r}: a single copy has all the weight whatever its loss, so that no "
                 "hyperparameter could change it. Pass a whole number of at least 2."
@@ -121,14 +122,14 @@ class EvoGrad(Hypergradient):
             for loss, cotangent in zip(losses, cotangents.unbind(-1), strict=True):
                 grads = accumulate(grads, loss.pull_back(cotangent))
         with torch.no_grad():
-            # Reported is what was trained; theta* is there to be differentiated.
+            # The outer loss of the trained params is reported; theta* serves the derivative alone.
             outer_loss = loop.outer(state.params, tree.detach(variables))
         return end.add_to(
             BackendResult(
                 grads=grads,
                 outer_loss=outer_loss,
                 state=state,
-                # All of them where they weigh alike, 1 where one has all the weight and the estimate vanishes.
+                # `num_copies` for equal weights, 1 where one copy has all the weight and the estimate vanishes.
                 figures={"effective_copies": 1.0 / weights.detach().square().sum(-1)},
             )
         )
@@ -154,7 +155,7 @@ class EvoGrad(Hypergradient):
         """Returns `sum_k w_k theta_k` for one param, computed as `theta + sigma sum_k w_k e_k`.
 
         The two are equal, as the weights sum to 1. But in the derivative in `w_k` the first has the whole of
-        `theta_k`, next to which the perturbations, all that matters, drown in rounding.
+        `theta_k`, and the rounding of that hides the perturbations, which alone matter.
         """
         weights = weights.to(value.dtype)
         if weights.dim() == 1:
@@ -204,7 +205,7 @@ def _copy_loss(inner_loss: InnerLoss, copy: TensorDict, variables: TensorDict) -
     with torch.enable_grad():
         loss = inner_loss(copy, variables)
     if loss.dim():
-        # Tasks have cotangents of their own, and share their hyperparameters: the graph waits for them.
+        # Each task has its own cotangent, and all share the hyperparameters: the graph is kept until those are known.
         return _CopyLoss(loss.detach(), lambda cotangent: vjp([loss], [cotangent], variables))
     # A single number has one derivative. Taken at once, it frees the graph before the next copy is run.
     slope = vjp([loss], [torch.ones_like(loss)], variables)

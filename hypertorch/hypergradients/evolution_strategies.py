@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.argument_types import check_fields
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, BlackBox
 from hypertorch.hypergradients.evolution.antithetic_pairs import Pair, pairs_to_carry, read_pairs
@@ -73,7 +74,7 @@ class EvolutionStrategies(BlackBox):
 
     def __post_init__(self) -> None:
         check_fields(self, "sigma", "persistent")
-        if isinstance(self.num_pairs, bool) or not isinstance(self.num_pairs, int) or self.num_pairs < 1:
+        if not is_count(self.num_pairs):
             raise ValueError(
                 f"`num_pairs` is {self.num_pairs!r}: without a perturbed run there is no difference to learn from. "
                 "Pass a whole number of at least 1."
@@ -90,7 +91,7 @@ class EvolutionStrategies(BlackBox):
                 f"`horizon` is {self.horizon!r}, but `persistent` is False: no run goes on after its outer step, so "
                 "none can be restarted. Pass `persistent=True`, or leave `horizon` out."
             )
-        if isinstance(self.horizon, bool) or not isinstance(self.horizon, int) or self.horizon < 1:
+        if not is_count(self.horizon):
             raise ValueError(
                 f"`horizon` is {self.horizon!r}: runs start afresh after so many inner steps. Pass a whole number of "
                 "at least 1, or None for runs that never do."
@@ -134,7 +135,7 @@ class EvolutionStrategies(BlackBox):
         self, loop: InnerLoop, values: TensorDict, perturbed: TensorDict, position: int, before: Pair | None
     ) -> tuple[Pair, Tensor]:
         """Returns a pair after its two runs, and `(f+ - f-) / (2 N sigma)`."""
-        # Of the run and the pair: all slices of tasks are perturbed alike.
+        # A function of the run and the pair: all slices of tasks are perturbed alike.
         generator = loop.generator(position)
         direction = {
             name: torch.randn(value.shape, generator=generator, dtype=value.dtype, device=value.device)
@@ -149,8 +150,8 @@ class EvolutionStrategies(BlackBox):
             loss, state = _run(loop, moved, start)
             losses.append(loss)
             states.append(state)
-        # All perturbations since the run began, whose effect its state still bears. The
-        # last one alone would give the biased estimate of a truncated run.
+        # The sum of all perturbations since the run began: the state depends on all of them. The last one alone would
+        # give the biased estimate of a truncated run.
         total = direction if before is None else tree.add(before.perturbations, direction)
         weight = (losses[0] - losses[1]) / (2.0 * self.num_pairs * self.sigma)
         return Pair(states=(states[0], states[1]), perturbations=total), weight

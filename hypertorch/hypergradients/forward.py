@@ -35,23 +35,23 @@ _COUNT = "shared.tangents"  # in a carry: how many tangents it holds
 
 @dataclass(frozen=True, kw_only=True)
 class Forward(PathBlind):
-    """The exact hypergradient by forward mode: tangents of all hyperparameters pushed through every inner step.
+    """The exact hypergradient by forward mode: tangents of all hyperparameters are carried through every inner step.
 
     With `Z_t = ds_t/dhparams`, one column for every scalar entry of the hyperparameters and of the context:
 
         Z_0 = dPhi_0/dhparams,   Z_t = dPhi_t/ds Z_{t-1} + dPhi_t/dhparams,   df/dhparams = dE/ds Z_T + dE/dhparams
 
     Its memory does not grow with `num_steps`, and after any step the hypergradient up to there can be read: for few
-    hyperparameters and long runs. The columns of a chunk are pushed together, by `torch.func.vmap` of
+    hyperparameters and long runs. The columns of a chunk are carried together, by `torch.func.vmap` of
     `torch.func.jvp`; one at a time (`chunk_size=1`, or a single entry) they are dual numbers over plain autograd,
     which asks less of a model.
 
     PyTorch's forward mode is silently wrong for some operations. Before a route serves a kind of problem (the same
     classes, sizes and dtypes), the initial state and one step are therefore compared with reverse over reverse. Where
-    a route is wrong, or PyTorch does not serve it, the other one is taken, and the log says so once. Where both fail,
-    the problem is refused. What goes wrong at some values only is not looked for again.
+    a route is wrong, or PyTorch does not support it, the other one is taken, and the log says so once. Where both fail,
+    the problem is refused. An error that appears at some values only is not searched for again.
 
-    `start`, `advance` and `read` are `compute` in three parts, for a run that is read as it goes.
+    `start`, `advance` and `read` are `compute` in three parts, for a run whose hypergradient is read between steps.
 
     Cost: with `P` scalar entries, `num_steps` steps for each of the `P / chunk_size` chunks, `P num_steps` jvps, and
     one vjp of the outer loss per chunk. Memory: `1 + chunk_size` states, as many directions in the hyperparameters,
@@ -89,7 +89,7 @@ class Forward(PathBlind):
         carries: list[TensorDict] = []
         first: BackendResult | None = None
         replays = Replays(inner_eps=loop.inner_eps)
-        # Asked before the chunks, so that all of them are pushed alike.
+        # Chosen before the chunks, so that all of them take the same route.
         route = self._route(loop, variables)
         for entries in self._chunks(loop.share(_num_entries(variables))):
             part = self._chunk(loop, variables, entries, route)
@@ -244,7 +244,7 @@ def _carry(run: ForwardState, has_tasks_axis: bool) -> TensorDict:
     }
     if has_tasks_axis:
         held = {name: value.movedim(0, 1) for name, value in held.items()}
-    # Counted apart: no entry of the state may have moved, and then nothing else tells how many tangents there are.
+    # Stored apart: where no entry of the state has a tangent, nothing else holds the number of tangents.
     return {**held, _COUNT: torch.tensor(len(run.derivative))}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.checks import is_count
 from hypertorch.hypergradients.base import BackendResult, RandomDirections
 from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route
 from hypertorch.hypergradients.forward_mode.tangents import (
@@ -65,7 +66,7 @@ class ForwardGradient(RandomDirections):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
+        if not is_count(self.num_samples):
             raise ValueError(
                 f"`num_samples` is {self.num_samples!r}: without a direction there is no estimate. Pass a whole number "
                 "of at least 1."

@@ -35,7 +35,7 @@ _SCALE = "stationarity"  # starts the names of what the next outer step of a war
 
 @dataclass(frozen=True, kw_only=True)
 class Implicit(Hypergradient):
-    """The hypergradient at the inner solution by the implicit function theorem, with the run that led there forgotten.
+    """The hypergradient at the inner solution by the implicit function theorem; the run that led there plays no role.
 
     The inner solution `s` is the root of an equation `F(s, hparams) = 0`. With `q` from one linear system,
 
@@ -89,7 +89,7 @@ class Implicit(Hypergradient):
     def __post_init__(self) -> None:
         check_fields(self, "residual_tolerance", "stationarity_tolerance")
         if self.solver is None:
-            # Past the guard of a frozen class: the default depends on `map`.
+            # This sets a field of a frozen class: the default depends on `map`.
             object.__setattr__(self, "solver", FixedPoint() if self.map == "step" else ConjugateGradient())
         if not isinstance(self.solver, LinearSolver):
             raise TypeError(
@@ -185,7 +185,7 @@ class Implicit(Hypergradient):
         return _Equation(values, leaves, frozenset(unknowns))
 
     def _warn(self, figures: TensorDict, iterations: int) -> None:
-        # One digit: Python shows the same text once, and an outer loop comes here at every step.
+        # One digit: Python shows a warning of the same text once, and an outer loop comes here at every step.
         residual = _above(figures["linear_residual"], self.residual_tolerance)
         if residual is not None:
             why = (
@@ -242,7 +242,7 @@ def _gradient(loop: InnerLoop, params: TensorDict, variables: TensorDict, state:
 
 
 def _unused(loop: InnerLoop, params: TensorDict, variables: TensorDict, state: InnerState) -> set[str]:
-    """Returns the params that the inner loss does not use: a step leaves them where they are, wherever that is."""
+    """Returns the params that the inner loss does not use: no equation determines them."""
     value = loop.map_loss(state)(params, variables)
     loop.record.add_step(None)
     found = vjp([value], [torch.ones_like(value)], params)
@@ -292,8 +292,8 @@ def _solve(
 def _support(loop: InnerLoop, equation: _Equation, cotangents: dict[str, Tensor | None]) -> list[str]:
     """Returns the names of the unknowns that reach the outer loss, directly or through the equation of others.
 
-    The entries of `q` elsewhere are exact zeros. Left out, they leave None and not a zero behind them, as reverse mode
-    does, so that a hyperparameter that does nothing is noticed.
+    The entries of `q` elsewhere are exact zeros. They are left out, so that a hyperparameter without effect gets None,
+    as in reverse mode, and is noticed.
 
     Cost: nothing where the outer loss reads all of the state; else a vjp for every step of the way through it.
     """
@@ -309,7 +309,7 @@ def _support(loop: InnerLoop, equation: _Equation, cotangents: dict[str, Tensor 
         found = reached
         values = [equation.values[name] for name in found]
         loop.record.add_vjps(1, graph_steps=1)
-        # Zeros for cotangents: not the values are asked for, but which paths there are.
+        # The cotangents are zeros: the question is which paths there are, not what their values are.
         paths = vjp(values, [torch.zeros_like(value) for value in values], equation.state, retain_graph=True)
         reached = found | ({name for name, value in paths.items() if value is not None} & equation.unknowns)
     return [name for name in equation.state if name in reached]

@@ -30,8 +30,8 @@ class OneStep(Hypergradient):
         df/dhparams ~ dE/dhparams + dE/ds_T dPhi_T/dhparams   at constant s_{T-1}
 
     For gradient descent the second term is `- lr dE/dw d2L/(dw dhparams)`: the implicit hypergradient with the identity
-    in place of the inverse Hessian, times the step size. It is the number of `Truncated(window=1)`, but for a run of
-    one step, whose initialisation is constant here too: a hyperparameter that acts on the initialisation alone is
+    in place of the inverse Hessian, times the step size. It equals `Truncated(window=1)`, except for a run of one
+    step, whose initialisation is constant here too: a hyperparameter that acts on the initialisation alone is
     refused at any `num_steps`.
 
     With `finite_difference`, the second derivative is replaced by two first ones (as in DARTS). With `g = dL/dw` the
@@ -91,7 +91,7 @@ class OneStep(Hypergradient):
 def _finite_difference(loop: InnerLoop, variables: TensorDict, segment: Segment, epsilon: float) -> BackendResult:
     start, step = segment.departure, segment.start
     with torch.enable_grad():
-        # The gradient enters as leaves: one vjp gives what goes past it, and its own cotangent.
+        # The gradient enters as leaves: one vjp gives the part that does not pass through it, and its cotangent.
         state, loss = loop.transition(start, variables, step, route="leaf")
         loop.record.add_step(step, loss.value)
         term = loop.term(state, variables, step)
@@ -139,7 +139,7 @@ def _mixed_derivative(
     params = loop.trained(segment.departure.params)
     # One for each task: a task with a large cotangent would take the digits of the others.
     length = tree.norm(cotangent, tasks_axis=loop.has_tasks_axis)
-    # Where no cotangent arrives the difference counts for nothing; the bound only keeps 0 / 0 out.
+    # Where no cotangent arrives, the difference has no weight; the bound only prevents 0 / 0.
     distance = epsilon / length.clamp(min=torch.finfo(length.dtype).tiny)
 
     def loss_at(distance: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Reverse(Hypergradient):
     is taken that fits: the whole graph, else states kept every `k` steps with the largest `k` that fits, else Revolve
     with as many states as fit. The budget is for what the backend holds beside the problem's own data,
     the hyperparameters and a context; bytes asked for are counted, not what an allocator makes of them, so leave it a
-    tenth. The choice depends on shapes only, those of the second step, which the others must share; `explain` and
+    tenth free. The choice depends on shapes only, those of the second step, which the others must share; `explain` and
     `plan_memory` tell it in advance. It is a plan for reverse over reverse: not with another `derivative`.
 
     With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
@@ -68,12 +68,12 @@ class Reverse(Hypergradient):
 
     `derivative` says how the inner gradient is differentiated. By "reverse", reverse over reverse. By "mixed", forward
     over reverse: the Hessian product and the cross derivative of a step are the gradient in params and hyperparameters,
-    moved along one direction, which keeps no graph of a backward pass. Without compilation that is worth a quarter of
-    a step's memory or nothing, as the model's operations have it. Every state is kept unless a setting says less. By
-    "auto", whichever a measurement on the first step of a problem of these sizes favours. Before mixed mode serves a
-    kind of problem, a step is differentiated both ways and compared: where an operation has no forward derivative, or
-    PyTorch has a wrong one (of determinants and linear solves, for example), "auto" takes reverse over reverse and
-    "mixed" raises. They agree up to rounding.
+    moved along one direction, which keeps no graph of a backward pass. Without compilation this saves up to a quarter
+    of a step's memory, or nothing: that depends on the model's operations. Every state is kept unless a setting says
+    less. By "auto", the one that a measurement on the first step of a problem of these sizes favours. Before mixed mode
+    serves a kind of problem, a step is differentiated both ways and compared: where an operation has no forward
+    derivative, or PyTorch has a wrong one (of determinants and linear solves, for example), "auto" takes reverse over
+    reverse and "mixed" raises. They agree up to rounding.
     Steps of problems with buffers, and compiled ones that draw noise, always go by reverse over reverse.
 
     Cost, with `T = num_steps`, in steps beside `T` vjps, and in memory:
@@ -225,7 +225,7 @@ def _compiled_steps(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Step
 def _without_missing_paths(
     loop: InnerLoop, variables: TensorDict, result: BackendResult, kept: Checkpointing
 ) -> BackendResult:
-    """Returns the result with None for zero where there is no path, of which forward mode knows nothing.
+    """Returns the result with None for a zero where there is no path: forward mode cannot tell the two apart.
 
     Cost: nothing, unless a derivative is exactly zero: then a run by reverse over reverse, in as little memory and not
     counted, the first time that the question comes up for this kind of problem.

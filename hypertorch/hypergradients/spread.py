@@ -1,4 +1,4 @@
-"""A hypergradient that several processes compute together: each its share, and the sum of all on every one."""
+"""A hypergradient that several processes compute together: each computes a share, and all get the sum."""
 
 from __future__ import annotations
 

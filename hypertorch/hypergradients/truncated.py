@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from hypertorch.checks import is_count
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph, graph_vjp
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
@@ -15,7 +16,7 @@ from hypertorch.types import TensorDict
 
 @dataclass(frozen=True, kw_only=True)
 class Truncated(Hypergradient):
-    """The hypergradient by reverse mode through the last `window` inner steps (K-RMD), biased by what is before.
+    """The hypergradient by reverse mode through the last `window` inner steps (K-RMD); it is biased.
 
     With `T = num_steps`, `K = window` and `s_{T-K}` held constant:
 
@@ -44,7 +45,7 @@ class Truncated(Hypergradient):
     window: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+        if not is_count(self.window):
             raise ValueError(
                 f"`window` is {self.window!r}: without a step in it nothing that happens in the inner loop has a "
                 "derivative. Pass a whole number of steps, at least 1."

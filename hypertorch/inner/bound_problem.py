@@ -81,7 +81,8 @@ class BoundProblem:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Surrounds a run: differentiable attention, and torch's generators left as they were found."""
-        # The fused kernels of attention have no second derivative; the generators are the user's, and are only lent.
+        # The fused kernels of attention have no second derivative. The generators belong to the user: a run puts their
+        # state back.
         with second_order(), preserved_generators(self.device):
             yield
 

@@ -66,4 +66,4 @@ class Execution:
 
 
 DEFAULT = Execution()
-"""What is meant where no execution is given."""
+"""The execution that is used where none is given."""

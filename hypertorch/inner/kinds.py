@@ -1,4 +1,4 @@
-"""What problems have in common that run the same code, whatever their tensors hold."""
+"""The kind of a problem: equal for problems that run the same operations, whatever their tensors hold."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def kind_of(problem: BilevelProblem) -> Hashable:
     """Returns what is the same for problems that run the same operations, as far as their attributes tell.
 
     Namely words, numbers and switches, functions with what they are closed over, parts of modules with their modes and
-    switches, short containers and objects with what they hold, and the classes of everything else. A number chooses
-    operations as a word does (`if self.variant == 2`), so one that counts the calls makes a new kind of every call,
-    which is slow, not wrong. Numbers in a list are left out: a list is noted down in. No tensor is held.
+    switches, short containers and objects with what they hold, and the classes of everything else. A number can
+    choose operations as a word does (`if self.variant == 2`). An attribute that counts the calls therefore makes every
+    call a new kind, which is slow but not wrong. Numbers in a list are left out, because problems append figures to
+    lists. No tensor is held.
 
     Cost: some microseconds for each attribute, and about three for every part of a module.
     """
@@ -43,7 +44,7 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
 
 # The depth bounds the walk: objects may refer to each other in a circle.
 def _mark(value: object, depth: int = 4) -> Hashable:
-    # Most of what is met, first: a net has hundreds of marks, and they are made at every hypergradient.
+    # The most frequent cases first: a net has hundreds of marks, and they are made at every hypergradient.
     if isinstance(value, (bool, int, float)) and not isinstance(value, Enum):
         return type(value), value  # 1, 1.0 and True are equal, and choose other branches
     if value is None or isinstance(value, (str, Enum, torch.dtype, type, MethodDescriptorType)):
@@ -75,14 +76,14 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if isinstance(value, tuple):
         return type(value), tuple([_mark(inside, depth - 1) for inside in value])
     if isinstance(value, list):
-        # Which, not how many, and no numbers: a list that something is noted down in makes no other problem.
+        # The set of entries, without their count and without numbers: a list that grows makes no new kind.
         telling = (inside for inside in value if not isinstance(inside, (int, float, torch.Tensor)))
         return list, frozenset(_mark(inside, depth - 1) for inside in telling)
     return type(value), tuple((name, _mark(inside, min(depth - 1, 1))) for name, inside in _attributes(value))
 
 
 def _switches(part: nn.Module, depth: int) -> Hashable:
-    """Returns what the attributes of a part of a module tell, its parameters, buffers and own parts apart."""
+    """Returns the marks of a module's own attributes, without its parameters, buffers and submodules."""
     return tuple([(name, _mark(value, depth)) for name, value in vars(part).items() if not name.startswith("_")])
 
 

@@ -205,7 +205,7 @@ class InnerLoop:
     ) -> tuple[InnerState, InnerLoss]:
         """Returns the state after a step, and the inner loss that was stepped along; nothing is counted.
 
-        For a step inside a transform of `torch.func` or a compiled function, of which the caller counts the run.
+        For a step inside a transform of `torch.func` or a compiled function: there the caller counts the step.
         """
         problem, index = self.problem, self.first_index + step
         names = problem.inner.buffers
@@ -216,8 +216,8 @@ class InnerLoop:
             buffers,
             self.draw(index),
             route,
-            # The first state is the problem's own. A compiled step is one program for all, the first among them: asked
-            # first, so that no program depends on the step.
+            # Not at the first step: its params are the problem's own tensors. Compilation is asked about first, because
+            # a compiled step is one program for all steps and must not depend on the step.
             separate_params=not torch.compiler.is_compiling() and step > 0 and problem.dynamics.separate_params,
         )
         # Seeded after the data is drawn: what `InnerProblem.batch` takes
@@ -328,7 +328,7 @@ class InnerLoop:
         return {
             **tree.with_prefix("params", state.params),
             **tree.with_prefix("dynamics", state.dynamics),
-            # A tensor as all of a carry is, so that checkpoints hold it.
+            # A tensor, like everything in a carry: checkpoints hold tensors.
             "index": torch.tensor(self.first_index + self.num_steps),
         }
 

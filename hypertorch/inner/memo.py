@@ -1,8 +1,8 @@
-"""What was found out about problems, so that it is found out once for all of a kind.
+"""What was found out about problems, kept so that it is found out once for each kind.
 
-Choices that were measured, comparisons that were passed, faults that were found, and compiled programs are kept for the
-life of the process, at most `MOST_ENTRIES` of them: those that were not asked for the longest are dropped, and found
-out again if need be. None of them is a number of a result. No entry holds a tensor or a problem.
+Entries are measured choices, passed comparisons, faults and compiled programs. They are kept for the life of the
+process, at most `MOST_ENTRIES` of them: the entry that was unused for the longest time is dropped first, and found out
+again when it is needed. No entry is a number of a result, and none holds a tensor or a problem.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ T = TypeVar("T")
 MOST_ENTRIES = 4096
 """Most entries of all topics together."""
 
-# None is an answer too, that nothing is wrong: what is not known needs a mark of its own.
+# None is an answer too (nothing is wrong), so an unknown entry needs another mark.
 _MISSING: Any = object()
-# From the one that was not asked for the longest to the last one.
+# In the order of use: the entry that was unused for the longest time comes first.
 _entries: dict[tuple[str, Hashable], Any] = {}
 
 
 def recall(topic: str, key: Hashable, find_out: Callable[[], T]) -> T:
-    """Returns what is known; the first time what `find_out` returns. Nothing is kept of what raises.
+    """Returns what is known; the first time, it calls `find_out` and keeps the answer. An error is not kept.
 
     Args:
         topic: what kind of knowledge it is.
@@ -81,7 +81,7 @@ class Same:
     __slots__ = ("_hash", "_references")
 
     def __init__(self, *objects: object) -> None:
-        # Kept: the entry is found and dropped by it after the objects are gone.
+        # Kept, because the memo finds and drops the entry by its hash after the objects are gone.
         self._hash = hash(tuple(map(id, objects)))
         self._references = tuple(weakref.ref(thing) for thing in objects)
 

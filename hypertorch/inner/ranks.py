@@ -1,4 +1,4 @@
-"""The processes of one run, of which each computes a share: started by `torchrun`, tied by `torch.distributed`."""
+"""The processes of one run, of which each computes a share: started by `torchrun`, connected by `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -171,8 +171,8 @@ def join_ranks(*, device: str | torch.device = "cpu", timeout: float = 600.0) ->
         with ht.join_ranks() as ranks:
             loop = ht.OuterLoop(source, ..., execution=ht.Execution(ranks=ranks))
 
-    A process group that was made before is taken as it is. Else one is made, by gloo for tensors on the host and NCCL
-    for those on GPUs, and taken apart when the block ends. On GPUs each process computes on the one of its local rank.
+    A process group that exists already is used as it is. Otherwise one is made (gloo for tensors on the host, NCCL for
+    tensors on GPUs) and destroyed when the block ends. On GPUs each process computes on the GPU of its local rank.
 
     Args:
         device: where the run computes.
@@ -220,12 +220,12 @@ def join_ranks(*, device: str | torch.device = "cpu", timeout: float = 600.0) ->
             "See that each of them was started, and reaches MASTER_ADDR."
         ) from error
     yield _joined()
-    # Not after an error: the others may wait for this process, which only its end tells them of.
+    # Not after an error: the others may be waiting for this process, and only its end tells them.
     dist.destroy_process_group()
 
 
 def arguments(hparams: TensorMapping, outer_step: int) -> Tensor:
-    """Returns what tells whether two processes were called alike: one number for each outer variable, and the step."""
+    """Returns the step and a number for each outer variable: equal on two processes that were called alike."""
     # A sum of bits, not of numbers: any change of one entry changes it.
     sums = [value.detach().contiguous().view(-1).view(_BITS[value.element_size()]).sum() for value in hparams.values()]
     return torch.stack([torch.tensor(outer_step, device=sums[0].device), *sums])
@@ -239,7 +239,7 @@ def check_same_arguments(found: list[Tensor], names: list[str]) -> None:
         if differing:
             what = "`outer_step`" if not differing[0] else f"`hparams[{differing[0]!r}]`"
             raise ValueError(
-                f"{what} of process {rank} is not that of process 0: what they compute together would be of no "
+                f"{what} of process {rank} is not that of process 0: together they would differentiate no single "
                 "problem. Give every process the same arguments; `ht.OuterLoop` starts them alike."
             )
 
@@ -273,7 +273,7 @@ def _described(error: Exception | None) -> _Described | None:
 
 
 def _rebuilt(error: _Described) -> Exception:
-    # Not by its constructor, whose arguments are its class's own affair.
+    # Not by its constructor: only the class knows the arguments of that.
     kind, arguments, attributes = error
     found = kind.__new__(kind, *arguments)
     found.args = arguments
@@ -282,7 +282,7 @@ def _rebuilt(error: _Described) -> Exception:
 
 
 def _attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Returns what a function returns, or what it raises of what the other processes must learn."""
+    """Returns the result of a function, or the error that the other processes must raise too."""
     try:
         return compute(), None
     except (HypertorchError, RuntimeError) as error:
@@ -298,7 +298,7 @@ def _on_host(value: T) -> T:
 
 def _packed(tensors: TensorMapping, size: int) -> Tensor:
     """Returns the bytes of tensors, one after the other."""
-    # On an accelerator if one is: there its processes are tied.
+    # On an accelerator if any tensor is there: its processes communicate there.
     devices = {value.device for value in tensors.values()}
     buffer = torch.zeros(size, dtype=torch.uint8, device=max(devices, key=lambda device: device.type != "cpu"))
     start = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class Cost:
-    """What a run took, in counts, which no clock can blur.
+    """The cost of a run in counts, which do not depend on the machine.
 
     Attributes:
         steps: inner steps evaluated, those that were run again among them.
@@ -70,7 +70,7 @@ class Record:
             self.track(tracked_buffers)
 
     def track(self, buffers: Iterable[str]) -> None:
-        """Takes down that these buffers were computed with a derivative."""
+        """Notes the names of buffers that a step computed with a derivative."""
         self.tracked_buffers |= frozenset(buffers)
 
     def add_vjps(self, steps: int, *, graph_steps: int) -> None:
@@ -85,7 +85,7 @@ class Record:
         self.hold(1 + tangents)
 
     def hold(self, states: int) -> None:
-        """Takes down how many inner states are held at once."""
+        """Notes how many inner states are held at once."""
         self.cost.stored_states = max(self.cost.stored_states, states)
 
     def add(self, other: Record) -> None:

@@ -11,7 +11,7 @@ S = TypeVar("S")
 def scan(advance: Callable[[S, int], S], state: S, steps: range, visit: Callable[[S, int], object] | None = None) -> S:
     """Returns the state after some steps, `s_t = advance(s_{t-1}, t)`.
 
-    What a state is, is up to the caller: an inner state, one with tangents, one in integers, one with a sum.
+    The caller chooses the kind of state: an inner state, one with tangents, one in integers, or one with a sum.
 
     Cost: what `advance` and `visit` cost for each step; nothing is kept.
 

@@ -159,7 +159,7 @@ _ERRORS = (RuntimeError, IndexError, ValueError)
 def _explained(
     error: Exception, together: Callable[[], object], alone: Callable[[], object]
 ) -> NotVectorisableError | None:
-    """Returns what an error of vectorised tasks means; None if it is the problem's own.
+    """Returns the error to raise where vectorised tasks failed; None if the problem itself is at fault.
 
     Args:
         error: what vectorised tasks raised.
@@ -218,9 +218,9 @@ class _FailureWatch(TorchFunctionMode):
 
 _MEASURED_TASKS = 4
 _REPEATS = 5  # the fastest of each counts: on a busy machine single times are several times too long
-# What the vectorised route wins on a few tasks by less than this, it may lose on many, whose memory outgrows caches.
+# A gain below this on a few tasks may become a loss on many tasks, whose memory outgrows the caches.
 _CLEARLY = 2.0
-# It must win by this at least: it holds the memory of all tasks at once.
+# The least gain that makes the vectorised route worth the memory of all tasks at once.
 _WORTH_ITS_MEMORY = 1.2
 _REPEATS_OF_ALL = 2
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+from hypertorch.checks import is_count
+
 
 def check_count(owner: str, name: str, value: int) -> None:
     """Raises `ValueError` unless a setting counts something, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise ValueError(
             f"`{name}` of `{owner}` is {value!r}: without one there is no solution but zero. Pass a whole number, at "
             "least 1."

@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any
 
 from hypertorch.argument_types import check_type
-from hypertorch.checks import checked_path
+from hypertorch.checks import checked_path, is_count
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.encoding import decode, encode
 from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tensor_file
@@ -109,7 +109,7 @@ class Checkpoints:
         check_type("Checkpoints", "directory", self.directory, str | Path, MISSING)
         object.__setattr__(self, "directory", checked_path("directory", self.directory))
         for name, value, purpose in (("every", self.every, "written"), ("keep", self.keep, "kept")):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(
                     f"`{name}` of `Checkpoints` is {value!r}: no checkpoint would be {purpose}. Pass a whole number of "
                     "at least 1, or leave `checkpoints` out for a run without them."

@@ -63,7 +63,7 @@ def evaluate(
             f"`num_episodes` is {num_episodes!r}: there is no mean over no episodes. Pass a whole number of at least "
             "1, and 600 or more for a narrow interval."
         )
-    if isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0:
+    if not is_count(first_step, least=0):
         raise ValueError(
             f"`first_step` is {first_step!r}: steps of a source count from 0. Pass a whole number of at least 0."
         )

@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 
 from hypertorch.autodiff.noise import preserved_generators
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
 from hypertorch.outer.constraining import match_constraints, project_in_place
@@ -84,7 +85,7 @@ class RealTime(OuterSettings):
                 "through all updates, so there is one problem. Pass a `BilevelProblem`; a source of several needs an "
                 "`OuterLoop`."
             )
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        if not is_count(self.every):
             raise ValueError(
                 f"`every` is {self.every!r}: it counts inner steps between two updates. Pass a whole number of at "
                 "least 1."
@@ -120,7 +121,7 @@ class RealTime(OuterSettings):
             IncompatibleBackendError: if PyTorch has no right forward derivative of an operation.
             HypertorchError: whatever else `OuterLoop.run` raises.
         """
-        if isinstance(num_inner_steps, bool) or not isinstance(num_inner_steps, int) or num_inner_steps < 1:
+        if not is_count(num_inner_steps):
             raise ValueError(
                 f"`num_inner_steps` is {num_inner_steps!r}: it counts steps of the inner run. Pass a whole number of "
                 "at least 1."

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hypertorch.argument_types import check_fields
+from hypertorch.checks import is_count
 from hypertorch.constraints import Constraint
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints
@@ -96,5 +97,5 @@ def check_kind(argument: str, value: object, kind: type, example: str) -> None:
 
 def check_count(argument: str, value: object, meaning: str) -> None:
     """Raises a `ValueError` unless a value is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise ValueError(f"`{argument}` is {value!r}: it counts {meaning}. Pass a whole number of at least 1.")

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from hypertorch.argument_types import check_fields
+from hypertorch.checks import is_count
 from hypertorch.outer.loggers import Logger
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -42,7 +43,7 @@ class Snapshots:
 
     def __post_init__(self) -> None:
         check_fields(self, "tensors", "pictures")
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        if not is_count(self.every):
             raise ValueError(
                 f"`every` is {self.every!r}: it counts outer steps between two snapshots. Pass a whole number of at "
                 "least 1."

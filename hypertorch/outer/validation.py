@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hypertorch.argument_types import check_fields
+from hypertorch.checks import is_count
 from hypertorch.outer.report import Report
 from hypertorch.problem import ProblemSource
 
@@ -43,7 +44,7 @@ class Validation:
                 "problems to validate on. Pass `learner.on(episodes)` or a `BilevelProblem`."
             )
         for name, value in (("every", self.every), ("num_episodes", self.num_episodes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(
                     f"`{name}` of `Validation` is {value!r}: nothing would be validated. Pass a whole number of at "
                     "least 1, or leave `validation` out."

@@ -40,6 +40,7 @@ def next_point(model: GradientGP, *, seed: int, box: tuple[Tensor, Tensor] | Non
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randn((_NEAR, dimension), generator=generator, dtype=torch.float64)
     widths = 10.0 ** torch.linspace(*_WIDTHS, _NEAR, dtype=torch.float64).unsqueeze(1)
+    # The expected improvement may have a narrow peak beside the best point, which draws over the whole cube miss.
     near = (points[means.argmin()] + widths * steps).clamp(low, high)
     starts = torch.cat([_best(acquisition, draws), _best(acquisition, near)])
     found, _ = optimize_acqf(

@@ -59,6 +59,7 @@ def fit_gradient_gp(observations: Observations, kernel: Kernel, *, max_iteration
         return loss, variables.grad.numpy()
 
     found = []
+    # Two optima are common: short length scales with little noise, and long ones with more.
     for share, value_noise, gradient_noise in _STARTS:
         first = [math.log(share * math.sqrt(dimension))] * dimension + [
             0.0,
@@ -103,6 +104,7 @@ def negative_log_posterior(logarithms: Tensor, observations: Observations, targe
         residuals = targets.clone()
         residuals[: len(observations)] -= constant_mean(factor, targets, len(observations))
         weights = torch.cholesky_solve(residuals.unsqueeze(1), factor)
+        # The determinant of K is the square of the factor's, which takes the place of the 1/2.
         evidence = 0.5 * (residuals @ weights.squeeze(1)) + factor.diagonal().log().sum()
         slope = 0.5 * (torch.cholesky_inverse(factor) - weights @ weights.mT)
     # Not through the factorisation: its derivative in closed form costs a third.

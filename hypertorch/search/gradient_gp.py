@@ -132,6 +132,7 @@ class GradientGP(Model):
         batch, dimension = X.shape[:-1], X.shape[-1]
         flat = X.reshape(-1, dimension)
         lengthscales, variance = self.fitted.lengthscales, self.fitted.variance
+        # Values alone are predicted, so there is no place of a gradient among the rows.
         nowhere = flat[:0]
         cross = variance * joint_covariance(self.kernel, lengthscales, (flat, nowhere), self.observations.places)
         mean = (self.mean + cross @ self._weights).reshape(batch)
@@ -184,5 +185,6 @@ def constant_mean(factor: Tensor, targets: Tensor, num_values: int) -> Tensor:
 
 def _of_values(targets: Tensor, num_values: int) -> Tensor:
     ones = torch.zeros_like(targets)
+    # The gradient of a constant mean is 0.
     ones[:num_values] = 1.0
     return ones

@@ -42,6 +42,7 @@ def left_out_log_densities(model: GradientGP) -> Tensor:
         gradients = count + torch.arange(len(own) * dimension).reshape(-1, dimension)
         rows = torch.cat([own, gradients], dim=1)
         blocks = torch.linalg.inv(precision[rows.unsqueeze(2), rows.unsqueeze(1)])
+        # The first row of a block is that of the value; the gradient that is left out with it is not judged.
         errors[known] = (blocks[:, 0] * weights[rows]).sum(dim=1)
         variances[known] = blocks[:, 0, 0]
     return -0.5 * (errors.square() / variances + variances.log() + math.log(2.0 * math.pi))

@@ -38,6 +38,7 @@ def greedy_portfolio(losses: Tensor, count: int) -> list[int]:
     reached = losses.new_full((len(losses), 1), torch.inf)
     for _ in range(count):
         means = torch.minimum(losses, reached).mean(dim=0)
+        # A chosen one lowers nothing any more, and would be taken again where no other does.
         means[chosen] = torch.inf
         chosen.append(int(means.argmin()))
         reached = torch.minimum(reached, losses[:, chosen[-1:]])

@@ -46,6 +46,7 @@ class Process:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        # No moment: this process said that it ended.
         self._write(0.0)
 
     def is_alive(self, name: str) -> bool:

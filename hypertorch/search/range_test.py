@@ -224,6 +224,7 @@ def _fitted(rates: Tensor, losses: Tensor, half_window: int, scale: Scale) -> tu
             "losses come before it. Pass a smaller `min_lr`.",
             figures,
         )
+    # Rates grow by a factor, so that steps are equal in their logarithm.
     places, values = rates[:count].log(), losses[:count]
     values = values.log() if scale == "log" else values
     heights, slopes = _lines(places, values, half_window)
@@ -248,6 +249,7 @@ def _standard_errors(residuals: Tensor, half_window: int) -> Tensor:
     """
     weights = _weights(torch.arange(-half_window, half_window + 1), half_window)
     variances = residuals.square().cumsum(dim=0) / torch.arange(1, len(residuals) + 1)
+    # The first ones are means over too few residuals.
     variances[: 2 * half_window] = variances[2 * half_window]
     return variances.sqrt() * weights.square().sum().sqrt() / weights.sum()
 

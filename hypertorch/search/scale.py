@@ -77,6 +77,7 @@ class Scale:
 
     def to_unit(self, points: Tensor) -> Tensor:
         """Returns points of the box in the unit cube, shape `(..., dimension)`."""
+        # Clamped, because both branches are computed: an axis without a logarithm may hold 0 or less.
         own = torch.where(self._log, points.clamp(min=torch.finfo(torch.float64).tiny).log(), points)
         return (own - self._low) / (self._high - self._low)
 

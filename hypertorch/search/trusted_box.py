@@ -25,10 +25,12 @@ def trusted_length(values: Tensor, first: float, dimension: int) -> float:
     """
     length, successes, failures, best = first, 0, 0, float("inf")
     for value in values.tolist():
+        # False for NaN: a failed evaluation is not better.
         is_better = value < best - _GAIN * (abs(best) if best < float("inf") else 0.0)
         successes, failures = (successes + 1, 0) if is_better else (0, failures + 1)
         best = value if is_better else best
         if successes == _SUCCESSES:
+            # A box of length 2 covers the cube from every point of it.
             length, successes = min(2.0 * length, 2.0), 0
         elif failures == max(_LEAST_FAILURES, dimension):
             length, failures = length / 2.0, 0

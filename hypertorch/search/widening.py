@@ -86,7 +86,9 @@ def widen(
             )
     generator = torch.Generator().manual_seed(seed)
     source = torch.cat([torch.arange(old), torch.randint(old, (num_units - old,), generator=generator)])
+    # No share is near 0: each copy is read, and learns.
     drawn = 0.5 + torch.rand(num_units, generator=generator, dtype=torch.float64)
+    # The shares of the copies of one unit sum to 1, so that the next layer reads what it read before.
     shares = drawn / torch.zeros(old, dtype=torch.float64).index_add(0, source, drawn)[source]
     wider = dict(params)
     for name in (f"{layer}.weight", f"{layer}.bias", *copied):
@@ -99,6 +101,7 @@ def widen(
                 f"`{name}.weight` has shape {tuple(reader.shape)}, whose second axis does not hold the {old} units of "
                 f"`{layer}`, each equally often: it does not read them alone. Name the layer that does."
             )
+        # A channel that is flattened is read at several positions, which lie side by side.
         positions = reader.shape[1] // old
         by_unit = reader.reshape(reader.shape[0], old, positions, *reader.shape[2:])
         factors = shares.to(reader).reshape(-1, *[1] * (by_unit.dim() - 2))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -15,6 +18,13 @@ TINY = ("debug=fewshot", "outer_loop.progress=false", "backbone.hidden=4")
 SINUSOID = ("experiment=sinusoid", "debug=fewshot", "outer_loop.progress=false")
 
 Command = Callable[..., tuple[int, str]]
+
+
+def results_of(command: Command, folder: Path, *words: str) -> dict[str, Any]:
+    """Returns the results of a run in a folder, which must end well."""
+    code, error = command(*words, "outer_loop.progress=false", f"paths.run_dir={folder}")
+    assert code == 0, error
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:

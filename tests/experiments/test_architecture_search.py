@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments.architecture_search import ArchitectureSearch, MixedNet, rank_correlation
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.mlp import MLP
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal
 
 TINY = (
@@ -30,11 +24,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> ArchitectureSearch:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, ArchitectureSearch)
-    return experiment
+    return built(ArchitectureSearch, *TINY, "dtype=float64", *overrides)
 
 
 def test_a_mixture_is_the_weighted_sum() -> None:
@@ -88,12 +78,11 @@ def test_choices_that_are_none_are_refused() -> None:
 
 def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        *TINY, "outer_loop.progress=false", "outer_loop.num_outer_steps=3", "validation.every=3",
-        "validation.num_episodes=1", "evaluation.num_episodes=1", f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        *TINY, "outer_loop.num_outer_steps=3", "validation.every=3",
+        "validation.num_episodes=1", "evaluation.num_episodes=1",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert {"tanh alone", "relu alone", "equal mixture"} <= set(results["baselines"])
     assert -1.0 <= results["metrics"]["test"]["rank_correlation"]["mean"] <= 1.0
     assert (folder / "choice.png").stat().st_size > 5000
@@ -102,9 +91,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_the_choice_ranks_operations_as_they_rank_alone(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=architecture_search", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=architecture_search")
     assert results["metrics"]["test"]["rank_correlation"]["mean"] >= 0.8
     alone = [own["test"]["accuracy"]["mean"] for name, own in results["baselines"].items() if name.endswith("alone")]
     assert results["metrics"]["test"]["accuracy"]["mean"] >= max(alone) - 0.01

@@ -10,19 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments.black_box_optimizer import BlackBoxOptimizer, Curve, table
 from experiments.common.black_boxes import GaussianProcess, Varied, branin, hartmann3
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
 from experiments.common.optuna_search import SamplerName, search
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -34,11 +29,7 @@ F64 = torch.zeros((), dtype=torch.float64)
 
 
 def tiny(*overrides: str) -> BlackBoxOptimizer:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, BlackBoxOptimizer)
-    return experiment
+    return built(BlackBoxOptimizer, *TINY, "dtype=float64", *overrides)
 
 
 @pytest.mark.parametrize("dimension", [1, 3])

@@ -7,20 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
 from experiments.common.transformed_learner import TransformedLearner, episodes_at, with_transformations
-from experiments.common.typed_settings import parse
 from experiments.cross_domain import CrossDomain, EpisodeTraining, OtherEpisodes
 from hypertorch.fewshot import Conv4, EpisodeSampler, ImageClasses, ProtoNet
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 WAY = 3
@@ -97,12 +92,7 @@ def test_the_hypergradient_is_right() -> None:
 
 
 def small_experiment(*overrides: str) -> CrossDomain:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", ["experiment=cross_domain", "experiment.every=4", *overrides])
-        found = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(found, CrossDomain)
-    return found
+    return built(CrossDomain, "experiment=cross_domain", "experiment.every=4", *overrides)
 
 
 def test_no_step_trains_on_what_it_is_judged_on_or_what_is_held_out() -> None:

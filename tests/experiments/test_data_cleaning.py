@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digits import digit_splits
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.data_cleaning import DataCleaning, f1, with_wrong_labels
+from tests.experiments.built import built
 from tests.experiments.commands import runner
 
 TINY = (
@@ -34,12 +29,7 @@ SIGMOID = ("experiment.weights=sigmoid", "experiment.mean_bound=null")
 
 
 def experiment(*overrides: str) -> DataCleaning:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    found = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(found, DataCleaning)
-    return found
+    return built(DataCleaning, *TINY, "dtype=float64", *overrides)
 
 
 def inner_data(problem: ht.ProblemSource) -> tuple[Any, ...]:

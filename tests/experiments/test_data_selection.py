@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.data_selection import KINDS, DataSelection
 from hypertorch.types import TensorDict
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -31,11 +26,7 @@ SCORER = ("experiment=data_selection_scorer", *TINY, "experiment.sizes.new_pool=
 
 
 def tiny(*words: str) -> DataSelection:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*words, "dtype=float64"])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, DataSelection)
-    return experiment
+    return built(DataSelection, *words, "dtype=float64")
 
 
 def scattered(source: ht.ProblemSource) -> TensorDict:

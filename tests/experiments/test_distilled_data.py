@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.distilled_data import DistilledData
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 
 TINY = (
     "experiment=distilled_data", "experiment.sizes.train=60", "experiment.sizes.validation=20",
@@ -27,11 +21,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> DistilledData:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, DistilledData)
-    return experiment
+    return built(DistilledData, *TINY, "dtype=float64", *overrides)
 
 
 def first_weights(problem: ht.BilevelProblem) -> torch.Tensor:
@@ -116,9 +106,7 @@ def test_a_small_run_draws_its_images(command: Command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ten_learnt_images_teach_more_than_ten_real_ones(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=distilled_data", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=distilled_data")
     figures = {name: judged["test"]["accuracy"]["mean"] for name, judged in results["baselines"].items()}
     assert results["metrics"]["test"]["accuracy"]["mean"] > 0.93
     assert figures["real images"] < figures["class means"] < 0.92

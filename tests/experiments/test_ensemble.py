@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.ensemble import Ensemble, ambiguity, cross_entropy, frequent, greedy, mixed
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal
 
 TINY = (
@@ -28,11 +22,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> Ensemble:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, Ensemble)
-    return experiment
+    return built(Ensemble, *TINY, "dtype=float64", *overrides)
 
 
 def some_answers() -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,12 +119,10 @@ def test_what_does_not_fit_is_refused(word: str, message: str) -> None:
 
 def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        *TINY, "outer_loop.progress=false", "outer_loop.num_outer_steps=3", "validation.every=3",
-        f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        *TINY, "outer_loop.num_outer_steps=3", "validation.every=3",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert set(results["baselines"]) == {
         "best net alone", "all alike", "greedy", "greedy, diversity and frequency",
     }  # fmt: skip
@@ -145,9 +133,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_learnt_weights_are_better_than_one_net_and_than_all_alike(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=ensemble", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=ensemble")
     loss = {name: own["test"]["outer_loss"]["mean"] for name, own in results["baselines"].items()}
     learnt = results["metrics"]["test"]
     assert learnt["outer_loss"]["mean"] < min(loss["best net alone"], loss["all alike"])

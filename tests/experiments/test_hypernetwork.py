@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digits import Images
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.hypernetwork import Hypernetwork, losses, penalised, with_wrong_labels
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal
 
 TINY = (
@@ -29,11 +23,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> Hypernetwork:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, Hypernetwork)
-    return experiment
+    return built(Hypernetwork, *TINY, "dtype=float64", *overrides)
 
 
 def some_images() -> Images:
@@ -96,12 +86,11 @@ def test_what_does_not_fit_is_refused(word: str, message: str) -> None:
 
 def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        *TINY, "experiment.anew_steps=20", "outer_loop.progress=false", "outer_loop.num_outer_steps=3",
-        "validation.every=3", f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        *TINY, "experiment.anew_steps=20", "outer_loop.num_outer_steps=3",
+        "validation.every=3",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert set(results["baselines"]) == {"trained anew", "best of a grid, trained anew"}
     assert 0.0 <= results["metrics"]["test"]["mean_gap"]["mean"] <= results["metrics"]["test"]["greatest_gap"]["mean"]
     assert (folder / "best_response.png").stat().st_size > 5000
@@ -110,9 +99,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_answers_are_within_five_percent_of_training_anew(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=hypernetwork", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=hypernetwork")
     assert results["metrics"]["validation"]["greatest_gap"]["mean"] < 0.05
     # The strength that is learnt through the answers is as good as the best of a grid.
     anew, best = (results["baselines"][name]["validation"]["outer_loss"]["mean"] for name in results["baselines"])

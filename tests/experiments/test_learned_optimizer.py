@@ -17,6 +17,7 @@ from experiments.common.failures import ExpectedFailure
 from experiments.common.settings import TrainSettings
 from experiments.common.typed_settings import parse
 from experiments.learned_optimizer import LearnedOptimizer
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -28,11 +29,7 @@ EXACT = ht.hypergradients.Reverse()
 
 
 def tiny(*overrides: str, dtype: str = "float64") -> LearnedOptimizer:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, f"dtype={dtype}", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, LearnedOptimizer)
-    return experiment
+    return built(LearnedOptimizer, *TINY, f"dtype={dtype}", *overrides)
 
 
 @pytest.mark.parametrize("rule", [(), ("dynamics=learned_update",)], ids=["mlp", "lstm"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 import hypertorch as ht
 from experiments.common.failures import ExpectedFailure
 from experiments.learned_width import ElasticNets, NetTraining, PricedNets, pooled
-from tests.experiments.commands import Command
+from tests.experiments.commands import Command, results_of
 
 LIKE = torch.zeros((), dtype=torch.float64)
 SURE = 50.0
@@ -137,9 +136,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
         "evaluation.num_episodes=1",
     )  # fmt: skip
     folder = tmp_path / "run"
-    code, error = command(*small, "outer_loop.num_outer_steps=3", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, *small, "outer_loop.num_outer_steps=3")
     assert results["baselines"]["0.25 of the units, dense"]["test at price 0.01"]["units"]["mean"] == 26.0
     assert (
         results["baselines"]["0.25 of the units, dense without blocks"]["test at price 0.01"]["units"]["mean"] == 10.0
@@ -152,9 +149,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_units_fall_with_their_price(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=learned_width", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=learned_width")
     judged = [figures for split, figures in results["metrics"].items() if split.startswith("test at price")]
     units = [figures["units"]["mean"] for figures in judged]
     # The net without a price is only moved by its loss, which hardly tells sizes apart.

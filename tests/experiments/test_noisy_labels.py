@@ -8,20 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digits import digit_splits
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.noisy_labels import NoisyLabels, weights_of, with_flipped_labels
 from hypertorch.types import TensorDict
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 
 TINY = (
     "experiment=noisy_labels",
@@ -40,12 +35,7 @@ TINY = (
 
 
 def experiment(*overrides: str) -> NoisyLabels:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    found = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(found, NoisyLabels)
-    return found
+    return built(NoisyLabels, *TINY, "dtype=float64", *overrides)
 
 
 def learnt(problem: ht.BilevelProblem) -> TensorDict:
@@ -183,9 +173,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("choice", [(), ("hypergradient=evo_grad", "experiment.net=conv")])
 def test_the_command_leaves_figures_and_a_picture(choice: tuple[str, ...], command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(*TINY, *choice, f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, *TINY, *choice)
     assert set(results["baselines"]) == {
         "equal weights, true labels", "equal weights, best step", "clean images alone, best step",
     }  # fmt: skip
@@ -202,9 +190,7 @@ def test_the_command_leaves_figures_and_a_picture(choice: tuple[str, ...], comma
 @pytest.mark.slow
 def test_the_weight_net_finds_the_flipped_labels_of_embedded_digits(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=noisy_labels", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=noisy_labels")
     accuracy = {name: judged["test"]["accuracy"]["mean"] for name, judged in results["baselines"].items()}
     found = results["metrics"]["test"]["accuracy"]["mean"]
     assert found > 0.87

@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.pixel_penalty import PixelPenalty
 from hypertorch.types import TensorDict
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -28,11 +23,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> PixelPenalty:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, PixelPenalty)
-    return experiment
+    return built(PixelPenalty, *TINY, "dtype=float64", *overrides)
 
 
 def scattered(problem: ht.ProblemSource) -> TensorDict:

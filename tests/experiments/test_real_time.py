@@ -8,19 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.real_time import RealTime, neighbour_map
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 
 TINY = (
     "experiment=real_time", "experiment.sizes.unlabelled=200", "experiment.sizes.validation=30", "experiment.hidden=4",
@@ -29,11 +24,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> RealTime:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, RealTime)
-    return experiment
+    return built(RealTime, *TINY, "dtype=float64", *overrides)
 
 
 def as_in_the_command(experiment: RealTime, num_updates: int) -> ht.Trained:
@@ -129,8 +120,6 @@ def test_a_small_run_draws_its_course(command: Command, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_learning_beats_the_bad_start(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=real_time", "outer_loop.progress=false", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=real_time")
     plain = results["baselines"]["not learnt"]["test"]["accuracy"]["mean"]
     assert results["metrics"]["test"]["accuracy"]["mean"] > plain + 0.025

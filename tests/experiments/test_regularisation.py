@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.regularisation import Regularisation
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -31,11 +26,7 @@ LAYERS = ("layer1", "layer2")
 
 
 def tiny(*overrides: str) -> Regularisation:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, Regularisation)
-    return experiment
+    return built(Regularisation, *TINY, "dtype=float64", *overrides)
 
 
 def test_starts_are_random_wide_and_from_the_seed() -> None:

@@ -13,7 +13,7 @@ import hypertorch as ht
 from experiments.common.labelled_images import CleanImages
 from experiments.common.mlp import MLP
 from experiments.rotation import RotatedTraining, angle, rotate
-from tests.experiments.commands import Command
+from tests.experiments.commands import Command, results_of
 
 SGD = ht.dynamics.SGD
 
@@ -66,12 +66,11 @@ def test_the_hypergradient_is_right(backend: ht.Hypergradient) -> None:
 
 def test_a_small_run_turns_the_angle_the_right_way(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        "experiment=rotation", "outer_loop.progress=false", "experiment.sizes.train=300", "experiment.final_steps=30",
-        "outer_loop.num_outer_steps=5", f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        "experiment=rotation", "experiment.sizes.train=300", "experiment.final_steps=30",
+        "outer_loop.num_outer_steps=5",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert results["metrics"]["test"]["angle"]["mean"] > 2.0
     assert results["baselines"]["no rotation"]["test"]["angle"]["mean"] == 0.0
     assert results["baselines"]["true angle"]["test"]["angle"]["mean"] == 30.0

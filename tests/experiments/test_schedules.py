@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.schedules import Schedules
 from hypertorch.dynamics import schedules
 from hypertorch.types import TensorDict
+from tests.experiments.built import built
 from tests.experiments.commands import Command
 
 TINY = (
@@ -30,11 +25,7 @@ TENSORS = [f"layer{layer}.{part}" for layer in (1, 2) for part in ("weight", "bi
 
 
 def tiny(*overrides: str) -> Schedules:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, Schedules)
-    return experiment
+    return built(Schedules, *TINY, "dtype=float64", *overrides)
 
 
 def scattered(first: TensorDict) -> TensorDict:

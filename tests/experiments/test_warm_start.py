@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.nn import functional as F
 
-import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
 from experiments.common.digit_sets import (
     NUM_CLASSES,
     Configurations,
@@ -22,12 +18,10 @@ from experiments.common.digit_sets import (
     validation_losses,
 )
 from experiments.common.digits import Images
-from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
 from experiments.warm_start import WarmStart, correlation, mean_regrets, meta_features
-from tests.experiments.commands import Command
+from tests.experiments.built import built
+from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal
 
 TINY = (
@@ -38,11 +32,7 @@ TINY = (
 
 
 def tiny(*overrides: str) -> WarmStart:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
-    experiment = build_experiment(config, parse(TrainSettings, config))
-    assert isinstance(experiment, WarmStart)
-    return experiment
+    return built(WarmStart, *TINY, "dtype=float64", *overrides)
 
 
 def pool() -> Images:
@@ -197,12 +187,10 @@ def test_what_does_not_fit_is_refused(word: str, message: str) -> None:
 
 def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        *TINY, "outer_loop.progress=false", "outer_loop.num_outer_steps=3", "validation.every=3",
-        f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        *TINY, "outer_loop.num_outer_steps=3", "validation.every=3",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert set(results["metrics"]["test"]) >= {"correlation", "regret_1", "regret_3", "regret_5"}
     assert set(results["baselines"]) == {
         "hand-made features", "greedy portfolio", "best on average", "random", "true distance",
@@ -213,9 +201,7 @@ def test_a_small_run_leaves_figures_and_a_picture(command: Command, tmp_path: Pa
 @pytest.mark.slow
 def test_the_learnt_distance_halves_the_first_regret(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command("experiment=warm_start", "outer_loop.progress=false", "threads=1", f"paths.run_dir={folder}")
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
+    results = results_of(command, folder, "experiment=warm_start", "threads=1")
     learnt = {name: figure["mean"] for name, figure in results["metrics"]["test"].items()}
     first = {name: splits["test"]["regret_1"]["mean"] for name, splits in results["baselines"].items()}
     assert learnt["correlation"] > 0.8

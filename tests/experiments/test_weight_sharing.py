@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import hypertorch as ht
 from experiments.common.alphabets import Alphabets, load_alphabets
 from experiments.common.failures import ExpectedFailure
 from experiments.weight_sharing import AlphabetTraining, HeldOutDrawings, MixedNets, labelled
-from tests.experiments.commands import Command
+from tests.experiments.commands import Command, results_of
 from tests.helpers.data import real_data
 
 
@@ -121,12 +120,11 @@ def test_labels_are_the_characters() -> None:
 
 def test_the_command_leaves_figures_and_a_picture(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, error = command(
-        "experiment=weight_sharing", "outer_loop.progress=false", "outer_loop.num_outer_steps=2", "validation.every=1",
-        "experiment.num_characters=3", "experiment.num_steps=10", f"paths.run_dir={folder}",
+    results = results_of(
+        command, folder,
+        "experiment=weight_sharing", "outer_loop.num_outer_steps=2", "validation.every=1",
+        "experiment.num_characters=3", "experiment.num_steps=10",
     )  # fmt: skip
-    assert code == 0, error
-    results = json.loads((folder / "results.json").read_text())
     assert set(results["baselines"]) >= {"separate", "lowest layer tied"}
     assert (folder / "mixing.png").stat().st_size > 0
     code, error = command("experiment=weight_sharing", "experiment.num_test=0", f"paths.run_dir={tmp_path / 'none'}")

@@ -450,5 +450,5 @@ def test_data_that_change_later_are_noticed_between_chunks() -> None:
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 1.5, True])
 def test_settings_are_validated(chunk_size: object) -> None:
-    with pytest.raises(ValueError, match="`chunk_size` is .*entries are pushed .* at least 1. Pass a whole number"):
+    with pytest.raises(ValueError, match="`chunk_size` is .*number of entries .* whole number of at least 1"):
         Forward(chunk_size=chunk_size)  # type: ignore[arg-type]

@@ -248,7 +248,7 @@ def test_data_that_change_are_noticed() -> None:
         ({"num_samples": 0}, "`num_samples` is 0: without a direction .* at least 1"),
         ({"num_samples": True}, "`num_samples` is True"),
         ({"distribution": "uniform"}, "`distribution` is 'uniform': .*Use 'normal' or 'rademacher'"),
-        ({"chunk_size": 0}, "`chunk_size` is 0: so many directions are pushed .* at least 1"),
+        ({"chunk_size": 0}, "`chunk_size` is 0: it is the number of directions .* whole number of at least 1"),
     ],
 )
 def test_settings_are_validated(settings: dict, message: str) -> None:

@@ -38,8 +38,8 @@ class ExactState:
         largest: for every param, the largest magnitude that was seen in it, its buffers, or what was added to either,
             a scalar on the device; NaN if there was one.
 
-    The attributes hold blocks: params that the rule treats alike side by side, under the name of the first. Entries of
-    the same name as those of the problem come and go by the methods.
+    The attributes hold blocks: params that the rule treats alike side by side, under the name of the first. The methods
+    take and return entries under the names of the problem.
 
     Args:
         params: the params before the first step.
@@ -181,7 +181,7 @@ class ReversibleDynamics(GradientDynamics):
             hparams: the outer variables.
             indices: of the steps.
             batch_dims: leading axes of all params that are kept where params are held side by side: 1 with a tasks
-                axis, else 0. None holds every param on its own, so that what is said of a block is said of a param.
+                axis, else 0. None holds every param by itself, so that a message about a block names one param.
         """
 
 

@@ -48,7 +48,7 @@ def largest(values: Tensor) -> Tensor:
     """Returns the largest magnitude of numbers, or of integers in units of `2^-52`, float64; NaN if one is."""
     if values.is_floating_point():
         return values.abs().amax().double()
-    # The magnitude of the least integer is none.
+    # Not by `abs`: the least int64 has no positive counterpart.
     least, greatest = values.amin().double(), values.amax().double()
     return torch.maximum(-least, greatest) / _UNITS
 

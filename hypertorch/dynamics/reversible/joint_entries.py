@@ -11,7 +11,7 @@ from hypertorch.types import TensorDict, TensorMapping
 
 
 class JointEntries:
-    """Which entries are held in one tensor, and how to come and go between the two forms.
+    """Which entries are held in one tensor, and the conversion between the two forms.
 
     Args:
         blocks: names of entries, by the name of the block that holds them; a block of one entry is that entry.

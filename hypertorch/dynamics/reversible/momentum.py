@@ -98,7 +98,7 @@ class ReversibleMomentum(ReversibleDynamics):
         batch_dims: int | None = None,
     ) -> ExactState:
         """Returns params and velocities in integers; those with the same settings side by side, if asked for."""
-        # Elementwise, a rule does not see where one param ends: those of equal settings can be one tensor.
+        # The rule acts elementwise, so params with equal settings can be one tensor.
         keys = {name: None if batch_dims is None else self._settings_of(name, params, hparams) for name in params}
         blocks = blocks_of(keys)
         joint = JointEntries(blocks, params, batch_dims or 0)
@@ -118,7 +118,7 @@ class ReversibleMomentum(ReversibleDynamics):
             factor = exact.factors.at(name, index)
             # By the factor's own value, in double precision: the step back must compute the very same bits.
             kick = (1.0 - factor.value) * grads[name].double()
-            # Before the gradient is taken off: the way back adds it first and divides then.
+            # Before the gradient is subtracted: the step back adds the gradient first and divides after that.
             exact.multiply(f"velocity.{name}", factor)
             velocity = exact.buffers[f"velocity.{name}"].sub_(encode(kick))
             # Of the new velocity, which is still there when the step back begins.

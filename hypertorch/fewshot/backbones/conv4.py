@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
+from hypertorch.fewshot.backbones.output_layers import output_layers
 from hypertorch.nn.batch_norm import BatchNorm, Statistics
-from hypertorch.nn.feature_norm import FeatureNorm
 
 Downsample: TypeAlias = Literal["max_pool", "stride"]
 
@@ -85,12 +85,9 @@ class Conv4(nn.Module):
         self.blocks = nn.Sequential(
             *(_block(channels[i], channels[i + 1], downsample, statistics) for i in range(4)), nn.Flatten()
         )
-        self.feature_norm = (
-            nn.Identity()
-            if feature_length is None
-            else FeatureNorm(self.num_features, length=feature_length, statistics=statistics)
+        self.feature_norm, self.classifier = output_layers(
+            self.num_features, way=way, feature_length=feature_length, statistics=statistics
         )
-        self.classifier = nn.Identity() if way is None else nn.Linear(self.num_features, way)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns features, or logits if there is a classifier."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hypertorch.argument_types import typed
 from hypertorch.checks import is_count
+from hypertorch.fewshot.backbones.output_layers import output_layers
 from hypertorch.nn.batch_norm import BatchNorm, Statistics
-from hypertorch.nn.feature_norm import FeatureNorm
 
 
 class ResNet12(nn.Module):
@@ -61,12 +61,9 @@ class ResNet12(nn.Module):
         self.in_channels = in_channels
         self.num_features = channels[-1]
         self.blocks = nn.Sequential(*(_Block(first, last, statistics) for first, last in pairwise(widths)))
-        self.feature_norm = (
-            nn.Identity()
-            if feature_length is None
-            else FeatureNorm(self.num_features, length=feature_length, statistics=statistics)
+        self.feature_norm, self.classifier = output_layers(
+            self.num_features, way=way, feature_length=feature_length, statistics=statistics
         )
-        self.classifier = nn.Identity() if way is None else nn.Linear(self.num_features, way)
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns features, or logits if there is a classifier."""

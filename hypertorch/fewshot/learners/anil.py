@@ -31,7 +31,7 @@ class ANIL(HeadLearner):
         num_steps: inner steps (unit: steps).
         learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one", "step", "parameter" or
             "step,parameter".
-        objective: loss and figures of support and query; classification by default.
+        objective: loss and metrics of support and query; classification by default.
         normalise: centre and scale features by the support set.
 
     Raises:

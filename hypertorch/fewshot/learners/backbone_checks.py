@@ -36,8 +36,8 @@ def fit_and_predict(network: nn.Module) -> tuple[FunctionalModule, FunctionalMod
                 "it over. For statistics of the episode use `hypertorch.fewshot.BatchNorm(features, "
                 "statistics='running')`, which keeps the derivative, or `track_running_stats=False`."
             )
-    # A copy for each mode: the mode is state of a module, and none is to be switched while a step runs. The user's own
-    # module is left as it is.
+    # One copy for each mode: the mode is state of a module, and must not be switched while a step runs. The user's own
+    # module stays as it is.
     fit, predict = copy_module(network).train(), copy_module(network).eval()
     for own in (fit, predict):
         for name in frozen:
@@ -85,7 +85,7 @@ def feature_count(backbone: nn.Module) -> int:
     Raises:
         ValueError: if it does not say.
     """
-    # Asked, not tried: a trial needs inputs, whose shape nobody has said yet.
+    # Read, not tried: a trial needs inputs, and their shape is not known yet.
     count = getattr(backbone, "num_features", None)
     if isinstance(count, int):
         return count

@@ -96,7 +96,7 @@ class Learner(ABC):
         check = EpisodeCheck(self, episodes.num_tasks)
         batch = episodes.at(0)
         check(batch, 0)
-        # Made for its errors: what cannot be a problem is said here, and not at the first outer step.
+        # Made for its errors: they are raised here, and not at the first outer step.
         self.problem(batch, episodes.num_tasks)
         return LearnerOnEpisodes(self, episodes, check)
 

@@ -64,7 +64,7 @@ def _solved(hparams: TensorDict, context: TensorDict) -> TensorDict:  # noqa: AR
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _NoStep(Dynamics):
-    """Stands where a problem names its inner optimiser."""
+    """The inner optimiser of a problem without an inner step."""
 
     owner: str
 

@@ -44,7 +44,7 @@ class _Kind(NamedTuple):
 
 
 class EpisodeCheck:
-    """Sees that batches of episodes are what a learner was built for, so that a later one of another kind is named.
+    """Checks that batches of episodes are what a learner was built for, and names a later batch that is not.
 
     An adaptation is tried for every kind of episode, once; labels are looked at in every batch.
 
@@ -127,7 +127,7 @@ def _fit(learner: _Adapting, batch: Episode, where: str) -> int | None:
         check_examples(query, "query")
         outputs = learner.adapt(learner.init_hparams(), support)(query.inputs)
     except (TypeError, ValueError) as error:
-        # Of the first batch as it is; of a later one with its outer step in front, which nothing else would say.
+        # An error of the first batch as it is; of a later batch with its outer step, which nothing else names.
         if where == "`episodes`":
             raise
         raise type(error)(f"{where}: {error}") from error
@@ -157,7 +157,7 @@ def _check_classes(batch: Episode, way: int, where: str, *, needs_every_class: b
         figures.append(shown.all().to(support.dtype))
     first, last, query_first, query_last, *complete = torch.stack(figures).tolist()
     lowest, highest = min(first, query_first), max(last, query_last)
-    # Below 0 as well: cross-entropy leaves a label of -100 out of its mean without a word.
+    # Below 0 as well: cross-entropy silently leaves a label of -100 out of its mean.
     if lowest < 0 or highest != way - 1:
         raise ValueError(
             f"{where} have labels {lowest} to {highest}, but the learner has {way} outputs, for labels 0 to {way - 1}: "

@@ -136,7 +136,7 @@ class FeatureLearner(Learner):
             both = self._fit(weights, torch.cat([support, query]))
             support_features, query_features = both[: len(support)], both[len(support) :]
         if self._normalise:
-            # Of the support alone, whatever the rule of the norm layers: no query moves another by this.
+            # By the support alone, whatever the norm layers do: no query changes the features of another through this.
             centre, spread = mean_and_spread(support_features)
             support_features, query_features = (support_features - centre) / spread, (query_features - centre) / spread
         return support_features, query_features
@@ -167,7 +167,7 @@ class FeatureLearner(Learner):
 
     def _outputs(self, hparams: TensorDict, support: Examples, inputs: Tensor) -> Tensor:
         """Returns the outputs of a head fitted to a support set, shape `(batch, outputs)`."""
-        # Fills the place of labels, of the right shape and type; fitting and features read none of queries.
+        # Placeholders of the right shape and type: neither fitting nor features read the labels of queries.
         unlabelled = support.targets[:1].expand(len(inputs), *support.targets.shape[1:])
         episode = Episode(support, Examples(inputs, unlabelled))
         # The head is fitted with these inputs in the episode: under episode statistics they move the support's
@@ -189,7 +189,7 @@ class FeatureLearner(Learner):
 
 
 @dataclass(frozen=True, eq=False)
-# A class, not a closure, which pickle does not take.
+# A class, because pickle takes no closure.
 class _Fitted:
     """A learner with one support set; can be copied and pickled, as far as the backbone can."""
 

@@ -90,7 +90,7 @@ class HeadLearner(FeatureLearner):
         """Returns the bilevel problem of a batch of episodes."""
         inner = (
             _SupportFeatures(learner=self, objective=self._objective)
-            # Without a step the support set's loss is minimised by nobody: a backend that solves for its minimum would
+            # Without a step nothing minimises the loss of the support set: a backend that solves for its minimum would
             # be silently wrong.
             if self._num_steps
             else GivenHead(owner=type(self).__name__, head=self._first)

@@ -33,7 +33,7 @@ class HyperRepresentation(HeadLearner):
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
         learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one" or "step".
-        objective: loss and figures of support and query; classification by default.
+        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if `way` is below 1, or `learn_lr` does not fit.

@@ -30,7 +30,7 @@ class IMAML(NetworkLearner):
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps); enough to come near the minimum.
         proximity: strength of the proximal term, above 0 (the paper's lambda).
-        objective: loss and figures of support and query; classification by default.
+        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if `proximity` is not above 0, or the network has nothing to train.

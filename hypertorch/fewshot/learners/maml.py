@@ -22,7 +22,7 @@ class MAML(NetworkLearner):
         num_steps: inner steps (unit: steps).
         learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one", "step", "parameter" or
             "step,parameter".
-        objective: loss and figures of support and query; classification by default.
+        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if `learn_lr` does not fit the dynamics, or the network has nothing to train.

@@ -24,7 +24,7 @@ class MetaSGD(NetworkLearner):
         network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser; its step size is where all step sizes start.
         num_steps: inner steps (unit: steps); 1 in the paper.
-        objective: loss and figures of support and query; classification by default.
+        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if the dynamics has no step size to learn, or the network has nothing to train.

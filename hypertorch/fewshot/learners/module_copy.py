@@ -25,7 +25,7 @@ def copy_module(module: _Module) -> _Module:
     try:
         return copy.deepcopy(module)
     except _ERRORS:
-        # `deepcopy` takes what its memo holds for copied already, and so shares it.
+        # `deepcopy` treats everything in its memo as copied already, and shares it.
         return copy.deepcopy(module, {id(value): value for value in _uncopyable(module, set())})
 
 

@@ -129,7 +129,7 @@ class NetworkLearner(Learner):
         """
         check_examples(support, "support")
         check_dtype(support.inputs, "support", hparams)
-        # The support set stands where queries do: only the inner loop is run, which reads none.
+        # The support set takes the place of the queries: only the inner loop is run, and it reads none.
         problem = self.problem(Episode(support, support), None)
         with integers_explained(support.inputs, "support"):
             # Cross-entropy would stop at such a label on the host with PyTorch's words, and on a GPU with an assertion
@@ -237,7 +237,7 @@ class SupportProblem(InnerProblem):
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> tuple[Tensor, TensorDict]:
         """Returns the loss of the examples, and the new buffers."""
-        # Returned and not stored: in the module, tasks and repeated steps would overwrite each other's.
+        # Returned and not stored: in the module, tasks and repeated steps would overwrite each other's buffers.
         outputs, new_buffers = self.network.with_buffers(params, batch.inputs)
         return self.objective.loss(outputs, batch.targets), new_buffers
 

@@ -63,7 +63,7 @@ class Classification(Objective):
             ValueError: if there is not one row of logits per label.
             TypeError: if the labels are of another type than int64.
         """
-        # Written out in both methods: an inner step pays for no call.
+        # Written out in both methods: a helper would cost a call at every inner step.
         if outputs.dim() != 2 or targets.shape != outputs.shape[:1] or targets.dtype != torch.int64:
             raise _no_labels(outputs, targets)
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)

@@ -40,7 +40,7 @@ class Reptile(NetworkLearner):
         dynamics: the inner optimiser; the paper's is Adam without its first momentum.
         num_steps: inner steps (unit: steps); at least 2, as one step gives joint training.
         batch_size: examples of an inner step at most (unit: examples), at least 1; None for the whole support set.
-        objective: loss and figures of support and query; classification by default.
+        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         TypeError: if `batch_size` is no integer.

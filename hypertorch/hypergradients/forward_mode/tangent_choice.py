@@ -49,7 +49,7 @@ def serving_route(loop: InnerLoop, variables: TensorDict, asked: TangentRoute) -
     # Dual numbers ask less of PyTorch: what they lack says more.
     reason, advice = faults[False]
     raise IncompatibleBackendError(
-        f"`{asked.backend}` cannot serve this problem, with tangents pushed together or one by one: {reason}. "
+        f"`{asked.backend}` cannot serve this problem, with tangents carried together or one by one: {reason}. "
         f"{advice or 'Use reverse mode, for example `Reverse()`.'}"
     )
 

@@ -1,4 +1,4 @@
-"""Forward mode through the inner loop: tangents that are pushed along with the inner state, step by step."""
+"""Forward mode through the inner loop: tangents that are carried along with the inner state, step by step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.missing_derivatives import forward_mode
 from hypertorch.autodiff.products import jvps, vjp
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
@@ -28,7 +29,7 @@ class ForwardState:
         directions: of shape `(directions, *variable)`; only for those variables that they move.
         outer_loss: the terms of the outer loss up to here, a scalar.
         derivative: their derivative along each direction, of shape `(directions,)`.
-        route: how the tangents are pushed.
+        route: how the tangents are carried through a step.
     """
 
     state: InnerState
@@ -41,7 +42,7 @@ class ForwardState:
 
 @dataclass(frozen=True, kw_only=True)
 class TangentRoute:
-    """How tangents are pushed through a step: all of a chunk at once by `torch.func`, or one by one on dual numbers.
+    """How tangents are carried through a step: all of a chunk at once by `torch.func`, or one by one on dual numbers.
 
     Attributes:
         backend: name of the backend, for messages.
@@ -146,10 +147,10 @@ def check_chunk_size(chunk_size: int | None, what: str) -> None:
     """Raises `ValueError` if a chunk would hold nothing."""
     if chunk_size is None:
         return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if not is_count(chunk_size):
         raise ValueError(
-            f"`chunk_size` is {chunk_size!r}: so many {what} are pushed through the inner loop together, at least 1. "
-            "Pass a whole number, or None for all of them."
+            f"`chunk_size` is {chunk_size!r}: it is the number of {what} that are carried through the inner loop "
+            "together. Pass a whole number of at least 1, or None for all of them."
         )
 
 
@@ -158,7 +159,7 @@ def check_real(variables: TensorDict) -> None:
     for name, value in variables.items():
         if value.is_complex():
             raise IncompatibleBackendError(
-                f"the context's `{name}` has dtype {value.dtype}: tangents are pushed along real directions only. "
+                f"the context's `{name}` has dtype {value.dtype}: tangents are taken along real directions only. "
                 "Return its real and imaginary parts (`torch.view_as_real`), or use reverse mode, for example "
                 "`Reverse()`."
             )

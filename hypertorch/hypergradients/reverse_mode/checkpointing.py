@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hypertorch.autodiff.live_memory import parse_bytes
+from hypertorch.checks import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_loop
 from hypertorch.hypergradients.reverse_mode.segments import kept_every, revolving, single_steps
@@ -112,7 +113,7 @@ class Checkpointing:
 
 
 def _check_count(name: str, value: object, meaning: str, word: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise ValueError(
             f"`{name}` is {value!r}: {meaning}, at least 1. Pass a whole number{word} or None to keep the whole graph."
         )

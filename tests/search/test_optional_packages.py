@@ -1,4 +1,4 @@
-"""Without the optional packages the library is imported, and says what a name of the search needs."""
+"""Names of `hypertorch.search` are imported when they are asked for; without their package, one message says so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import hypertorch as ht
+from hypertorch import search
 
 BLOCKED = """
 import sys
@@ -21,6 +21,17 @@ for name in ("minimise", "GradientBayes", "GradientSampler"):
     except ImportError as error:
         print(error)
 """
+
+
+@pytest.mark.parametrize("name", search.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(search, name).__name__ == name
+    assert name in dir(search)
+
+
+def test_names_that_are_none_are_no_attributes() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'maximise'"):
+        _ = search.maximise
 
 
 def test_a_missing_package_is_one_message() -> None:
@@ -38,6 +49,10 @@ def test_a_missing_package_is_one_message() -> None:
         assert f"pip install 'hypertorch[{extra}]'" in line
 
 
-def test_names_that_are_none_are_no_attributes() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'maximise'"):
-        _ = ht.search.maximise
+def test_a_bug_in_a_module_of_its_own_is_not_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> object:
+        raise ModuleNotFoundError(name="hypertorch.nonsense")
+
+    monkeypatch.setattr(search, "import_module", import_module)
+    with pytest.raises(ModuleNotFoundError):
+        _ = search.PruningLogger
