@@ -52,6 +52,7 @@ class TaskInteractions(Experiment):
         data: "digits" (embedded) or "mnist".
         root: the folder of MNIST's files; None for the embedded digits.
         components: principal components.
+        whitened: whether all components have unit variance; otherwise the first has, and the others keep their ratio.
         folds: parts that the labelled images are split into for cross-validation.
         num_steps: the horizon (unit: steps).
     """
@@ -74,14 +75,18 @@ class TaskInteractions(Experiment):
         data: DigitsName = "digits",
         root: str | None = None,
         components: int = 30,
+        whitened: bool = True,
         folds: int = 4,
         num_steps: int = 60,
     ) -> None:
         super().__init__(config, settings)
+        if not isinstance(whitened, bool):
+            raise ExpectedFailure(f"`experiment.whitened` is {whitened!r}, but it is a switch. Use true or false.")
         self._sizes, self._root = sizes, root
         self._data: DigitsName = data
         self._dynamics = build(config, "dynamics")
         self._components, self._folds, self._num_steps = components, folds, num_steps
+        self._whitened = whitened
 
     @cached_property
     def images(self) -> dict[str, Images]:
@@ -92,7 +97,7 @@ class TaskInteractions(Experiment):
                 f"`experiment.folds` is {self._folds}, but {len(images['labelled'])} labelled images are to be split "
                 "into folds of the same size, at least 2. Use a divisor of their number, such as 2."
             )
-        return with_components(images, self._components)
+        return with_components(images, self._components, whitened=self._whitened)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -205,6 +210,7 @@ class PhotographInteractions(TaskInteractions):
         num_epochs: of the training of the network, on the classes of "meta_train".
         features: the folder in which its outputs are kept; None for the user's cache folder.
         components: principal components.
+        whitened: whether all components have unit variance; otherwise the first has, and the others keep their ratio.
         folds: parts that the labelled images are split into for cross-validation.
         num_steps: the horizon (unit: steps).
     """
@@ -220,10 +226,12 @@ class PhotographInteractions(TaskInteractions):
         num_epochs: int = 12,
         features: str | None = None,
         components: int = 30,
+        whitened: bool = True,
         folds: int = 4,
         num_steps: int = 60,
     ) -> None:
-        super().__init__(config, settings, sizes=sizes, components=components, folds=folds, num_steps=num_steps)
+        shared = {"components": components, "whitened": whitened, "folds": folds, "num_steps": num_steps}
+        super().__init__(config, settings, sizes=sizes, **shared)
         whole_number(config, "experiment.num_epochs", minimum=1, purpose="the network of the features is trained")
         self._root, self._num_epochs, self._features = root, num_epochs, features
         self._classes: NewClasses = classes
@@ -293,22 +301,26 @@ def matrix(interactions: Tensor) -> Tensor:
     return above + above.T
 
 
-def with_components(images: Mapping[str, Images], components: int) -> dict[str, Images]:
-    """Returns the labelled images and those of the test as principal components, which have unit variance.
+def with_components(images: Mapping[str, Images], components: int, *, whitened: bool) -> dict[str, Images]:
+    """Returns the labelled images and those of the test as principal components.
 
     Args:
         images: "labelled", "unlabelled" and "test"; the components are those of "unlabelled".
         components: how many; at most the pixels, and the unlabelled images.
+        whitened: whether all have unit variance; otherwise the first has.
     """
-    analysis = PCA(components, whiten=True, svd_solver="full").fit(images["unlabelled"].inputs.double().cpu().numpy())
+
+    def pixels(part: str) -> np.ndarray:
+        return images[part].inputs.double().cpu().numpy()
+
+    analysis = PCA(components, whiten=whitened, svd_solver="full").fit(pixels("unlabelled"))
+    scale = 1.0 if whitened else analysis.explained_variance_[0] ** -0.5
     return {
-        name: Images(
-            inputs=torch.from_numpy(analysis.transform(images[name].inputs.double().cpu().numpy())).to(
-                images[name].inputs
-            ),
-            labels=images[name].labels,
+        part: Images(
+            inputs=torch.from_numpy(scale * analysis.transform(pixels(part))).to(images[part].inputs),
+            labels=images[part].labels,
         )
-        for name in ("labelled", "test")
+        for part in ("labelled", "test")
     }
 
 

@@ -101,6 +101,17 @@ def test_components_are_those_of_the_unlabelled_images() -> None:
     assert whole.images["test"].inputs.shape == (10, 5) and float(variances.max()) < 3.0 < 9.0 * float(variances.min())
 
 
+def test_components_that_are_not_whitened_keep_their_ratio() -> None:
+    sizes = ("experiment.sizes.unlabelled=1747", "experiment.sizes.test=10")
+    plain, whitened = tiny(*sizes, "experiment.whitened=false"), tiny(*sizes)
+    ratios = plain.images["labelled"].inputs / whitened.images["labelled"].inputs
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+    torch.testing.assert_close(ratios[0, 0], torch.ones_like(ratios[0, 0]))
+    assert ratios[0, 1:].max() < 1.0 and (ratios[0].diff() < 0).all()
+    with pytest.raises(ExpectedFailure, match="`experiment.whitened` is 3"):
+        tiny("experiment.whitened=3")
+
+
 def test_the_single_task_has_the_rho_with_the_least_cross_validation_loss() -> None:
     experiment = tiny()
     first = experiment.training().init_hparams()
