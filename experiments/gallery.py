@@ -104,7 +104,7 @@ def planned_cells(config: DictConfig) -> Iterator[SeedCell]:
                 f"'+known.{name}={{seeds:[0],pictures:[],variants:{{small:[\"experiment={name}\"]}}}}'."
             )
     if "${data}" in str([OmegaConf.to_container(config.known[name]) for name in chosen]):
-        own.check_data(("mnist", "omniglot"))
+        own.check_data(("mnist", "omniglot", "cifar100"))
     if own.data is None:
         config.data = "..."  # as the commands of the pages have it
     for name in chosen:

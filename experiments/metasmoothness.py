@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import hydra
@@ -73,9 +73,12 @@ def main(config: DictConfig) -> None:
     draw_smoothness(rows, settings.step_size, folder.path / "metasmoothness.png")
     table = Table("", "smoothness", "predicted change", "actual change", "error of the prediction (%)")
     for name in sources:
-        own = {key: fmean(row[key] for row in rows if row["variant"] == name) for key in rows[0] if key != "variant"}
-        shown = (own["smoothness"], own["predicted"], own["actual"], 100 * own["error"])
-        table.add_row(name, *(f"{value:.3g}" for value in shown))
+        own = [row for row in rows if row["variant"] == name]
+        table.add_row(
+            name,
+            *(_spread([row[key] for row in own]) for key in ("smoothness", "predicted", "actual")),
+            _spread([100 * row["error"] for row in own]),
+        )
     console = Console()
     console.print(table)
     console.print(f"everything is in {folder.path}", markup=False, highlight=False, soft_wrap=True)
@@ -152,6 +155,12 @@ def draw_smoothness(rows: Sequence[dict[str, Any]], step_size: float, path: Path
     axes.invert_yaxis()
     figure.suptitle(f"Moves of length {step_size:g} along the hypergradient; a point for each problem")
     figure.savefig(path, dpi=100)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Returns mean and standard deviation; the value alone of one."""
+    mean = f"{fmean(values):.3g}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.2g}"
 
 
 if __name__ == "__main__":

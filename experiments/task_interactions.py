@@ -1,11 +1,13 @@
 """Which classes have to do with each other: a learnt matrix of interactions between the tasks of telling them.
 
 scripts/train experiment=task_interactions
+scripts/train experiment=task_interactions_cifar100 experiment.root=FOLDER
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -20,16 +22,17 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from experiments.common.building import build
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits
+from experiments.common.cifar_features import NewClasses, cifar100_features
+from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits, random_splits
 from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
 from experiments.common.failures import ExpectedFailure
 from experiments.common.labelled_images import CleanImages, first_params, logits
 from experiments.common.outer_updates import build_outer_optimizer, build_scheduler
+from experiments.common.readers import whole_number
 from experiments.common.reads import Reads
 from experiments.common.settings import ProblemSettings
 from hypertorch.types import Batch, TensorDict
 
-_PAIRS = CLASSES * (CLASSES - 1) // 2
 # Of the single task: what `rho` is chosen from.
 _GRID = (0.0, *np.geomspace(1e-4, 1.0, 17).tolist())
 
@@ -49,6 +52,7 @@ class TaskInteractions(Experiment):
         data: "digits" (embedded) or "mnist".
         root: the folder of MNIST's files; None for the embedded digits.
         components: principal components.
+        whitened: whether all components have unit variance; otherwise the first has, and the others keep their ratio.
         folds: parts that the labelled images are split into for cross-validation.
         num_steps: the horizon (unit: steps).
     """
@@ -71,19 +75,41 @@ class TaskInteractions(Experiment):
         data: DigitsName = "digits",
         root: str | None = None,
         components: int = 30,
+        whitened: bool = True,
         folds: int = 4,
         num_steps: int = 60,
     ) -> None:
         super().__init__(config, settings)
-        images = digit_splits(data, sizes, root=root, seed=settings.seed, device=settings.device, dtype=settings.dtype)
-        if folds < 2 or len(images["labelled"]) % folds:
-            raise ExpectedFailure(
-                f"`experiment.folds` is {folds}, but {len(images['labelled'])} labelled images are to be split into "
-                "folds of the same size, at least 2. Use a divisor of their number, such as 2."
-            )
-        self.images = with_components(images, components)
+        if not isinstance(whitened, bool):
+            raise ExpectedFailure(f"`experiment.whitened` is {whitened!r}, but it is a switch. Use true or false.")
+        self._sizes, self._root = sizes, root
+        self._data: DigitsName = data
         self._dynamics = build(config, "dynamics")
-        self._folds, self._num_steps = folds, num_steps
+        self._components, self._folds, self._num_steps = components, folds, num_steps
+        self._whitened = whitened
+
+    @cached_property
+    def images(self) -> dict[str, Images]:
+        """The labelled images and those of the test, as components."""
+        images = self.read_images()
+        if self._folds < 2 or len(images["labelled"]) % self._folds:
+            raise ExpectedFailure(
+                f"`experiment.folds` is {self._folds}, but {len(images['labelled'])} labelled images are to be split "
+                "into folds of the same size, at least 2. Use a divisor of their number, such as 2."
+            )
+        return with_components(images, self._components, whitened=self._whitened)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes."""
+        return tuple(str(digit) for digit in range(CLASSES))
+
+    def read_images(self) -> dict[str, Images]:
+        """Returns the images of each set, which are drawn by the seed."""
+        settings = self.settings
+        return digit_splits(
+            self._data, self._sizes, root=self._root, seed=settings.seed, device=settings.device, dtype=settings.dtype
+        )
 
     def training(self) -> ht.ProblemSource:
         """Returns the folds, each a task: trained on the others, judged on itself."""
@@ -137,9 +163,11 @@ class TaskInteractions(Experiment):
 
     def draw(self, hparams: TensorDict, folder: Path) -> None:
         """Draws the matrix of interactions."""
-        draw_matrix(matrix(hparams["interactions"]), [str(digit) for digit in range(CLASSES)], folder / "matrix.png")
+        draw_matrix(matrix(hparams["interactions"]), self.names, folder / "matrix.png")
 
-    def _cross_validation(self, *, num_interactions: int = _PAIRS, first_rho: float | None = None) -> ht.BilevelProblem:
+    def _cross_validation(
+        self, *, num_interactions: int | None = None, first_rho: float | None = None
+    ) -> ht.BilevelProblem:
         inputs, labels = self.images["labelled"].pairs()
         place = torch.arange(len(labels), device=labels.device).reshape(self._folds, -1)
         others = torch.stack([torch.cat([*place[:fold], *place[fold + 1 :]]) for fold in range(self._folds)])
@@ -150,17 +178,18 @@ class TaskInteractions(Experiment):
         self,
         trained_on: tuple[Tensor, Tensor],
         judged_on: tuple[Tensor, Tensor],
-        num_interactions: int = _PAIRS,
+        num_interactions: int | None = None,
         first_rho: float | None = None,
     ) -> ht.BilevelProblem:
         rho = self.single_task_rho if first_rho is None else first_rho
+        classes = len(self.names)
         first = {
             "rho": trained_on[0].new_tensor(rho),
-            "interactions": trained_on[0].new_zeros(num_interactions),
+            "interactions": trained_on[0].new_zeros(num_interactions or math.comb(classes, 2)),
         }
         at_least_0 = ht.Box(lower=0.0)
         return ht.BilevelProblem(
-            InteractingClasses(data=trained_on),
+            InteractingClasses(data=trained_on, classes=classes),
             CleanImages(data=judged_on, first=first, constraints=dict.fromkeys(first, at_least_0)),
             dynamics=self._dynamics,
             num_steps=self._num_steps,
@@ -169,20 +198,79 @@ class TaskInteractions(Experiment):
         )
 
 
+class PhotographInteractions(TaskInteractions):
+    """The same for photographs, as outputs of a network that was trained on photographs of other classes.
+
+    Args:
+        config: the configuration, for the group `dynamics` and, for a baseline, those of the outer loop.
+        settings: the plain settings of all experiments.
+        sizes: images: "labelled", "unlabelled" and "test"; 0 for all that are left over.
+        root: the folder of CIFAR-100.
+        classes: which classes, a part of CIFAR-FS: "meta_test", or "meta_val" to choose settings by.
+        num_epochs: of the training of the network, on the classes of "meta_train".
+        features: the folder in which its outputs are kept; None for the user's cache folder.
+        components: principal components.
+        whitened: whether all components have unit variance; otherwise the first has, and the others keep their ratio.
+        folds: parts that the labelled images are split into for cross-validation.
+        num_steps: the horizon (unit: steps).
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        settings: ProblemSettings,
+        *,
+        sizes: Mapping[str, int],
+        root: str | None = None,
+        classes: NewClasses = "meta_test",
+        num_epochs: int = 12,
+        features: str | None = None,
+        components: int = 30,
+        whitened: bool = True,
+        folds: int = 4,
+        num_steps: int = 60,
+    ) -> None:
+        shared = {"components": components, "whitened": whitened, "folds": folds, "num_steps": num_steps}
+        super().__init__(config, settings, sizes=sizes, **shared)
+        whole_number(config, "experiment.num_epochs", minimum=1, purpose="the network of the features is trained")
+        self._root, self._num_epochs, self._features = root, num_epochs, features
+        self._classes: NewClasses = classes
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes."""
+        return self._photographs[1]
+
+    def read_images(self) -> dict[str, Images]:
+        """Returns the images of each set, which are drawn by the seed."""
+        features, names = self._photographs
+        inputs = features.flatten(0, 1).to(self.settings.device, self.settings.dtype)
+        labels = torch.arange(len(names), device=inputs.device).repeat_interleave(features.shape[1])
+        source = f"`experiment.classes={self._classes}`"
+        return random_splits(inputs, labels, self._sizes, source=source, seed=self.settings.seed)
+
+    @cached_property
+    def _photographs(self) -> tuple[Tensor, tuple[str, ...]]:
+        # When they are needed, because a network may have to be trained.
+        return cifar100_features(self._root, self._classes, num_epochs=self._num_epochs, folder=self._features)
+
+
 class InteractingClasses(ht.InnerProblem):
     """Softmax regression: `cross-entropy + rho ||W||^2 + sum_jk C_jk ||w_j - w_k||^2`, where row `w_j` is of class j.
 
     Args:
         data: inputs of shape `(tasks, images, components)` and labels of shape `(tasks, images)`.
+        classes: how many there are.
     """
 
-    def __init__(self, *, data: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, *, data: tuple[Tensor, Tensor], classes: int) -> None:
         self._data = data
+        self._classes = classes
 
     def init_params(self, hparams: TensorDict) -> TensorDict:
         """Returns zeros."""
         components = self._data[0].shape[-1]
-        first = first_params(components, hidden=0, generator=torch.Generator())
+        first = first_params(components, hidden=0, generator=torch.Generator(), classes=self._classes)
         return {name: value.to(hparams["rho"]) for name, value in first.items()}
 
     def batch(self, step: int) -> Batch:
@@ -193,7 +281,7 @@ class InteractingClasses(ht.InnerProblem):
         """Returns the cross-entropy and the penalties; biases have none."""
         inputs, labels = batch
         weight = params["output.weight"]
-        first, second = _pairs(weight.device)
+        first, second = _pairs(len(weight), weight.device)
         distances = (weight[first] - weight[second]).square().sum(dim=1)
         # Every pair stands in the matrix twice.
         penalty = hparams["rho"] * weight.square().sum() + 2.0 * (hparams["interactions"] * distances).sum()
@@ -206,30 +294,37 @@ def matrix(interactions: Tensor) -> Tensor:
     Args:
         interactions: of the pairs of classes, row by row above the diagonal, shape `(pairs,)`.
     """
-    above = interactions.new_zeros(CLASSES, CLASSES).index_put(tuple(_pairs(interactions.device)), interactions)
+    # `n (n - 1) / 2` pairs of `n` classes.
+    classes = (1 + math.isqrt(1 + 8 * len(interactions))) // 2
+    pairs = _pairs(classes, interactions.device)
+    above = interactions.new_zeros(classes, classes).index_put(tuple(pairs), interactions)
     return above + above.T
 
 
-def with_components(images: Mapping[str, Images], components: int) -> dict[str, Images]:
-    """Returns the labelled images and those of the test as principal components, which have unit variance.
+def with_components(images: Mapping[str, Images], components: int, *, whitened: bool) -> dict[str, Images]:
+    """Returns the labelled images and those of the test as principal components.
 
     Args:
         images: "labelled", "unlabelled" and "test"; the components are those of "unlabelled".
         components: how many; at most the pixels, and the unlabelled images.
+        whitened: whether all have unit variance; otherwise the first has.
     """
-    analysis = PCA(components, whiten=True, svd_solver="full").fit(images["unlabelled"].inputs.double().cpu().numpy())
+
+    def pixels(part: str) -> np.ndarray:
+        return images[part].inputs.double().cpu().numpy()
+
+    analysis = PCA(components, whiten=whitened, svd_solver="full").fit(pixels("unlabelled"))
+    scale = 1.0 if whitened else analysis.explained_variance_[0] ** -0.5
     return {
-        name: Images(
-            inputs=torch.from_numpy(analysis.transform(images[name].inputs.double().cpu().numpy())).to(
-                images[name].inputs
-            ),
-            labels=images[name].labels,
+        part: Images(
+            inputs=torch.from_numpy(scale * analysis.transform(pixels(part))).to(images[part].inputs),
+            labels=images[part].labels,
         )
-        for name in ("labelled", "test")
+        for part in ("labelled", "test")
     }
 
 
-def draw_matrix(interactions: Tensor, names: list[str], path: Path) -> None:
+def draw_matrix(interactions: Tensor, names: Sequence[str], path: Path) -> None:
     """Draws the interactions of all pairs of classes.
 
     Args:
@@ -237,16 +332,18 @@ def draw_matrix(interactions: Tensor, names: list[str], path: Path) -> None:
         names: of the classes.
         path: the picture.
     """
-    figure = Figure(figsize=(5.6, 4.8), layout="constrained")
+    is_long = max(map(len, names)) > 2
+    figure = Figure(figsize=(7.6, 6.6) if is_long else (5.6, 4.8), layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(interactions.detach().cpu().numpy(), cmap="viridis", vmin=0)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), names)
+    spelt = [name.replace("_", " ") for name in names]
+    axes.set_xticks(range(len(names)), spelt, rotation=90 if is_long else 0)
+    axes.set_yticks(range(len(names)), spelt)
     axes.set(xlabel="class k", ylabel="class j", title="Learnt interactions: large where\nweights are drawn together")
     figure.colorbar(shown, ax=axes, label="interaction $C_{jk}$")
     figure.savefig(path, dpi=100)
 
 
-def _pairs(device: torch.device) -> Tensor:
+def _pairs(classes: int, device: torch.device) -> Tensor:
     """Returns the pairs of classes, shape `(2, pairs)`."""
-    return torch.triu_indices(CLASSES, CLASSES, offset=1, device=device)
+    return torch.triu_indices(classes, classes, offset=1, device=device)

@@ -75,7 +75,37 @@ def digit_splits(
         ExpectedFailure: if there are not as many images, or the files are missing.
     """
     pixels, digits = _load(name, root)
-    left = len(digits) - sum(sizes.values())
+    remedy = "Ask for fewer, or write experiment.data=mnist experiment.root=FOLDER."
+    drawn = random_splits(pixels, digits, sizes, source=f"`experiment.data={name}`", seed=seed, remedy=remedy)
+    return {
+        split: Images(inputs=(images.inputs.to(dtype) / _DARKEST[name]).to(device), labels=images.labels.to(device))
+        for split, images in drawn.items()
+    }
+
+
+def random_splits(
+    inputs: Tensor,
+    labels: Tensor,
+    sizes: Mapping[str, int],
+    *,
+    source: str,
+    seed: int = 0,
+    remedy: str = "Ask for fewer.",
+) -> dict[str, Images]:
+    """Returns disjoint sets, drawn at random, of images that were read already.
+
+    Args:
+        inputs: of all images, shape `(images, entries)`.
+        labels: of all images, shape `(images,)`.
+        sizes: of each set, by its name; for one of them, 0 stands for all that the others leave over.
+        source: what says which images these are, for the message.
+        seed: of the draw.
+        remedy: what to do if there are too few, the last sentence of the message.
+
+    Raises:
+        ExpectedFailure: if there are not as many images.
+    """
+    left = len(labels) - sum(sizes.values())
     open_ended = [split for split, size in sizes.items() if size == 0]
     if len(open_ended) > 1 or min(sizes.values()) < 0:
         raise ExpectedFailure(
@@ -86,14 +116,14 @@ def digit_splits(
         rest = ", and the rest" if open_ended else ""
         raise ExpectedFailure(
             f"the experiment asks for {sum(sizes.values())} images ({_listed(sizes)}{rest}), but "
-            f"`experiment.data={name}` has {len(digits)}. Ask for fewer, or write experiment.data=mnist "
-            "experiment.root=FOLDER."
+            f"{source} has {len(labels)}. {remedy}"
         )
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
-    inputs = pixels[order].to(dtype) / _DARKEST[name]
-    images = Images(inputs=inputs.to(device), labels=digits[order].to(device))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     ends = accumulate((size or left for size in sizes.values()), initial=0)
-    return {split: images[start:end] for split, (start, end) in zip(sizes, pairwise(ends), strict=True)}
+    return {
+        split: Images(inputs=inputs[order[start:end]], labels=labels[order[start:end]])
+        for split, (start, end) in zip(sizes, pairwise(ends), strict=True)
+    }
 
 
 def _listed(sizes: Mapping[str, int]) -> str:

@@ -129,19 +129,20 @@ class CleanImages(ht.OuterProblem):
         return {**found, **(self._figures(hparams) if self._figures else {})}
 
 
-def first_params(pixels: int, hidden: int, generator: torch.Generator) -> TensorDict:
+def first_params(pixels: int, hidden: int, generator: torch.Generator, *, classes: int = CLASSES) -> TensorDict:
     """Returns first params of a classifier with one hidden layer, or of softmax regression, whose params start at 0.
 
     Args:
         pixels: of an image.
         hidden: width of the hidden layer; 0 for none.
         generator: of the first weights.
+        classes: that it tells from each other.
     """
     if not hidden:
-        return {"output.weight": torch.zeros(CLASSES, pixels), "output.bias": torch.zeros(CLASSES)}
+        return {"output.weight": torch.zeros(classes, pixels), "output.bias": torch.zeros(classes)}
     return {
         "hidden.weight": torch.randn(hidden, pixels, generator=generator) / pixels**0.5,
         "hidden.bias": torch.zeros(hidden),
-        "output.weight": torch.randn(CLASSES, hidden, generator=generator) / hidden**0.5,
-        "output.bias": torch.zeros(CLASSES),
+        "output.weight": torch.randn(classes, hidden, generator=generator) / hidden**0.5,
+        "output.bias": torch.zeros(classes),
     }

@@ -49,7 +49,7 @@ def test_every_known_run_composes(tmp_path: Path) -> None:
     for cell in {(cell.experiment, cell.variant): cell for cell in cells}.values():
         composed = config(*cell.overrides, name="train")
         # None of an experiment on embedded data, or without any.
-        folders = (str(tmp_path), f"{tmp_path}/mnist", f"{tmp_path}/omniglot")
+        folders = (str(tmp_path), *(f"{tmp_path}/{name}" for name in ("mnist", "omniglot", "cifar100")))
         assert OmegaConf.select(composed, "experiment.root") in (None, *folders)
         assert composed.seed == cell.seed
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
 import experiments.common.resolvers  # noqa: F401
 import hypertorch as ht
+from experiments import task_interactions
 from experiments.common.config_errors import CONFIGS
 from experiments.common.experiment import build_experiment
 from experiments.common.failures import ExpectedFailure
@@ -28,8 +30,12 @@ TINY = (
 
 
 def tiny(*overrides: str) -> TaskInteractions:
+    return built(*TINY, "dtype=float64", *overrides)
+
+
+def built(*overrides: str) -> TaskInteractions:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("train", [*TINY, "dtype=float64", *overrides])
+        config = compose("train", list(overrides))
     experiment = build_experiment(config, parse(TrainSettings, config))
     assert isinstance(experiment, TaskInteractions)
     return experiment
@@ -95,6 +101,17 @@ def test_components_are_those_of_the_unlabelled_images() -> None:
     assert whole.images["test"].inputs.shape == (10, 5) and float(variances.max()) < 3.0 < 9.0 * float(variances.min())
 
 
+def test_components_that_are_not_whitened_keep_their_ratio() -> None:
+    sizes = ("experiment.sizes.unlabelled=1747", "experiment.sizes.test=10")
+    plain, whitened = tiny(*sizes, "experiment.whitened=false"), tiny(*sizes)
+    ratios = plain.images["labelled"].inputs / whitened.images["labelled"].inputs
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+    torch.testing.assert_close(ratios[0, 0], torch.ones_like(ratios[0, 0]))
+    assert ratios[0, 1:].max() < 1.0 and (ratios[0].diff() < 0).all()
+    with pytest.raises(ExpectedFailure, match="`experiment.whitened` is 3"):
+        tiny("experiment.whitened=3")
+
+
 def test_the_single_task_has_the_rho_with_the_least_cross_validation_loss() -> None:
     experiment = tiny()
     first = experiment.training().init_hparams()
@@ -113,7 +130,7 @@ def test_the_hypergradient_is_right() -> None:
 def test_folds_of_different_sizes_are_refused() -> None:
     for folds in (3, 1):
         with pytest.raises(ExpectedFailure, match=f"`experiment.folds` is {folds}, but 40 labelled images"):
-            tiny(f"experiment.folds={folds}")
+            tiny(f"experiment.folds={folds}").training()
     with pytest.raises(ExpectedFailure, match="`seed` is 1"):
         tiny().evaluation("test", seed=1)
 
@@ -127,6 +144,65 @@ def test_the_command_draws_the_matrix(command: Command, tmp_path: Path) -> None:
     assert set(results["baselines"]) == {"single task", "one constant for all pairs"}
     hparams = ht.load_hparams(folder)
     assert hparams["interactions"].shape == (45,) and float(hparams["interactions"].min()) >= 0.0
+
+
+def photographs(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Features of 4 classes of 30 images, without a network."""
+    found = torch.randn(4, 30, 8, generator=torch.Generator().manual_seed(0))
+    found += torch.arange(4)[:, None, None]
+
+    def read(root: str, part: str, *, num_epochs: int, folder: str | None) -> tuple[Tensor, tuple[str, ...]]:
+        assert (root, part, num_epochs, folder) == ("root", "meta_test", 12, None)
+        return found, ("rose", "poppy", "man", "pickup_truck")
+
+    monkeypatch.setattr(task_interactions, "cifar100_features", read)
+    return found
+
+
+PHOTOGRAPHS = (
+    "experiment=task_interactions_cifar100", "experiment.root=root", "experiment.sizes.labelled=40",
+    "experiment.sizes.unlabelled=30", "experiment.components=5", "experiment.num_steps=5",
+)  # fmt: skip
+
+
+def test_photographs_have_the_labels_and_names_of_their_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = photographs(monkeypatch)
+    experiment = built(*PHOTOGRAPHS, "dtype=float64", "experiment.components=8")
+    assert experiment.names == ("rose", "poppy", "man", "pickup_truck")
+    drawn = experiment.read_images()
+    assert {split: len(images) for split, images in drawn.items()} == {"labelled": 40, "unlabelled": 30, "test": 50}
+    for images in drawn.values():
+        for image, label in zip(images.inputs, images.labels, strict=True):
+            assert (found[label] == image.float()).all(dim=1).any()
+    rows = {tuple(row) for images in drawn.values() for row in images.inputs.tolist()}
+    assert len(rows) == 120  # no image is in two sets
+
+
+def test_the_hypergradient_is_right_for_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    photographs(monkeypatch)
+    problem = built(*PHOTOGRAPHS, "dtype=float64").training().at(0)
+    hparams = {"rho": scattered()["rho"], "interactions": scattered()["interactions"][:6]}
+    assert problem.outer.init_hparams()["interactions"].shape == (6,)
+    assert ht.check_hypergradient(problem, hparams, ht.hypergradients.Reverse()).passed
+
+
+def test_the_command_draws_the_matrix_of_photographs(
+    monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
+) -> None:
+    photographs(monkeypatch)
+    folder = tmp_path / "run"
+    code, error = command(*PHOTOGRAPHS, "debug=default", "outer_loop.progress=false", f"paths.run_dir={folder}")
+    assert code == 0, error
+    assert (folder / "matrix.png").stat().st_size > 5000
+    assert matrix(ht.load_hparams(folder)["interactions"]).shape == (4, 4)
+
+
+def test_settings_that_photographs_cannot_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExpectedFailure, match="`experiment.num_epochs` is 0, but the network of the features"):
+        built(*PHOTOGRAPHS, "experiment.num_epochs=0")
+    photographs(monkeypatch)
+    with pytest.raises(ExpectedFailure, match="asks for 121 images .*`experiment.classes=meta_test` has 120"):
+        built(*PHOTOGRAPHS, "experiment.sizes.test=51").training()
 
 
 @pytest.mark.slow
