@@ -86,12 +86,12 @@ class SGD(GradientDynamics):
                 if "dampening" not in self.active:
                     # The first step too: the buffer is zero then, or learnt.
                     v = momentum[name] * state[f"momentum.{name}"] + d
-                # PyTorch's buffer starts as the first direction itself; with dampening that is not what a buffer of
-                # zeros gives.
-                elif index == 0 and not self.dampen_first:
-                    v = d
-                else:
+                elif self.dampen_first:
                     v = momentum[name] * state[f"momentum.{name}"] + (1.0 - dampening[name]) * d
+                else:
+                    # PyTorch's buffer starts as the first direction itself, undamped. By a factor and not by a branch:
+                    # the index is a tensor where the loop over steps is in a program.
+                    v = d + (momentum[name] * state[f"momentum.{name}"] - dampening[name] * d) * (index != 0)
                 new_state[f"momentum.{name}"] = v
                 d = d + momentum[name] * v if self.nesterov else v
             new_params[name] = descend(w, d, lr[name])

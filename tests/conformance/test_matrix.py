@@ -7,6 +7,7 @@ are drawn by step; noise, terms at inner steps, tasks and context have tests of 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,9 @@ import pytest
 import torch
 
 import hypertorch as ht
+from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
+from hypertorch.hypergradients.reverse_mode.compiled_loop import UNLOOPED
+from hypertorch.inner import memo
 from hypertorch.types import TensorDict
 from tests.helpers.leaves import first_values, leaves, rules
 from tests.helpers.problems import net_problem, normal, task_problem
@@ -37,6 +41,14 @@ EXACT: dict[str, ht.Hypergradient] = {
     "forward in chunks": backends.Forward(chunk_size=16),
     "forward by duals": backends.Forward(chunk_size=1),
 }
+# Six steps of which every state is kept are one program, with the loop inside, segments two, and single steps two.
+COMPILED = {
+    "whole": backends.Reverse(compile=True),
+    "every 4": backends.Reverse(compile=True, checkpoint_every=4),
+    "revolve": backends.Reverse(compile=True, snapshots=2),
+}
+# PyTorch's compiler cannot follow the matching of names with patterns, nor its own optimisers.
+NOT_COMPILED = ("Groups", "parameter groups", "TorchOptim")
 REVERSIBLE = {"reversible": backends.Reversible()}
 # Not exact by design, each proven in the file named.
 ESTIMATES: dict[type[ht.Hypergradient], str] = {
@@ -229,6 +241,24 @@ def test_exact_backends_agree(case: str, backend: str) -> None:
     chosen = {**EXACT, **REVERSIBLE}[backend]
     result = ht.hypergradient(problem_of(case), hparams, backend=chosen)
     assert_equal(result.grads, expected, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("case", CASES)
+def test_compilation_changes_no_number(case: str, backend: str) -> None:
+    hparams, expected = reference(case)
+    for topic in (UNLOOPED, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED):
+        memo.clear(topic)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = ht.hypergradient(problem_of(case), hparams, backend=COMPILED[backend])
+    assert_equal(result.grads, expected, 1e-10)
+    # What runs without compilation after all shows nothing.
+    is_compiled = not case.startswith(NOT_COMPILED)
+    assert bool(said) is not is_compiled, [str(warning.message) for warning in said]
+    if backend != "revolve":  # whose steps are called one by one
+        assert bool(memo.entries(UNLOOPED)) is not is_compiled, memo.entries(UNLOOPED)
 
 
 @pytest.mark.parametrize("case", CASES)
