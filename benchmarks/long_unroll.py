@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from rich.console import Console
 
 import hypertorch as ht
 from benchmarks.large_unroll import LargeUnroll
-from hypertorch.autodiff.live_memory import format_bytes, parse_bytes
+from hypertorch.autodiff.live_memory import format_bytes, parse_bytes, storage_bytes
 from hypertorch.hypergradients import Reverse, plan_memory
 
 _AGAINST = 1000  # steps of the run whose kept states lie in memory
@@ -39,6 +40,11 @@ def resident() -> int:
 def most_resident() -> int:
     """Returns the most that `resident` has been."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def size_of_state(problem: ht.BilevelProblem) -> int:
+    """Returns the bytes of a state of gradient descent, which are those of the params."""
+    return storage_bytes(problem.inner.init_params(problem.init_hparams()).values())
 
 
 def seconds_per_step(problem: ht.BilevelProblem, backend: Reverse) -> float:
@@ -65,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the figures; returns 1 if the bound was not kept."""
     settings = parsed(arguments)
     console = Console(highlight=False, soft_wrap=True)
-    torch.set_num_threads(1)
     bound = parse_bytes(settings.memory, "memory")
 
     def problem(num_steps: int) -> ht.BilevelProblem:
@@ -84,12 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(plan_memory(long, long.init_hparams(), budget, spill=True).explain())
         backend = Reverse(memory_budget=budget, spill_to=settings.folder)
     else:
+        spilled, state = ceil(settings.steps / settings.every) - 1, size_of_state(long)
+        console.print(f"{spilled} states of {format_bytes(state)} in a file of {format_bytes(spilled * state)}")
         backend = Reverse(checkpoint_every=settings.every, spill_to=settings.folder)
-    spilled = seconds_per_step(long, backend)
-    console.print(f"{settings.steps:,} steps: {1000 * spilled:.2f} ms per step, {spilled / by_sqrt:.2f} of that")
+    seconds = seconds_per_step(long, backend)
+    console.print(f"{settings.steps:,} steps: {1000 * seconds:.2f} ms per step, {seconds / by_sqrt:.2f} of that")
     console.print(f"the process took {format_bytes(most_resident())} at most, of {format_bytes(bound)}")
     return int(most_resident() > bound)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main())

@@ -9,7 +9,10 @@ import resource
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from io import FileIO
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +22,12 @@ import torch
 from torch import Tensor
 
 import hypertorch as ht
+from hypertorch import tree
 from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.errors import IncompatibleBackendError, ReplayError
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_memory
 from hypertorch.hypergradients.reverse_mode.spilled_states import SpilledStates
+from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.inner.state import InnerState
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, scalar_problem, task_problem
 from tests.helpers.sized_problems import mlp, sized_problem
@@ -198,8 +203,13 @@ def test_strides_come_back(tmp_path: Path) -> None:
         assert [value.stride() for value in stack[-1].tensors()] == [(1, 6), (12, 1, 6, 3)]
 
 
-def test_states_that_are_covered_again_and_written_over(tmp_path: Path) -> None:
+def test_states_that_are_covered_again_and_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third, *others = states()
+    starts = []
+    write = SpilledStates._write_all
+    monkeypatch.setattr(
+        SpilledStates, "_write_all", lambda self, start, *rest: (starts.append(start), write(self, start, *rest))
+    )
     with SpilledStates(tmp_path, 7) as stack:
         for state in (first, second, third):
             stack.append(state)
@@ -209,6 +219,66 @@ def test_states_that_are_covered_again_and_written_over(tmp_path: Path) -> None:
             stack.append(state)
         for state in (*reversed(others), second, first):
             assert_same_state(stack.pop(), state)
+    # The second state is not written again, nor are the third, which was dropped, and the last, which was in memory.
+    assert len(starts) == 2 + len(others) - 1
+
+
+def test_one_state_at_a_time_is_on_its_way(tmp_path: Path) -> None:
+    """Others would wait in memory for a slow disk."""
+    kept, asked = states(), []
+    with SpilledStates(tmp_path, len(kept)) as stack:
+        submit = stack._thread.submit
+
+        def slowly(function: Callable[..., None], *arguments: object) -> Future[None]:
+            assert all(future.done() for future in asked)
+            submit(time.sleep, 0.01)
+            asked.append(submit(function, *arguments))
+            return asked[-1]
+
+        stack._thread.submit = slowly  # type: ignore[method-assign, assignment]
+        for state in kept:
+            stack.append(state)
+        for state in reversed(kept):
+            assert_same_state(stack.pop(), state)
+    assert len(asked) == 2 * (len(kept) - 1)
+
+
+class _Hesitant:
+    """A file that takes and gives a few bytes at a time, as the system may."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+
+    def write(self, view: memoryview) -> int:
+        return self._file.write(view[:7])
+
+    def readinto(self, view: memoryview) -> int:
+        return self._file.readinto(view[:5])
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+def test_the_system_may_write_and_read_less_than_it_is_asked_to(tmp_path: Path) -> None:
+    first, second, third, *_ = states()
+    with SpilledStates(tmp_path, 3) as stack:
+        stack._file = _Hesitant(stack._file)  # type: ignore[assignment]
+        for state in (first, second, third):
+            stack.append(state)
+        for state in (third, second):
+            assert_same_state(stack.pop(), state)
+
+
+def test_a_file_that_was_cut_is_an_error(tmp_path: Path) -> None:
+    first, second, third, *_ = states()
+    with SpilledStates(tmp_path, 3) as stack:
+        for state in (first, second, third):
+            stack.append(state)
+        stack._wait()
+        os.ftruncate(stack._file.fileno(), 40)
+        stack.pop()
+        with pytest.raises(OSError, match=r"could not be .* read back \(the file is shorter than what was written"):
+            stack.pop()
 
 
 def test_the_next_state_is_read_before_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +336,21 @@ def counted(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> int:
 def test_memory_does_not_grow_with_the_horizon(kept: dict, tmp_path: Path) -> None:
     short, long = (counted(problem_of(num_steps), Reverse(**kept, spill_to=tmp_path)) for num_steps in (12, 36))
     assert long - short <= 24 * 2 * 4  # an inner loss for every step, and for every step run again
+
+
+@pytest.mark.parametrize("kept", [{"checkpoint_every": 7}, {"checkpoint_every": 7, "derivative": "mixed"}], ids=str)
+def test_losses_of_a_long_run_share_memory_and_are_those_of_their_steps(kept: dict, tmp_path: Path) -> None:
+    problem = scalar_problem(num_steps=600)
+    hparams = problem.init_hparams()
+    found = []
+    for backend in (Reverse(**kept), Reverse(**kept, spill_to=tmp_path)):
+        loop = BoundProblem(problem, hparams, 0, None).loop(None, {})
+        backend.compute(loop, tree.leaves_requiring_grad(hparams))
+        found.append(loop.record.losses)
+    assert found[0].keys() == found[1].keys() == set(range(600))
+    assert all(torch.equal(found[0][step], found[1][step]) for step in range(600))
+    assert len({value.untyped_storage().data_ptr() for value in found[0].values()}) == 600
+    assert len({value.untyped_storage().data_ptr() for value in found[1].values()}) < 100
 
 
 def test_revolve_holds_few_of_its_states(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
+# Losses of a run too long for memory are gathered by so many steps.
+_GATHERED = 256
+
 
 def initialisation(loop: InnerLoop, variables: TensorDict, first: InnerState | None) -> Segment:
     """Returns the initial state as a segment without steps, connected to the variables.
@@ -44,11 +47,14 @@ def kept_every(
     starts = [max(stop - every, 0) for stop in stops]
     with kept_states(spill_to, len(starts)) as kept:
         _keep(kept, loop, steps, starts)
-        arrival = None
+        arrival, ungathered = None, loop.num_steps
         for start, stop in zip(starts, stops, strict=True):
             # Popped: a state is held no longer than its segment.
             departure = kept.pop()
             yield Segment(start, stop, departure, arrival)
+            if spill_to is not None and ungathered - start >= _GATHERED:
+                loop.record.gather(range(start, ungathered))
+                ungathered = start
             # Where the segment before must end, if it is the same run.
             arrival = departure
     yield initialisation(loop, variables, arrival)
@@ -66,7 +72,7 @@ def single_steps(
     starts = [max(stop - every, 0) for stop in stops]
     with kept_states(spill_to, len(starts)) as kept:
         _keep(kept, loop, steps, starts)
-        arrival = None
+        arrival, ungathered = None, loop.num_steps
         for start, stop in zip(starts, stops, strict=True):
             states: list[InnerState] = []
             last = stop if arrival is None else stop - 1
@@ -82,6 +88,9 @@ def single_steps(
                 departure = states.pop()
                 yield Segment(step, step + 1, departure, arrival)
                 arrival = departure
+            if spill_to is not None and ungathered - start >= _GATHERED:
+                loop.record.gather(range(start, ungathered))
+                ungathered = start
     yield initialisation(loop, variables, arrival)
 
 
@@ -123,6 +132,8 @@ def _keep(kept: KeptStates, loop: InnerLoop, steps: Steps, starts: list[int]) ->
     def keep(state: InnerState, step: int) -> None:
         if step in wanted:
             kept.append(state)
+        if step % _GATHERED == 0 and not isinstance(kept, list):
+            loop.record.gather(range(step - _GATHERED, step))
 
     kept.append(scan(steps.advance, steps.initial(), range(starts[0]), keep))
     loop.record.hold(len(kept) + 1)

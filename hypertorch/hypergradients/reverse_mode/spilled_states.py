@@ -24,7 +24,8 @@ class SpilledStates:
 
     A run keeps states going forward and asks for them back from the last to the first, so that the next one to be read
     is always known: one thread writes it while the run goes on, and reads it back while the segment behind it is
-    differentiated. What comes back has the bits, dtypes, strides and devices of what was kept.
+    differentiated. What comes back has the bits, dtypes, strides and devices of what was kept; what an expanded tensor
+    repeats comes back as often as it is repeated.
 
     The file has no name (where the system can do that), so that nothing is left behind however the process ends. Its
     room is taken when the first state is kept. It is read and written, and not mapped: its pages are the system's
@@ -58,8 +59,10 @@ class SpilledStates:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._file.close()
+        try:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        finally:  # also where a second interrupt ends the waiting
+            self._file.close()
         self._top = self._top_place = self._pending = None
         self._below.clear()
 
