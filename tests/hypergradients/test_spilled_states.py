@@ -50,6 +50,20 @@ RULES = {
 }
 
 
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every file of states when it is closed."""
+    found: list[int] = []
+    close = SpilledStates.__exit__
+
+    def closing(self: SpilledStates, *exception: object) -> None:
+        found.append(os.fstat(self._file.fileno()).st_size)
+        close(self, *exception)
+
+    monkeypatch.setattr(SpilledStates, "__exit__", closing)
+    return found
+
+
 def assert_same_bits(
     problem: ht.BilevelProblem, tmp_path: Path, settings: tuple[dict, ...] = KEPT, **options: object
 ) -> None:
@@ -70,7 +84,7 @@ def test_the_hypergradient_has_the_same_bits_with_noise_and_terms_at_steps(name:
     assert_same_bits(net_problem(rule, extra, num_steps=11, dropout=0.4, step_terms=True), tmp_path)
 
 
-def test_in_mixed_mode(tmp_path: Path) -> None:
+def test_in_mixed_mode(tmp_path: Path, sizes: list[int]) -> None:
     problem = net_problem(*RULES["momentum"], num_steps=11)
     hparams = problem.init_hparams()
     for kept in ({"checkpoint_every": 1}, {"checkpoint_every": 4}, {"snapshots": 2}):
@@ -80,6 +94,7 @@ def test_in_mixed_mode(tmp_path: Path) -> None:
             problem, hparams, backend=Reverse(**kept, derivative="mixed", spill_to=str(tmp_path))
         )
         assert all(torch.equal(spilled.grads[name], in_memory.grads[name]) for name in hparams)
+    assert [size > 0 for size in sizes] == 3 * [True]
 
 
 @pytest.mark.parametrize("route", ["vmap", "loop"])
@@ -359,25 +374,11 @@ def test_revolve_holds_few_of_its_states(tmp_path: Path) -> None:
     assert many < counted(problem_of(30), Reverse(snapshots=25)) / 2
 
 
-@pytest.fixture
-def sizes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The size of every file of states when it is closed."""
-    found: list[int] = []
-    close = SpilledStates.__exit__
-
-    def closing(self: SpilledStates, *exception: object) -> None:
-        found.append(os.fstat(self._file.fileno()).st_size)
-        close(self, *exception)
-
-    monkeypatch.setattr(SpilledStates, "__exit__", closing)
-    return iter([found])  # type: ignore[return-value]
-
-
-def test_the_file_is_as_large_as_it_takes(tmp_path: Path, sizes: Iterator[list[int]]) -> None:
+def test_the_file_is_as_large_as_it_takes(tmp_path: Path, sizes: list[int]) -> None:
     problem = problem_of(10)
     state = 2 * 4 * (20 * 16 + 16 + 16 * 5 + 5)
     ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=3, spill_to=tmp_path))
-    assert next(sizes) == [3 * state]  # of four kept states, one stays in memory
+    assert sizes == [3 * state]  # of four kept states, one stays in memory
 
 
 # The plan.
@@ -411,19 +412,19 @@ def test_a_plan_takes_the_file_only_where_memory_is_too_small() -> None:
     assert plan_memory(problem, hparams, roomy).spilled_bytes == 0
 
 
-def test_a_plan_says_what_is_in_memory_and_what_on_disk(tmp_path: Path, sizes: Iterator[list[int]]) -> None:
+def test_a_plan_says_what_is_in_memory_and_what_on_disk(tmp_path: Path, sizes: list[int]) -> None:
     problem = problem_of(60)
     hparams = problem.init_hparams()
     whole = ht.hypergradient(problem, hparams, backend=Reverse())
-    found, files = list(spilled_plans(problem)), next(sizes)
+    found = list(spilled_plans(problem))
     assert len(found) > 3
     for budget, plan in (found[0], found[-1]):
         kept = ceil(60 / (plan.checkpoint_every or 1))
         assert (plan.kept_states, plan.spilled_states) == (2, kept - 1)
         backend = Reverse(memory_budget=budget, spill_to=tmp_path)
-        files.clear()
+        sizes.clear()
         peak = counted(problem, backend)
-        assert files == [plan.spilled_bytes] * 2
+        assert sizes == [plan.spilled_bytes] * 2
         assert peak == pytest.approx(plan.peak_bytes, rel=0.08)
         assert peak <= 1.01 * budget
         grads = ht.hypergradient(problem, hparams, backend=backend).grads
