@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpt2_plan
 python -m benchmarks.gpt2_plan --steps 5000 --rows 4 --budget 80GB
+python -m benchmarks.gpt2_plan --spill
 
 Nothing is allocated: the plan is made on fake tensors, which have shapes and no memory.
 """
@@ -137,13 +138,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="inner steps")
     parser.add_argument("--rows", type=int, default=8, help="rows of tokens in a batch")
     parser.add_argument("--budget", default="141GB", help="bytes, such as 80GB")
+    parser.add_argument("--spill", action="store_true", help="with kept states in a file, on disk or on the host")
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     with FakeTensorMode():
         problem = language_problem(Shape(), num_steps=arguments.steps, rows=arguments.rows)
         hparams = problem.init_hparams()
         count = sum(value.numel() for value in problem.inner.init_params(hparams).values())
-        plan = ht.hypergradients.plan_memory(problem, hparams, arguments.budget)
+        plan = ht.hypergradients.plan_memory(problem, hparams, arguments.budget, spill=arguments.spill)
     console.print(f"{count:,} parameters, {arguments.steps} steps of AdamW, {arguments.rows} rows of 1024 tokens")
     console.print(plan.explain())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,12 +61,12 @@ class Reverse(Hypergradient):
     horizon of up to 8 steps is one program, from the initial state to the hypergradient; a longer one keeps every
     state, unless a setting says less. There the loop over the steps is inside of two programs, one forward and one
     back, which serve every horizon. Single steps are called from Python where that cannot be: with noise, buffers of
-    the params or `snapshots`, in mixed mode, for data of several shapes, and for a rule that branches on the index of
-    the step. Compilation takes seconds to minutes; the log says how long, and from how many hypergradients on it pays.
-    What cannot be compiled (a schedule given as a list of numbers and a beta that is learnt are examples) runs without,
-    after one warning. With "auto", runs go without compilation until they have taken as long as a compilation is
-    estimated to take. The change is made by the clock, and changes the last bits: for runs that must be repeated or
-    resumed bit for bit, say True or False.
+    the params, `snapshots` or `spill_to`, in mixed mode, for data of several shapes, and for a rule that branches on
+    the index of the step. Compilation takes seconds to minutes; the log says how long, and from how many hypergradients
+    on it pays. What cannot be compiled (a schedule given as a list of numbers and a beta that is learnt are examples)
+    runs without, after one warning. With "auto", runs go without compilation until they have taken as long as a
+    compilation is estimated to take. The change is made by the clock, and changes the last bits: for runs that must be
+    repeated or resumed bit for bit, say True or False.
 
     `derivative` says how the inner gradient is differentiated. By "reverse", reverse over reverse. By "mixed", forward
     over reverse: the Hessian product and the cross derivative of a step are the gradient in params and hyperparameters,
@@ -86,6 +88,7 @@ class Reverse(Hypergradient):
                                         2 to 3 gradients for a vjp
         compile=True, T > 8             2 T steps                     T states, the graph of one step
         ... with checkpoint_every=k     3 T steps at most             T / k + k states, the graph of one step
+        spill_to=folder                 as without                    of `T / k` or `c` states 2 are in memory
 
     Args:
         checkpoint_every: steps between kept states (unit: steps, at least 1); "sqrt" for
@@ -94,18 +97,23 @@ class Reverse(Hypergradient):
         memory_budget: bytes, or a string such as "512MiB" or "1.5 GB".
         compile: run the steps as compiled functions; "auto" once runs without have taken as long as a compilation.
         derivative: "reverse", "mixed" or "auto".
+        spill_to: a folder for the kept states, with one of the first three settings; None to keep them in memory.
 
     Raises:
-        ValueError: if a setting is out of its range or an unknown word, more than one of the first three is given, or
-            `memory_budget` together with a `derivative`.
+        ValueError: if a setting is out of its range or an unknown word, more than one of the first three is given,
+            `memory_budget` together with a `derivative`, or `spill_to` is no folder or given without one of the first
+            three.
         TypeError: if `compile` is neither True nor False nor "auto".
         IncompatibleBackendError: (from `compute`) if `checkpoint_every` is above `num_steps`, nothing fits
             `memory_budget` (the message then says what would), or mixed mode is not possible or would be wrong.
         ReplayError: (from `compute`) if steps run again do not arrive at the same state.
+        OSError: (from `compute`, before the first step) if the kept states find no room in `spill_to`; later, if they
+            cannot be written or read.
 
     References:
         Maclaurin, Duvenaud and Adams (2015), algorithm 2, without reversal; Franceschi et al. (2017), algorithm 1;
-        Griewank and Walther (2000), Algorithm 799: Revolve (snapshots); Kemaev et al. (2025), Scalable
+        Griewank and Walther (2000), Algorithm 799: Revolve (snapshots); Engstrom et al. (2025), Optimizing ML training
+        with metagradient descent (states on disk); Kemaev et al. (2025), Scalable
         meta-learning via mixed-mode differentiation (mixed mode).
     """
 
@@ -114,6 +122,7 @@ class Reverse(Hypergradient):
     memory_budget: int | str | None = None
     compile: bool | Literal["auto"] = False
     derivative: Derivative = "reverse"
+    spill_to: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.derivative not in ("reverse", "mixed", "auto"):
@@ -132,9 +141,12 @@ class Reverse(Hypergradient):
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What is kept of a run, by the first three settings."""
+        """What is kept of a run, by the first three settings, and where."""
         return Checkpointing(
-            checkpoint_every=self.checkpoint_every, snapshots=self.snapshots, memory_budget=self.memory_budget
+            checkpoint_every=self.checkpoint_every,
+            snapshots=self.snapshots,
+            memory_budget=self.memory_budget,
+            spill_to=self.spill_to,
         )
 
     def explain(
@@ -157,7 +169,14 @@ class Reverse(Hypergradient):
                 f"`{self!r}` has no `memory_budget`: it runs as its settings say, and chooses nothing that could be "
                 "explained. Pass one, such as `Reverse(memory_budget='512MiB')`."
             )
-        plan = plan_memory(problem, hparams, self.memory_budget, outer_step=outer_step, execution=execution).explain()
+        plan = plan_memory(
+            problem,
+            hparams,
+            self.memory_budget,
+            spill=self.spill_to is not None,
+            outer_step=outer_step,
+            execution=execution,
+        ).explain()
         return f"{plan}\ncompiled steps keep states in place of graphs, and hold less" if self.compile else plan
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
@@ -190,8 +209,8 @@ class Reverse(Hypergradient):
             return by_whole_graph(loop, variables)
         steps = EagerSteps(loop, variables, mixed=mixed)
         # Mixed mode goes by single steps, which hold states where reverse over reverse holds graphs.
-        segments = kept.segments(loop, variables, steps, with_graphs=not mixed)
-        result = sweep(loop, variables, segments, steps.vjp)
+        with closing(kept.segments(loop, variables, steps, with_graphs=not mixed)) as segments:
+            result = sweep(loop, variables, segments, steps.vjp)
         return _without_missing_paths(loop, variables, result, kept) if mixed else result
 
     def _compiled(self, loop: InnerLoop, variables: TensorDict, kept: Checkpointing) -> BackendResult:
@@ -200,7 +219,8 @@ class Reverse(Hypergradient):
             result = compiled_whole(loop, variables)
             if result is not None:
                 return _without_missing_paths(loop, variables, result, kept)
-        if kept.snapshots is None and self.derivative == "reverse":
+        # A program with the loop inside gives all its states at once, in memory.
+        if kept.snapshots is None and kept.spill_to is None and self.derivative == "reverse":
             result = by_compiled_loop(loop, variables, kept.interval(loop.num_steps))
             if result is not None:
                 return _without_missing_paths(loop, variables, result, kept)
@@ -208,7 +228,8 @@ class Reverse(Hypergradient):
             self.derivative, loop, variables, _compiled_steps, compiled=True
         )
         steps = CompiledSteps(loop, variables, mixed=mixed)
-        result = sweep(loop, variables, kept.segments(loop, variables, steps, with_graphs=False), steps.vjp)
+        with closing(kept.segments(loop, variables, steps, with_graphs=False)) as segments:
+            result = sweep(loop, variables, segments, steps.vjp)
         # After the sweep and all at once: comparing each step would wait for an accelerator each time.
         steps.check_replays()
         return _without_missing_paths(loop, variables, result, kept) if mixed else result
@@ -240,7 +261,8 @@ def _without_missing_paths(
     def follow() -> frozenset[str]:
         own = loop.uncounted()
         steps = EagerSteps(own, variables, mixed=False)
-        known = sweep(own, variables, kept.segments(own, variables, steps, with_graphs=not kept.whole_graph), steps.vjp)
+        with closing(kept.segments(own, variables, steps, with_graphs=not kept.whole_graph)) as segments:
+            known = sweep(own, variables, segments, steps.vjp)
         return frozenset(name for name, value in known.grads.items() if value is not None)
 
     with_path |= memo.recall(FOLLOWED, key, follow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -16,7 +17,7 @@ class Cost:
         steps: inner steps evaluated, those that were run again among them.
         vjps: inner steps differentiated in reverse mode, once for every cotangent.
         jvps: inner steps differentiated in forward mode, once for every tangent.
-        stored_states: most inner states kept at once.
+        stored_states: most inner states kept at once, in memory and in a file.
         graph_steps: most inner steps whose graph was kept at once.
     """
 
@@ -68,6 +69,16 @@ class Record:
             self.losses[step] = loss
         if tracked_buffers:
             self.track(tracked_buffers)
+
+    def gather(self, steps: range) -> None:
+        """Moves the losses of some steps into one tensor, of which each is a view.
+
+        A loss is a few bytes. Kept by itself among the large tensors of its step, it keeps a large piece of the heap
+        from being used again: some 13 KB for every step, where a step frees tensors of 100 KB.
+        """
+        found = [step for step in steps if step in self.losses]
+        if found:
+            self.losses.update(zip(found, torch.stack([self.losses[step] for step in found]).unbind(), strict=True))
 
     def track(self, buffers: Iterable[str]) -> None:
         """Notes the names of buffers that a step computed with a derivative."""

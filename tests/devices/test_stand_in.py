@@ -6,6 +6,7 @@ numbers must be those of the host, bit for bit, since the kernels are the host's
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -36,6 +37,8 @@ Run = Callable[[int], Any]
 BACKENDS: dict[str, Callable[[int], ht.Hypergradient]] = {
     **{name: partial(lambda backend, _: backend, backend) for name, backend in EXACT.items()},
     "every 4": lambda _: backends.Reverse(checkpoint_every=2),
+    "spilled": lambda _: backends.Reverse(checkpoint_every=1, spill_to=tempfile.gettempdir()),
+    "spilled snapshots": lambda _: backends.Reverse(snapshots=2, spill_to=tempfile.gettempdir()),
     "full window": lambda num_steps: backends.Truncated(window=num_steps),
     "forward in chunks": lambda _: backends.Forward(chunk_size=4),
     "mixed": lambda _: backends.Reverse(derivative="mixed"),
@@ -54,11 +57,13 @@ BACKENDS: dict[str, Callable[[int], ht.Hypergradient]] = {
     "EvolutionStrategies": lambda _: backends.EvolutionStrategies(num_pairs=2, sigma=1e-4),
     **{name: partial(lambda backend, _: backend, backend) for name, backend in REVERSIBLE.items()},
 }
-ALL_PATHS = {*EXACT, *REVERSIBLE, "mixed", "mixed or not"} - {"forward by duals"}  # a single step has no momentum
+SPILLED = ("spilled", "spilled snapshots")
+# A single step has no momentum.
+ALL_PATHS = {*EXACT, *REVERSIBLE, *SPILLED, "mixed", "mixed or not"} - {"forward by duals"}
 # Reads of a hypergradient, whatever the horizon: one look at NaN at the end, and what is named here.
 MORE_READS = {
     # Where steps were run again, whether they arrived at the same state.
-    **dict.fromkeys(("step-wise", "every 4", "sqrt", "revolve"), 1),
+    **dict.fromkeys(("step-wise", "every 4", "sqrt", "revolve", *SPILLED), 1),
     # And which hyperparameters have a zero derivative, in mixed mode and forward.
     **dict.fromkeys(("mixed", "forward in chunks"), 2),
     "forward": 1,

@@ -153,6 +153,10 @@ class StandIn(TorchDispatchMode):
             return self._pin(args[0])
         if func is aten.is_pinned.default:
             return id(args[0]) in self._pinned
+        if kwargs.get("pin_memory"):
+            made = self.__torch_dispatch__(func, types, args, {**kwargs, "pin_memory": False})
+            self._pinned.add(id(made))
+            return made
         here = self.is_mine(kwargs.get("device"))
         if here or any(isinstance(value, DeviceTensor) for value in pytree.tree_leaves((args, kwargs))):
             return self.run(func, args, kwargs)
@@ -165,16 +169,16 @@ class StandIn(TorchDispatchMode):
         others = [value for value in tensors if not isinstance(value, DeviceTensor)]
         target = kwargs.get("device")
         leaves = target is not None and not self.is_mine(target)
-        to_host = (func is aten._to_copy.default and leaves) or (
-            func is aten.copy_.default and not isinstance(args[0], DeviceTensor)
-        )
-        if to_host or self._reads(func, args, kwargs):
+        to_host = (leaves and bool(mine)) or (func is aten.copy_.default and not isinstance(args[0], DeviceTensor))
+        waits = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+        # Room on the host in the shape of a tensor of the device: no value is copied.
+        copies = func in (aten._to_copy.default, aten.copy_.default)
+        if (to_host and copies and (waits or id(args[0]) not in self._pinned)) or self._reads(func, args, kwargs):
             self.reads[_place(func)] += 1
-        elif func in (aten._to_copy.default, aten.copy_.default):
-            waits = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+        elif copies and not to_host:
             if others and (waits or not all(id(value) in self._pinned for value in others)):
                 self.uploads[_place(func)] += 1
-        elif others and mine:
+        elif others and mine and not to_host:
             self._check_devices(func, args, others)
         own = {**kwargs, "device": HOST} if target is not None else dict(kwargs)
         result = self._compute(func, *pytree.tree_map_only(DeviceTensor, lambda value: value.host, (args, own)))

@@ -10,6 +10,7 @@ from typing import Literal
 from hypertorch import tree
 from hypertorch.argument_types import typed
 from hypertorch.autodiff.live_memory import format_bytes, parse_bytes
+from hypertorch.checks import check_switch
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps, states_alive
 from hypertorch.hypergradients.reverse_mode.step_memory import StepMemory, measure_step
@@ -31,6 +32,9 @@ class MemoryPlan:
         snapshots: most states kept at once; None for the other methods.
         peak_bytes: the most bytes of tensors that will live at once, predicted, beside what lives before the run.
         recomputed_steps: inner steps run again.
+        kept_states: most states kept at once in memory.
+        spilled_states: most states kept at once in a file.
+        spilled_bytes: size of that file.
         too_large: what would run fewer steps again but does not fit; of its kind what takes the least.
         reasons: what was measured and asked for, for `explain`.
     """
@@ -40,6 +44,9 @@ class MemoryPlan:
     snapshots: int | None = None
     peak_bytes: int
     recomputed_steps: int
+    kept_states: int = 0
+    spilled_states: int = 0
+    spilled_bytes: int = 0
     too_large: tuple[MemoryPlan, ...] = field(default=(), compare=False)
     reasons: PlanReasons | None = field(default=None, compare=False)
 
@@ -48,9 +55,15 @@ class MemoryPlan:
         """What is kept, in words."""
         return {
             "whole graph": "the whole graph",
-            "checkpoints": f"a state kept every {self.checkpoint_every} steps",
+            "checkpoints": f"a state kept every {self.checkpoint_every} steps{self._file.replace(' and', ',', 1)}",
             "revolve": f"the binomial schedule with {self.snapshots} kept states",
         }[self.method]
+
+    @property
+    def _file(self) -> str:
+        if not self.spilled_states:
+            return ""
+        return f", {self.spilled_states} in a file of {format_bytes(self.spilled_bytes)}"
 
     def __str__(self) -> str:
         return f"{self.how}: {format_bytes(self.peak_bytes)} at most, {self.recomputed_steps} steps run again"
@@ -64,7 +77,8 @@ class MemoryPlan:
         }[self.method]
         lines = [] if self.reasons is None else self.reasons.lines()
         lines += [f"too large: {plan}" for plan in self.too_large]
-        return "\n".join([*lines, f"chosen: {self}", f"because {why}"])
+        kept = f"kept at once: {self.kept_states} states in memory{self._file}"
+        return "\n".join([*lines, f"chosen: {self}", kept, f"because {why}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +111,11 @@ def plan_memory(
     hparams: TensorDict,
     budget: int | str,
     *,
+    spill: bool = False,
     outer_step: int = 0,
     execution: Execution = DEFAULT,
 ) -> MemoryPlan:
-    """Returns how `Reverse(memory_budget=budget)` runs a problem, without running it.
+    """Returns how `Reverse(memory_budget=budget)` runs a problem, with `spill_to` perhaps, without running it.
 
     With tasks, the plan is that of the first slice of them that is run together, and what the results of the others
     hold is not in it; `tasks="auto"` is planned as "vmap". Neither is a context, with its graph.
@@ -111,13 +126,16 @@ def plan_memory(
         problem: the problem, of at least one step.
         hparams: the outer variables.
         budget: bytes, or a string such as "512MiB".
+        spill: whether states may lie in a file. Whether the disk has room for it is not asked here.
         outer_step: chooses the outer data and the noise.
         execution: how the problem is run.
 
     Raises:
         ValueError: if the budget is no number of bytes, or the problem has no step to plan.
+        TypeError: if `spill` is neither True nor False.
         IncompatibleBackendError: if no way to run the problem fits.
     """
+    check_switch("spill", spill)
     if problem.num_steps == 0:
         raise ValueError(
             "`problem` has `num_steps` = 0: there is no inner loop whose states could be kept or not. Plan a problem "
@@ -130,14 +148,14 @@ def plan_memory(
         # Its values are what a step reads; its graph is not planned.
         context = tree.detach(bound.context(constants, first))
         variables = tree.leaves_requiring_grad({**constants, **context})
-        return plan_loop(bound.loop(first, context), variables, parse_bytes(budget, "budget"))
+        return plan_loop(bound.loop(first, context), variables, parse_bytes(budget, "budget"), spill=spill)
 
 
-def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan:
+def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int, *, spill: bool) -> MemoryPlan:
     """Returns the plan that fits the budget and runs the fewest steps again.
 
     The whole graph runs none again; states kept every `k` steps run all but the last `k` once more; the binomial
-    schedule runs the fewer the more states it may keep.
+    schedule runs the fewer the more states it may keep. States go into a file where they do not fit into memory.
 
     Cost: one step and one vjp (`measure_step`).
 
@@ -145,6 +163,7 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         loop: an inner loop of at least one step.
         variables: hyperparameters and context, as leaves.
         budget: bytes.
+        spill: whether states may lie in a file.
 
     Raises:
         IncompatibleBackendError: if not even one kept state and one step's graph fit.
@@ -160,19 +179,22 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
     # In the order of the steps that are run again: none, each about once, as often as it takes.
     if whole.peak_bytes <= budget:
         return whole
-    checkpoints = min(
-        (_checkpoints(memory, num_steps, every) for every in range(1, num_steps + 1)),
-        # All that fit are equal in memory here: the fewest steps run again win, then the fewest bytes.
-        key=lambda plan: (max(plan.peak_bytes, budget), plan.recomputed_steps, plan.peak_bytes),
-    )
-    if checkpoints.peak_bytes <= budget:
-        return replace(checkpoints, too_large=(whole,), reasons=reasons)
+    passed: list[MemoryPlan] = [whole]
+    for spilled in (False, True) if spill else (False,):
+        checkpoints = min(
+            (_checkpoints(memory, num_steps, every, spilled=spilled) for every in range(1, num_steps + 1)),
+            # All that fit are equal in memory here: the fewest steps run again win, then the fewest bytes.
+            key=lambda plan: (max(plan.peak_bytes, budget), plan.recomputed_steps, plan.peak_bytes),
+        )
+        if checkpoints.peak_bytes <= budget:
+            return replace(checkpoints, too_large=tuple(passed), reasons=reasons)
+        passed.append(checkpoints)
     # The more states are kept the more bytes are held, so the largest number that fits is found by halving.
     fitting = bisect_right(
         range(1, num_steps + 1), budget, key=lambda snapshots: _revolve_peak(memory, num_steps, snapshots)
     )
     if fitting == 0:
-        least = min(whole.peak_bytes, checkpoints.peak_bytes, _revolve_peak(memory, num_steps, 1))
+        least = min(*(plan.peak_bytes for plan in passed), _revolve_peak(memory, num_steps, 1))
         raise IncompatibleBackendError(
             f"`memory_budget` is {budget} bytes ({format_bytes(budget)}): one kept state and the graph of one inner "
             f"step take {least} bytes ({format_bytes(least)}) already. Allow at least that, or make a step smaller (a "
@@ -183,15 +205,18 @@ def plan_loop(loop: InnerLoop, variables: TensorDict, budget: int) -> MemoryPlan
         snapshots=fitting,
         peak_bytes=_revolve_peak(memory, num_steps, fitting),
         recomputed_steps=recomputed_steps(num_steps, fitting),
-        too_large=(whole, checkpoints),
+        kept_states=fitting,
+        too_large=tuple(passed),
         reasons=reasons,
     )
 
 
-def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
-    """Returns the plan with a state kept every `every` steps, counted from the end."""
+def _checkpoints(memory: StepMemory, num_steps: int, every: int, *, spilled: bool) -> MemoryPlan:
+    """Returns the plan with a state kept every `every` steps, counted from the end, in memory or in a file."""
     kept = ceil(num_steps / every)
-    states = memory.initial + (kept - 1) * memory.state
+    spilled = spilled and kept > 1
+    # Of a file's states, there are in memory the one that is used and the next one, and the end to compare with.
+    states = min(kept, 2) * memory.spilled_state if spilled else memory.initial + (kept - 1) * memory.state
     before = num_steps - every  # steps that are run without a graph, to the last kept state
     # The segment at the end of the run, with the outer loss beside its graph.
     peak = states + max(memory.graph_of(every) + memory.last_term, memory.segment(every)) + before * memory.loss
@@ -199,12 +224,16 @@ def _checkpoints(memory: StepMemory, num_steps: int, every: int) -> MemoryPlan:
         # The segment before has a kept state less, but its end to compare with, and the last state. The first segment
         # of the run may be shorter.
         length = every if kept > 2 else before
-        peak = max(peak, states + memory.state + _segment(memory, length) + num_steps * memory.loss)
+        behind = min(kept, 3) * memory.spilled_state if spilled else states
+        peak = max(peak, behind + memory.state + _segment(memory, length) + num_steps * memory.loss)
     return MemoryPlan(
         method="checkpoints",
         checkpoint_every=every,
         peak_bytes=max(peak, _result(memory, num_steps)),
         recomputed_steps=before,
+        kept_states=min(kept, 2) if spilled else kept,
+        spilled_states=kept - 1 if spilled else 0,
+        spilled_bytes=(kept - 1) * memory.spilled_state if spilled else 0,
     )
 
 

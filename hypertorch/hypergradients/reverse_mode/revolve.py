@@ -44,7 +44,8 @@ def binomial_schedule(num_steps: int, snapshots: int) -> Iterator[Action]:
 
     It starts with the state before step 0 as the current one, differentiates the steps `num_steps - 1 .. 0`, and runs
     `recomputed_steps(num_steps, snapshots)` steps without a graph, the least possible. No kept state is kept twice at
-    once, and every kept state is released when its own step is differentiated.
+    once, and every kept state is released when its own step is differentiated. The kept states are a stack: only
+    the last of them is returned to or released.
 
     With `c` snapshots, `r` repetitions and `beta(c, r) = binomial(c + r, c)` steps can be reversed. A stretch of
     `beta(c, r - 1) < l <= beta(c, r)` steps is split where both parts need no more repetitions than that.

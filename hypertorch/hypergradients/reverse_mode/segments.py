@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import torch
 
 from hypertorch.hypergradients.reverse_mode import revolve
+from hypertorch.hypergradients.reverse_mode.spilled_states import KeptStates, kept_states
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
+
+# Losses of a run too long for memory are gathered by so many steps.
+_GATHERED = 256
 
 
 def initialisation(loop: InnerLoop, variables: TensorDict, first: InnerState | None) -> Segment:
@@ -29,92 +34,109 @@ def initialisation(loop: InnerLoop, variables: TensorDict, first: InnerState | N
         return Segment(0, 0, loop.initial(variables), first, connected=True)
 
 
-def kept_every(loop: InnerLoop, variables: TensorDict, steps: Steps, every: int) -> Iterator[Segment]:
+def kept_every(
+    loop: InnerLoop, variables: TensorDict, steps: Steps, every: int, spill_to: Path | None = None
+) -> Generator[Segment]:
     """Yields segments of `every` steps, with the states between them kept from one forward run.
 
     The first segment of the run may be shorter: the steps of the last one are not run before it is differentiated.
 
-    Cost: `num_steps - every` steps; memory of `num_steps / every` states.
+    Cost: `num_steps - every` steps; memory of `num_steps / every` states, or of two and a file of the others.
     """
     stops = range(loop.num_steps, 0, -every)
     starts = [max(stop - every, 0) for stop in stops]
-    kept = _kept(loop, steps, starts)
-    arrival = None
-    for start, stop in zip(starts, stops, strict=True):
-        # Popped: a state is held no longer than its segment.
-        departure = kept.pop()
-        yield Segment(start, stop, departure, arrival)
-        # Where the segment before must end, if it is the same run.
-        arrival = departure
-    yield initialisation(loop, variables, arrival)
-
-
-def single_steps(loop: InnerLoop, variables: TensorDict, steps: Steps, every: int = 1) -> Iterator[Segment]:
-    """Yields single steps. One state in `every` is kept; those in between are run again when they are reached.
-
-    Cost: `num_steps` steps, and `num_steps - every` once more if `every` is above 1; memory of
-    `num_steps / every + every` states.
-    """
-    stops = range(loop.num_steps, 0, -every)
-    starts = [max(stop - every, 0) for stop in stops]
-    kept = _kept(loop, steps, starts)
-    arrival = None
-    for start, stop in zip(starts, stops, strict=True):
-        states: list[InnerState] = []
-        reached = scan(steps.advance, kept.pop(), range(start, stop if arrival is None else stop - 1), _collect(states))
-        if arrival is None:
-            loop.record.hold(len(starts) + stop - start)
-            arrival = reached
-        else:
-            states.append(reached)
-        # Held by `states` or as the arrival, and not a moment longer.
-        del reached
-        for step in reversed(range(start, stop)):
-            departure = states.pop()
-            yield Segment(step, step + 1, departure, arrival)
+    with kept_states(spill_to, len(starts)) as kept:
+        _keep(kept, loop, steps, starts)
+        arrival, ungathered = None, loop.num_steps
+        for start, stop in zip(starts, stops, strict=True):
+            # Popped: a state is held no longer than its segment.
+            departure = kept.pop()
+            yield Segment(start, stop, departure, arrival)
+            if spill_to is not None and ungathered - start >= _GATHERED:
+                loop.record.gather(range(start, ungathered))
+                ungathered = start
+            # Where the segment before must end, if it is the same run.
             arrival = departure
     yield initialisation(loop, variables, arrival)
 
 
-def revolving(loop: InnerLoop, variables: TensorDict, steps: Steps, snapshots: int) -> Iterator[Segment]:
-    """Yields single steps, with states that the binomial schedule keeps or runs again.
+def single_steps(
+    loop: InnerLoop, variables: TensorDict, steps: Steps, every: int = 1, spill_to: Path | None = None
+) -> Generator[Segment]:
+    """Yields single steps. One state in `every` is kept; those in between are run again when they are reached.
 
-    Cost: `recomputed_steps(num_steps, snapshots)` steps; memory of `snapshots` states.
+    Cost: `num_steps` steps, and `num_steps - every` once more if `every` is above 1; memory of
+    `num_steps / every + every` states, of `every + 2` and a file of the others.
     """
-    kept: dict[int, InnerState] = {}
-    arrival = None
-    state = steps.initial()
-    for action in revolve.binomial_schedule(loop.num_steps, snapshots):
-        match action:
-            case revolve.Keep(step):
-                kept[step] = state
-                loop.record.hold(len(kept) + 1)
-            case revolve.Return(step):
-                state = kept[step]
-            case revolve.Advance(start, stop):
-                state = scan(steps.advance, state, range(start, stop))
-            case revolve.Differentiate(step, release):
-                # Before it is handed over, so that the sweep has the last hold on it.
-                if release:
-                    del kept[step]
-                yield Segment(step, step + 1, state, arrival)
-                arrival = state
+    stops = range(loop.num_steps, 0, -every)
+    starts = [max(stop - every, 0) for stop in stops]
+    with kept_states(spill_to, len(starts)) as kept:
+        _keep(kept, loop, steps, starts)
+        arrival, ungathered = None, loop.num_steps
+        for start, stop in zip(starts, stops, strict=True):
+            states: list[InnerState] = []
+            last = stop if arrival is None else stop - 1
+            reached = scan(steps.advance, kept.pop(), range(start, last), _collect(states))
+            if arrival is None:
+                loop.record.hold(len(starts) + stop - start)
+                arrival = reached
+            else:
+                states.append(reached)
+            # Held by `states` or as the arrival, and not a moment longer.
+            del reached
+            for step in reversed(range(start, stop)):
+                departure = states.pop()
+                yield Segment(step, step + 1, departure, arrival)
+                arrival = departure
+            if spill_to is not None and ungathered - start >= _GATHERED:
+                loop.record.gather(range(start, ungathered))
+                ungathered = start
     yield initialisation(loop, variables, arrival)
 
 
-def _kept(loop: InnerLoop, steps: Steps, starts: list[int]) -> list[InnerState]:
-    """Returns the states before some steps, given from the last to the first, in the order of the run."""
+def revolving(
+    loop: InnerLoop, variables: TensorDict, steps: Steps, snapshots: int, spill_to: Path | None = None
+) -> Generator[Segment]:
+    """Yields single steps, with states that the binomial schedule keeps or runs again.
+
+    Cost: `recomputed_steps(num_steps, snapshots)` steps; memory of `snapshots` states, or of two and a file of the
+    others.
+    """
+    arrival = None
+    state = steps.initial()
+    with kept_states(spill_to, min(snapshots, loop.num_steps)) as kept:
+        for action in revolve.binomial_schedule(loop.num_steps, snapshots):
+            match action:
+                case revolve.Keep():
+                    kept.append(state)
+                    loop.record.hold(len(kept) + 1)
+                # Of the kept states, the schedule asks for the last one only.
+                case revolve.Return():
+                    state = kept[-1]
+                case revolve.Advance(start, stop):
+                    state = scan(steps.advance, state, range(start, stop))
+                case revolve.Differentiate(step, release):
+                    # Before it is handed over, so that the sweep has the last hold on it.
+                    if release:
+                        kept.pop()
+                    yield Segment(step, step + 1, state, arrival)
+                    arrival = state
+    yield initialisation(loop, variables, arrival)
+
+
+def _keep(kept: KeptStates, loop: InnerLoop, steps: Steps, starts: list[int]) -> None:
+    """Keeps the states before some steps, given from the last to the first, in the order of the run."""
     # Up to the start of the last segment, whose steps are run by whoever differentiates it.
     wanted = frozenset(starts)
-    kept: list[InnerState] = []
 
     def keep(state: InnerState, step: int) -> None:
         if step in wanted:
             kept.append(state)
+        if step % _GATHERED == 0 and not isinstance(kept, list):
+            loop.record.gather(range(step - _GATHERED, step))
 
     kept.append(scan(steps.advance, steps.initial(), range(starts[0]), keep))
     loop.record.hold(len(kept) + 1)
-    return kept
 
 
 def _collect(states: list[InnerState]) -> Callable[[InnerState, int], None]:

@@ -28,6 +28,7 @@ class StepMemory:
         initial_graph: the same with its graph.
         initial_vjp: most while the initialisation's part of the hypergradient is computed.
         state: an inner state.
+        spilled_state: an inner state that comes out of a file, where no tensor shares memory with another.
         loss: the value of the inner loss, which is kept for every step run.
         graph: the graph of one step, with the state after it.
         further_graph: what each further step adds to a graph.
@@ -42,6 +43,7 @@ class StepMemory:
     initial_graph: int
     initial_vjp: int
     state: int
+    spilled_state: int
     loss: int
     graph: int
     further_graph: int
@@ -117,6 +119,7 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
             last = arrival.replace_tensors([value.clone() for value in arrival.tensors()])
         # A rule may hand on a tensor as it is, which costs a run nothing.
         state = storage_bytes(arrival.tensors(), besides=departure.tensors())
+        spilled_state = sum(value.numel() * value.element_size() for value in arrival.tensors())
         sizes = [storage_bytes([value], besides=departure.tensors()) for value in arrival.tensors()]
         at_start, at_end = _watched(departure), _watched(arrival)
         del departure, arrival
@@ -149,6 +152,7 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
         initial_graph=initial_graph,
         initial_vjp=initial_vjp,
         state=state,
+        spilled_state=spilled_state,
         loss=storage_bytes(losses),
         graph=graph,
         further_graph=graph - state + between,
