@@ -179,8 +179,6 @@ def is_schedule(setting: Setting) -> bool:
     return any(part.per_step if isinstance(part, Hyper) else isinstance(part, Sequence) for part in parts(setting))
 
 
-# A step asks for the same names again and again, and matching a pattern takes longer than a small update.
-@lru_cache(maxsize=4096)
 def first_match(patterns: tuple[str, ...], parameter: str) -> str | None:
     """Returns the pattern that a parameter belongs to: its own name, else the first that matches; None if none does.
 
@@ -188,6 +186,13 @@ def first_match(patterns: tuple[str, ...], parameter: str) -> str | None:
         patterns: names or patterns (`*`, `?`, `[...]`, as in file names).
         parameter: the name of an inner parameter.
     """
+    # A function of its own: PyTorch's compiler is told that its result is a constant, and looks through a cache.
+    return _first_match(patterns, parameter)
+
+
+# A step asks for the same names again and again, and matching a pattern takes longer than a small update.
+@lru_cache(maxsize=4096)
+def _first_match(patterns: tuple[str, ...], parameter: str) -> str | None:
     if parameter in patterns:
         return parameter
     # `fnmatch` would ignore case on some systems, and parameters that differ in case alone are two.
@@ -221,7 +226,7 @@ def check_patterns(argument: str, patterns: Collection[str], parameters: Collect
                 f"`{parameter}`: it would have no value. Add an entry for it, or a last one '*' for all others."
             )
     for pattern in patterns:
-        if not any(pattern == parameter or fnmatchcase(parameter, pattern) for parameter in parameters):
+        if all(first_match((pattern,), parameter) is None for parameter in parameters):
             raise ValueError(
                 f"{argument} has the entry {pattern!r}, which matches none of the inner parameters {known}: it would "
                 "do nothing. Use one of these names, or a pattern that matches some."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from hypertorch.dynamics.base import GradientDynamics, zero_buffers
 from hypertorch.dynamics.declared import MOMENTUM, PROPORTION, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
 from hypertorch.dynamics.elementwise import descend, descent_directions
@@ -86,12 +88,15 @@ class SGD(GradientDynamics):
                 if "dampening" not in self.active:
                     # The first step too: the buffer is zero then, or learnt.
                     v = momentum[name] * state[f"momentum.{name}"] + d
-                elif self.dampen_first:
-                    v = momentum[name] * state[f"momentum.{name}"] + (1.0 - dampening[name]) * d
-                else:
-                    # PyTorch's buffer starts as the first direction itself, undamped. By a factor and not by a branch:
-                    # the index is a tensor where the loop over steps is in a program.
+                elif isinstance(index, Tensor) and not self.dampen_first:
+                    # Where the loop over steps is in a program: by a factor and not by a branch.
                     v = d + (momentum[name] * state[f"momentum.{name}"] - dampening[name] * d) * (index != 0)
+                # PyTorch's buffer starts as the first direction itself; with dampening that is not what a buffer of
+                # zeros gives.
+                elif index == 0 and not self.dampen_first:
+                    v = d
+                else:
+                    v = momentum[name] * state[f"momentum.{name}"] + (1.0 - dampening[name]) * d
                 new_state[f"momentum.{name}"] = v
                 d = d + momentum[name] * v if self.nesterov else v
             new_params[name] = descend(w, d, lr[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -148,7 +149,8 @@ class _Run:
     def measured(self) -> Execution:
         """Returns the execution, its `tasks` measured if need be."""
         bound = self._bound
-        return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, self.over)
+        run = self._over_uncompiled if getattr(self._backend, "compile", False) else self.over
+        return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, run)
 
     def slices(self) -> list[TaskSlice | None]:
         """Returns the slices of tasks in the order they are run; a single None for a problem without tasks."""
@@ -182,6 +184,12 @@ class _Run:
         outer_loss = losses.total()[""]
         assert outer_loss is not None
         return total.total(), outer_loss, parts
+
+    def _over_uncompiled(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
+        """Returns what `over` does, without a compiler: to measure both ways to run tasks would compile both."""
+        run = copy(self)
+        run._backend = replace(self._backend, compile=False)  # type: ignore[call-arg]
+        return run.over(slices)
 
     def over_ranks(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
         """Returns what `over` does, with hypergradient and outer loss those of all processes.

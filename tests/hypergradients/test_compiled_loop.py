@@ -26,9 +26,11 @@ from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, normal
 Reverse, D, Hyper = ht.hypergradients.Reverse, ht.dynamics, ht.Hyper
 F64 = torch.float64
 LR = {"lr": torch.tensor(-2.0, dtype=F64)}
+SHAPES = {"first": (4, 6), "second": (6, 3)}
 RULES: dict[str, tuple[ht.Dynamics, TensorDict]] = {
     "gradient descent": (D.SGD(lr=0.1), {}),
     "momentum": (D.SGD(lr=Hyper("lr", torch.exp), momentum=0.9, nesterov=True), LR),
+    "dampening": (D.SGD(lr=Hyper("lr", torch.exp), momentum=0.9, dampening=0.3), LR),
     "a schedule": (D.SGD(lr=Hyper("lr", torch.exp, per="step")), {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}),
     "Adam": (D.Adam(lr=Hyper("lr", torch.exp), eps=1e-3), LR),
     "AMSGrad": (D.AdamW(lr=Hyper("lr", torch.exp), eps=1e-3, amsgrad=True), LR),
@@ -63,7 +65,7 @@ def assert_looped(problem: ht.BilevelProblem, *, looped: bool = True, **options:
     return result
 
 
-@pytest.mark.parametrize("rule", ["a schedule", "Adam"])
+@pytest.mark.parametrize("rule", ["dampening", "a schedule", "Adam"])
 def test_rules_in_a_loop_give_the_eager_number(rule: str) -> None:
     dynamics, extra = RULES[rule]
     assert_looped(net_problem(dynamics, extra, num_steps=12), outer_step=2)
@@ -260,6 +262,16 @@ def test_a_hyperparameter_without_a_path_is_refused_and_one_with_a_zero_is_not()
         ht.hypergradient(idle, idle.init_hparams(), backend=Reverse(compile=True))
     zero = made(lambda p, h, b: (p["w"] * h["c"]).square().sum() + (h["d"] * 0.0 * p["w"][:2]).sum())
     assert not assert_looped(zero).grads["d"].any()
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_a_learnt_buffer_that_the_first_step_leaves_out_is_refused_as_without_compilation(num_steps: int) -> None:
+    start = {f"buffers.momentum.{name}": normal(*shape, seed=1) for name, shape in SHAPES.items()}
+    rule = D.LearnedBuffers(D.SGD(lr=0.1, momentum=0.7, dampening=0.3))
+    problem = net_problem(rule, start, num_steps=num_steps)
+    with pytest.raises(DetachedHyperparameterError, match=r"buffers.momentum.first"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+    assert not memo.entries(UNLOOPED)
 
 
 def test_a_warm_start_goes_on_counting() -> None:

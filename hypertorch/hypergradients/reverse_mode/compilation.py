@@ -17,6 +17,7 @@ from torch import fx
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from hypertorch.dynamics.settings import first_match
 from hypertorch.errors import HypertorchError
 from hypertorch.inner import memo
 
@@ -171,6 +172,8 @@ def compilation() -> Iterator[None]:
         try:
             # Without the first, `torch.autograd.grad` inside a function cannot be traced.
             stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
+            # Text alone goes in and comes out; how patterns are matched cannot be traced.
+            compiler.assume_constant_result(first_match)
             stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
             # What PyTorch says of its own insides while it compiles is no fault of the user's.
             stack.enter_context(warnings.catch_warnings())
