@@ -165,7 +165,7 @@ def compilation() -> Iterator[None]:
         NotCompilableError: where PyTorch cannot compile one.
     """
     _keep_in_cache_of_user()
-    with _autograd_as_before(), ExitStack() as stack:
+    with ExitStack() as stack:
         # Loaded by PyTorch when first asked for, which takes a second.
         dynamo: Any = torch._dynamo
         compiler: Any = torch.compiler
@@ -182,6 +182,19 @@ def compilation() -> Iterator[None]:
             raise NotCompilableError(
                 f"PyTorch {torch.__version__} cannot compile code that takes derivatives"
             ) from error
+        stack.enter_context(attempt())
+        yield
+
+
+@contextmanager
+def attempt() -> Iterator[None]:
+    """Surrounds calls that may turn out not to be compilable, inside of `compilation`; others may be made after them.
+
+    Raises:
+        NotCompilableError: where PyTorch cannot compile a function.
+    """
+    dynamo: Any = torch._dynamo
+    with _autograd_as_before():
         try:
             yield
         except dynamo.exc.FailOnRecompileLimitHit as error:

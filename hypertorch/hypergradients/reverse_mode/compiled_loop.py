@@ -25,7 +25,7 @@ from hypertorch.hypergradients.guards.replay import check_values
 from hypertorch.hypergradients.reverse_mode.compilation import (
     NotCompilableError,
     TooManyProgramsError,
-    compilation,
+    attempt,
     compiled,
     programs_made,
 )
@@ -162,7 +162,7 @@ def by_compiled_loop(loop: InnerLoop, variables: TensorDict, every: int | None) 
     trial = loop.uncounted()
     steps = _LoopedSteps(trial, variables)
     try:
-        with compilation():
+        with attempt():
             result = sweep(trial, variables, steps.segments(every), steps.vjp)
     except TooManyProgramsError:  # single steps would be as many
         raise

@@ -16,6 +16,7 @@ from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.compilation import (
     NotCompilableError,
     TooManyProgramsError,
+    attempt,
     compilation,
     compiled,
     programs_made,
@@ -129,7 +130,7 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     try_dynamics(loop, tree.detach(variables))
     if may_loop(loop, variables):
         try:
-            with compilation():
+            with attempt():
                 return _whole_by_loop(loop, variables)
         except TooManyProgramsError:
             raise
