@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 
 
 class Constraint(ABC):

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from hypertorch import tree
 from hypertorch.autodiff.noise import random_permutation
-from hypertorch.checks import check_seed, is_count
+from hypertorch.checks.values import check_seed, is_count
 from hypertorch.types import Batch
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
-from hypertorch.checks import check_seed, is_count
+from hypertorch.checks.values import check_seed, is_count
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics import Dynamics
 from hypertorch.dynamics.settings import Setting, is_schedule

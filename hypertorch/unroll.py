@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import typed
-from hypertorch.checks import check_metrics
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import check_metrics
 from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
 from hypertorch.inner.execution import DEFAULT, Execution

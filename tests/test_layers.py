@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hypertorch"
 
 # Lowest first; modules of one layer may import each other, but for those kept apart below.
 LAYERS = (
-    ("types", "errors", "checks", "argument_types", "tree", "constraints"),
+    ("types", "errors", "checks", "tree", "constraints"),
     ("autodiff", "nn"),
     ("dynamics", "linear_solvers"),
     ("problem",),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.checks import check_hparams
+from hypertorch.checks.values import check_hparams
 from hypertorch.types import TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 
 
 class PeakMemory(TorchDispatchMode):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
-from hypertorch.argument_types import typed
-from hypertorch.checks import check_hparams, check_seed, is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import check_hparams, check_seed, is_count
 from hypertorch.hypergradients import Hypergradient, hypergradient, measured_execution
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.problem import BilevelProblem

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from hypertorch.argument_types import typed
 from hypertorch.autodiff.live_memory import PeakMemory
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.text_table import aligned, in_bytes, in_seconds
 from hypertorch.errors import HypertorchError

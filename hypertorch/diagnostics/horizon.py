@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.geometric_fit import GeometricFit, fit_geometric
 from hypertorch.diagnostics.text_table import aligned

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, Reverse, hypergradient, measured_execution
 from hypertorch.inner.execution import DEFAULT, Execution

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import typed
 from hypertorch.autodiff.products import vjp
-from hypertorch.checks import check_seed, is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import check_seed, is_count
 from hypertorch.diagnostics.arnoldi import Spectrum, leading_spectrum
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Reverse, measured_execution

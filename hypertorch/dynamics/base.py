@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.declared import check_declared, check_settings, declared, natural_constraints
 from hypertorch.dynamics.settings import Setting, is_active, resolve_all

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 from hypertorch.dynamics.learned_update import UpdateRule
 from hypertorch.types import TensorDict
 

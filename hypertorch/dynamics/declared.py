@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypertorch.checks import is_number
+from hypertorch.checks.values import is_number
 from hypertorch.constraints import Box, Constraint, Positive
 from hypertorch.dynamics.settings import (
     Hyper,

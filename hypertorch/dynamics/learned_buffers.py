@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
 from hypertorch.dynamics.settings import Setting

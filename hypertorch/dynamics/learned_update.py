@@ -10,7 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.constraints import Positive
 from hypertorch.dynamics.base import GradientDynamics, by_parameter, flattened
 from hypertorch.dynamics.declared import Range, setting

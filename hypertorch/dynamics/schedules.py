@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias, get_args
 
-from hypertorch.checks import check_switch, is_count, is_number
+from hypertorch.checks.values import check_switch, is_count, is_number
 
 __all__ = ["cosine", "cyclical", "one_cycle"]
 

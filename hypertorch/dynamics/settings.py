@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.types import TensorMapping
 
 Per: TypeAlias = Literal["one", "step", "parameter", "step,parameter"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 
 MOST = 2**31 - 1
 """The largest count of tasks, examples, classes or steps."""

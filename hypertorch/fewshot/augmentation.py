@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import is_count
 
 
 @dataclass(frozen=True, kw_only=True)

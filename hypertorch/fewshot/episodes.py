@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 
 
 # Named tuples are trees to PyTorch: `vmap` cuts an episode into tasks without knowing the class.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.autodiff.noise import mix, random_words
-from hypertorch.checks import check_seed
+from hypertorch.checks.values import check_seed
 from hypertorch.fewshot._checks import (
     check_count,
     check_num_queries,

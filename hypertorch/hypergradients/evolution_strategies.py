@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, BlackBox
 from hypertorch.hypergradients.evolution.antithetic_pairs import Pair, pairs_to_carry, read_pairs

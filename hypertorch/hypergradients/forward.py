@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, PathBlind
 from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route

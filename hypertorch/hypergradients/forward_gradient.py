@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 from hypertorch.hypergradients.base import BackendResult, RandomDirections
 from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route
 from hypertorch.hypergradients.forward_mode.tangents import (

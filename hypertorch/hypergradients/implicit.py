@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.products import vjp
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hypertorch import tree
-from hypertorch.checks import check_switch
+from hypertorch.checks.values import check_switch
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
 from hypertorch.hypergradients.reverse_mode.compiled_loop import by_compiled_loop

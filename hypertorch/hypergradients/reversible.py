@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hypertorch.autodiff.missing_derivatives import NotVectorisableError
-from hypertorch.checks import check_switch
+from hypertorch.checks.values import check_switch
 from hypertorch.dynamics.reversible import ReversibleDynamics, reversible_rule
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient

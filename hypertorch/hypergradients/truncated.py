@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph, graph_vjp
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix

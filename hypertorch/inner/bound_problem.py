@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypertorch.autodiff.missing_derivatives import second_order
 from hypertorch.autodiff.noise import preserved_generators, seed_generators
-from hypertorch.checks import check_hparams
+from hypertorch.checks.values import check_hparams
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.loop import CONTEXT, InnerLoop, inner_loop
 from hypertorch.inner.tasks import TaskSlice, check_tasks_axis

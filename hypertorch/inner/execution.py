@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 from hypertorch.inner.ranks import Ranks
 
 TaskRoute: TypeAlias = Literal["auto", "vmap", "loop"]

@@ -14,7 +14,7 @@ from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute, InnerLoss
 from hypertorch.autodiff.noise import mix, seed_generators
 from hypertorch.autodiff.stopped_gradients import stopping_tangents
-from hypertorch.checks import check_buffers, check_params, check_scalar
+from hypertorch.checks.values import check_buffers, check_params, check_scalar
 from hypertorch.dynamics import Dynamics
 from hypertorch.inner.precision import in_precision
 from hypertorch.inner.ranks import Ranks

@@ -18,8 +18,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.utils import _pytree as pytree
 
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import is_number, is_out_of_memory
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import is_number, is_out_of_memory
 from hypertorch.errors import HypertorchError, LostRankError
 from hypertorch.types import TensorDict, TensorMapping
 

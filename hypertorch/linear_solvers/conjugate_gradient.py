@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged, with_damping
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, TOLERANCE_ADVICE, check_count, check_not_negative
 from hypertorch.types import TensorDict

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, judged
 from hypertorch.linear_solvers.columns import Layout
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_not_negative

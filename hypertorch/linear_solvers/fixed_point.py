@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch import tree
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, relative_size
 from hypertorch.linear_solvers.settings import (
     STEP_SIZE_ADVICE,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hypertorch.argument_types import check_fields
 from hypertorch.autodiff.noise import random_words
-from hypertorch.checks import check_seed
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_seed
 from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged
 from hypertorch.linear_solvers.columns import Layout
 from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_positive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 
 
 def check_count(owner: str, name: str, value: int) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 
 Statistics: TypeAlias = Literal["episode", "running"]
 

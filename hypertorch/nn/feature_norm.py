@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.nn.batch_norm import Statistics, check_features, check_statistics
 
 _TINY = 1e-12  # keeps the derivative of the root finite where all features are equal

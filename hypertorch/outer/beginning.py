@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypertorch.checks import check_hparams
+from hypertorch.checks.values import check_hparams
 from hypertorch.errors import CheckpointError
 from hypertorch.inner.ranks import Ranks
 from hypertorch.outer.checkpoints import Checkpoint, check_same_hparams, differences

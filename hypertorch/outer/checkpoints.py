@@ -11,8 +11,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from hypertorch.argument_types import check_type
-from hypertorch.checks import checked_path, is_count
+from hypertorch.checks.argument_types import check_type
+from hypertorch.checks.values import checked_path, is_count
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.encoding import decode, encode
 from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tensor_file

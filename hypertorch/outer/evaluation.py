@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import check_metrics, is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import check_metrics, is_count
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.ranks import arguments, check_same_arguments
 from hypertorch.outer.progress import progress_display

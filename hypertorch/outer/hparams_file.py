@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import checked_path
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import checked_path
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.checkpoints import load_checkpoint
 from hypertorch.outer.finiteness import check_finite

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import checked_path
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import checked_path
 from hypertorch.errors import CheckpointError
 from hypertorch.types import TensorDict, TensorMapping
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from hypertorch.checks import is_out_of_memory
+from hypertorch.checks.values import is_out_of_memory
 from hypertorch.inner.execution import Execution
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 
 from hypertorch.autodiff.noise import preserved_generators
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
 from hypertorch.outer.constraining import match_constraints, project_in_place

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import is_count
 from hypertorch.constraints import Constraint
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.outer.checkpoints import Checkpoints

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import is_count
 from hypertorch.outer.loggers import Logger
 from hypertorch.types import TensorDict, TensorMapping
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from hypertorch.checks import check_hparams
+from hypertorch.checks.values import check_hparams
 from hypertorch.errors import CheckpointError, NonFiniteError
 from hypertorch.outer.checkpoints import Checkpoint
 from hypertorch.outer.patterns import check_each_wins, check_patterns, first_match

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import checked_path
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import checked_path
 from hypertorch.outer.loggers import Logger
 from hypertorch.types import TensorMapping
 

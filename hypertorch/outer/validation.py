@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import is_count
 from hypertorch.outer.report import Report
 from hypertorch.problem import ProblemSource
 

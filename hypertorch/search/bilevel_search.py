@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, hypergradient
 from hypertorch.inner.execution import DEFAULT, Execution

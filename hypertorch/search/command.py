@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 
 Direction: TypeAlias = Literal["max", "min"]
 Task = TypeVar("Task", bound=Callable[..., Any])

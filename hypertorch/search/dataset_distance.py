@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
 from hypertorch.autodiff.noise import mix
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 from hypertorch.dynamics import SGD
 from hypertorch.nn.functional_module import FunctionalModule
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 
 
 class DeepSet(nn.Module):

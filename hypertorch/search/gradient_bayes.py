@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from hypertorch.checks import check_switch, is_count
+from hypertorch.checks.values import check_switch, is_count
 from hypertorch.search.acquisition import next_point
 from hypertorch.search.evidence import fit_gradient_gp
 from hypertorch.search.gradient_gp import GradientGP

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 
 
 @dataclass(frozen=True, kw_only=True)

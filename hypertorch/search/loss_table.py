@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hypertorch.checks import check_dense
+from hypertorch.checks.values import check_dense
 
 
 def check_loss_table(name: str, losses: Tensor) -> None:

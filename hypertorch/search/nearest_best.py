@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import check_dense
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import check_dense
 from hypertorch.search.loss_table import check_count_of, check_loss_table
 
 

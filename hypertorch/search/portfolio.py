@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.search.loss_table import check_count_of, check_loss_table
 
 

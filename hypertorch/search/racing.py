@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 
 
 @typed("values", "best", "maximise", "level")

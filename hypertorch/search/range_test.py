@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hypertorch.checks import is_count, is_number
+from hypertorch.checks.values import is_count, is_number
 from hypertorch.dynamics import Dynamics
 from hypertorch.dynamics.declared import declared
 from hypertorch.dynamics.settings import Setting

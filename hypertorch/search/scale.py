@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hypertorch.checks import check_switch
+from hypertorch.checks.values import check_switch
 
 
 def check_pair(argument: str, ends: object) -> None:

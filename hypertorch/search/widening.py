@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hypertorch.checks import check_seed, is_count
+from hypertorch.checks.values import check_seed, is_count
 from hypertorch.types import TensorDict, TensorMapping
 
 

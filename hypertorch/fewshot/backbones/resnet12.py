@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
-from hypertorch.checks import is_count
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import is_count
 from hypertorch.fewshot.backbones.output_layers import output_layers
 from hypertorch.nn.batch_norm import BatchNorm, Statistics
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hypertorch.checks import check_switch
+from hypertorch.checks.values import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cifar100_files import HOW_TO_GET, PER_CLASS, read_cifar100
 from hypertorch.fewshot.datasets.cifar_fs_classes import CIFAR_FS_CLASSES

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import check_fields
+from hypertorch.checks.argument_types import check_fields
 
 ClassesT = TypeVar("ClassesT", bound="Classes")
 

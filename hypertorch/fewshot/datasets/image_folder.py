@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hypertorch.checks import check_switch
+from hypertorch.checks.values import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.data_folder import data_folder
 from hypertorch.fewshot.datasets.image_classes import ImageClasses

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hypertorch.checks import check_switch
+from hypertorch.checks.values import check_switch
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot.datasets.cache import default_cache_dir
 from hypertorch.fewshot.datasets.data_folder import data_folder

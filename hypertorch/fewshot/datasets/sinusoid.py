@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypertorch.argument_types import check_fields
-from hypertorch.checks import check_seed
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_seed
 from hypertorch.fewshot._checks import check_num_queries, check_num_tasks, check_shot, check_step
 from hypertorch.fewshot._random import random_uniform
 from hypertorch.fewshot.episodes import Episode, EpisodeSource, Examples

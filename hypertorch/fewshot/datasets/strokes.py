@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from hypertorch.checks import check_seed, check_switch
+from hypertorch.checks.values import check_seed, check_switch
 from hypertorch.fewshot._checks import check_count
 from hypertorch.fewshot.datasets.cache import cached_array
 from hypertorch.fewshot.datasets.image_classes import ImageClasses

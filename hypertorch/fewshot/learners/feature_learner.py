@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hypertorch import tree
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.fewshot._checks import check_way
 from hypertorch.fewshot.episodes import Episode, Examples

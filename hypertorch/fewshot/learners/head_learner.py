@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot._checks import check_num_steps
 from hypertorch.fewshot.episodes import Episode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.head_learner import HeadLearner, linear_head

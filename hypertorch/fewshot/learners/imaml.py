@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode, Examples
 from hypertorch.fewshot.learners.network_learner import NetworkLearner, SupportProblem

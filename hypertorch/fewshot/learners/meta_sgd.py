@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.network_learner import NetworkLearner

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.closed_form_head import ClosedFormHead
 from hypertorch.types import TensorDict

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hypertorch.argument_types import typed
+from hypertorch.checks.argument_types import typed
 from hypertorch.dynamics import Dynamics
 from hypertorch.fewshot._checks import check_integer
 from hypertorch.fewshot.episodes import Episode, Examples

@@ -11,7 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.missing_derivatives import forward_mode
 from hypertorch.autodiff.products import jvps, vjp
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from hypertorch.autodiff.live_memory import parse_bytes
-from hypertorch.checks import is_count
+from hypertorch.checks.values import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_loop
 from hypertorch.hypergradients.reverse_mode.segments import kept_every, revolving, single_steps

@@ -8,9 +8,9 @@ from math import ceil
 from typing import Literal
 
 from hypertorch import tree
-from hypertorch.argument_types import typed
 from hypertorch.autodiff.live_memory import format_bytes, parse_bytes
-from hypertorch.checks import check_switch
+from hypertorch.checks.argument_types import typed
+from hypertorch.checks.values import check_switch
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.reverse_mode.revolve import recomputed_steps, states_alive
 from hypertorch.hypergradients.reverse_mode.step_memory import StepMemory, measure_step

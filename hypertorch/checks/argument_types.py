@@ -9,7 +9,7 @@ from functools import cache, wraps
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hypertorch.checks import is_number
+from hypertorch.checks.values import is_number
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
