@@ -21,8 +21,8 @@ from scripts.mutation.covering import Covering
 from scripts.mutation.mutants import Mutant, digest, draw, equivalents
 
 FOLDERS = (
-    *("core", "autodiff", "diagnostics", "dynamics", "fewshot", "hypergradients", "inner", "linear_solvers", "nn"),
-    *("outer", "search"),
+    *("core", "autodiff", "checks", "diagnostics", "dynamics", "fewshot", "hypergradients", "inner", "linear_solvers"),
+    *("nn", "outer", "search"),
 )
 ROOT = Path(__file__).resolve().parents[2]
 _KEPT = ROOT / "outputs" / "mutation"
