@@ -35,12 +35,20 @@ _MOST_PROGRAMS = 16
 # Where PyTorch keeps programs; it sets the variable itself when its compiler is loaded.
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
+# Calls in a program with a loop inside. All its code is one function: a C++ compiler takes twenty seconds for 500 of
+# them, and many minutes for 1,000.
+MOST_CALLS_LOOPED = 600
+
 PROGRAMS = "compiled programs"
 MADE = "number of programs that were compiled"
 
 
 class NotCompilableError(HypertorchError):
     """A function cannot be compiled; whoever asked runs it without compilation."""
+
+
+class TooLargeError(NotCompilableError):
+    """A loop could be compiled, but its steps have so many operations that it would take minutes."""
 
 
 class TooManyProgramsError(NotCompilableError):
@@ -88,6 +96,8 @@ def _make_code(
 ) -> Callable[..., Any]:
     """Returns the code of a traced function."""
     _refuse_cut_derivatives(graph)
+    if loops:
+        _refuse_large(graph)
     memo.note(MADE, None, programs_made() + 1)
     if backend == "inductor":
         return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device, loops))
@@ -108,6 +118,17 @@ def _refuse_cut_derivatives(graph: fx.GraphModule) -> None:
                 "a custom `torch.autograd.Function` is on the way, whose backward pass loses its own derivative when "
                 "it is traced. Written out of operations of PyTorch it could be compiled."
             )
+
+
+def _refuse_large(graph: fx.GraphModule) -> None:
+    """Raises `TooLargeError` for a graph that a C++ compiler would take minutes for."""
+    graphs = [module.graph for module in graph.modules() if isinstance(module, fx.GraphModule)]
+    calls = sum(node.op.startswith("call") for own in graphs for node in own.nodes)
+    if calls > MOST_CALLS_LOOPED:
+        raise TooLargeError(
+            f"its steps have {calls} operations, more than the {MOST_CALLS_LOOPED} of which a loop is compiled in "
+            "seconds; beside so many, calling each step from Python costs little"
+        )
 
 
 def _options(device: torch.device, loops: bool) -> Any:

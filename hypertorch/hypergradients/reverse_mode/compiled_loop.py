@@ -24,6 +24,7 @@ from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
 from hypertorch.hypergradients.reverse_mode.compilation import (
     NotCompilableError,
+    TooLargeError,
     TooManyProgramsError,
     attempt,
     compiled,
@@ -48,6 +49,7 @@ from hypertorch.inner.state import InnerState
 from hypertorch.types import Batch, TensorDict
 
 UNLOOPED = "problems whose steps cannot be looped over in a program"
+LARGE = "problems whose steps are too large for a program of several"
 NOISY_STEP = "problems of which an inner step draws noise"
 
 # Steps in one call of a program where the data of each differs: it is stacked, and held twice.
@@ -188,7 +190,10 @@ def may_loop(loop: InnerLoop, variables: TensorDict) -> bool:
 
 def refuse_loop(loop: InnerLoop, error: NotCompilableError) -> None:
     """Remembers that steps of problems of this class cannot be looped over in a program, and why."""
-    memo.note(UNLOOPED, Program.of(loop).key, str(error))
+    key = Program.of(loop).key
+    memo.note(UNLOOPED, key, str(error))
+    if isinstance(error, TooLargeError):
+        memo.note(LARGE, key, True)
 
 
 class _LoopedSteps:

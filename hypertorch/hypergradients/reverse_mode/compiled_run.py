@@ -32,6 +32,7 @@ from hypertorch.hypergradients.reverse_mode.compile_costs import (
 )
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled_loop import (
+    LARGE,
     compare,
     counters_of,
     data_of,
@@ -136,7 +137,8 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
             raise
         except NotCompilableError as error:
             refuse_loop(loop, error)
-    return _whole_unrolled(loop, variables)
+    # One step is compiled where several would take minutes.
+    return None if memo.get(LARGE, Program.of(loop).key, False) else _whole_unrolled(loop, variables)
 
 
 def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
