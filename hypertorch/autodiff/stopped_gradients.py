@@ -65,7 +65,7 @@ class _StoppingTangents(TorchFunctionMode):
             raise ForwardModeError(
                 "the inner problem registers a hook on a tensor, which changes gradients but no tangents: forward mode "
                 "would have another derivative",
-                "Use reverse mode, for example `Reverse()`.",
+                "Leave the hook out, and change gradients in the dynamics (`ht.dynamics.Clipped`) or in the loss.",
             )
         return func(*args, **(kwargs or {}))
 

@@ -121,7 +121,6 @@ def test_a_hook_is_refused(backend: str) -> None:
         return doubled.square().sum()
 
     own = problem(hooked)
-    assert ht.hypergradient(own, own.init_hparams(), backend=Reverse()).grads["scale"] != 0
     with pytest.raises(IncompatibleBackendError, match="registers a hook on a tensor"):
         ht.hypergradient(own, own.init_hparams(), backend=BACKENDS[backend])
 

@@ -5,9 +5,11 @@ The default suite traces the loops and runs them without a compiler; the slow te
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -291,3 +293,51 @@ def test_a_warm_start_goes_on_counting() -> None:
     hparams = problem.init_hparams()
     carry = ht.hypergradient(problem, hparams, backend=Reverse()).carry
     assert_looped(problem, carry=carry, outer_step=1)
+
+
+class ClippedBackwards(torch.autograd.Function):
+    """The identity, with a gradient that is clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_a_custom_function_of_a_bare_param_is_not_traced(num_steps: int) -> None:
+    # The clipping does nothing at first, when programs are compared.
+    inner = LambdaInner(
+        lambda h: {"w": h["start"] * 1.0}, lambda p, h, b: (ClippedBackwards.apply(p["w"]) - h["c"]).square().sum()
+    )
+    outer = LambdaOuter(
+        {"start": torch.full((2,), 0.1, dtype=F64), "c": torch.tensor(0.2, dtype=F64)},
+        lambda p, h, b: p["w"].square().sum(),
+    )
+    problem = ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=num_steps)
+    hparams = problem.init_hparams()
+    with pytest.warns(UserWarning, match=r"cannot be compiled.*: a custom `torch.autograd.Function` is on the way"):
+        ht.hypergradient(problem, hparams, backend=Reverse(compile=True))
+    hparams["start"] = torch.full((2,), 5.0, dtype=F64)
+    found = ht.hypergradient(problem, hparams, backend=Reverse(compile=True))
+    expected = ht.hypergradient(problem, hparams, backend=Reverse())
+    torch.testing.assert_close(found.outer_loss, expected.outer_loss)
+    torch.testing.assert_close(found.grads, expected.grads)
+    assert expected.grads["c"] == 0.0
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_where_the_compiler_fails_a_check_of_its_own_the_run_goes_without(num_steps: int) -> None:
+    factor = np.float64(3.0)
+    inner = LambdaInner(lambda h: {"w": h["c"] * 1.0}, lambda p, h, b: factor * (p["w"] - h["c"].sin()).square().sum())
+    outer = LambdaOuter({"c": normal(3, seed=1)}, lambda p, h, b: p["w"].square().sum())
+    problem = ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=num_steps)
+    hparams = problem.init_hparams()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = ht.hypergradient(problem, hparams, backend=Reverse(compile=True))
+    assert len(said) <= 1
+    torch.testing.assert_close(found.grads, ht.hypergradient(problem, hparams, backend=Reverse()).grads)

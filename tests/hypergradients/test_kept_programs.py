@@ -69,3 +69,22 @@ def test_a_second_process_compiles_nothing_and_another_problem_is_not_mistaken(t
     error, kept, made, _ = run(tmp_path, power=4, num_steps=num_steps)
     assert (kept, made) == (0, programs)
     assert error < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_file", [True, False])
+def test_where_programs_cannot_be_kept_the_run_goes_without_them(tmp_path: Path, is_file: bool) -> None:
+    place = tmp_path / "file"
+    place.write_text("no folder", encoding="utf-8")
+    folder = str(place) if is_file else "/proc/nowhere"
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", PROCESS.partition("from torch._dynamo")[0] + "print(error)", "2", "20"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=CHECKOUT,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder},
+    )
+    assert float(done.stdout) == 0.0
+    assert f"programs are kept in '{folder}'" in done.stderr
+    assert "set `TORCHINDUCTOR_CACHE_DIR` to another folder" in done.stderr

@@ -526,3 +526,11 @@ def test_a_folder_without_states_to_keep_is_refused(tmp_path: Path) -> None:
     problem = problem_of(2)
     with pytest.raises(TypeError, match="`spill` is 1"):
         plan_memory(problem, problem.init_hparams(), "1GiB", spill=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder where no file can be made")
+def test_a_folder_where_no_file_can_be_made_is_named() -> None:
+    problem = problem_of(6)
+    backend = Reverse(checkpoint_every=2, spill_to="/proc")
+    with pytest.raises(OSError, match="`spill_to` is '/proc', where no file can be made.*Pass a folder"):
+        ht.hypergradient(problem, problem.init_hparams(), backend=backend)

@@ -60,7 +60,7 @@ def _look(first: FirstTask, use: Use) -> None:
         refuse_changed_arguments(loop, variables)
         # In one plain run nothing is differentiated or run again, so that other side effects do no harm.
         if use != "run":
-            refuse_side_effects(first, by_values=use == "values")
+            refuse_side_effects(first, use)
         if use == "second" and loop.num_steps:
             refuse_faulty_operations(loop, variables)
         if first.among_others:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
@@ -21,7 +24,7 @@ from hypertorch.types import Batch, TensorDict
 _TOLERANCE = 100.0  # in units of machine epsilon, relative to the largest entry: some kernels differ in the last bits
 
 
-def refuse_side_effects(first: FirstTask, *, by_values: bool) -> None:
+def refuse_side_effects(first: FirstTask, use: Literal["values", "first", "second"]) -> None:
     """Raises if functions of a problem are not functions of their arguments, or do what a derivative misses.
 
     Cost: on the first task, two steps and outer losses, which must agree; and unless the backend works by values alone
@@ -29,7 +32,7 @@ def refuse_side_effects(first: FirstTask, *, by_values: bool) -> None:
 
     Args:
         first: the first task.
-        by_values: whether the backend takes no derivative, which then can miss nothing.
+        use: what the backend takes of the inner loss beside its gradient. By values alone it can miss nothing.
 
     Raises:
         ReplayError: if something differs when it is evaluated again.
@@ -38,10 +41,45 @@ def refuse_side_effects(first: FirstTask, *, by_values: bool) -> None:
     # The loop is made twice, with data drawn and context computed anew: a counter in either of them shows.
     once = _results(*first.loop())
     loop, variables = first.loop()
-    _refuse_difference(_results(loop, variables), once, loop.inner_eps)
-    if not by_values:
+    with _WatchingHooks() as hooks:
+        again = _results(loop, variables)
+    _refuse_difference(again, once, loop.inner_eps)
+    if use != "values":
         _refuse_late_reads(loop, variables)
         refuse_dropped_buffers(loop, variables)
+    if use == "second" and hooks.change_gradients:
+        raise IncompatibleBackendError(
+            "the inner problem registers a hook on a tensor, which changes the inner gradient: the same hook would "
+            "change the derivatives of that gradient, and the hypergradient would be wrong. Leave the hook out. Change "
+            "gradients in the dynamics (`ht.dynamics.Clipped`, or an `update` of your own), or write the change into "
+            "the loss."
+        )
+
+
+class _WatchingHooks(TorchFunctionMode):
+    """Notices hooks on tensors that return another gradient.
+
+    Attributes:
+        change_gradients: whether one did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.change_gradients = False
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.Tensor.register_hook:
+            return func(*args, **(kwargs or {}))
+        tensor, hook = inspect.signature(func).bind(*args, **(kwargs or {})).args
+
+        def watched(gradient: Tensor) -> Tensor | None:
+            changed = hook(gradient)
+            self.change_gradients |= changed is not None
+            return changed
+
+        return func(tensor, watched)
 
 
 def refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:

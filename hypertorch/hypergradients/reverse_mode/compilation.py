@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import platformdirs
 import torch
@@ -95,7 +95,6 @@ def _make_code(
     backend: str, device: torch.device, loops: bool, graph: fx.GraphModule, inputs: list[Any]
 ) -> Callable[..., Any]:
     """Returns the code of a traced function."""
-    _refuse_cut_derivatives(graph)
     if loops:
         _refuse_large(graph)
     memo.note(MADE, None, programs_made() + 1)
@@ -105,19 +104,16 @@ def _make_code(
     return dynamo.lookup_backend(backend)(graph, inputs)
 
 
-def _refuse_cut_derivatives(graph: fx.GraphModule) -> None:
-    """Raises `NotCompilableError` for a `torch.autograd.Function`.
+def _refuse_custom_function(*_: Any) -> NoReturn:
+    """Raises `NotCompilableError` for a `torch.autograd.Function`, in place of tracing it.
 
-    Once traced, its backward pass has no derivative any more: a hypergradient would lack what passes through it.
+    Once traced, its backward pass has no derivative any more, or is that of its forward pass: a hypergradient would
+    lack what passes through it.
     """
-    for module in graph.modules():
-        if isinstance(module, fx.GraphModule) and any(
-            str(node.target) == "autograd_function_apply" for node in module.graph.nodes
-        ):
-            raise NotCompilableError(
-                "a custom `torch.autograd.Function` is on the way, whose backward pass loses its own derivative when "
-                "it is traced. Written out of operations of PyTorch it could be compiled."
-            )
+    raise NotCompilableError(
+        "a custom `torch.autograd.Function` is on the way, whose backward pass is lost when it is traced. Written out "
+        "of operations of PyTorch it could be compiled."
+    )
 
 
 def _refuse_large(graph: fx.GraphModule) -> None:
@@ -187,12 +183,19 @@ def compilation() -> Iterator[None]:
     """
     _keep_in_cache_of_user()
     with ExitStack() as stack:
-        # Loaded by PyTorch when first asked for, which takes a second.
-        dynamo: Any = torch._dynamo
+        try:
+            # Loaded by PyTorch when first asked for, which takes a second, and looks for the folder of programs.
+            dynamo: Any = torch._dynamo
+        except OSError as error:
+            raise _refusal(error) from error
         compiler: Any = torch.compiler
         try:
             # Without the first, `torch.autograd.grad` inside a function cannot be traced.
             stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
+            # PyTorch traces its forward pass alone where it sees no gradient asked for, as inside of a transform.
+            applied = dynamo.variables.misc.AutogradFunctionVariable
+            stack.callback(setattr, applied, "call_apply", applied.call_apply)
+            applied.call_apply = _refuse_custom_function
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
             stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
@@ -224,12 +227,28 @@ def attempt() -> Iterator[None]:
                 f"tensors of the batch, and those that change from run to run into hyperparameters (`Hyper`). "
                 f"{_first_sentence(str(error))}"
             ) from error
-        except compiler_errors() as error:
-            inner = getattr(error, "inner_exception", None)  # of what failed outside of the tracing
-            # Raised while code was made: the compiler wraps what it meets there.
-            if isinstance(inner, NotCompilableError):
-                raise inner from error
-            raise NotCompilableError(f"PyTorch says: {_first_sentence(str(error))}") from error
+        # Checks of the compiler's own fail too, where it meets what it does not expect, such as a number of numpy's.
+        except (*compiler_errors(), AssertionError, OSError) as error:
+            raise _refusal(error) from error
+
+
+def _refusal(error: BaseException) -> NotCompilableError:
+    """Returns what an error of the compiler means."""
+    # The compiler wraps what it meets, once or more often.
+    causes = [error]
+    while (cause := getattr(causes[-1], "inner_exception", None) or causes[-1].__cause__) and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        if isinstance(cause, NotCompilableError):
+            return cause
+        if isinstance(cause, OSError):
+            return NotCompilableError(
+                f"programs are kept in '{os.environ.get(_FOLDER)}', where PyTorch cannot read or write ({cause}). Make "
+                f"room there, or set `{_FOLDER}` to another folder"
+            )
+    # What is raised while a function is traced comes back as text.
+    own = str(error).partition(f"{NotCompilableError.__name__}: ")[2]
+    return NotCompilableError(own.splitlines()[0] if own else f"PyTorch says: {_first_sentence(str(error))}")
 
 
 def _keep_in_cache_of_user() -> None:

@@ -76,7 +76,7 @@ def note_compilation(family: Hashable, what: str, seconds: float) -> None:
     """Notes the time of a run on which programs were compiled, and tells it."""
     memo.note(PRICE, None, seconds)
     memo.forget(PAYS_FROM, family)
-    _logger.info("%s was compiled in %.1f s", what, seconds)
+    _logger.info("%s was compiled, or its programs were loaded, in %.1f s", what, seconds)
 
 
 def note_compiled(family: Hashable, what: str, seconds: float) -> None:
@@ -108,9 +108,9 @@ def warn_if_too_short(steps_done: int, steps_left: int) -> None:
     if num_steps * runs_per_step < pays_from and not memo.get(WARNED, family, False):
         memo.note(WARNED, family, True)
         _logger.warning(
-            "`compile=True` makes this run of %d outer steps slower: compilation takes %.1f s, and pays from %s of "
-            "them on. Leave `compile` out, or pass 'auto'.",
+            "`compile=True` makes this run of %d outer steps slower: compilation takes %.1f s, and %s. Leave `compile` "
+            "out, or pass 'auto'.",
             num_steps,
             memo.get(PRICE, None, USUAL_PRICE),
-            f"{pays_from / runs_per_step:.0f}" if math.isfinite(pays_from) else "no number",
+            f"pays from {pays_from / runs_per_step:.0f} of them on" if math.isfinite(pays_from) else "never pays",
         )

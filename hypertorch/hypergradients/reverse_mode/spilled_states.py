@@ -53,7 +53,14 @@ class SpilledStates:
 
     def __enter__(self) -> SpilledStates:
         # Unbuffered: states are large, and another buffer would be a copy.
-        self._file = cast(FileIO, tempfile.TemporaryFile(dir=self._folder, buffering=0))
+        try:
+            self._file = cast(FileIO, tempfile.TemporaryFile(dir=self._folder, buffering=0))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"`spill_to` is '{self._folder}', where no file can be made ({error.strerror}): the kept states have "
+                "nowhere to lie. Pass a folder that you may write to.",
+            ) from error
         # One thread, which alone touches the file: what it is asked for is done in order.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hypertorch-spill")
         return self

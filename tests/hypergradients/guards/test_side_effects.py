@@ -480,6 +480,30 @@ def test_weights_read_at_backward_time_are_noticed(how: str, backend: str) -> No
         run(fitted(lambda: Late(how)), EVERY[backend])
 
 
+@pytest.mark.parametrize("on_param", [True, False])
+@pytest.mark.parametrize("backend", ["whole graph", "segments", "mixed"])
+def test_a_hook_that_changes_a_gradient_is_refused(on_param: bool, backend: str) -> None:
+    def hooked(hook: Any) -> ht.BilevelProblem:
+        def loss(params: Any, hparams: Any, batch: Any) -> Tensor:
+            w = params["w"] if on_param else params["w"] * 1.0
+            if w.requires_grad:
+                w.register_hook(hook)
+            return (w - hparams["c"]).square().sum()
+
+        hparams = {"c": torch.full((2,), 3.0, dtype=torch.float64)}
+        inner = LambdaInner(lambda h: {"w": torch.ones(2, dtype=torch.float64)}, loss)
+        outer = LambdaOuter(hparams, lambda p, h, b: 1000 * p["w"].square().sum())
+        return ht.BilevelProblem(inner, outer, dynamics=ht.dynamics.SGD(lr=0.05), num_steps=3)
+
+    changing, looking = hooked(lambda grad: grad.clamp(-1.0, 1.0)), hooked(lambda grad: None)
+    with pytest.raises(
+        IncompatibleBackendError, match="registers a hook on a tensor, which changes the inner gradient"
+    ):
+        ht.hypergradient(changing, changing.init_hparams(), backend=EVERY[backend])
+    if backend != "mixed":
+        assert ht.check_hypergradient(looking, looking.init_hparams(), EVERY[backend])
+
+
 # Functions without a second derivative
 
 
