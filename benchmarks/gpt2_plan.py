@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import hypertorch as ht
+from benchmarks.command_words import count, size
 from hypertorch.types import Batch, TensorDict
 
 
@@ -135,18 +136,18 @@ def language_problem(shape: Shape, *, num_steps: int, rows: int) -> ht.BilevelPr
 def main() -> None:
     """Prints the plan."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=1000, help="inner steps")
-    parser.add_argument("--rows", type=int, default=8, help="rows of tokens in a batch")
-    parser.add_argument("--budget", default="141GB", help="bytes, such as 80GB")
+    parser.add_argument("--steps", type=count, default=1000, help="inner steps")
+    parser.add_argument("--rows", type=count, default=8, help="rows of tokens in a batch")
+    parser.add_argument("--budget", type=size, default="141GB", help="bytes, such as 80GB")
     parser.add_argument("--spill", action="store_true", help="with kept states in a file, on disk or on the host")
     arguments = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     with FakeTensorMode():
         problem = language_problem(Shape(), num_steps=arguments.steps, rows=arguments.rows)
         hparams = problem.init_hparams()
-        count = sum(value.numel() for value in problem.inner.init_params(hparams).values())
+        num_params = sum(value.numel() for value in problem.inner.init_params(hparams).values())
         plan = ht.hypergradients.plan_memory(problem, hparams, arguments.budget, spill=arguments.spill)
-    console.print(f"{count:,} parameters, {arguments.steps} steps of AdamW, {arguments.rows} rows of 1024 tokens")
+    console.print(f"{num_params:,} parameters, {arguments.steps} steps of AdamW, {arguments.rows} rows of 1024 tokens")
     console.print(plan.explain())
 
 

@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 
 import hypertorch as ht
+from benchmarks.command_words import count, folder, size
 from benchmarks.large_unroll import LargeUnroll
-from hypertorch.autodiff.live_memory import format_bytes, parse_bytes, storage_bytes
+from hypertorch.autodiff.live_memory import format_bytes, storage_bytes
 from hypertorch.hypergradients import Reverse, plan_memory
 
 _AGAINST = 1000  # steps of the run whose kept states lie in memory
@@ -58,20 +59,24 @@ def seconds_per_step(problem: ht.BilevelProblem, backend: Reverse) -> float:
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Returns the settings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=2000, help="inner steps")
-    parser.add_argument("--rows", type=int, default=100, help="training examples, all of them in every step")
-    parser.add_argument("--memory", default="1GiB", help="bound on the process, such as 1GiB")
-    parser.add_argument("--every", type=int, help="keep one state in so many and all of them in the file; no plan")
-    parser.add_argument("--against", type=int, default=_AGAINST, help="steps of the run that is compared with")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the file of kept states lies")
-    return parser.parse_args(arguments)
+    parser.add_argument("--steps", type=count, default=2000, help="inner steps")
+    parser.add_argument("--rows", type=count, default=100, help="training examples, all of them in every step")
+    parser.add_argument("--memory", type=size, default="1GiB", help="bound on the process, such as 1GiB")
+    parser.add_argument("--every", type=count, help="keep one state in so many and all of them in the file; no plan")
+    parser.add_argument("--against", type=count, default=_AGAINST, help="steps of the run that is compared with")
+    parser.add_argument(
+        "--folder", type=folder, default=tempfile.gettempdir(), help="where the file of kept states lies"
+    )
+    settings = parser.parse_args(arguments)
+    if settings.every is not None and settings.every > settings.steps:
+        parser.error(f"argument --every: {settings.every} between kept states is more than --steps {settings.steps}")
+    return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the figures; returns 1 if the bound was not kept."""
     settings = parsed(arguments)
-    console = Console(highlight=False, soft_wrap=True)
-    bound = parse_bytes(settings.memory, "memory")
+    console, bound = Console(highlight=False, soft_wrap=True), settings.memory
 
     def problem(num_steps: int) -> ht.BilevelProblem:
         work = LargeUnroll(num_steps=num_steps, num_rows=settings.rows)
@@ -85,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.every is None:
         budget = int(_SLACK * (bound - resident()))
         if budget <= 0:
-            raise SystemExit(f"--memory {settings.memory}: the process takes {format_bytes(resident())} already.")
+            raise SystemExit(f"--memory {format_bytes(bound)}: the process takes {format_bytes(resident())} already.")
         console.print(plan_memory(long, long.init_hparams(), budget, spill=True).explain())
         backend = Reverse(memory_budget=budget, spill_to=settings.folder)
     else:

@@ -145,12 +145,13 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         name: of the argument, for the message.
 
     Raises:
-        ValueError: if it is not such a number, or not positive.
+        ValueError: if it is not such a number, not positive, or a part of a byte.
     """
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]*)\s*", str(size).lower())
     factor = units.get((found.group(2) or "b") if found else "")
-    if isinstance(size, bool) or found is None or factor is None or float(found.group(1)) * factor < 1:
+    is_part = isinstance(size, float) and not size.is_integer()
+    if is_part or isinstance(size, bool) or found is None or factor is None or float(found.group(1)) * factor < 1:
         raise ValueError(
             f"`{name}` is {size!r}, which is no number of bytes: it must be positive, and have one of the units "
             f"{', '.join(_UNITS)} or none. Write for example '512MiB', '1.5 GB' or 2_000_000."

@@ -273,7 +273,7 @@ def test_numbers_of_bytes_are_read(written: int | str, size: int) -> None:
     assert parse_bytes(written) == size
 
 
-@pytest.mark.parametrize("written", [0, -1, True, "", "MiB", "512 MiBs", "1,5 GB", "-3 MB", "0.1 B", "much", None])
+@pytest.mark.parametrize("written", [0, -1, True, "", "MiB", "512 MiBs", "1,5 GB", "-3 MB", "0.1 B", "much", None, 1.5])
 def test_what_is_no_number_of_bytes_is_refused(written: object) -> None:
     with pytest.raises(ValueError, match=r"`budget` is .* no number of bytes: .*MiB.* Write for example '512MiB'"):
         parse_bytes(written, "budget")  # type: ignore[arg-type]
