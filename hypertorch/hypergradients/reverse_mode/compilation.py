@@ -194,8 +194,9 @@ def compilation() -> Iterator[None]:
             stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
             # PyTorch traces its forward pass alone where it sees no gradient asked for, as inside of a transform.
             applied = dynamo.variables.misc.AutogradFunctionVariable
-            stack.callback(setattr, applied, "call_apply", applied.call_apply)
-            applied.call_apply = _refuse_custom_function
+            if applied.call_apply is not _refuse_custom_function:  # by another thread
+                stack.callback(setattr, applied, "call_apply", applied.call_apply)
+                applied.call_apply = _refuse_custom_function
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
             stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
