@@ -201,13 +201,10 @@ def _cases() -> dict[str, tuple[ht.Dynamics, TensorDict]]:
 
 
 CASES = _cases()
-# Hundreds of tangents one by one take minutes; one dynamics of this kind stays in the default suite, and of the rules
-# that are much like Adam or take many products, none.
-LONG_BY_DUALS = ("NAdam", "RAdam", "Lion, schedules", "Muon", "TorchOptim, Adadelta", "Clipped, value")
+# Hundreds of tangents one by one take minutes, above all with rules that are much like Adam or take many products.
+LONG_BY_DUALS = ("LearnedUpdate", "NAdam", "RAdam", "Lion, schedules", "Muon", "TorchOptim, Adadelta", "Clipped, value")
 SLOW = {
-    (case, "forward by duals")
-    for case in CASES
-    if (case.endswith("per parameter") and not case.startswith("Adagrad")) or case.startswith(LONG_BY_DUALS)
+    (case, "forward by duals") for case in CASES if case.endswith("per parameter") or case.startswith(LONG_BY_DUALS)
 } | {(f"{leaf}, per parameter", "forward in chunks") for leaf in ("NAdam", "RAdam", "Muon")}
 PAIRS = [
     pytest.param(case, backend, marks=pytest.mark.slow if (case, backend) in SLOW else ())

@@ -336,7 +336,11 @@ def test_what_cannot_be_compiled_leaves_autograd_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "num_steps"), [(Reverse(compile=True), 3), (Reverse(compile=True, checkpoint_every=3), 12)]
+    ("backend", "num_steps"),
+    [
+        (Reverse(compile=True), 3),
+        pytest.param(Reverse(compile=True, checkpoint_every=3), 12, marks=pytest.mark.slow),
+    ],
 )
 def test_memory_of_a_compiled_backend_is_that_of_the_code_it_was_compiled_from(
     backend: Reverse, num_steps: int

@@ -278,6 +278,7 @@ def windows(
     return results
 
 
+@pytest.mark.slow
 def test_persistent_runs_are_unbiased_where_truncated_ones_are_not() -> None:
     """Window k's loss is `w` after n = 2k steps: its derivative is 1 - r^n in lam and r^n in the start.
 

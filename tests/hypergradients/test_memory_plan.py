@@ -98,7 +98,8 @@ SLOW = pytest.mark.slow  # many plans, each run twice
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[SLOW] if name in ("conv", "adam") else []) for name in PROBLEMS]
+    "name",
+    [pytest.param(name, marks=[SLOW] if name in ("conv", "adam", "learnt momentum") else []) for name in PROBLEMS],
 )
 def test_predictions_are_what_is_counted(name: str) -> None:
     problem = PROBLEMS[name]()

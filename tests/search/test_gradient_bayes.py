@@ -153,6 +153,7 @@ def test_the_process_is_fitted_to_no_more_than_it_is_allowed() -> None:
     assert len(observed) == 6
 
 
+@pytest.mark.slow
 def test_one_and_twenty_numbers_can_be_searched() -> None:
     one = GradientBayes([(-1.0, 3.0)], num_initial=2)
     run(one, lambda points: (points[:, 0] - 1.5).square(), 6)
@@ -265,6 +266,7 @@ def test_huge_values_and_slopes_are_failed(huge: float) -> None:
     run(search, bowl, 2)
 
 
+@pytest.mark.slow
 def test_pending_points_may_coincide() -> None:
     search = GradientBayes(BOUNDS, log=LOG, num_initial=3)
     run(search, bowl, 9)

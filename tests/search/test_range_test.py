@@ -350,7 +350,8 @@ def classify(params: TensorDict, batch: Batch) -> Tensor:
     return F.cross_entropy(torch.tanh(images @ params["hidden"] + params["bias"]) @ params["output"], labels)
 
 
-@pytest.mark.parametrize("momentum", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_on_digits_it_is_as_good_as_the_best_constant_rate(momentum: float) -> None:
     pixels, labels = (torch.as_tensor(value) for value in load_digits(return_X_y=True))
     data = [TensorDataset(pixels[part].to(F64) / 16.0, labels[part]) for part in (slice(800), slice(800, 1300))]

@@ -128,7 +128,7 @@ def decoded(tmp_path_factory):
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("partition", "sizes"),
-    [("vinyals", (1028, 172, 423)), ("lake", (792, 172, 659))],
+    [("vinyals", (1028, 172, 423)), pytest.param("lake", (792, 172, 659), marks=pytest.mark.slow)],
 )
 def test_real_splits(decoded, partition, sizes):
     root = real_data("omniglot")
