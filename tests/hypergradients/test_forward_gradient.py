@@ -99,7 +99,7 @@ QUADRATIC = ht.BilevelProblem(
 COUNT = 600
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("distribution", [DISTRIBUTIONS[0], pytest.param(DISTRIBUTIONS[1], marks=pytest.mark.slow)])
 def test_is_unbiased_with_the_variance_of_the_formula(distribution: str) -> None:
     """Each of the five means, and the total variance, within 4 standard errors: false alarms in fewer than 1 of 1000.
 

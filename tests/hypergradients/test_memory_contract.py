@@ -129,11 +129,13 @@ def test_sqrt_grows_as_the_square_root() -> None:
         assert slope == pytest.approx(4 * (2 * STATE + peak(11, Reverse()) - peak(10, Reverse())), rel=0.05)
 
 
+@pytest.mark.slow
 def test_sqrt_is_leaner_than_segments_as_long_as_there_are_states() -> None:
     assert peak(200, Reverse(checkpoint_every="sqrt")) == peak(200, Reverse(checkpoint_every=10))
     assert peak(200, Reverse(checkpoint_every="sqrt")) < 0.85 * peak(200, Reverse(checkpoint_every=14))
 
 
+@pytest.mark.slow
 def test_revolve_does_not_grow_with_the_horizon_but_with_the_snapshots() -> None:
     for snapshots in (1, 3):
         growth = peak(40, Reverse(snapshots=snapshots)) - peak(12, Reverse(snapshots=snapshots))
