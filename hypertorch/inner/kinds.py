@@ -42,6 +42,9 @@ def _attributes(thing: object) -> list[tuple[str, object]]:
     return list(getattr(thing, "__dict__", {}).items())
 
 
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+
+
 # The depth bounds the walk: objects may refer to each other in a circle.
 def _mark(value: object, depth: int = 4) -> Hashable:
     # The most frequent cases first: a net has hundreds of marks, and they are made at every hypergradient.
@@ -83,8 +86,17 @@ def _mark(value: object, depth: int = 4) -> Hashable:
 
 
 def _switches(part: nn.Module, depth: int) -> Hashable:
-    """Returns the marks of a module's own attributes, without its parameters, buffers and submodules."""
-    return tuple([(name, _mark(value, depth)) for name, value in vars(part).items() if not name.startswith("_")])
+    """Returns the marks of a module's own attributes, without its parameters, buffers and submodules.
+
+    Hooks that change gradients are among them, where there are some.
+    """
+    return tuple(
+        [
+            (name, _mark(value, depth))
+            for name, value in vars(part).items()
+            if not name.startswith("_") or (value and name in _BACKWARD_HOOKS)
+        ]
+    )
 
 
 def _closed_over(function: FunctionType) -> list[object]:

@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import BackwardHook
 
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
@@ -49,15 +50,16 @@ def refuse_side_effects(first: FirstTask, use: Literal["values", "first", "secon
         refuse_dropped_buffers(loop, variables)
     if use == "second" and hooks.change_gradients:
         raise IncompatibleBackendError(
-            "the inner problem registers a hook on a tensor, which changes the inner gradient: the same hook would "
-            "change the derivatives of that gradient, and the hypergradient would be wrong. Leave the hook out. Change "
+            "the inner problem registers a hook on a tensor, which changes the inner gradient (or a backward hook of a "
+            "module does): the same hook would change the derivatives of that gradient, and the hypergradient would be "
+            "wrong. Leave the hook out. Change "
             "gradients in the dynamics (`ht.dynamics.Clipped`, or an `update` of your own), or write the change into "
             "the loss."
         )
 
 
 class _WatchingHooks(TorchFunctionMode):
-    """Notices hooks on tensors that return another gradient.
+    """Notices hooks on tensors, and full backward hooks of modules, that return another gradient.
 
     Attributes:
         change_gradients: whether one did.
@@ -73,13 +75,30 @@ class _WatchingHooks(TorchFunctionMode):
         if func is not torch.Tensor.register_hook:
             return func(*args, **(kwargs or {}))
         tensor, hook = inspect.signature(func).bind(*args, **(kwargs or {})).args
+        return func(tensor, self._watched(hook))
 
-        def watched(gradient: Tensor) -> Tensor | None:
-            changed = hook(gradient)
+    def __enter__(self) -> _WatchingHooks:
+        made = self._made = BackwardHook.__init__
+
+        def watched(own: BackwardHook, module: nn.Module, hooks: Iterable[Any], before: Iterable[Any]) -> None:
+            made(own, module, [*map(self._watched, hooks)], [*map(self._watched, before)])
+
+        # A module's hooks are handed to this class, and to no function that a mode would see.
+        BackwardHook.__init__ = watched  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        BackwardHook.__init__ = self._made  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def _watched(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*gradients: Any) -> Any:
+            changed = hook(*gradients)
             self.change_gradients |= changed is not None
             return changed
 
-        return func(tensor, watched)
+        return call
 
 
 def refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:

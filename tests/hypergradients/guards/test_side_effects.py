@@ -504,6 +504,21 @@ def test_a_hook_that_changes_a_gradient_is_refused(on_param: bool, backend: str)
         assert ht.check_hypergradient(looking, looking.init_hparams(), EVERY[backend])
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_of_a_module_that_changes_a_gradient_is_refused(register: str) -> None:
+    def hooked(hook: Any) -> ht.BilevelProblem:
+        def make() -> nn.Module:
+            module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+            getattr(module[1], register)(hook)
+            return module
+
+        return fitted(make)
+
+    with pytest.raises(IncompatibleBackendError, match="or a backward hook of a module does"):
+        run(hooked(lambda module, *grads: tuple(0.5 * grad for grad in grads[0])), EVERY["whole graph"])
+    run(hooked(lambda module, *grads: None), EVERY["whole graph"])
+
+
 # Functions without a second derivative
 
 
