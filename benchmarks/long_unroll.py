@@ -62,7 +62,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=count, default=2000, help="inner steps")
     parser.add_argument("--rows", type=count, default=100, help="training examples, all of them in every step")
     parser.add_argument("--memory", type=size, default="1GiB", help="bound on the process, such as 1GiB")
-    parser.add_argument("--every", type=count, help="keep one state in so many and all of them in the file; no plan")
+    parser.add_argument("--every", type=count, help="steps between kept states, which all lie in the file; no plan")
     parser.add_argument("--against", type=count, default=_AGAINST, help="steps of the run that is compared with")
     parser.add_argument(
         "--folder", type=folder, default=tempfile.gettempdir(), help="where the file of kept states lies"

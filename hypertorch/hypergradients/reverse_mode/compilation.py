@@ -48,7 +48,7 @@ class NotCompilableError(HypertorchError):
 
 
 class TooLargeError(NotCompilableError):
-    """A loop could be compiled, but its steps have so many operations that it would take minutes."""
+    """The steps of a loop have so many operations that compiling it would take minutes."""
 
 
 class TooManyProgramsError(NotCompilableError):
@@ -192,7 +192,8 @@ def compilation() -> Iterator[None]:
         try:
             # Without the first, `torch.autograd.grad` inside a function cannot be traced.
             stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
-            # PyTorch traces its forward pass alone where it sees no gradient asked for, as inside of a transform.
+            # Inside of a transform PyTorch sees no gradient asked for, and traces only the forward pass of a custom
+            # function.
             applied = dynamo.variables.misc.AutogradFunctionVariable
             if applied.call_apply is not _refuse_custom_function:  # by another thread
                 stack.callback(setattr, applied, "call_apply", applied.call_apply)

@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 def is_worth_compiling(family: Hashable) -> bool:
     """Returns whether runs without compilation have taken as long as a compilation takes, unless that saves nothing.
 
-    Who compiles from there on spends at most twice what the better choice would have taken, however long the run is.
+    Compiling from there on takes at most twice the time of the better choice, however long the run is.
 
     Args:
         family: what problems that share programs have in common.
