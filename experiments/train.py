@@ -46,7 +46,7 @@ from experiments.common.trials import SearchedTraining, objectives_of_trial, val
 from experiments.common.typed_settings import parse
 from hypertorch.errors import CheckpointError
 from hypertorch.inner.ranks import number_of_processes
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.storage.one_writer import one_writer
 from hypertorch.search import searchable
 from hypertorch.types import TensorDict
 

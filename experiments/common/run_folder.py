@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.common.failures import ExpectedFailure
 from experiments.common.processes import is_first_process, is_restarted, own_folder
 from experiments.common.trust import check_plain, check_trusted
-from hypertorch.outer.hparams_file import HPARAMS_FILE
+from hypertorch.outer.storage.hparams_file import HPARAMS_FILE
 
 _CONFIG = "config.yaml"
 _OVERRIDES = "overrides.yaml"

@@ -12,9 +12,9 @@ from hypertorch.checks.argument_types import typed
 from hypertorch.checks.values import check_metrics, is_count
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.ranks import arguments, check_same_arguments
-from hypertorch.outer.progress import progress_display
-from hypertorch.outer.report import Estimate, Report
-from hypertorch.outer.scalars import to_floats
+from hypertorch.outer.evaluation.report import Estimate, Report
+from hypertorch.outer.reporting.progress import progress_display
+from hypertorch.outer.reporting.scalars import to_floats
 from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hypertorch.checks.argument_types import typed
 from hypertorch.checks.values import checked_path
-from hypertorch.outer.loggers import Logger
+from hypertorch.outer.reporting.loggers import Logger
 from hypertorch.types import TensorMapping
 
 

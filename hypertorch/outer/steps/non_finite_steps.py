@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, TypeVar
 from hypertorch import tree
 from hypertorch.dynamics.settings import is_schedule
 from hypertorch.errors import NonFiniteError, NonFiniteWarning
-from hypertorch.outer.state import OuterState
+from hypertorch.outer.steps.state import OuterState
 from hypertorch.problem import BilevelProblem
 
 T = TypeVar("T")

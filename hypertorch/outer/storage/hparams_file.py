@@ -12,9 +12,9 @@ from torch import Tensor
 from hypertorch.checks.argument_types import typed
 from hypertorch.checks.values import checked_path
 from hypertorch.errors import CheckpointError
-from hypertorch.outer.checkpoints import load_checkpoint
-from hypertorch.outer.finiteness import check_finite
-from hypertorch.outer.tensor_files import read_tensor_file, write_tensor_file
+from hypertorch.outer.guards.finiteness import check_finite
+from hypertorch.outer.storage.checkpoints import load_checkpoint
+from hypertorch.outer.storage.tensor_files import read_tensor_file, write_tensor_file
 from hypertorch.types import TensorDict, TensorMapping
 
 HPARAMS_FILE = "hparams.safetensors"

@@ -14,8 +14,8 @@ from typing import Any
 from hypertorch.checks.argument_types import check_type
 from hypertorch.checks.values import checked_path, is_count
 from hypertorch.errors import CheckpointError
-from hypertorch.outer.encoding import decode, encode
-from hypertorch.outer.tensor_files import PARTIAL, read_tensor_file, write_tensor_file
+from hypertorch.outer.storage.encoding import decode, encode
+from hypertorch.outer.storage.tensor_files import PARTIAL, read_tensor_file, write_tensor_file
 from hypertorch.types import TensorDict, TensorMapping
 
 _FORMAT = "hypertorch.checkpoint"

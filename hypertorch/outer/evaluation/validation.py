@@ -7,7 +7,7 @@ from typing import Literal
 
 from hypertorch.checks.argument_types import check_fields
 from hypertorch.checks.values import is_count
-from hypertorch.outer.report import Report
+from hypertorch.outer.evaluation.report import Report
 from hypertorch.problem import ProblemSource
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
-from hypertorch.outer.interrupts import uninterrupted
+from hypertorch.outer.storage.interrupts import uninterrupted
 
 
 class BackgroundWriter:

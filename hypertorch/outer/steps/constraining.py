@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from hypertorch.constraints import Constraint
-from hypertorch.outer.patterns import check_patterns, first_match
+from hypertorch.outer.steps.patterns import check_patterns, first_match
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorMapping
 

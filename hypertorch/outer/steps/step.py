@@ -11,10 +11,10 @@ from hypertorch.constraints import Constraint
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, HypergradientResult, hypergradient
 from hypertorch.inner.execution import Execution
-from hypertorch.outer.clipping import clip_to_norm, total_norm
-from hypertorch.outer.constraining import project_in_place
-from hypertorch.outer.evaluation import OUTER_LOSS
-from hypertorch.outer.state import OuterState
+from hypertorch.outer.evaluation.evaluate import OUTER_LOSS
+from hypertorch.outer.steps.clipping import clip_to_norm, total_norm
+from hypertorch.outer.steps.constraining import project_in_place
+from hypertorch.outer.steps.state import OuterState
 from hypertorch.problem import BilevelProblem, OuterProblem
 from hypertorch.types import TensorDict, TensorMapping
 from hypertorch.unroll import outer_metrics, unroll

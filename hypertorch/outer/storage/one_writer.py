@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hypertorch.errors import CheckpointError
-from hypertorch.outer.tensor_files import not_written
+from hypertorch.outer.storage.tensor_files import not_written
 
 _LOCK = ".lock"
 _WRITER = ".writer.json"

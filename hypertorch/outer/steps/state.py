@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hypertorch.checks.values import check_hparams
 from hypertorch.errors import CheckpointError, NonFiniteError
-from hypertorch.outer.checkpoints import Checkpoint
-from hypertorch.outer.patterns import check_each_wins, check_patterns, first_match
+from hypertorch.outer.steps.patterns import check_each_wins, check_patterns, first_match
+from hypertorch.outer.storage.checkpoints import Checkpoint
 from hypertorch.types import TensorDict, TensorMapping
 
 OptimizerFactory: TypeAlias = Callable[[Any], Optimizer]

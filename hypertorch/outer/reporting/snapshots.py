@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypertorch.checks.argument_types import check_fields
 from hypertorch.checks.values import is_count
-from hypertorch.outer.loggers import Logger
+from hypertorch.outer.reporting.loggers import Logger
 from hypertorch.types import TensorDict, TensorMapping
 
 Shown: TypeAlias = Callable[[TensorDict], TensorMapping]
