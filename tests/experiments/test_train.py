@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 import hypertorch as ht
 from experiments import evaluate, train
-from experiments.common.run_folder import RunFolder
+from experiments.common.runs.run_folder import RunFolder
 from experiments.fewshot.streams import EpisodeStreams
 from hypertorch.fewshot import HyperRepresentation
 from hypertorch.outer.storage.checkpoints import load_checkpoint
