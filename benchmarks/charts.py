@@ -14,7 +14,7 @@ from benchmarks.ratios import BYTES, PEERS
 from benchmarks.row import Row
 from benchmarks.sweep import Growth
 from benchmarks.work import Target
-from experiments.common.line_styles import line_styles
+from experiments.common.results.line_styles import line_styles
 
 _PIXELS_PER_INCH = 120
 _PANELS = (("time", "time (s)", 1.0), ("memory", "peak memory above the data (MiB)", 2.0**20))

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 from benchmarks import variants
 from benchmarks.machine import library_versions, machine
 from benchmarks.measure import Settings, measure
@@ -31,8 +31,8 @@ from benchmarks.sizes import build_work, other_sizes, sizes
 from benchmarks.tables import ratio_lines, table_of_costs, table_of_growth, table_of_rows
 from benchmarks.timing import Rounds
 from benchmarks.work import Work
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import (
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import (
     ascending_lengths,
     device,
     dtype,
@@ -43,9 +43,9 @@ from experiments.common.readers import (
     switch,
     whole_number,
 )
-from experiments.common.reads import Reads, check_settings_are_read, given_settings
-from experiments.common.run_folder import command, open_folder
-from experiments.common.typed_settings import parse, setting
+from experiments.common.configuration.reads import Reads, check_settings_are_read, given_settings
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.runs.run_folder import command, open_folder
 from hypertorch.autodiff.live_memory import parse_bytes
 
 MAIN_CONFIG = Path(__file__).resolve().with_suffix(".yaml")

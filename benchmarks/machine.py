@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory import psutil
-from experiments.common.reporting import versions
+from experiments.common.results.reporting import versions
 
 _PEERS = ("higher", "torchopt", "optree", "jax", "jaxlib", "psutil")
 _CPU_INFO = Path("/proc/cpuinfo")

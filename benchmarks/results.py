@@ -15,9 +15,9 @@ from benchmarks.row import Row
 from benchmarks.sweep import Growth, crossover, growth
 from benchmarks.tables import ratio_lines
 from benchmarks.work import Work
-from experiments.common.failures import ExpectedFailure
-from experiments.common.reporting import json_ready, write_csv, write_results
-from experiments.common.run_folder import read_text
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.results.reporting import json_ready, write_csv, write_results
+from experiments.common.runs.run_folder import read_text
 
 # What must be the same for numbers to stand in one table.
 _COMPARABLE = ("versions", "machine")

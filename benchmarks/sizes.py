@@ -8,9 +8,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.work import Work
-from experiments.common.building import build
-from experiments.common.failures import ExpectedFailure
-from experiments.common.readers import one_of, whole_number
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.readers import one_of, whole_number
 
 
 def build_work(config: DictConfig, key: str) -> Work:

@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES, Images
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline
-from experiments.common.failures import ExpectedFailure
-from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS, MARKERS
-from experiments.common.mlp import MLP, accuracy
-from experiments.common.seeds import Purpose
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES, Images
+from experiments.common.models.mlp import MLP, accuracy
+from experiments.common.results.learning_curve import logged
+from experiments.common.results.line_styles import COLOURS, MARKERS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline
+from experiments.common.runs.seeds import Purpose
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 OPERATIONS = {

@@ -18,14 +18,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import hypertorch as ht
-from experiments.common.black_boxes import Functions, GaussianProcess, Varied, branin, hartmann3
-from experiments.common.experiment import Baseline, Experiment
-from experiments.common.failures import ExpectedFailure
-from experiments.common.line_styles import line_styles
-from experiments.common.optuna_search import SamplerName, optuna, search
-from experiments.common.reporting import write_csv
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import ProblemSettings
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.settings import ProblemSettings
+from experiments.common.results.line_styles import line_styles
+from experiments.common.results.reporting import write_csv
+from experiments.common.runs.experiment import Baseline, Experiment
+from experiments.common.runs.seeds import Purpose, run_seed
+from experiments.common.search.black_boxes import Functions, GaussianProcess, Varied, branin, hartmann3
+from experiments.common.search.optuna_search import SamplerName, optuna, search
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.types import Batch, TensorDict

@@ -20,21 +20,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.domains import load_domain
-from experiments.common.experiment import Baseline, Experiment, refuse_other_length
-from experiments.common.failures import ExpectedFailure
-from experiments.common.line_styles import COLOURS, MARKERS
-from experiments.common.mlp import accuracy
-from experiments.common.reads import Reads
-from experiments.common.seeds import run_seed
-from experiments.common.settings import ProblemSettings, TrainSettings
-from experiments.common.transformed_learner import (
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.settings import ProblemSettings, TrainSettings
+from experiments.common.data_sets.domains import load_domain
+from experiments.common.models.mlp import accuracy
+from experiments.common.models.transformed_learner import (
     Episodes,
     TransformedLearner,
     episodes_at,
     with_transformations,
 )
+from experiments.common.results.line_styles import COLOURS, MARKERS
+from experiments.common.runs.experiment import Baseline, Experiment, refuse_other_length
+from experiments.common.runs.seeds import run_seed
 from hypertorch.autodiff.noise import mix, random_permutation
 from hypertorch.fewshot import Conv4, EpisodeSampler, ProtoNet
 from hypertorch.types import Batch, TensorDict, TensorMapping

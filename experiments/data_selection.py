@@ -19,17 +19,17 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.alphabets import load_alphabets
-from experiments.common.building import build
-from experiments.common.digits import CLASSES, Images
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline
-from experiments.common.failures import ExpectedFailure
-from experiments.common.image_grid import draw_image_grid
-from experiments.common.labelled_images import CleanImages
-from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.alphabets import load_alphabets
+from experiments.common.data_sets.digits import CLASSES, Images
+from experiments.common.models.labelled_images import CleanImages
+from experiments.common.models.mlp import MLP
+from experiments.common.results.image_grid import draw_image_grid
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline
+from experiments.common.runs.seeds import Purpose, run_seed
 from hypertorch.autodiff.noise import mix
 from hypertorch.types import Batch, TensorDict
 

@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline
-from experiments.common.failures import ExpectedFailure
-from experiments.common.labelled_images import CleanImages
-from experiments.common.mlp import MLP
-from experiments.common.readers import positive_number
-from experiments.common.seeds import Purpose, run_seed
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.readers import positive_number
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.labelled_images import CleanImages
+from experiments.common.models.mlp import MLP
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline
+from experiments.common.runs.seeds import Purpose, run_seed
 from hypertorch.types import Batch, TensorDict
 
 # The rates that a baseline chooses from.

@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES, Images
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline, refuse_other_problems
-from experiments.common.failures import ExpectedFailure
-from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP
-from experiments.common.net_training import NetTraining
-from experiments.common.seeds import run_seed
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES, Images
+from experiments.common.models.mlp import MLP
+from experiments.common.models.net_training import NetTraining
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline, refuse_other_problems
+from experiments.common.runs.seeds import run_seed
 from hypertorch.types import Batch, TensorDict
 
 _WIDTHS = (2, 4, 8, 16, 32)

@@ -16,14 +16,23 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment, check_repetitions
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import device, optional, package_names, seed_number, switch, text, whole_number
-from experiments.common.reads import Reads, check_settings_are_read
-from experiments.common.reporting import (
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import (
+    device,
+    optional,
+    package_names,
+    seed_number,
+    switch,
+    text,
+    whole_number,
+)
+from experiments.common.configuration.reads import Reads, check_settings_are_read
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.results.reporting import (
     check_figures,
     duration,
     peak_memory_mib,
@@ -32,9 +41,8 @@ from experiments.common.reporting import (
     versions,
     write_results,
 )
-from experiments.common.run_folder import RunFolder, command, open_folder, read_config
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse, setting
+from experiments.common.runs.experiment import build_experiment, check_repetitions
+from experiments.common.runs.run_folder import RunFolder, command, open_folder, read_config
 from hypertorch.types import TensorDict
 
 MAIN_CONFIG = CONFIGS / "evaluate.yaml"

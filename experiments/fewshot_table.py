@@ -20,14 +20,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.common.cells import Cell, CellSettings, run_cells, write_rows
-from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import device, listed_names, seed_number
-from experiments.common.reads import Reads, check_settings_are_read
-from experiments.common.run_folder import RunFolder, command
-from experiments.common.typed_settings import parse, setting
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import device, listed_names, seed_number
+from experiments.common.configuration.reads import Reads, check_settings_are_read
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.runs.cells import Cell, CellSettings, run_cells, write_rows
+from experiments.common.runs.run_folder import RunFolder, command
 
 MAIN_CONFIG = CONFIGS / "fewshot_table.yaml"
 failures = Failures(MAIN_CONFIG)

@@ -21,16 +21,16 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.common.cells import Cell, CellSettings, run_cells
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import experiment_class
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import listed_names, text
-from experiments.common.reads import Reads, check_settings_are_read
-from experiments.common.result_page import table, write_figures
-from experiments.common.run_folder import RunFolder, command, read_config
-from experiments.common.typed_settings import parse, setting
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import listed_names, text
+from experiments.common.configuration.reads import Reads, check_settings_are_read
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.results.result_page import table, write_figures
+from experiments.common.runs.cells import Cell, CellSettings, run_cells
+from experiments.common.runs.experiment import experiment_class
+from experiments.common.runs.run_folder import RunFolder, command, read_config
 
 MAIN_CONFIG = CONFIGS / "gallery.yaml"
 failures = Failures(MAIN_CONFIG)

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES, Images
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline, refuse_other_problems
-from experiments.common.failures import ExpectedFailure
-from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP
-from experiments.common.trained_net import TrainedNet
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES, Images
+from experiments.common.models.mlp import MLP
+from experiments.common.models.trained_net import TrainedNet
+from experiments.common.results.learning_curve import logged
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline, refuse_other_problems
 from hypertorch.autodiff.noise import mix
 from hypertorch.types import Batch, TensorDict, TensorMapping
 

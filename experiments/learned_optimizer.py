@@ -17,17 +17,17 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline
-from experiments.common.failures import ExpectedFailure
-from experiments.common.labelled_images import CleanImages
-from experiments.common.line_styles import line_styles
-from experiments.common.mlp import MLP, accuracy
-from experiments.common.net_training import NetTraining
-from experiments.common.seeds import Purpose
-from experiments.common.settings_grid import Axis, grid_problem
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.diagnostics.settings_grid import Axis, grid_problem
+from experiments.common.models.labelled_images import CleanImages
+from experiments.common.models.mlp import MLP, accuracy
+from experiments.common.models.net_training import NetTraining
+from experiments.common.results.line_styles import line_styles
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline
+from experiments.common.runs.seeds import Purpose
 from hypertorch.types import Batch, TensorDict
 
 # What the optimisers that are written by hand are tuned over; from one rate to the next it is a factor 10 ** (1 / 6).

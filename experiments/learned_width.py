@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline
-from experiments.common.failures import ExpectedFailure
-from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS, MARKERS
-from experiments.common.mlp import accuracy
-from experiments.common.seeds import Purpose
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.mlp import accuracy
+from experiments.common.results.learning_curve import logged
+from experiments.common.results.line_styles import COLOURS, MARKERS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline
+from experiments.common.runs.seeds import Purpose
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 _STEEPNESS = 16.0  # gates fall from 0.9 to 0.1 over a quarter of a layer

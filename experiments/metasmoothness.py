@@ -23,18 +23,18 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS, one_line
-from experiments.common.diagnosis import DiagnosisSettings, check_reads, run_description
-from experiments.common.experiment import build_experiment
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.line_styles import COLOURS
-from experiments.common.readers import listed_names, positive_number, whole_number
-from experiments.common.reads import Reads
-from experiments.common.reporting import json_ready, write_csv, write_results
-from experiments.common.run_folder import open_folder
-from experiments.common.typed_settings import parse, setting
+from experiments.common.commands.config_errors import CONFIGS, one_line
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import listed_names, positive_number, whole_number
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.diagnostics.diagnosis import DiagnosisSettings, check_reads, run_description
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.results.reporting import json_ready, write_csv, write_results
+from experiments.common.runs.experiment import build_experiment
+from experiments.common.runs.run_folder import open_folder
 
 MAIN_CONFIG = CONFIGS / "metasmoothness.yaml"
 failures = Failures(MAIN_CONFIG)

@@ -18,13 +18,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
-from experiments.common.image_grid import draw_image_grid
-from experiments.common.labelled_images import CleanImages, WeightedImages, first_params
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings
+from experiments.common.configuration.building import build
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.settings import ProblemSettings
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.labelled_images import CleanImages, WeightedImages, first_params
+from experiments.common.results.image_grid import draw_image_grid
+from experiments.common.runs.experiment import Baseline, Experiment, refuse_other_problems
 from hypertorch.types import Batch, TensorDict
 
 _SIDE = 8

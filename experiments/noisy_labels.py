@@ -21,15 +21,15 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline, refuse_other_problems
-from experiments.common.failures import ExpectedFailure
-from experiments.common.labelled_images import CleanImages, WeightedImages
-from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.labelled_images import CleanImages, WeightedImages
+from experiments.common.models.mlp import MLP
+from experiments.common.results.learning_curve import logged
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline, refuse_other_problems
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 NetName: TypeAlias = Literal["mlp", "conv"]

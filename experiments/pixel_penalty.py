@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline, refuse_other_problems
-from experiments.common.failures import ExpectedFailure
-from experiments.common.labelled_images import CleanImages, first_params, logits
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.labelled_images import CleanImages, first_params, logits
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline, refuse_other_problems
 from hypertorch.types import Batch, TensorDict
 
 _SINGLE = tuple(10.0 ** (power / 2) for power in range(-10, 1))  # what the best single penalty is chosen from

@@ -20,18 +20,18 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline, refuse_other_length
-from experiments.common.failures import ExpectedFailure
-from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP
-from experiments.common.outer_updates import build_outer_optimizer
-from experiments.common.seeds import Purpose, run_seed
-from experiments.common.settings import TrainSettings
-from experiments.common.trained_net import TrainedNet
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.outer_updates import build_outer_optimizer
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.mlp import MLP
+from experiments.common.models.trained_net import TrainedNet
+from experiments.common.results.learning_curve import logged
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline, refuse_other_length
+from experiments.common.runs.seeds import Purpose, run_seed
 from hypertorch.types import Batch, TensorDict, TensorMapping
 
 _KINDS = {"l2": "strength of the L2 penalty", "noise": "standard deviation of the noise"}

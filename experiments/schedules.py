@@ -19,18 +19,18 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.digits import CLASSES
-from experiments.common.digits_experiment import DigitsExperiment
-from experiments.common.experiment import Baseline
-from experiments.common.failures import ExpectedFailure
-from experiments.common.labelled_images import CleanImages
-from experiments.common.learning_curve import logged
-from experiments.common.line_styles import COLOURS
-from experiments.common.mlp import MLP, error_rate
-from experiments.common.random_search import Draw, RandomSearch, random_search
-from experiments.common.readers import positive_number
-from experiments.common.seeds import Purpose
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.readers import positive_number
+from experiments.common.data_sets.digits import CLASSES
+from experiments.common.models.labelled_images import CleanImages
+from experiments.common.models.mlp import MLP, error_rate
+from experiments.common.results.learning_curve import logged
+from experiments.common.results.line_styles import COLOURS
+from experiments.common.runs.digits_experiment import DigitsExperiment
+from experiments.common.runs.experiment import Baseline
+from experiments.common.runs.seeds import Purpose
+from experiments.common.search.random_search import Draw, RandomSearch, random_search
 from hypertorch.types import Batch, TensorDict
 
 _SCHEDULES = ("log_lr", "logit_momentum")

@@ -28,20 +28,27 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.common.budget import spend
-from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.line_styles import line_styles
-from experiments.common.readers import listed_names, positive_number, switch, text, thread_count, whole_number
-from experiments.common.reads import Reads, check_settings_are_read
-from experiments.common.reporting import hardware, versions, write_results
-from experiments.common.result_page import table, write_figures
-from experiments.common.run_folder import read_results
-from experiments.common.search_methods import METHODS
-from experiments.common.search_tasks import SearchTask
-from experiments.common.sized_tasks import SIZED
-from experiments.common.typed_settings import parse, setting
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import (
+    listed_names,
+    positive_number,
+    switch,
+    text,
+    thread_count,
+    whole_number,
+)
+from experiments.common.configuration.reads import Reads, check_settings_are_read
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.results.line_styles import line_styles
+from experiments.common.results.reporting import hardware, versions, write_results
+from experiments.common.results.result_page import table, write_figures
+from experiments.common.runs.run_folder import read_results
+from experiments.common.search.budget import spend
+from experiments.common.search.search_methods import METHODS
+from experiments.common.search.search_tasks import SearchTask
+from experiments.sized_tasks import SIZED
 from hypertorch.search.gradient_bayes import MAX_DIMENSION
 
 MAIN_CONFIG = CONFIGS / "search_against_gradients.yaml"

@@ -25,18 +25,18 @@ from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.common.cells import write_rows
-from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.line_styles import line_styles
-from experiments.common.readers import listed_names, switch, text, thread_count, whole_number
-from experiments.common.reads import Reads, check_settings_are_read
-from experiments.common.reporting import versions, write_results
-from experiments.common.run_folder import read_results
-from experiments.common.search_methods import METHODS
-from experiments.common.search_tasks import TASKS, digits_task
-from experiments.common.typed_settings import parse, setting
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import listed_names, switch, text, thread_count, whole_number
+from experiments.common.configuration.reads import Reads, check_settings_are_read
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.results.line_styles import line_styles
+from experiments.common.results.reporting import versions, write_results
+from experiments.common.runs.cells import write_rows
+from experiments.common.runs.run_folder import read_results
+from experiments.common.search.search_methods import METHODS
+from experiments.common.search.search_tasks import TASKS, digits_task
 
 MAIN_CONFIG = CONFIGS / "search_benchmark.yaml"
 failures = Failures(MAIN_CONFIG)

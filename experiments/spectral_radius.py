@@ -15,17 +15,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.diagnosis import DiagnosisSettings, check_reads, run_description, training_problem
-from experiments.common.diagnosis_plots import plot_spectral_radius
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.readers import as_given, ascending_lengths, whole_number
-from experiments.common.reads import Reads
-from experiments.common.reporting import json_ready, write_csv, write_results
-from experiments.common.run_folder import open_folder
-from experiments.common.typed_settings import parse, setting
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.configuration.readers import as_given, ascending_lengths, whole_number
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.typed_settings import parse, setting
+from experiments.common.diagnostics.diagnosis import DiagnosisSettings, check_reads, run_description, training_problem
+from experiments.common.diagnostics.diagnosis_plots import plot_spectral_radius
+from experiments.common.results.reporting import json_ready, write_csv, write_results
+from experiments.common.runs.run_folder import open_folder
 
 MAIN_CONFIG = CONFIGS / "spectral_radius.yaml"
 failures = Failures(MAIN_CONFIG)

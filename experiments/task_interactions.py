@@ -21,16 +21,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.building import build
-from experiments.common.cifar_features import NewClasses, cifar100_features
-from experiments.common.digits import CLASSES, DigitsName, Images, digit_splits, random_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
-from experiments.common.failures import ExpectedFailure
-from experiments.common.labelled_images import CleanImages, first_params, logits
-from experiments.common.outer_updates import build_outer_optimizer, build_scheduler
-from experiments.common.readers import whole_number
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.outer_updates import build_outer_optimizer, build_scheduler
+from experiments.common.configuration.readers import whole_number
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.settings import ProblemSettings
+from experiments.common.data_sets.cifar_features import NewClasses, cifar100_features
+from experiments.common.data_sets.digits import CLASSES, DigitsName, Images, digit_splits, random_splits
+from experiments.common.models.labelled_images import CleanImages, first_params, logits
+from experiments.common.runs.experiment import Baseline, Experiment, refuse_other_problems
 from hypertorch.types import Batch, TensorDict
 
 # Of the single task: what `rho` is chosen from.

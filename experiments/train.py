@@ -20,16 +20,17 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import Experiment, build_experiment, check_repetitions, experiment_class
-from experiments.common.failures import ExpectedFailure, Failures
-from experiments.common.learning_curve import plot_learning_curve
-from experiments.common.processes import cpu_seconds_of_others, is_first_process
-from experiments.common.readers import device
-from experiments.common.reads import check_settings_are_read
-from experiments.common.reporting import (
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure, Failures
+from experiments.common.commands.processes import cpu_seconds_of_others, is_first_process
+from experiments.common.configuration.readers import device
+from experiments.common.configuration.reads import check_settings_are_read
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.results.learning_curve import plot_learning_curve
+from experiments.common.results.reporting import (
     check_figures,
     duration,
     hardware,
@@ -39,14 +40,13 @@ from experiments.common.reporting import (
     versions,
     write_results,
 )
-from experiments.common.run_folder import RunFolder, command, current_folder, open_folder, read_config
-from experiments.common.settings import TrainSettings
-from experiments.common.training import TRAINING, build_outer_loop
-from experiments.common.trials import SearchedTraining, objectives_of_trial, values_of_trial
-from experiments.common.typed_settings import parse
+from experiments.common.runs.experiment import Experiment, build_experiment, check_repetitions, experiment_class
+from experiments.common.runs.run_folder import RunFolder, command, current_folder, open_folder, read_config
+from experiments.common.runs.training import TRAINING, build_outer_loop
+from experiments.common.runs.trials import SearchedTraining, objectives_of_trial, values_of_trial
 from hypertorch.errors import CheckpointError
 from hypertorch.inner.ranks import number_of_processes
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.storage.one_writer import one_writer
 from hypertorch.search import searchable
 from hypertorch.types import TensorDict
 

@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import hypertorch as ht
-from experiments.common.digit_sets import Configurations, DigitSet, draw_sets, validation_losses
-from experiments.common.digits import CLASSES, DigitsName, digit_splits
-from experiments.common.experiment import Baseline, Experiment, refuse_other_problems
-from experiments.common.failures import ExpectedFailure
-from experiments.common.line_styles import COLOURS, line_styles
-from experiments.common.settings import ProblemSettings
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.settings import ProblemSettings
+from experiments.common.data_sets.digit_sets import Configurations, DigitSet, draw_sets, validation_losses
+from experiments.common.data_sets.digits import CLASSES, DigitsName, digit_splits
+from experiments.common.results.line_styles import COLOURS, line_styles
+from experiments.common.runs.experiment import Baseline, Experiment, refuse_other_problems
 from hypertorch.types import Batch, TensorDict
 
 _EVALUATIONS = 5  # of a search, in the figures

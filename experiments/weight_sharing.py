@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.alphabets import AlphabetsName, load_alphabets
-from experiments.common.building import build
-from experiments.common.experiment import Baseline, Experiment
-from experiments.common.failures import ExpectedFailure
-from experiments.common.reads import Reads
-from experiments.common.seeds import Purpose
-from experiments.common.settings import ProblemSettings
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.settings import ProblemSettings
+from experiments.common.data_sets.alphabets import AlphabetsName, load_alphabets
+from experiments.common.runs.experiment import Baseline, Experiment
+from experiments.common.runs.seeds import Purpose
 from hypertorch.types import Batch, TensorDict
 
 

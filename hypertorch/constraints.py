@@ -48,11 +48,8 @@ class Positive(Constraint):
 
     def __post_init__(self) -> None:
         check_fields(self, "minimum")
-        if not (self.minimum > 0.0 and math.isfinite(self.minimum)):
-            raise ValueError(
-                f"`minimum` of `Positive` is {self.minimum}: the smallest allowed value of a positive number is finite "
-                "and above 0. For a set that holds 0, use `Box(lower=0.0)`."
-            )
+        why = "the smallest allowed value of a positive number is finite and above 0"
+        _check_positive("Positive", "minimum", self.minimum, f"{why}. For a set that holds 0, use `Box(lower=0.0)`.")
 
     def project(self, hparam: Tensor) -> Tensor:
         """Returns `max(hparam, minimum)`, elementwise."""
@@ -132,11 +129,8 @@ class Simplex(Constraint):
 
     def __post_init__(self) -> None:
         check_fields(self, "total")
-        if not (self.total > 0.0 and math.isfinite(self.total)):
-            raise ValueError(
-                f"`total` of `Simplex` is {self.total}: weights that are at least 0 have a finite sum above 0. Pass "
-                "such a number; 1.0 gives proportions."
-            )
+        why = "weights that are at least 0 have a finite sum above 0"
+        _check_positive("Simplex", "total", self.total, f"{why}. Pass such a number; 1.0 gives proportions.")
 
     def project(self, hparam: Tensor) -> Tensor:
         """Returns the nearest weights with this total."""
@@ -275,6 +269,12 @@ def _in_working_precision(hparam: Tensor) -> Tensor:
 def _rounding(hparam: Tensor) -> float:
     """Returns how far, relatively, the sum of a tensor may be off once its entries are rounded to its dtype."""
     return torch.finfo(hparam.dtype).eps * (8.0 + math.log2(max(hparam.numel(), 1)))
+
+
+def _check_positive(owner: str, name: str, value: float, why: str) -> None:
+    # Written as what is allowed, so that NaN is refused.
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"`{name}` of `{owner}` is {value}: {why}")
 
 
 def _check_bounds(owner: str, lower: float, upper: float) -> None:

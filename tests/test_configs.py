@@ -15,13 +15,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import experiments.common.resolvers  # noqa: F401
+import experiments.common.runs.resolvers  # noqa: F401
 import hypertorch as ht
-from experiments.common.building import make
-from experiments.common.experiment import Experiment, build_experiment
-from experiments.common.settings import TrainSettings
-from experiments.common.training import build_outer_optimizer
-from experiments.common.typed_settings import parse
+from experiments.common.configuration.building import make
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.runs.experiment import Experiment, build_experiment
+from experiments.common.runs.training import build_outer_optimizer
 from experiments.fewshot.learners import judged_learner, trained_learner
 from experiments.fewshot.settings import FewShotSettings
 from hypertorch.fewshot import Episode, EpisodeSource, Examples, Learner

@@ -45,6 +45,10 @@ EPISODES = (
     "fewshot._checks",
     "fewshot._random",
 )
+# Within outer: its folders, lowest first; the files beside them are above all.
+OUTER = ("guards", "reporting", "storage", "evaluation", "steps")
+# What the experiments share: its folders, lowest first; those of the last two do not import each other.
+COMMON = ("commands", "configuration", "results", "data_sets", "models", "runs", "diagnostics", "search")
 APART = (("dynamics", "linear_solvers"),)
 FOREIGN = ("hydra", "omegaconf", "matplotlib")
 
@@ -108,6 +112,35 @@ def test_imports_point_down(module: str) -> None:
             assert target in allowed(own), f"{module} imports {name}, which is above it"
 
 
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("hypertorch.outer.")])
+def test_folders_of_outer_import_from_lower_ones(module: str) -> None:
+    own = module.split(".")[2]
+    below = OUTER[: OUTER.index(own) + 1] if own in OUTER else None
+    for name in sorted(dependencies(module)):
+        if below is not None and name.startswith("hypertorch.outer."):
+            assert name.split(".")[2] in below, f"{module} imports {name}, which is above it"
+
+
+def test_outer_is_in_folders() -> None:
+    beside = {name.split(".")[2] for name in MODULES if name.startswith("hypertorch.outer.")} - set(OUTER)
+    assert beside == {"beginning", "fingerprint", "loop", "real_time", "run", "settings", "trained"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "common").rglob("*.py")), ids=lambda path: path.stem)
+def test_folders_of_the_experiments_import_from_lower_ones(path: Path) -> None:
+    *_, own, _ = path.parts
+    if own == "common":
+        assert path.stem == "__init__", f"{path.name} stands beside the folders: it belongs into one"
+        return
+    below = COMMON[: COMMON.index(own) + 1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for name in imported(node, path.stem):
+            if name.startswith("experiments."):
+                assert name.split(".")[1] == "common", f"{path.stem} imports {name}, an experiment"
+                assert name.count(".") == 1 or name.split(".")[2] in below, f"{path.stem} imports {name}, above it"
+                assert {own, *name.split(".")[2:3]} != {"diagnostics", "search"}
+
+
 def test_no_module_imports_the_package_for_its_exports() -> None:
     for module, source in MODULES.items():
         if module == "hypertorch":
@@ -152,5 +185,5 @@ def test_foreign_libraries_stay_where_they_belong(module: str) -> None:
     for name in names:
         assert name.split(".")[0] not in FOREIGN, f"{module} imports {name}"
         if name.split(".")[0] == "tensorboard" or name.startswith("torch.utils.tensorboard"):
-            assert module == "hypertorch.outer.tensorboard_logger", f"{module} imports {name}"
+            assert module == "hypertorch.outer.reporting.tensorboard_logger", f"{module} imports {name}"
         assert not name.startswith(("benchmarks", "experiments", "tests")), f"{module} imports {name}"

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
 import hypertorch as ht
 from tests.helpers import pages
 

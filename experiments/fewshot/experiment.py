@@ -9,11 +9,11 @@ from typing import ClassVar
 from omegaconf import DictConfig
 
 import hypertorch as ht
-from experiments.common.experiment import Experiment
-from experiments.common.failures import ExpectedFailure
-from experiments.common.reads import Reads
-from experiments.common.settings import ProblemSettings, TrainSettings
-from experiments.common.typed_settings import parse
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.reads import Reads
+from experiments.common.configuration.settings import ProblemSettings, TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.runs.experiment import Experiment
 from experiments.fewshot.adaptation_pictures import draw_adaptation
 from experiments.fewshot.episode_pictures import draw_episodes
 from experiments.fewshot.learners import check_same_hparams, judged_learner, takes_dynamics, trained_learner

@@ -10,9 +10,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from experiments.common.building import build, make
-from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import ProblemSettings
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build, make
+from experiments.common.configuration.settings import ProblemSettings
 from experiments.fewshot.settings import FewShotSettings
 from hypertorch.fewshot import Learner
 from hypertorch.fewshot.learners.step_sizes import LOG_LR

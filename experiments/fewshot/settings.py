@@ -8,9 +8,9 @@ from typing import Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.common.failures import ExpectedFailure
-from experiments.common.readers import as_given, one_of, text, whole_number
-from experiments.common.typed_settings import setting
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.readers import as_given, one_of, text, whole_number
+from experiments.common.configuration.typed_settings import setting
 
 SPLITS = ("meta_train", "meta_val", "meta_test")
 

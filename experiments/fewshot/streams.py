@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.common.building import build
-from experiments.common.failures import ExpectedFailure
-from experiments.common.settings import ProblemSettings
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.building import build
+from experiments.common.configuration.settings import ProblemSettings
 from experiments.fewshot.settings import SPLITS, FewShotSettings
 from hypertorch.fewshot import EpisodeSource
 

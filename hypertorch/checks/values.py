@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypertorch.types import TensorMapping
 
@@ -18,6 +18,41 @@ from hypertorch.types import TensorMapping
 def is_count(value: object, *, least: int = 1) -> bool:
     """Returns whether a value is a whole number of at least `least`; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_count(argument: str, value: object, why: str, *, least: int = 1, advice: str = "") -> None:
+    """Raises `ValueError` unless a value is a whole number of at least `least`.
+
+    Args:
+        argument: how the message calls the argument, backticks included.
+        value: what was passed for it.
+        why: what a smaller one would mean.
+        least: the smallest allowed.
+        advice: how the last sentence goes on, such as ", or None for all".
+    """
+    if not is_count(value, least=least):
+        raise ValueError(f"{argument} is {value!r}: {why}. Pass a whole number of at least {least}{advice}.")
+
+
+def check_kind(argument: str, value: object, kind: type, why: str) -> None:
+    """Raises `TypeError` unless a value is an instance of a class.
+
+    Args:
+        argument: how the message calls the argument, backticks included.
+        value: what was passed for it.
+        kind: the class.
+        why: what the argument is for, and what to pass.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{argument} is {_shown(value)}, not {article} `{kind.__name__}`: {why}")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class `{value.__name__}`"
+    # Of a tensor or a module the type says more than pages of entries.
+    return f"a {type(value).__name__}" if isinstance(value, (Tensor, nn.Module)) else f"{value!r:.100}"
 
 
 def is_number(value: object) -> bool:

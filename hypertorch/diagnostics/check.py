@@ -10,7 +10,7 @@ import torch
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import typed
-from hypertorch.checks.values import check_hparams, check_seed, is_count
+from hypertorch.checks.values import check_count, check_hparams, check_seed
 from hypertorch.hypergradients import Hypergradient, hypergradient, measured_execution
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.problem import BilevelProblem
@@ -161,11 +161,8 @@ def _central_difference(
 
 
 def _check_numbers(num_directions: int, step_size: float, tolerance: float) -> None:
-    if not is_count(num_directions):
-        raise ValueError(
-            f"`num_directions` is {num_directions!r}: without a direction nothing is compared, and everything would "
-            "pass. Pass a whole number of at least 1."
-        )
+    why = "without a direction nothing is compared, and everything would pass"
+    check_count("`num_directions`", num_directions, why)
     if not 0.0 < step_size < math.inf:
         raise ValueError(
             f"`step_size` is {step_size!r}: a difference needs two places. Pass a number above 0; 1e-3 is usual."

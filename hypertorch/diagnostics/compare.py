@@ -14,7 +14,7 @@ import torch
 
 from hypertorch.autodiff.live_memory import PeakMemory
 from hypertorch.checks.argument_types import typed
-from hypertorch.checks.values import is_count
+from hypertorch.checks.values import check_count
 from hypertorch.diagnostics.accuracy import Accuracy
 from hypertorch.diagnostics.text_table import aligned, in_bytes, in_seconds
 from hypertorch.errors import HypertorchError
@@ -252,8 +252,5 @@ def _check_arguments(backends: Mapping[str, Hypergradient], repeats: int) -> Non
             "`backends` is empty: there is nothing to compare. Pass a dictionary from names to backends, for example "
             "{'sqrt': ht.hypergradients.Reverse(checkpoint_every='sqrt')}."
         )
-    if not is_count(repeats):
-        raise ValueError(
-            f"`repeats` is {repeats!r}: the fastest of several timed runs is reported. Pass a whole number of at least "
-            "1; 3 or more on a busy machine."
-        )
+    why = "the fastest of several timed runs is reported"
+    check_count("`repeats`", repeats, why, advice="; 3 or more on a busy machine")

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from hypertorch.dynamics.base import GradientDynamics
-from hypertorch.dynamics.declared import EPS, NON_NEGATIVE, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
-from hypertorch.dynamics.elementwise import descend_quotient, descent_directions, safe_sqrt
+from hypertorch.dynamics.declared import EPS, NON_NEGATIVE, STEP_SIZE_EITHER_WAY, Range, setting
+from hypertorch.dynamics.descent import Descent
+from hypertorch.dynamics.elementwise import descend_quotient, safe_sqrt
 from hypertorch.dynamics.settings import Setting, resolve
 from hypertorch.types import TensorDict
 
@@ -19,7 +19,7 @@ _SUM = Range(0.0, math.inf, NON_NEGATIVE, "It is a sum of squares.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Adagrad(GradientDynamics):
+class Adagrad(Descent):
     """Descent along the gradient over the root of its sum of squares; every setting can be learnt.
 
     With `g` the gradient of the inner loss, and the sum `s`, at first `initial_accumulator_value`:
@@ -53,10 +53,8 @@ class Adagrad(GradientDynamics):
 
     lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-2)
     lr_decay: Setting = setting(_LR_DECAY, 0.0)
-    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     initial_accumulator_value: Setting = setting(_SUM, 0.0, read_once=True)
     eps: Setting = setting(EPS, 1e-10)
-    maximize: bool = False
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns the sums of squares, `sum.{parameter}`, at `initial_accumulator_value`."""
@@ -70,9 +68,8 @@ class Adagrad(GradientDynamics):
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and sums of squares after one step along `grads`."""
-        lr, lr_decay, weight_decay, eps = self.values(params, hparams, index)
-        penalty = weight_decay if "weight_decay" in self.active else None
-        directions = descent_directions(grads, params, penalty, maximize=self.maximize)
+        lr, weight_decay, lr_decay, eps = self.values(params, hparams, index)
+        directions = self.directions(grads, params, weight_decay)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
+from hypertorch.checks.values import check_kind
 from hypertorch.constraints import Constraint, Positive
 from hypertorch.dynamics.base import Dynamics, GradientDynamics
 from hypertorch.dynamics.declared import Range, check_settings, intersections, setting
@@ -61,12 +62,11 @@ class Clipped(Dynamics):
     max_value: Setting | None = setting(_MAGNITUDE, None)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, GradientDynamics):
-            raise TypeError(
-                f"`rule` of `Clipped` is {self.rule!r}, not a `GradientDynamics`: a rule that asks for gradients "
-                "itself does not say which of them to clip. Pass an instance such as `SGD(lr=0.1)`; for two bounds, "
-                "give one `Clipped` both."
-            )
+        why = (
+            "a rule that asks for gradients itself does not say which of them to clip. Pass an instance such as "
+            "`SGD(lr=0.1)`; for two bounds, give one `Clipped` both."
+        )
+        check_kind("`rule` of `Clipped`", self.rule, GradientDynamics, why)
         if self.max_norm is None and self.max_value is None:
             raise ValueError(
                 "`Clipped` got neither `max_norm` nor `max_value`: it would change nothing. Give one, or use the rule "

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-
-from hypertorch.types import TensorDict
 
 
 def descend(param: Tensor, direction: Tensor, lr: float | Tensor) -> Tensor:
@@ -25,20 +21,6 @@ def decayed(direction: Tensor, param: Tensor, weight_decay: float | Tensor) -> T
         return direction + weight_decay * param
     # Out of place, one operation for two: every inner step pays for each in time and in the graph.
     return direction.add(param, alpha=weight_decay)
-
-
-def descent_directions(
-    grads: TensorDict, params: TensorDict, weight_decay: Mapping[str, float | Tensor] | None, *, maximize: bool
-) -> TensorDict:
-    """Returns `g + weight_decay * w` of every parameter, with `-g` for `g` where the loss is to be maximised.
-
-    The sign turns before the decay, which pulls towards zero either way: the order of `torch.optim`.
-    """
-    if maximize:
-        grads = {name: -g for name, g in grads.items()}
-    if weight_decay is None:
-        return grads
-    return {name: decayed(grads[name], w, weight_decay[name]) for name, w in params.items()}
 
 
 def descend_quotient(param: Tensor, numerator: Tensor, denominator: Tensor, lr: float | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.checks.values import check_kind
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
 from hypertorch.dynamics.declared import intersections
@@ -47,12 +48,11 @@ class Groups(GradientDynamics):
                 "least one, such as `Groups({'head.*': SGD(lr=0.1), '*': Adam()})`."
             )
         for pattern, member in self.members.items():
-            if not isinstance(member, GradientDynamics):
-                raise TypeError(
-                    f"`members[{pattern!r}]` of `Groups` is {member!r}, not a `GradientDynamics`: the members share "
-                    "one gradient of all params, and a rule that asks for gradients itself cannot take part. Use a "
-                    "rule with an `update`, such as `SGD`."
-                )
+            why = (
+                "the members share one gradient of all params, and a rule that asks for gradients itself cannot take "
+                "part. Use a rule with an `update`, such as `SGD`."
+            )
+            check_kind(f"`members[{pattern!r}]` of `Groups`", member, GradientDynamics, why)
 
     def settings(self) -> Mapping[str, Setting]:
         """Returns the settings of all members, `[{pattern}].{setting}`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_kind
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.base import GradientDynamics
 from hypertorch.dynamics.settings import Setting
@@ -48,11 +49,8 @@ class LearnedBuffers(GradientDynamics):
 
     def __post_init__(self) -> None:
         check_fields(self, "name")
-        if not isinstance(self.rule, GradientDynamics):
-            raise TypeError(
-                f"`rule` of `LearnedBuffers` is {self.rule!r}, not a `GradientDynamics`: only such a rule's buffers "
-                "are known by name. Pass an instance such as `SGD(lr=0.1, momentum=0.9)`."
-            )
+        why = "only such a rule's buffers are known by name. Pass an instance such as `SGD(lr=0.1, momentum=0.9)`."
+        check_kind("`rule` of `LearnedBuffers`", self.rule, GradientDynamics, why)
 
     def settings(self) -> Mapping[str, Setting]:
         """Returns the settings of the rule."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_kind
 from hypertorch.constraints import Positive
 from hypertorch.dynamics.base import GradientDynamics, by_parameter, flattened
 from hypertorch.dynamics.declared import Range, setting
@@ -96,11 +97,11 @@ class LearnedUpdate(GradientDynamics):
     gradient_is_constant: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, UpdateRule):
-            raise TypeError(
-                f"`rule` is a {type(self.rule).__name__}, not an `UpdateRule`: it has no state per coordinate. Pass an "
-                "instance of a subclass, such as `ht.dynamics.CoordinatewiseLSTM()`."
-            )
+        why = (
+            "it has no state per coordinate. Pass an instance of a subclass, such as "
+            "`ht.dynamics.CoordinatewiseLSTM()`."
+        )
+        check_kind("`rule`", self.rule, UpdateRule, why)
         check_fields(self, "name")
         super().__post_init__()
 

@@ -5,24 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hypertorch.dynamics.base import GradientDynamics, zero_buffers
-from hypertorch.dynamics.declared import (
-    EPS,
-    MOMENTUM,
-    PROPORTION,
-    STEP_SIZE_EITHER_WAY,
-    WEIGHT_DECAY,
-    Range,
-    setting,
-)
-from hypertorch.dynamics.elementwise import (
-    descend,
-    descend_quotient,
-    descent_directions,
-    running_mean,
-    running_square,
-    safe_sqrt,
-)
+from hypertorch.dynamics.base import zero_buffers
+from hypertorch.dynamics.declared import EPS, MOMENTUM, PROPORTION, STEP_SIZE_EITHER_WAY, Range, setting
+from hypertorch.dynamics.descent import Descent
+from hypertorch.dynamics.elementwise import descend, descend_quotient, running_mean, running_square, safe_sqrt
 from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
 
@@ -31,7 +17,7 @@ _ALPHA = Range(0.0, 1.0, PROPORTION, "At 1 the mean square never learns of a gra
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RMSprop(GradientDynamics):
+class RMSprop(Descent):
     """Descent along the gradient over the root of its mean square; every setting can be learnt.
 
     With `g` the gradient of the inner loss, and buffers `v`, `a` and `b` that are zero at first:
@@ -71,10 +57,8 @@ class RMSprop(GradientDynamics):
     lr: Setting = setting(STEP_SIZE_EITHER_WAY, 1e-2)
     alpha: Setting = setting(_ALPHA, 0.99)
     eps: Setting = setting(EPS, 1e-8)
-    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     momentum: Setting = setting(MOMENTUM, 0.0)
     centered: bool = False
-    maximize: bool = False
 
     def init(self, params: TensorDict, hparams: TensorDict) -> TensorDict:
         """Returns `square_avg.{parameter}`, and `grad_avg` and `momentum_buffer` where they are used, zero."""
@@ -87,9 +71,8 @@ class RMSprop(GradientDynamics):
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and buffers after one step along `grads`."""
-        lr, alpha, eps, weight_decay, momentum = self.values(params, hparams, index)
-        penalty = weight_decay if "weight_decay" in self.active else None
-        directions = descent_directions(grads, params, penalty, maximize=self.maximize)
+        lr, weight_decay, alpha, eps, momentum = self.values(params, hparams, index)
+        directions = self.directions(grads, params, weight_decay)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hypertorch.dynamics.base import GradientDynamics, zero_buffers
-from hypertorch.dynamics.declared import MOMENTUM, PROPORTION, STEP_SIZE_EITHER_WAY, WEIGHT_DECAY, Range, setting
-from hypertorch.dynamics.elementwise import descend, descent_directions
+from hypertorch.dynamics.base import zero_buffers
+from hypertorch.dynamics.declared import MOMENTUM, PROPORTION, Range, setting
+from hypertorch.dynamics.descent import Descent
+from hypertorch.dynamics.elementwise import descend
 from hypertorch.dynamics.settings import Setting
 from hypertorch.types import TensorDict
 
@@ -17,7 +18,7 @@ _DAMPENING = Range(0.0, 1.0, PROPORTION, "It scales what enters the momentum buf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SGD(GradientDynamics):
+class SGD(Descent):
     """Gradient descent with momentum, dampening, Nesterov's form and weight decay; every setting can be learnt.
 
     With `g` the gradient of the inner loss and the buffer `v`, zero at first (as in `torch.optim.SGD`):
@@ -51,12 +52,9 @@ class SGD(GradientDynamics):
 
     separate_params: ClassVar[bool] = True
 
-    lr: Setting = setting(STEP_SIZE_EITHER_WAY)
     momentum: Setting = setting(MOMENTUM, 0.0)
     dampening: Setting = setting(_DAMPENING, 0.0)
-    weight_decay: Setting = setting(WEIGHT_DECAY, 0.0)
     nesterov: bool = False
-    maximize: bool = False
     dampen_first: bool = False
 
     def __post_init__(self) -> None:
@@ -75,11 +73,10 @@ class SGD(GradientDynamics):
         self, grads: TensorDict, params: TensorDict, state: TensorDict, hparams: TensorDict, index: int
     ) -> tuple[TensorDict, TensorDict]:
         """Returns params and momentum buffers after one step along `grads`."""
-        lr, momentum, dampening, weight_decay = self.values(params, hparams, index)
-        decays = "weight_decay" in self.active
+        lr, weight_decay, momentum, dampening = self.values(params, hparams, index)
         # Most runs have neither, and every inner step pays for a call.
-        if decays or self.maximize:
-            grads = descent_directions(grads, params, weight_decay if decays else None, maximize=self.maximize)
+        if self.maximize or "weight_decay" in self.active:
+            grads = self.directions(grads, params, weight_decay)
         new_params: TensorDict = {}
         new_state: TensorDict = {}
         for name, w in params.items():

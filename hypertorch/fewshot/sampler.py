@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.autodiff.noise import mix, random_words
-from hypertorch.checks.values import check_seed
+from hypertorch.checks.values import check_kind, check_seed
 from hypertorch.fewshot._checks import (
     check_count,
     check_num_queries,
@@ -72,12 +72,12 @@ class EpisodeSampler(EpisodeSource):
     normalisation: Normalisation | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dataset, Classes):
-            raise TypeError(
-                f"`dataset` is a {type(self.dataset).__name__}: episodes are drawn from items sorted by class. Pass "
-                "an `ImageClasses`, such as `StrokeCharacters(split='meta_train')`, or for data that are no images "
-                "`TensorClasses.of({name: tensor, ...})`."
-            )
+        why = (
+            "episodes are drawn from items sorted by class. Pass an `ImageClasses`, such as "
+            "`StrokeCharacters(split='meta_train')`, or for data that are no images "
+            "`TensorClasses.of({name: tensor, ...})`."
+        )
+        check_kind("`dataset`", self.dataset, Classes, why)
         check_count("way", self.way, minimum=2, why="one class leaves nothing to tell apart", advice="use 2 or more")
         check_shot(self.shot)
         check_num_queries(self.num_queries)
@@ -181,17 +181,15 @@ class EpisodeSampler(EpisodeSource):
                     f"`{name}` is {_shown(getattr(self, name))}, but `dataset` is {self.dataset!r}, which holds no "
                     "images: it changes channels and pixels. Pass None, and change the items before they are sorted."
                 )
-        if self.augmentation is not None and not isinstance(self.augmentation, Augmentation):
-            raise TypeError(
-                f"`augmentation` is {_shown(self.augmentation)}: images are changed by settings with a range each. "
-                "Pass an `Augmentation`, such as `Augmentation(flip=True)`, or None."
-            )
-        if self.normalisation is not None and not isinstance(self.normalisation, Normalisation):
-            raise TypeError(
-                f"`normalisation` is {_shown(self.normalisation)}: images are normalised by a mean and a deviation. "
-                "Pass a `Normalisation`, such as `Normalisation(mean=(0.5,), std=(0.25,))`, or None."
-            )
+        if self.augmentation is not None:
+            why = "images are changed by settings with a range each. Pass one, such as `Augmentation(flip=True)`."
+            check_kind("`augmentation`", self.augmentation, Augmentation, why)
         if self.normalisation is not None:
+            why = (
+                "images are normalised by a mean and a deviation. Pass one, such as "
+                "`Normalisation(mean=(0.5,), std=(0.25,))`, or None."
+            )
+            check_kind("`normalisation`", self.normalisation, Normalisation, why)
             # Tried on one pixel, so that a wrong number of channels is named here and not at the first batch.
             self.normalisation(torch.zeros(1, self.dataset.item_shape[0], 1, 1))
 

@@ -15,7 +15,7 @@ from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.autodiff.products import vjp
 from hypertorch.checks.argument_types import check_fields
-from hypertorch.checks.values import is_count
+from hypertorch.checks.values import check_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
@@ -79,11 +79,8 @@ class EvoGrad(Hypergradient):
 
     def __post_init__(self) -> None:
         check_fields(self, "sigma", "temperature")
-        if not is_count(self.num_copies, least=2):
-            raise ValueError(
-                f"`num_copies` is {self.num_copies!r}: a single copy has all the weight whatever its loss, so that no "
-                "hyperparameter could change it. Pass a whole number of at least 2."
-            )
+        why = "a single copy has all the weight whatever its loss, so that no hyperparameter could change it"
+        check_count("`num_copies`", self.num_copies, why, least=2)
         for name in ("sigma", "temperature"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import check_fields
-from hypertorch.checks.values import is_count
+from hypertorch.checks.values import check_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, BlackBox
 from hypertorch.hypergradients.evolution.antithetic_pairs import Pair, pairs_to_carry, read_pairs
@@ -74,11 +74,7 @@ class EvolutionStrategies(BlackBox):
 
     def __post_init__(self) -> None:
         check_fields(self, "sigma", "persistent")
-        if not is_count(self.num_pairs):
-            raise ValueError(
-                f"`num_pairs` is {self.num_pairs!r}: without a perturbed run there is no difference to learn from. "
-                "Pass a whole number of at least 1."
-            )
+        check_count("`num_pairs`", self.num_pairs, "without a perturbed run there is no difference to learn from")
         if not 0.0 < self.sigma < math.inf:
             raise ValueError(
                 f"`sigma` of `EvolutionStrategies` is {self.sigma!r}: perturbed runs must differ. Pass a finite "
@@ -91,11 +87,8 @@ class EvolutionStrategies(BlackBox):
                 f"`horizon` is {self.horizon!r}, but `persistent` is False: no run goes on after its outer step, so "
                 "none can be restarted. Pass `persistent=True`, or leave `horizon` out."
             )
-        if not is_count(self.horizon):
-            raise ValueError(
-                f"`horizon` is {self.horizon!r}: runs start afresh after so many inner steps. Pass a whole number of "
-                "at least 1, or None for runs that never do."
-            )
+        why = "runs start afresh after so many inner steps"
+        check_count("`horizon`", self.horizon, why, advice=", or None for runs that never do")
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the estimate in `variables`; None only for what is no floating-point number."""

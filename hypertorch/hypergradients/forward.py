@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,14 +18,12 @@ from hypertorch.hypergradients.forward_mode.tangents import (
     ForwardState,
     TangentRoute,
     check_chunk_size,
-    check_real,
     complete_grads,
     directional_grads,
     with_last_term,
 )
 from hypertorch.hypergradients.guards.replay import Replays
 from hypertorch.inner.loop import InnerLoop
-from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict, TensorMapping
 
@@ -143,7 +140,9 @@ class Forward(PathBlind):
             variables: hyperparameters and context.
             run: the state; it can be advanced further afterwards.
         """
-        done = with_last_term(loop, variables, run)
+        return self._result(loop, variables, with_last_term(loop, variables, run))
+
+    def _result(self, loop: InnerLoop, variables: TensorDict, done: ForwardState) -> BackendResult:
         return BackendResult(
             grads=complete_grads(variables, [directional_grads(variables, done)]),
             outer_loss=done.outer_loss,
@@ -154,14 +153,13 @@ class Forward(PathBlind):
     def _chunk(self, loop: InnerLoop, variables: TensorDict, entries: range, route: TangentRoute) -> BackendResult:
         """Returns the derivative in some entries; their tangents live no longer than this call."""
         start = self._started(loop, variables, entries, route)
-        return self.read(loop, variables, scan(partial(route.advance, loop, variables), start, range(loop.num_steps)))
+        return self._result(loop, variables, route.run(loop, variables, start))
 
     def _chunks(self, entries: range) -> Iterator[range]:
         size = self.chunk_size or len(entries)
         yield from (entries[start : start + size] for start in range(0, len(entries), size))
 
     def _route(self, loop: InnerLoop, variables: TensorDict) -> TangentRoute:
-        check_real(variables)
         if self.keep_tangents:
             _check_real_time(loop)
         at_once = min(self.chunk_size or math.inf, _num_entries(variables))

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.checks.values import is_count
+from hypertorch.checks.values import check_count
 from hypertorch.hypergradients.base import BackendResult, RandomDirections
 from hypertorch.hypergradients.forward_mode.tangent_choice import serving_route
 from hypertorch.hypergradients.forward_mode.tangents import (
     ForwardState,
     TangentRoute,
     check_chunk_size,
-    check_real,
     complete_grads,
     directional_grads,
-    with_last_term,
 )
 from hypertorch.hypergradients.guards.replay import Replays
 from hypertorch.inner.loop import InnerLoop
-from hypertorch.inner.scan import scan
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -66,11 +62,7 @@ class ForwardGradient(RandomDirections):
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not is_count(self.num_samples):
-            raise ValueError(
-                f"`num_samples` is {self.num_samples!r}: without a direction there is no estimate. Pass a whole number "
-                "of at least 1."
-            )
+        check_count("`num_samples`", self.num_samples, "without a direction there is no estimate")
         if self.distribution not in ("normal", "rademacher"):
             raise ValueError(
                 f"`distribution` is {self.distribution!r}: with it the estimate would not be known to be unbiased. Use "
@@ -80,10 +72,9 @@ class ForwardGradient(RandomDirections):
 
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns an unbiased estimate of the derivative of the outer loss in `variables`."""
-        check_real(variables)
+        size = min(self.chunk_size or self.num_samples, self.num_samples)
         # All drawn before the chunks: `chunk_size` changes the memory, and not the estimate.
         directions = self._directions(loop, variables)
-        size = min(self.chunk_size or self.num_samples, self.num_samples)
         route = serving_route(loop, variables, TangentRoute(backend="ForwardGradient", vectorised=size > 1))
         total = tree.PairwiseSum()
         first: ForwardState | None = None
@@ -92,9 +83,7 @@ class ForwardGradient(RandomDirections):
         for start in own[::size]:
             stop = min(start + size, own.stop)
             chunk = {name: value[start:stop] for name, value in directions.items()}
-            advance = partial(route.advance, loop, variables)
-            run = scan(advance, route.start(loop, variables, chunk), range(loop.num_steps))
-            run = with_last_term(loop, variables, run)
+            run = route.run(loop, variables, route.start(loop, variables, chunk))
             # Every chunk is a run of its own, and must be the same one.
             if first is None:
                 first = run

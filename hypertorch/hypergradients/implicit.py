@@ -12,6 +12,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.products import vjp
 from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_kind
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part
@@ -91,11 +92,11 @@ class Implicit(Hypergradient):
         if self.solver is None:
             # This sets a field of a frozen class: the default depends on `map`.
             object.__setattr__(self, "solver", FixedPoint() if self.map == "step" else ConjugateGradient())
-        if not isinstance(self.solver, LinearSolver):
-            raise TypeError(
-                f"`solver` is {self.solver!r}, not a `LinearSolver`: the hypergradient rests on the solution of a "
-                "linear system. Pass an instance, for example `ConjugateGradient()`."
-            )
+        why = (
+            "the hypergradient rests on the solution of a linear system. Pass an instance, for example "
+            "`ConjugateGradient()`."
+        )
+        check_kind("`solver`", self.solver, LinearSolver, why)
         if self.map not in ("gradient", "step"):
             raise ValueError(
                 f"`map` is {self.map!r}, which names no equation of the inner solution. Use 'gradient' or 'step'."

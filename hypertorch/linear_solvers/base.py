@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
+from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_count
+from hypertorch.linear_solvers.settings import COUNT_REASON, TOLERANCE_ADVICE, check_not_negative
 from hypertorch.types import TensorDict
 
 Matvec: TypeAlias = Callable[[TensorDict], TensorDict]
@@ -50,6 +53,25 @@ class LinearSolver(ABC):
             rhs: `b`, with at least one entry.
             tasks_axis: whether every tensor has a leading tasks axis.
         """
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IterativeSolver(LinearSolver):
+    """A solver that improves `x` step by step, until the residual of every task is small.
+
+    Args:
+        max_iterations: most iterations (at least 1).
+        tolerance: `|b - A x| / |b|` at which a task is done; 0 to take all iterations and test nothing.
+    """
+
+    max_iterations: int = 100
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Checks both; a leaf with settings of its own calls it too."""
+        check_fields(self, "tolerance")
+        check_count(f"`max_iterations` of `{type(self).__name__}`", self.max_iterations, COUNT_REASON)
+        check_not_negative(type(self).__name__, "tolerance", self.tolerance, TOLERANCE_ADVICE)
 
 
 class SymmetricSolver(LinearSolver):

@@ -8,13 +8,20 @@ import torch
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import check_fields
-from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged, with_damping
-from hypertorch.linear_solvers.settings import DAMPING_ADVICE, TOLERANCE_ADVICE, check_count, check_not_negative
+from hypertorch.linear_solvers.base import (
+    IterativeSolver,
+    LinearSolution,
+    Matvec,
+    SymmetricSolver,
+    judged,
+    with_damping,
+)
+from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_not_negative
 from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConjugateGradient(SymmetricSolver):
+class ConjugateGradient(IterativeSolver, SymmetricSolver):
     """Conjugate gradients for a symmetric positive definite `A`, from `x = 0`.
 
     With `r = p = b` at first, each iteration minimises the error in the norm of `A` over one dimension more:
@@ -29,9 +36,9 @@ class ConjugateGradient(SymmetricSolver):
 
     Cost: `iterations + 1` products. With `tolerance` above 0 every iteration waits for one number from the device.
 
+    `max_iterations` and `tolerance` are those of `IterativeSolver`, with `|r|` for `|b - A x|`.
+
     Args:
-        max_iterations: most iterations (at least 1).
-        tolerance: `|r| / |b|` at which a task is done; 0 to take all iterations and test nothing.
         damping: solve `(A + damping I) x = b` instead; the residual that is returned is still that of `A x = b`.
 
     Raises:
@@ -41,14 +48,11 @@ class ConjugateGradient(SymmetricSolver):
         Hestenes and Stiefel (1952), Methods of conjugate gradients for solving linear systems.
     """
 
-    max_iterations: int = 100
-    tolerance: float = 1e-6
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "tolerance", "damping")
-        check_count("ConjugateGradient", "max_iterations", self.max_iterations)
-        check_not_negative("ConjugateGradient", "tolerance", self.tolerance, TOLERANCE_ADVICE)
+        super().__post_init__()
+        check_fields(self, "damping")
         check_not_negative("ConjugateGradient", "damping", self.damping, DAMPING_ADVICE)
 
     @torch.no_grad()

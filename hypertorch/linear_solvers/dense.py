@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_count
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, judged
 from hypertorch.linear_solvers.columns import Layout
-from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_not_negative
+from hypertorch.linear_solvers.settings import COUNT_REASON, DAMPING_ADVICE, check_not_negative
 from hypertorch.types import TensorDict
 
 
@@ -37,7 +38,7 @@ class Dense(LinearSolver):
     def __post_init__(self) -> None:
         check_fields(self, "damping")
         check_not_negative("Dense", "damping", self.damping, DAMPING_ADVICE)
-        check_count("Dense", "max_entries", self.max_entries)
+        check_count("`max_entries` of `Dense`", self.max_entries, COUNT_REASON)
 
     @torch.no_grad()
     def solve(self, matvec: Matvec, rhs: TensorDict, *, tasks_axis: bool = False) -> LinearSolution:

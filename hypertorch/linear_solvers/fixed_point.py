@@ -8,19 +8,13 @@ import torch
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import check_fields
-from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, relative_size
-from hypertorch.linear_solvers.settings import (
-    STEP_SIZE_ADVICE,
-    TOLERANCE_ADVICE,
-    check_count,
-    check_not_negative,
-    check_positive,
-)
+from hypertorch.linear_solvers.base import IterativeSolver, LinearSolution, Matvec, relative_size
+from hypertorch.linear_solvers.settings import STEP_SIZE_ADVICE, check_positive
 from hypertorch.types import TensorDict
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixedPoint(LinearSolver):
+class FixedPoint(IterativeSolver):
     """The iteration `x = x + step_size (b - A x)` from `x = 0`, until the residual is small.
 
     It converges at the rate of the spectral radius of `I - step_size A` if that is below 1, for symmetric and other
@@ -29,9 +23,9 @@ class FixedPoint(LinearSolver):
 
     Cost: `iterations` products. With `tolerance` above 0 every iteration waits for one number from the device.
 
+    `max_iterations` and `tolerance` are those of `IterativeSolver`.
+
     Args:
-        max_iterations: most iterations (at least 1).
-        tolerance: `|b - A x| / |b|` at which a task is done; 0 to take all iterations and test nothing.
         step_size: below 2 over the largest eigenvalue of a symmetric `A`; 1 for `A = I - J` with a contraction `J`.
 
     Raises:
@@ -42,14 +36,11 @@ class FixedPoint(LinearSolver):
         (there called the fixed-point method).
     """
 
-    max_iterations: int = 100
-    tolerance: float = 1e-6
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "tolerance", "step_size")
-        check_count("FixedPoint", "max_iterations", self.max_iterations)
-        check_not_negative("FixedPoint", "tolerance", self.tolerance, TOLERANCE_ADVICE)
+        super().__post_init__()
+        check_fields(self, "step_size")
         check_positive("FixedPoint", "step_size", self.step_size, STEP_SIZE_ADVICE)
 
     @torch.no_grad()

@@ -8,8 +8,9 @@ import torch
 
 from hypertorch import tree
 from hypertorch.checks.argument_types import check_fields
+from hypertorch.checks.values import check_count
 from hypertorch.linear_solvers.base import LinearSolution, LinearSolver, Matvec, judged
-from hypertorch.linear_solvers.settings import STEP_SIZE_ADVICE, check_count, check_positive
+from hypertorch.linear_solvers.settings import COUNT_REASON, STEP_SIZE_ADVICE, check_positive
 from hypertorch.types import TensorDict
 
 
@@ -42,7 +43,7 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         check_fields(self, "step_size")
-        check_count("Neumann", "num_terms", self.num_terms)
+        check_count("`num_terms` of `Neumann`", self.num_terms, COUNT_REASON)
         check_positive("Neumann", "step_size", self.step_size, STEP_SIZE_ADVICE)
 
     @torch.no_grad()

@@ -8,10 +8,10 @@ import torch
 
 from hypertorch.autodiff.noise import random_words
 from hypertorch.checks.argument_types import check_fields
-from hypertorch.checks.values import check_seed
+from hypertorch.checks.values import check_count, check_seed
 from hypertorch.linear_solvers.base import LinearSolution, Matvec, SymmetricSolver, judged
 from hypertorch.linear_solvers.columns import Layout
-from hypertorch.linear_solvers.settings import DAMPING_ADVICE, check_count, check_positive
+from hypertorch.linear_solvers.settings import COUNT_REASON, DAMPING_ADVICE, check_positive
 from hypertorch.types import TensorDict
 
 
@@ -51,7 +51,7 @@ class Nystrom(SymmetricSolver):
     def __post_init__(self) -> None:
         check_fields(self, "damping")
         check_seed(self.seed)
-        check_count("Nystrom", "rank", self.rank)
+        check_count("`rank` of `Nystrom`", self.rank, COUNT_REASON)
         check_positive("Nystrom", "damping", self.damping, DAMPING_ADVICE)
 
     @torch.no_grad()

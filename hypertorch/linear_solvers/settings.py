@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import math
 
-from hypertorch.checks.values import is_count
-
-
-def check_count(owner: str, name: str, value: int) -> None:
-    """Raises `ValueError` unless a setting counts something, at least 1."""
-    if not is_count(value):
-        raise ValueError(
-            f"`{name}` of `{owner}` is {value!r}: without one there is no solution but zero. Pass a whole number, at "
-            "least 1."
-        )
-
 
 def check_not_negative(owner: str, name: str, value: float, advice: str) -> None:
     """Raises `ValueError` unless a setting is a finite number, at least 0."""
@@ -28,6 +17,7 @@ def check_positive(owner: str, name: str, value: float, advice: str) -> None:
         raise ValueError(f"`{name}` of `{owner}` is {value!r}, not a finite number above 0. {advice}")
 
 
+COUNT_REASON = "without one there is no solution but zero"
 TOLERANCE_ADVICE = "It bounds |b - A x| / |b|; pass 0 to take all iterations, without a test of each."
 DAMPING_ADVICE = "It is added to every eigenvalue; pass a small number such as 0.01, or another solver that needs none."
 STEP_SIZE_ADVICE = "The iteration converges if it is below 2 / (largest eigenvalue); pass 1 for a map `I - J`."

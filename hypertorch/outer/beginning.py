@@ -7,10 +7,10 @@ from collections.abc import Callable
 from hypertorch.checks.values import check_hparams
 from hypertorch.errors import CheckpointError
 from hypertorch.inner.ranks import Ranks
-from hypertorch.outer.checkpoints import Checkpoint, check_same_hparams, differences
 from hypertorch.outer.fingerprint import VALIDATION_SETTINGS, changes
 from hypertorch.outer.settings import OuterSettings
-from hypertorch.outer.state import OuterState
+from hypertorch.outer.steps.state import OuterState
+from hypertorch.outer.storage.checkpoints import Checkpoint, check_same_hparams, differences
 from hypertorch.problem import ProblemSource
 from hypertorch.types import TensorDict, TensorMapping
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hypertorch.hypergradients import Hypergradient
 from hypertorch.outer.settings import OuterSettings
-from hypertorch.outer.tensor_files import tensor_checksum
+from hypertorch.outer.storage.tensor_files import tensor_checksum
 from hypertorch.problem import BilevelProblem
 
 VALIDATION_SETTINGS = VALIDATION_METRIC, VALIDATION_MODE = "validation.metric", "validation.mode"

@@ -10,9 +10,9 @@ from hypertorch.autodiff.noise import preserved_generators
 from hypertorch.checks.values import is_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients import Forward, Reverse, hypergradient
-from hypertorch.outer.constraining import match_constraints, project_in_place
 from hypertorch.outer.run import train
 from hypertorch.outer.settings import OuterSettings
+from hypertorch.outer.steps.constraining import match_constraints, project_in_place
 from hypertorch.outer.trained import Trained
 from hypertorch.problem import BilevelProblem
 

@@ -15,24 +15,22 @@ from hypertorch.errors import LostRankError
 from hypertorch.hypergradients import Hypergradient, measured_execution
 from hypertorch.hypergradients.reverse_mode.compile_costs import warn_if_too_short
 from hypertorch.inner.execution import Execution
-from hypertorch.outer.background import BackgroundWriter, background_writer
 from hypertorch.outer.beginning import begin_alike, begin_run, first_hparams
-from hypertorch.outer.checkpoints import Checkpoints
-from hypertorch.outer.constraining import match_constraints, project_in_place
-from hypertorch.outer.evaluation import evaluate
+from hypertorch.outer.evaluation.evaluate import evaluate
+from hypertorch.outer.evaluation.report import Report
+from hypertorch.outer.evaluation.validation import Validation
 from hypertorch.outer.fingerprint import fingerprint
-from hypertorch.outer.finiteness import check_finite
-from hypertorch.outer.hparams_file import HPARAMS_FILE, save_hparams
-from hypertorch.outer.interrupts import uninterrupted
-from hypertorch.outer.memory_limit import within_memory
-from hypertorch.outer.non_finite_steps import check_can_be_shortened, finite_step
-from hypertorch.outer.one_writer import one_writer
-from hypertorch.outer.progress import ProgressDisplay, progress_display
-from hypertorch.outer.report import Report
-from hypertorch.outer.scalars import to_floats
+from hypertorch.outer.guards.finiteness import check_finite
+from hypertorch.outer.guards.memory_limit import within_memory
+from hypertorch.outer.guards.zero_hypergradients import ZeroWatch
+from hypertorch.outer.reporting.progress import ProgressDisplay, progress_display
+from hypertorch.outer.reporting.scalars import to_floats
+from hypertorch.outer.reporting.stopwatch import Stopwatch
 from hypertorch.outer.settings import OuterSettings, check_count
-from hypertorch.outer.state import OuterState
-from hypertorch.outer.step import (
+from hypertorch.outer.steps.constraining import match_constraints, project_in_place
+from hypertorch.outer.steps.non_finite_steps import check_can_be_shortened, finite_step
+from hypertorch.outer.steps.state import OuterState
+from hypertorch.outer.steps.step import (
     NON_FINITE_STEPS,
     STEPS_PER_SECOND,
     VALIDATION,
@@ -41,10 +39,12 @@ from hypertorch.outer.step import (
     refuse_reserved_metrics,
     take,
 )
-from hypertorch.outer.stopwatch import Stopwatch
+from hypertorch.outer.storage.background import BackgroundWriter, background_writer
+from hypertorch.outer.storage.checkpoints import Checkpoints
+from hypertorch.outer.storage.hparams_file import HPARAMS_FILE, save_hparams
+from hypertorch.outer.storage.interrupts import uninterrupted
+from hypertorch.outer.storage.one_writer import one_writer
 from hypertorch.outer.trained import Trained
-from hypertorch.outer.validation import Validation
-from hypertorch.outer.zero_hypergradients import ZeroWatch
 from hypertorch.problem import BilevelProblem, ProblemSource
 from hypertorch.types import TensorMapping
 

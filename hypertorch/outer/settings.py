@@ -10,12 +10,12 @@ from hypertorch.checks.argument_types import check_fields
 from hypertorch.checks.values import is_count
 from hypertorch.constraints import Constraint
 from hypertorch.inner.execution import DEFAULT, Execution
-from hypertorch.outer.checkpoints import Checkpoints
-from hypertorch.outer.loggers import Logger
-from hypertorch.outer.non_finite_steps import POLICIES, OnNonFinite
-from hypertorch.outer.snapshots import Snapshots, takes_snapshots
-from hypertorch.outer.state import OptimizerFactory, SchedulerFactory
-from hypertorch.outer.validation import Validation
+from hypertorch.outer.evaluation.validation import Validation
+from hypertorch.outer.reporting.loggers import Logger
+from hypertorch.outer.reporting.snapshots import Snapshots, takes_snapshots
+from hypertorch.outer.steps.non_finite_steps import POLICIES, OnNonFinite
+from hypertorch.outer.steps.state import OptimizerFactory, SchedulerFactory
+from hypertorch.outer.storage.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,9 +16,9 @@ from hypertorch.checks.values import is_count
 from hypertorch.errors import NonFiniteError
 from hypertorch.hypergradients import Hypergradient, hypergradient
 from hypertorch.inner.execution import DEFAULT, Execution
-from hypertorch.outer.constraining import match_constraints
 from hypertorch.outer.fingerprint import described, problem_settings
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.steps.constraining import match_constraints
+from hypertorch.outer.storage.one_writer import one_writer
 from hypertorch.problem import BilevelProblem
 from hypertorch.search.gradient_bayes import LARGEST, GradientBayes
 from hypertorch.search.kernels import Kernel, Matern52

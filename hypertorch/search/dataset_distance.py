@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hypertorch.autodiff.noise import mix
 from hypertorch.checks.argument_types import typed
-from hypertorch.checks.values import is_count
+from hypertorch.checks.values import check_count
 from hypertorch.dynamics import SGD
 from hypertorch.nn.functional_module import FunctionalModule
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
@@ -167,11 +167,9 @@ class _PairedSets(OuterProblem):
                 f"`batch_size` is {batch_size!r}: a step compares at least two of the {len(losses)} data sets, and "
                 f"draws each once. Pass a whole number from 2 to {len(losses)}."
             )
-        if num_examples is not None and not is_count(num_examples):
-            raise ValueError(
-                f"`num_examples` is {num_examples!r}: a step sees at least one example of each data set. Pass a whole "
-                "number of at least 1, or None for all."
-            )
+        if num_examples is not None:
+            why = "a step sees at least one example of each data set"
+            check_count("`num_examples`", num_examples, why, advice=", or None for all")
         self._network = network
         self._examples, self._sizes = padded
         self._goals = loss_distances(losses, losses).to(self._examples)

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from hypertorch.checks.values import is_count, is_number
+from hypertorch.checks.values import check_count, is_count, is_number
 from hypertorch.dynamics import Dynamics
 from hypertorch.dynamics.declared import declared
 from hypertorch.dynamics.settings import Setting
@@ -179,11 +179,8 @@ def _check_arguments(
             f"`min_lr` and `max_lr` are {min_lr} and {max_lr}: the rate grows geometrically from the one to the other. "
             "Pass two numbers above 0, the smaller first."
         )
-    if not is_count(half_window):
-        raise ValueError(
-            f"`half_window` is {half_window!r}: a line is fitted to that many losses on each side. Pass a whole number "
-            "of at least 1; 5 is usual."
-        )
+    why = "a line is fitted to that many losses on each side"
+    check_count("`half_window`", half_window, why, advice="; 5 is usual")
     if not is_count(num_steps) or num_steps < 8 * half_window:
         raise ValueError(
             f"`num_steps` is {num_steps!r}, but a curve is told from its noise by at least eight times `half_window` = "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypertorch.errors import CheckpointError
 from hypertorch.outer.fingerprint import changes
-from hypertorch.outer.tensor_files import read_tensor_file, write_tensor_file
+from hypertorch.outer.storage.tensor_files import read_tensor_file, write_tensor_file
 from hypertorch.types import TensorDict
 
 _ROWS = ("points", "values", "gradients")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from hypertorch.errors import HypertorchError
 
 # Far above what a refusal takes, on a machine that is loaded too: what runs into it hangs.

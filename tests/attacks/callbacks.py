@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch import fewshot
-from hypertorch.outer.step import _OWN_BEGINNINGS, _OWN_NAMES
+from hypertorch.outer.steps.step import _OWN_BEGINNINGS, _OWN_NAMES
 from tests.attacks.attack import Attack
 from tests.attacks.public_interface import Stranger
 

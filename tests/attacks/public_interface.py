@@ -43,6 +43,8 @@ TAKEN: dict[tuple[Callable[..., Any], str], tuple[Any, ...]] = {
     (ht.hypergradients.Implicit, "residual_tolerance"): (math.inf,),
     (ht.hypergradients.Implicit, "stationarity_tolerance"): (math.inf,),
     (ht.search.minimise, "backend"): (None,),
+    (fewshot.ANIL, "normalise"): (True,),
+    (fewshot.HyperRepresentation, "normalise"): (True,),
     (fewshot.Conv4, "way"): (None,),
     (fewshot.ResNet12, "way"): (None,),
     (fewshot.MLP, "out_features"): (None,),

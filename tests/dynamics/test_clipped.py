@@ -247,6 +247,7 @@ def test_it_says_of_the_rule_what_the_rule_says() -> None:
         ("sgd", {"max_norm": 1.0}, TypeError, "`rule` of `Clipped` is 'sgd', not a `GradientDynamics`"),
         (Clipped(SGD(lr=0.1), max_norm=1.0), {"max_value": 1.0}, TypeError, "`rule` of `Clipped` is Clipped.*give one"),
         (SGD(lr=0.1), {}, ValueError, "neither `max_norm` nor `max_value`"),
+        (SGD, {"max_norm": 1.0}, TypeError, "`rule` of `Clipped` is the class `SGD`, not a `GradientDynamics`"),
         (SGD(lr=0.1), {"max_norm": -1.0}, ValueError, "`max_norm` of `Clipped` is -1.0"),
         (SGD(lr=0.1), {"max_value": [0.1, -1.0]}, ValueError, "`max_value` of `Clipped` is -1.0"),
         (SGD(lr=0.1), {"max_norm": "1"}, TypeError, "`max_norm` of `Clipped` is '1', which is neither"),

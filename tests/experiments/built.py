@@ -7,11 +7,11 @@ from typing import TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.common.resolvers  # noqa: F401
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import Experiment, build_experiment
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
+import experiments.common.runs.resolvers  # noqa: F401
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.runs.experiment import Experiment, build_experiment
 
 E = TypeVar("E", bound=Experiment)
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from experiments.architecture_search import ArchitectureSearch, MixedNet, rank_correlation
-from experiments.common.failures import ExpectedFailure
-from experiments.common.mlp import MLP
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.models.mlp import MLP
 from tests.experiments.built import built
 from tests.experiments.commands import Command, results_of
 from tests.helpers.problems import normal

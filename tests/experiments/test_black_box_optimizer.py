@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import hypertorch as ht
 from experiments.black_box_optimizer import BlackBoxOptimizer, Curve, table
-from experiments.common.black_boxes import GaussianProcess, Varied, branin, hartmann3
-from experiments.common.failures import ExpectedFailure
-from experiments.common.optuna_search import SamplerName, search
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.search.black_boxes import GaussianProcess, Varied, branin, hartmann3
+from experiments.common.search.optuna_search import SamplerName, search
 from tests.experiments.built import built
 from tests.experiments.commands import Command
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.common import cifar_features
-from experiments.common.cifar_features import cifar100_features, features, trained_network
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets import cifar_features
+from experiments.common.data_sets.cifar_features import cifar100_features, features, trained_network
 from hypertorch.errors import DatasetError
 from hypertorch.fewshot import ImageClasses
 from tests.helpers.data import real_data

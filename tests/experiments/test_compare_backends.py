@@ -9,11 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import experiments.common.resolvers  # noqa: F401
+import experiments.common.runs.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import compare_backends
-from experiments.common.config_errors import CONFIGS
-from experiments.common.diagnosis import build_backends
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.diagnostics.diagnosis import build_backends
 from tests.experiments.diagnosis_commands import Commands
 
 SHORT = ("num_steps=[3,2]", "repeats=1")

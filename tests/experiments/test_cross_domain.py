@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
-from experiments.common.transformed_learner import TransformedLearner, episodes_at, with_transformations
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.models.transformed_learner import TransformedLearner, episodes_at, with_transformations
 from experiments.cross_domain import CrossDomain, EpisodeTraining, OtherEpisodes
 from hypertorch.fewshot import Conv4, EpisodeSampler, ImageClasses, ProtoNet
 from tests.experiments.built import built

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hypertorch as ht
-from experiments.common.digits import digit_splits
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.digits import digit_splits
 from experiments.data_cleaning import DataCleaning, f1, with_wrong_labels
 from tests.experiments.built import built
 from tests.experiments.commands import runner

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.data_selection import KINDS, DataSelection
 from hypertorch.types import TensorDict
 from tests.experiments.built import built

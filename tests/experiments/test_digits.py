@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from experiments.common.digits import digit_splits
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.digits import digit_splits
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

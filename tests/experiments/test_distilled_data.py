@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.distilled_data import DistilledData
 from tests.experiments.built import built
 from tests.experiments.commands import Command, results_of

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from experiments.common.domains import PARTS, load_domain
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.domains import PARTS, load_domain
 from hypertorch.fewshot import StrokeCharacters
 from tests.helpers.data import real_data
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.ensemble import Ensemble, ambiguity, cross_entropy, frequent, greedy, mixed
 from tests.experiments.built import built
 from tests.experiments.commands import Command, results_of

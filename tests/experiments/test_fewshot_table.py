@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.fewshot_table import NOT_RUN, LearnerCell, failures, planned_cells, write_table
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -95,7 +95,9 @@ def test_a_cell_goes_on_with_the_run_that_it_finds(tmp_path: Path, monkeypatch: 
     class Done:
         returncode = 0
 
-    monkeypatch.setattr("experiments.common.cells.subprocess.run", lambda words, **_: (calls.append(words), Done())[1])
+    monkeypatch.setattr(
+        "experiments.common.runs.cells.subprocess.run", lambda words, **_: (calls.append(words), Done())[1]
+    )
     cell = next(planned_cells(config(f"data={tmp_path}", f"cells={tmp_path}")))
     cell.run(failures, "data")
     cell.folder.path.mkdir(parents=True)

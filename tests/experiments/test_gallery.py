@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.gallery import SeedCell, planned_cells, write_page
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import hypertorch as ht
 from experiments import hyperfield
-from experiments.common.failures import ExpectedFailure
-from experiments.common.settings_grid import Axis, field, grid_problem
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.diagnostics.settings_grid import Axis, field, grid_problem
 from hypertorch.types import Batch, TensorDict
 from tests.experiments.diagnosis_commands import Commands
 

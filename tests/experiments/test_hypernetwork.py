@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.digits import Images
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.digits import Images
 from experiments.hypernetwork import Hypernetwork, losses, penalised, with_wrong_labels
 from tests.experiments.built import built
 from tests.experiments.commands import Command, results_of

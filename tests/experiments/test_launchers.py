@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-import experiments.common.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
-from experiments.common.config_errors import CONFIGS
+import experiments.common.runs.resolvers  # noqa: F401 (makes `${run_folder:}` known to the configs)
+from experiments.common.commands.config_errors import CONFIGS
 from tests.experiments.commands import TINY
 from tests.helpers import pages
 

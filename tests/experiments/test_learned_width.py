@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.learned_width import ElasticNets, NetTraining, PricedNets, pooled
 from tests.experiments.commands import Command, results_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.common.line_styles import COLOURS, MARKERS, line_styles
+from experiments.common.results.line_styles import COLOURS, MARKERS, line_styles
 
 
 def test_no_two_lines_share_a_marker_or_a_colour_with_the_same_dashes() -> None:

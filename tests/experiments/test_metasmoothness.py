@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-import experiments.common.resolvers  # noqa: F401
+import experiments.common.runs.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import metasmoothness
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.runs.experiment import build_experiment
 from tests.experiments.commands import Command
 
 SMALL = (

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.digits import digit_splits
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.digits import digit_splits
 from experiments.noisy_labels import NoisyLabels, weights_of, with_flipped_labels
 from hypertorch.types import TensorDict
 from tests.experiments.built import built

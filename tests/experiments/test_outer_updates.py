@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-import experiments.common.resolvers  # noqa: F401
-from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import ExpectedFailure
-from experiments.common.outer_updates import check_outer_updates
+import experiments.common.runs.resolvers  # noqa: F401
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.outer_updates import check_outer_updates
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.pixel_penalty import PixelPenalty
 from hypertorch.types import TensorDict
 from tests.experiments.built import built

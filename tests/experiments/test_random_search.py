@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.common.random_search import RandomSearch, random_search
+from experiments.common.search.random_search import RandomSearch, random_search
 
 
 def test_the_expected_best_is_the_mean_over_all_choices() -> None:

@@ -31,13 +31,13 @@ from experiments import (
     spectral_radius,
     train,
 )
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import experiment_class
-from experiments.common.failures import ExpectedFailure
-from experiments.common.reads import check_settings_are_read
-from experiments.common.settings import TrainSettings
-from experiments.common.training import TRAINING
-from experiments.common.typed_settings import setting_keys
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.reads import check_settings_are_read
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import setting_keys
+from experiments.common.runs.experiment import experiment_class
+from experiments.common.runs.training import TRAINING
 from experiments.fewshot.settings import FewShotSettings
 from experiments.fewshot_table import planned_cells
 from tests.experiments.commands import SINUSOID, TINY, Command
@@ -202,7 +202,7 @@ def test_what_the_command_passes_itself_is_no_setting(command: Command) -> None:
 def test_a_null_is_an_argument(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("hypertorch.fewshot.StrokeCharacters", lambda **given: asked.append(given) or 1 / 0)
-    monkeypatch.setattr("experiments.common.reads._arguments_of", lambda target: None)
+    monkeypatch.setattr("experiments.common.configuration.reads._arguments_of", lambda target: None)
     with pytest.raises(ZeroDivisionError):
         command(*TINY, "+dataset.cache_dir=null")
     assert asked == [{"split": "meta_train", "cache_dir": None}]

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.real_time import RealTime, neighbour_map
 from tests.experiments.built import built
 from tests.experiments.commands import Command, results_of

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.regularisation import Regularisation
 from tests.experiments.built import built
 from tests.experiments.commands import Command

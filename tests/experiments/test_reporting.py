@@ -14,16 +14,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-import experiments.common.resolvers  # noqa: F401
+import experiments.common.runs.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import train
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
-from experiments.common.failures import ExpectedFailure
-from experiments.common.reporting import check_figures, duration, print_reports, report_as_dict, write_results
-from experiments.common.run_folder import RunFolder
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.results.reporting import check_figures, duration, print_reports, report_as_dict, write_results
+from experiments.common.runs.experiment import build_experiment
+from experiments.common.runs.run_folder import RunFolder
 from hypertorch.outer import Estimate
 
 REPORTS = {

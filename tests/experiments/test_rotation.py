@@ -10,8 +10,8 @@ import torch
 from scipy.ndimage import affine_transform
 
 import hypertorch as ht
-from experiments.common.labelled_images import CleanImages
-from experiments.common.mlp import MLP
+from experiments.common.models.labelled_images import CleanImages
+from experiments.common.models.mlp import MLP
 from experiments.rotation import RotatedTraining, angle, rotate
 from tests.experiments.commands import Command, results_of
 

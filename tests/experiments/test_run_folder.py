@@ -10,9 +10,9 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.common import run_folder
-from experiments.common.failures import ExpectedFailure
-from experiments.common.run_folder import choose_folder
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.runs import run_folder
+from experiments.common.runs.run_folder import choose_folder
 
 
 def run_at(folder: Path, minutes: int, overrides: list[str]) -> Path:

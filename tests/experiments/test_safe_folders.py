@@ -18,12 +18,12 @@ import yaml
 
 import hypertorch as ht
 from experiments import evaluate, fewshot_table, train
-from experiments.common.config_errors import CONFIGS
-from experiments.common.failures import ExpectedFailure
-from experiments.common.run_folder import RunFolder, read_config
-from experiments.common.settings import TrainSettings
-from experiments.common.trust import check_trusted
-from experiments.common.typed_settings import parse
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.runs.run_folder import RunFolder, read_config
+from experiments.common.runs.trust import check_trusted
 from experiments.evaluate import as_trained
 from tests.experiments.commands import SINUSOID, Command
 
@@ -151,9 +151,9 @@ NOT_BUILT = [
     "builtins.eval",
     "builtins.dict",
     "antigravity.open",
-    "hypertorch.outer.tensor_files.os.system",
-    "hypertorch.outer.tensor_files.Path",
-    "hypertorch.outer.tensor_files.save_file",
+    "hypertorch.outer.storage.tensor_files.os.system",
+    "hypertorch.outer.storage.tensor_files.Path",
+    "hypertorch.outer.storage.tensor_files.save_file",
     "hypertorch.fewshot.datasets.cifar100_files.pickle.loads",
     "hypertorch.save_hparams",
     "hypertorch.dynamics.schedules.math.exp",
@@ -183,8 +183,8 @@ NOT_BUILT = [
     "experiments.noisy_digits.Experiment",
     "experiments.noisy_digits.load_digits",
     "experiments.noisy_digits.NoisyDigits.draw",
-    "experiments.common.experiment.Experiment",
-    "experiments.common.run_folder.Path",
+    "experiments.common.runs.experiment.Experiment",
+    "experiments.common.runs.run_folder.Path",
     "experiments.train.main",
     "experiments.train.sys.exit",
     "experiments.fewshot.experiment.FewShot",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hypertorch as ht
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
 from experiments.schedules import Schedules
 from hypertorch.dynamics import schedules
 from hypertorch.types import TensorDict

@@ -26,7 +26,7 @@ from rich.console import Console
 
 import hypertorch as ht
 from experiments import train
-from experiments.common.config_errors import CONFIGS
+from experiments.common.commands.config_errors import CONFIGS
 from hydra_plugins.hypertorch_search import _summary, sweeper
 from hydra_plugins.hypertorch_search._settings import check_settings
 from hydra_plugins.hypertorch_search._space import overrides_of, read_space

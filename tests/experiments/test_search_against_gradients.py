@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from experiments import search_against_gradients
-from experiments.common.budget import spend
-from experiments.common.failures import ExpectedFailure
-from experiments.common.result_page import write_figures
-from experiments.common.search_methods import METHODS, SearchMethod
-from experiments.common.search_tasks import SearchTask
-from experiments.common.sized_tasks import SIZED
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.results.result_page import write_figures
+from experiments.common.search.budget import spend
+from experiments.common.search.search_methods import METHODS, SearchMethod
+from experiments.common.search.search_tasks import SearchTask
 from experiments.search_against_gradients import AgainstCell, by_group, leaders
+from experiments.sized_tasks import SIZED
 from tests.experiments.commands import runner
 
 F64 = torch.float64

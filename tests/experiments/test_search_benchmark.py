@@ -14,8 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from experiments import search_benchmark
-from experiments.common.search_methods import METHODS
-from experiments.common.search_tasks import TASKS, SearchTask, digits_problem
+from experiments.common.search.search_methods import METHODS
+from experiments.common.search.search_tasks import TASKS, SearchTask, digits_problem
 
 F64 = torch.float64
 

@@ -10,15 +10,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-import experiments.common.resolvers  # noqa: F401
+import experiments.common.runs.resolvers  # noqa: F401
 import hypertorch as ht
 from experiments import task_interactions
-from experiments.common.config_errors import CONFIGS
-from experiments.common.experiment import build_experiment
-from experiments.common.failures import ExpectedFailure
-from experiments.common.learning_curve import logged
-from experiments.common.settings import TrainSettings
-from experiments.common.typed_settings import parse
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.configuration.settings import TrainSettings
+from experiments.common.configuration.typed_settings import parse
+from experiments.common.results.learning_curve import logged
+from experiments.common.runs.experiment import build_experiment
 from experiments.task_interactions import TaskInteractions, matrix
 from hypertorch.types import TensorDict
 from tests.experiments.commands import Command

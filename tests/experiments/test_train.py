@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 
 import hypertorch as ht
 from experiments import evaluate, train
-from experiments.common.run_folder import RunFolder
+from experiments.common.runs.run_folder import RunFolder
 from experiments.fewshot.streams import EpisodeStreams
 from hypertorch.fewshot import HyperRepresentation
-from hypertorch.outer.checkpoints import load_checkpoint
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.storage.checkpoints import load_checkpoint
+from hypertorch.outer.storage.one_writer import one_writer
 from tests.experiments.commands import SINUSOID, TINY, Command
 
 ROOT = Path(__file__).resolve().parent.parent.parent

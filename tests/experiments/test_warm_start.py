@@ -10,15 +10,15 @@ import torch
 from torch.nn import functional as F
 
 import hypertorch as ht
-from experiments.common.digit_sets import (
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.digit_sets import (
     NUM_CLASSES,
     Configurations,
     DigitSet,
     draw_sets,
     validation_losses,
 )
-from experiments.common.digits import Images
-from experiments.common.failures import ExpectedFailure
+from experiments.common.data_sets.digits import Images
 from experiments.warm_start import WarmStart, correlation, mean_regrets, meta_features
 from tests.experiments.built import built
 from tests.experiments.commands import Command, results_of
@@ -47,7 +47,7 @@ def some_sets(count: int = 5) -> list[DigitSet]:
 
 
 def test_a_data_set_is_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.common.digit_sets._PIXEL_NOISE", (0.0, 0.0))
+    monkeypatch.setattr("experiments.common.data_sets.digit_sets._PIXEL_NOISE", (0.0, 0.0))
     sizes = set()
     for one in some_sets(30):
         sizes.add(len(one.train))
@@ -76,7 +76,7 @@ def test_examples_show_the_labels_that_are_trained_on() -> None:
 
 
 def test_splits_are_made_of_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.common.digit_sets._PIXEL_NOISE", (0.0, 0.0))
+    monkeypatch.setattr("experiments.common.data_sets.digit_sets._PIXEL_NOISE", (0.0, 0.0))
     experiment = tiny()
     assert {split: len(sets) for split, sets in experiment.sets.items()} == {"train": 8, "validation": 4, "test": 4}
     drawn = []

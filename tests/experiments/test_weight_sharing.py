@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import hypertorch as ht
-from experiments.common.alphabets import Alphabets, load_alphabets
-from experiments.common.failures import ExpectedFailure
+from experiments.common.commands.failures import ExpectedFailure
+from experiments.common.data_sets.alphabets import Alphabets, load_alphabets
 from experiments.weight_sharing import AlphabetTraining, HeldOutDrawings, MixedNets, labelled
 from tests.experiments.commands import Command, results_of
 from tests.helpers.data import real_data

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from experiments.common.reporting import versions
-from experiments.common.result_page import table
+from experiments.common.results.reporting import versions
+from experiments.common.results.result_page import table
 from tests.faults import kills
 from tests.faults.campaign import Campaign, Tally
 from tests.faults.runs import ANEW, COMMANDS, LOOPS, SEARCH, TRAIN, Run

@@ -14,7 +14,8 @@ from typing import Any
 
 from optuna.storages.journal import JournalFileBackend
 
-from hypertorch.outer import loggers, tensor_files
+from hypertorch.outer.reporting import loggers
+from hypertorch.outer.storage import tensor_files
 
 Aim = Callable[[int], None]
 """Prepares a process to kill itself at the n-th moment of a kind."""

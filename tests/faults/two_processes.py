@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hypertorch.errors import CheckpointError
-from hypertorch.outer import loggers
+from hypertorch.outer.reporting import loggers
 from tests.faults import kills
 from tests.faults.campaign import FaultError, outcome
 from tests.faults.runs import Run

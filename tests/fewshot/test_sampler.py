@@ -193,8 +193,16 @@ def test_the_gpu_gets_the_same_episodes():
         ({"num_queries": 0}, ValueError, r"`num_queries` must be at least 1, got 0: without query.*Use 1"),
         ({"num_tasks": 0}, ValueError, r"`num_tasks` must be at least 1, got 0: a batch.*Use 1"),
         ({"num_tasks": True}, TypeError, r"`num_tasks` is True, a bool: it is a count"),
-        ({"augmentation": "flip"}, TypeError, r"`augmentation` is 'flip', a str: .*Pass an `Augmentation`"),
-        ({"normalisation": (0.5, 0.25)}, TypeError, r"`normalisation` is \(0.5, 0.25\), a tuple: .*`Normalisation`"),
+        (
+            {"augmentation": "flip"},
+            TypeError,
+            r"`augmentation` is 'flip', not an `Augmentation`: .*Pass one, such as `Augmentation",
+        ),
+        (
+            {"normalisation": (0.5, 0.25)},
+            TypeError,
+            r"`normalisation` is \(0.5, 0.25\), not a `Normalisation`: .*`Normalisation",
+        ),
         ({"seed": -1}, ValueError, r"`seed` must be at least 0 and below 2 .* 64, got -1: it keys.*Use for instance"),
         ({"dtype": torch.int64}, TypeError, r"`dtype` is torch.int64: .*floating-point.*torch.float32"),
         ({"shot": 7}, ValueError, r"7 \+ 4 = 11, but class 'class0' has 10 images: .*at most 10"),
@@ -211,7 +219,7 @@ def test_the_smallest_class_is_named():
 
 
 def test_a_data_set_of_another_kind_is_refused():
-    with pytest.raises(TypeError, match=r"`dataset` is a Tensor: .*Pass an `ImageClasses`"):
+    with pytest.raises(TypeError, match=r"`dataset` is a Tensor, not a `Classes`: .*Pass an `ImageClasses`"):
         sampler(torch.zeros(4))
 
 

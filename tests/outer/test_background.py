@@ -17,10 +17,10 @@ import torch
 
 import hypertorch as ht
 from hypertorch.errors import CheckpointError, NonFiniteError
-from hypertorch.outer import checkpoints as checkpoints_module
-from hypertorch.outer import tensor_files
-from hypertorch.outer.background import BackgroundWriter, background_writer
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.storage import checkpoints as checkpoints_module
+from hypertorch.outer.storage import tensor_files
+from hypertorch.outer.storage.background import BackgroundWriter, background_writer
+from hypertorch.outer.storage.one_writer import one_writer
 from tests.outer.problems import Quadratics
 from tests.outer.runs import assert_same_checkpoint, full_loop, records
 

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hypertorch.errors import CheckpointError, NonFiniteError
-from hypertorch.outer import tensor_files
-from hypertorch.outer.checkpoints import Checkpoint, Checkpoints
-from hypertorch.outer.encoding import decode, encode
-from hypertorch.outer.hparams_file import load_hparams, save_hparams
+from hypertorch.outer.storage import tensor_files
+from hypertorch.outer.storage.checkpoints import Checkpoint, Checkpoints
+from hypertorch.outer.storage.encoding import decode, encode
+from hypertorch.outer.storage.hparams_file import load_hparams, save_hparams
 
 
 def make_checkpoint(step: int = 3, **changes: Any) -> Checkpoint:

@@ -49,7 +49,7 @@ def test_first_step_chooses_other_episodes() -> None:
 
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 def test_the_task_route_can_be_named(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypertorch.outer import evaluation
+    from hypertorch.outer.evaluation import evaluate as evaluation
 
     seen: list[str] = []
     original = evaluation.unroll

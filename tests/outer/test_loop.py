@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 import hypertorch as ht
 from hypertorch import outer
 from hypertorch.errors import DetachedHyperparameterError, NonFiniteError
-from hypertorch.outer import step as step_module
-from hypertorch.outer.state import OuterState
+from hypertorch.outer.steps import step as step_module
+from hypertorch.outer.steps.state import OuterState
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.problems import LambdaInner, LambdaOuter
 from tests.outer.problems import Outer, Quadratics, centres

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import hypertorch as ht
 from hypertorch.errors import CheckpointError, NonFiniteError, NonFiniteWarning
-from hypertorch.outer import step as outer_step_module
-from hypertorch.outer.memory_limit import is_out_of_memory, within_memory
+from hypertorch.outer.guards.memory_limit import is_out_of_memory, within_memory
+from hypertorch.outer.steps import step as outer_step_module
 from hypertorch.types import Batch, TensorDict
 from tests.outer.problems import Inner, Quadratics
 from tests.outer.runs import full_loop, make_loop, records

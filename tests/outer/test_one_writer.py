@@ -17,16 +17,16 @@ import pytest
 
 import hypertorch as ht
 from hypertorch.errors import CheckpointError
-from hypertorch.outer import tensor_files
-from hypertorch.outer.checkpoints import Checkpoints
-from hypertorch.outer.one_writer import is_shared_with_machines, one_writer
+from hypertorch.outer.storage import tensor_files
+from hypertorch.outer.storage.checkpoints import Checkpoints
+from hypertorch.outer.storage.one_writer import is_shared_with_machines, one_writer
 from tests.outer.problems import Quadratics
 from tests.outer.runs import full_loop, records
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.storage.one_writer import one_writer
 with one_writer(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -105,7 +105,7 @@ def left_behind(folder: Path, **changes: object) -> Path:
 
 
 def test_a_writer_of_another_machine_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypertorch.outer.one_writer.is_shared_with_machines", lambda folder: True)
+    monkeypatch.setattr("hypertorch.outer.storage.one_writer.is_shared_with_machines", lambda folder: True)
     owner = left_behind(tmp_path)
     refusal = (
         r"last written by process 71 on 'node7' since 2026-01-31T12:00:00, which did not say that it ended.*delete"

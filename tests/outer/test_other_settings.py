@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ExponentialLR, StepLR
 import hypertorch as ht
 from hypertorch import outer
 from hypertorch.errors import CheckpointError
-from hypertorch.outer.checkpoints import Checkpoint, Checkpoints
+from hypertorch.outer.storage.checkpoints import Checkpoint, Checkpoints
 from hypertorch.types import TensorDict
 from tests.outer.problems import Quadratics
 from tests.outer.runs import full_loop, make_loop

@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from hypertorch.outer.clipping import clip_to_norm, total_norm
-from hypertorch.outer.interrupts import uninterrupted
-from hypertorch.outer.scalars import to_floats
-from hypertorch.outer.stopwatch import Stopwatch
+from hypertorch.outer.reporting.scalars import to_floats
+from hypertorch.outer.reporting.stopwatch import Stopwatch
+from hypertorch.outer.steps.clipping import clip_to_norm, total_norm
+from hypertorch.outer.storage.interrupts import uninterrupted
 
 
 def test_the_norm_is_over_all_entries() -> None:

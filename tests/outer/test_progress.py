@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from hypertorch.outer import evaluate, progress
-from hypertorch.outer.progress import figures_text, progress_display
+from hypertorch.outer import evaluate
+from hypertorch.outer.reporting import progress
+from hypertorch.outer.reporting.progress import figures_text, progress_display
 from tests.outer.problems import Quadratics
 from tests.outer.runs import make_loop
 

@@ -259,7 +259,7 @@ def route(ranks: ht.Ranks | None, folder: Path) -> Found:
         loop = make_loop(execution=execution(ranks, tasks="auto"))
         taken: set[str] = set()
         patch.setattr(
-            "hypertorch.outer.step.hypergradient",
+            "hypertorch.outer.steps.step.hypergradient",
             lambda *args, **named: taken.add(named["execution"].tasks) or ht.hypergradient(*args, **named),
         )
         loop.run(2)

@@ -9,7 +9,7 @@ import torch
 
 import hypertorch as ht
 from hypertorch.errors import CheckpointError
-from hypertorch.outer.one_writer import one_writer
+from hypertorch.outer.storage.one_writer import one_writer
 from hypertorch.types import TensorDict
 from tests.search.problems import F64, STARTS, Inner, Outer, outer_loss, problem
 

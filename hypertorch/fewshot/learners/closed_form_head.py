@@ -50,7 +50,7 @@ class ClosedFormHead(FeatureLearner):
         return BilevelProblem(
             # With no step the first params are the last, so the head reaches the outer loss as the initialisation.
             GivenHead(owner=owner, head=_solved),
-            QueryFeatures(learner=self, objective=self._objective, episode=episode, initial=self._initial),
+            QueryFeatures(learner=self, objective=self._objective, examples=episode, initial=self._initial),
             dynamics=_NoStep(owner=owner),
             num_steps=0,
             num_tasks=num_tasks,

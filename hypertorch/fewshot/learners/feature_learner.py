@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ from hypertorch.fewshot.learners.episode_checks import (
     check_hparams_of,
     integers_explained,
 )
-from hypertorch.fewshot.learners.objectives import Objective, chosen_objective
+from hypertorch.fewshot.learners.objectives import Objective, QuerySet, chosen_objective
 from hypertorch.nn.feature_norm import mean_and_spread
-from hypertorch.problem import InnerProblem, OuterProblem
+from hypertorch.problem import InnerProblem
 from hypertorch.types import TensorDict
 from hypertorch.unroll import unroll
 
@@ -47,15 +48,19 @@ class FeatureLearner(Learner):
         way: outputs of the head.
         objective: loss and metrics of support and query; classification by default.
         normalise: centre features by the mean of the support's and divide them by the support's root mean square
-            distance from it.
+            distance from it. None for what the class says.
         own_hparams: outer variables beside the representation's weights; their names must differ from those.
 
     Raises:
         ValueError: if `way` is below 1, a name is used twice, or the backbone has dropout or nothing to train.
         IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong.
+
+    Attributes:
+        normalises: whether features are normalised unless `normalise` says otherwise.
     """
 
     needs_every_class = True
+    normalises: ClassVar[bool] = False
 
     @typed("backbone", "normalise", "own_hparams")
     def __init__(
@@ -64,7 +69,7 @@ class FeatureLearner(Learner):
         *,
         way: int,
         objective: Objective | None = None,
-        normalise: bool = False,
+        normalise: bool | None = None,
         own_hparams: TensorDict | None = None,
     ) -> None:
         check_way(way)
@@ -73,7 +78,7 @@ class FeatureLearner(Learner):
         self._fit, self._predict = fit_and_predict(backbone)
         self.way = way
         self._objective = chosen_objective(objective)
-        self._normalise = normalise
+        self._normalise = self.normalises if normalise is None else normalise
         self._names = self._fit.trained_names()
         own = own_hparams or {}
         self._refuse_names(own.keys() & set(self._names))
@@ -225,28 +230,14 @@ class GivenHead(InnerProblem):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QueryFeatures(OuterProblem):
-    """Judges a fitted head on the query features of the context.
+class QueryFeatures(QuerySet):
+    """Judges a fitted head on the query features of the context; its examples are the episodes.
 
     Args:
         learner: whose head it is.
-        objective: loss and metrics.
-        episode: the batch of episodes.
-        initial: the outer variables before training.
     """
 
     learner: FeatureLearner
-    objective: Objective
-    episode: Episode
-    initial: TensorDict
-
-    def init_hparams(self) -> TensorDict:
-        """Returns the outer variables before training."""
-        return self.initial
-
-    def batch(self, outer_step: int) -> Episode:
-        """Returns the episodes, of which the context is computed and the labels of the queries are read."""
-        return self.episode
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Episode, context: TensorDict) -> Tensor:
         """Returns the loss of the queries."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hypertorch import tree
 from hypertorch.checks.argument_types import typed
 from hypertorch.dynamics import Dynamics
-from hypertorch.fewshot._checks import check_num_steps
+from hypertorch.fewshot._checks import check_num_steps, check_way
 from hypertorch.fewshot.episodes import Episode
 from hypertorch.fewshot.learners.backbone_checks import first_parameter
 from hypertorch.fewshot.learners.feature_learner import FeatureLearner, GivenHead, QueryFeatures
 from hypertorch.fewshot.learners.objectives import Objective
+from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
 from hypertorch.problem import BilevelProblem, InnerProblem
 from hypertorch.types import TensorDict
 
@@ -28,41 +30,73 @@ class HeadLearner(FeatureLearner):
 
     Cost: per episode, one pass and one vjp of the representation; `num_steps` steps of the head.
 
+    Arguments that are not named here are those of `FeatureLearner`.
+
     Args:
-        backbone: from inputs to features, shape `(batch, features)`. It is copied.
         way: outputs of the head.
         dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps).
-        objective: loss and metrics of support and query; classification by default.
-        normalise: centre features by the mean of the support's and divide them by the support's root mean square
-            distance from it.
-        own_hparams: outer variables beside the representation's weights; their names must differ from those.
+        learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one" or "step"; of a head
+            whose first weights are learnt "parameter" or "step,parameter" too.
 
     Raises:
-        ValueError: if `way` is below 1, a name is used twice, or the backbone has dropout or nothing to train.
+        ValueError: if `way` is below 1, `learn_lr` does not fit, a name is used twice, or the backbone has dropout or
+            nothing to train.
         IncompatibleBackendError: if the backbone has a layer whose hypergradient PyTorch would get wrong.
     """
 
-    @typed("backbone", "dynamics", "num_steps")
+    @typed("backbone", "dynamics", "num_steps", "normalise", "own_hparams")
     def __init__(
         self,
         backbone: nn.Module,
         *,
-        way: int,
+        way: int = 5,
         dynamics: Dynamics,
         num_steps: int,
+        learn_lr: LearnLR = None,
         objective: Objective | None = None,
-        normalise: bool = False,
+        normalise: bool | None = None,
         own_hparams: TensorDict | None = None,
     ) -> None:
-        super().__init__(backbone, way=way, objective=objective, normalise=normalise, own_hparams=own_hparams)
-        some = first_parameter(backbone)
-        self._dynamics = dynamics
+        check_way(way)
         check_num_steps(num_steps)
+        head = self.learnt_head(backbone, way)
+        if not head and learn_lr not in (None, "one", "step"):
+            raise ValueError(
+                f"`learn_lr` is {learn_lr!r}, but the head's size is known only with the features: it has one step "
+                "size, or one per step. Use None, 'one' or 'step'."
+            )
+        some = first_parameter(backbone)
+        # Of the head alone: nothing else moves in an episode. Where its shapes are not known, for type and device.
+        self._dynamics, step_sizes = learnt_step_size(dynamics, learn_lr, head or {"some": some.detach()}, num_steps)
         self._num_steps = num_steps
+        learnt = {**tree.with_prefix("head", head), **step_sizes}
+        if clash := sorted((own_hparams or {}).keys() & learnt.keys()):
+            raise ValueError(
+                f"`own_hparams` has entries called {clash}, which are outer variables of the learner itself: one value "
+                "would be both. Call yours otherwise."
+            )
+        super().__init__(
+            backbone,
+            way=way,
+            objective=objective,
+            normalise=normalise,
+            own_hparams={**(own_hparams or {}), **learnt},
+        )
         # Of the backbone's type and device, as one optimizer moves all of them and one step reads them together.
-        self._owned = {name: value.to(some) for name, value in dynamics.init_hparams().items()}
+        self._owned = {name: value.to(some) for name, value in self._dynamics.init_hparams().items()}
         self._refuse_names(self._owned.keys() & self._initial.keys())
+
+    def learnt_head(self, backbone: nn.Module, way: int) -> TensorDict:
+        """Returns the head's first weights where they are learnt; they become the outer variables `head.{entry}`.
+
+        By default none: the head starts from what `first_head` makes of the features.
+
+        Args:
+            backbone: the representation.
+            way: outputs of the head.
+        """
+        return {}
 
     @abstractmethod
     def first_head(self, support: Tensor, targets: Tensor, hparams: TensorDict) -> TensorDict:
@@ -97,7 +131,7 @@ class HeadLearner(FeatureLearner):
         )
         return BilevelProblem(
             inner,
-            QueryFeatures(learner=self, objective=self._objective, episode=episode, initial=self._initial),
+            QueryFeatures(learner=self, objective=self._objective, examples=episode, initial=self._initial),
             dynamics=self._dynamics,
             num_steps=self._num_steps,
             num_tasks=num_tasks,

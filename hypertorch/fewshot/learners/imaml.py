@@ -25,12 +25,11 @@ class IMAML(NetworkLearner):
 
     Cost: per episode, `num_steps` steps on the support set, and one Hessian-vector product per iteration of the solve.
 
+    Arguments that are not named here are those of `NetworkLearner`.
+
     Args:
-        network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
-        dynamics: the inner optimiser.
         num_steps: inner steps (unit: steps); enough to come near the minimum.
         proximity: strength of the proximal term, above 0 (the paper's lambda).
-        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if `proximity` is not above 0, or the network has nothing to train.

@@ -16,17 +16,7 @@ class MAML(NetworkLearner):
 
     Cost: per episode, `num_steps` steps on the support set and their second derivatives, one pass over the query set.
 
-    Args:
-        network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
-        dynamics: the inner optimiser.
-        num_steps: inner steps (unit: steps).
-        learn_lr: None, or `per` of the `ht.Hyper` that takes the place of the step size: "one", "step", "parameter" or
-            "step,parameter".
-        objective: loss and metrics of support and query; classification by default.
-
-    Raises:
-        ValueError: if `learn_lr` does not fit the dynamics, or the network has nothing to train.
-        IncompatibleBackendError: if the network has a layer whose hypergradient PyTorch would get wrong.
+    Arguments are those of `NetworkLearner`.
 
     References:
         Finn, Abbeel and Levine (2017), algorithms 1 and 2, and section 5.2 (first order); Antoniou, Edwards and

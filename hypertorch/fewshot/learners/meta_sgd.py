@@ -20,11 +20,11 @@ class MetaSGD(NetworkLearner):
 
     Cost: that of MAML, with twice as many outer variables.
 
+    Arguments that are not named here are those of `NetworkLearner`.
+
     Args:
-        network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser; its step size is where all step sizes start.
         num_steps: inner steps (unit: steps); 1 in the paper.
-        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         ValueError: if the dynamics has no step size to learn, or the network has nothing to train.

@@ -20,7 +20,7 @@ from hypertorch.fewshot.learners.episode_checks import (
     check_hparams_of,
     integers_explained,
 )
-from hypertorch.fewshot.learners.objectives import Objective, chosen_objective
+from hypertorch.fewshot.learners.objectives import Objective, QuerySet, chosen_objective
 from hypertorch.fewshot.learners.step_sizes import LearnLR, learnt_step_size
 from hypertorch.nn.functional_module import FunctionalModule
 from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
@@ -113,7 +113,7 @@ class NetworkLearner(Learner):
     def query_problem(self, episode: Episode) -> QueryProblem:
         """Returns the outer problem: the loss of the query set at the fitted weights."""
         return QueryProblem(
-            network=self._predict, objective=self._objective, query=episode.query, initial=self._initial
+            network=self._predict, objective=self._objective, examples=episode.query, initial=self._initial
         )
 
     def bilevel(self, inner: InnerProblem, outer: OuterProblem, num_tasks: int | None) -> BilevelProblem:
@@ -243,28 +243,14 @@ class SupportProblem(InnerProblem):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class QueryProblem(OuterProblem):
-    """Judges fitted weights on query examples.
+class QueryProblem(QuerySet):
+    """Judges fitted weights on query examples, those of all tasks.
 
     Args:
         network: the network as it predicts.
-        objective: loss and metrics.
-        query: the query set of all tasks.
-        initial: the outer variables before training.
     """
 
     network: FunctionalModule
-    objective: Objective
-    query: Examples
-    initial: TensorDict
-
-    def init_hparams(self) -> TensorDict:
-        """Returns the outer variables before training."""
-        return self.initial
-
-    def batch(self, outer_step: int) -> Examples:
-        """Returns the query set, the same at every outer step: an episode belongs to one step."""
-        return self.query
 
     def loss(self, params: TensorDict, hparams: TensorDict, batch: Examples) -> Tensor:
         """Returns the loss of the query set."""

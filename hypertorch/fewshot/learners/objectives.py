@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hypertorch.checks.argument_types import check_fields
-from hypertorch.types import TensorDict
+from hypertorch.problem import OuterProblem
+from hypertorch.types import Batch, TensorDict
 
 
 class Objective(ABC):
@@ -151,3 +152,28 @@ def _no_values(outputs: Tensor, targets: Tensor) -> Exception:
         "pair every output with every target. Give both the same shape: `targets.unsqueeze(-1)` for a network with "
         "one output, or as many outputs as an example has values."
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class QuerySet(OuterProblem):
+    """Abstract: judges by an objective on examples that are the same at every outer step.
+
+    A subclass writes `loss` and `metrics`.
+
+    Args:
+        objective: loss and metrics.
+        examples: what is judged on. An episode belongs to one outer step, so there is one batch.
+        initial: the outer variables before training.
+    """
+
+    objective: Objective
+    examples: Batch
+    initial: TensorDict
+
+    def init_hparams(self) -> TensorDict:
+        """Returns the outer variables before training."""
+        return self.initial
+
+    def batch(self, outer_step: int) -> Batch:
+        """Returns the examples."""
+        return self.examples

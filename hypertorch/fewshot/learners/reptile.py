@@ -35,12 +35,12 @@ class Reptile(NetworkLearner):
 
     Cost: per episode, `num_steps` steps on `batch_size` examples; no second derivatives.
 
+    Arguments that are not named here are those of `NetworkLearner`.
+
     Args:
-        network: from inputs to outputs; for classification it ends with `way` logits. It is copied.
         dynamics: the inner optimiser; the paper's is Adam without its first momentum.
         num_steps: inner steps (unit: steps); at least 2, as one step gives joint training.
         batch_size: examples of an inner step at most (unit: examples), at least 1; None for the whole support set.
-        objective: loss and metrics of support and query; classification by default.
 
     Raises:
         TypeError: if `batch_size` is no integer.

@@ -33,9 +33,10 @@ def serving_route(loop: InnerLoop, variables: TensorDict, asked: TangentRoute) -
         asked: the route that is asked for.
 
     Raises:
-        IncompatibleBackendError: if PyTorch serves neither with right numbers.
+        IncompatibleBackendError: if PyTorch serves neither with right numbers, or a variable is complex.
         ReplayError: if a step is another one when it is run again.
     """
+    _check_real(variables)
     case = case_of(loop, variables)
     faults: dict[bool, Fault] = {}
     # The other route only where the first one fails: most problems pay for one comparison.
@@ -52,6 +53,17 @@ def serving_route(loop: InnerLoop, variables: TensorDict, asked: TangentRoute) -
         f"`{asked.backend}` cannot serve this problem, with tangents carried together or one by one: {reason}. "
         f"{advice or 'Use reverse mode, for example `Reverse()`.'}"
     )
+
+
+def _check_real(variables: TensorDict) -> None:
+    """Raises `IncompatibleBackendError` if a variable is complex, which only an entry of the context can be."""
+    for name, value in variables.items():
+        if value.is_complex():
+            raise IncompatibleBackendError(
+                f"the context's `{name}` has dtype {value.dtype}: tangents are taken along real directions only. "
+                "Return its real and imaginary parts (`torch.view_as_real`), or use reverse mode, for example "
+                "`Reverse()`."
+            )
 
 
 def _faults(route: TangentRoute, at: Reference) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,9 +12,9 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.missing_derivatives import forward_mode
 from hypertorch.autodiff.products import jvps, vjp
-from hypertorch.checks.values import is_count
-from hypertorch.errors import IncompatibleBackendError
+from hypertorch.checks.values import check_count
 from hypertorch.inner.loop import InnerLoop
+from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
@@ -111,6 +112,17 @@ class TangentRoute:
         run = replace(run, state=InnerState(*pushed.outputs), tangents=InnerState(*pushed.tangents))
         return _with_term(run, variables, lambda params, own: loop.term(run.state._replace(params=params), own, step))
 
+    def run(self, loop: InnerLoop, variables: TensorDict, start: ForwardState) -> ForwardState:
+        """Returns the state after all steps, with the outer loss at its params among the terms.
+
+        Args:
+            loop: the inner loop.
+            variables: hyperparameters and context.
+            start: the state before the first step.
+        """
+        last = scan(partial(self.advance, loop, variables), start, range(loop.num_steps))
+        return with_last_term(loop, variables, last)
+
     @property
     def _one_by_one(self) -> str | None:
         return f"{self.backend}(chunk_size=1)" if self.vectorised else None
@@ -145,24 +157,9 @@ def complete_grads(variables: TensorDict, parts: list[dict[str, Tensor | None]])
 
 def check_chunk_size(chunk_size: int | None, what: str) -> None:
     """Raises `ValueError` if a chunk would hold nothing."""
-    if chunk_size is None:
-        return
-    if not is_count(chunk_size):
-        raise ValueError(
-            f"`chunk_size` is {chunk_size!r}: it is the number of {what} that are carried through the inner loop "
-            "together. Pass a whole number of at least 1, or None for all of them."
-        )
-
-
-def check_real(variables: TensorDict) -> None:
-    """Raises `IncompatibleBackendError` if a variable is complex, which only an entry of the context can be."""
-    for name, value in variables.items():
-        if value.is_complex():
-            raise IncompatibleBackendError(
-                f"the context's `{name}` has dtype {value.dtype}: tangents are taken along real directions only. "
-                "Return its real and imaginary parts (`torch.view_as_real`), or use reverse mode, for example "
-                "`Reverse()`."
-            )
+    if chunk_size is not None:
+        why = f"it is the number of {what} that are carried through the inner loop together"
+        check_count("`chunk_size`", chunk_size, why, advice=", or None for all of them")
 
 
 def _with_term(

@@ -43,12 +43,11 @@ def kept_every(
 
     Cost: `num_steps - every` steps; memory of `num_steps / every` states, or of two and a file of the others.
     """
-    stops = range(loop.num_steps, 0, -every)
-    starts = [max(stop - every, 0) for stop in stops]
-    with kept_states(spill_to, len(starts)) as kept:
-        _keep(kept, loop, steps, starts)
+    spans = _from_last(loop.num_steps, every)
+    with kept_states(spill_to, len(spans)) as kept:
+        _keep(kept, loop, steps, [start for start, _ in spans])
         arrival, ungathered = None, loop.num_steps
-        for start, stop in zip(starts, stops, strict=True):
+        for start, stop in spans:
             # Popped: a state is held no longer than its segment.
             departure = kept.pop()
             yield Segment(start, stop, departure, arrival)
@@ -68,17 +67,16 @@ def single_steps(
     Cost: `num_steps` steps, and `num_steps - every` once more if `every` is above 1; memory of
     `num_steps / every + every` states, of `every + 2` and a file of the others.
     """
-    stops = range(loop.num_steps, 0, -every)
-    starts = [max(stop - every, 0) for stop in stops]
-    with kept_states(spill_to, len(starts)) as kept:
-        _keep(kept, loop, steps, starts)
+    spans = _from_last(loop.num_steps, every)
+    with kept_states(spill_to, len(spans)) as kept:
+        _keep(kept, loop, steps, [start for start, _ in spans])
         arrival, ungathered = None, loop.num_steps
-        for start, stop in zip(starts, stops, strict=True):
+        for start, stop in spans:
             states: list[InnerState] = []
             last = stop if arrival is None else stop - 1
             reached = scan(steps.advance, kept.pop(), range(start, last), _collect(states))
             if arrival is None:
-                loop.record.hold(len(starts) + stop - start)
+                loop.record.hold(len(spans) + stop - start)
                 arrival = reached
             else:
                 states.append(reached)
@@ -122,6 +120,11 @@ def revolving(
                     yield Segment(step, step + 1, state, arrival)
                     arrival = state
     yield initialisation(loop, variables, arrival)
+
+
+def _from_last(num_steps: int, every: int) -> list[tuple[int, int]]:
+    """Returns start and stop of segments of `every` steps, from the last; the first of the run may be shorter."""
+    return [(max(stop - every, 0), stop) for stop in range(num_steps, 0, -every)]
 
 
 def _keep(kept: KeptStates, loop: InnerLoop, steps: Steps, starts: list[int]) -> None:

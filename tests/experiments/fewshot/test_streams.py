@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-import experiments.common.resolvers  # noqa: F401
-from experiments.common.config_errors import CONFIGS
-from experiments.common.settings import ProblemSettings
-from experiments.common.typed_settings import parse
+import experiments.common.runs.resolvers  # noqa: F401
+from experiments.common.commands.config_errors import CONFIGS
+from experiments.common.configuration.settings import ProblemSettings
+from experiments.common.configuration.typed_settings import parse
 from experiments.fewshot.settings import SPLITS, FewShotSettings
 from experiments.fewshot.streams import EpisodeStreams
 from hypertorch.fewshot import EpisodeSource

@@ -79,7 +79,9 @@ def test_too_few_items_are_named_as_items() -> None:
 
 
 def test_another_kind_of_data_is_told_what_to_pass() -> None:
-    with pytest.raises(TypeError, match=r"`dataset` is a Tensor: .*`TensorClasses.of\(\{name: tensor, ...\}\)`"):
+    with pytest.raises(
+        TypeError, match=r"`dataset` is a Tensor, not a `Classes`: .*`TensorClasses.of\(\{name: tensor, ...\}\)`"
+    ):
         sampler(normal(3, 4, 5, seed=1))
 
 

@@ -324,3 +324,22 @@ def test_an_update_rule_is_learnt_with_the_learner(name: str) -> None:
     assert any(key.startswith("update_rule.") for key in hparams)
     check = ht.check_hypergradient(source.at(0), hparams, backends.Reverse(), num_directions=1, step_size=1e-5)
     assert check.passed, str(check)
+
+
+def test_a_head_learner_normalises_as_its_class_says_unless_it_is_told() -> None:
+    support = Examples(normal(6, 1, 4, 4, seed=1), torch.arange(6) % WAY)
+
+    def logits(normalise: bool | None) -> Tensor:
+        learner = HyperRepresentation(network(None), way=WAY, dynamics=SGD(lr=0.8), num_steps=2, normalise=normalise)
+        return learner.adapt(learner.init_hparams(), support)(support.inputs)
+
+    assert torch.equal(logits(None), logits(True))
+    assert not torch.allclose(logits(None), logits(False), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["head.weight", "log_lr"])
+def test_own_outer_variables_of_a_head_learner_cannot_be_called_as_the_learners(name: str) -> None:
+    own = {name: torch.ones((), dtype=F64)}
+    with pytest.raises(ValueError, match=rf"`own_hparams` has entries called \['{name}'\].*Call yours otherwise"):
+        ANIL(network(None), way=WAY, dynamics=SGD(lr=0.2), num_steps=1, learn_lr="one", own_hparams=own)
+    assert name in ANIL(network(None), way=WAY, dynamics=SGD(lr=0.2), num_steps=1, learn_lr="one").init_hparams()

@@ -1,0 +1,1 @@
+"""From the configuration to typed settings and the objects that they describe."""

@@ -1,0 +1,1 @@
+"""Images and alphabets, embedded or read from a folder."""

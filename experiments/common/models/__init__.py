@@ -1,0 +1,1 @@
+"""Nets and learners that several experiments train."""

@@ -1,0 +1,1 @@
+"""Searches that are compared, and what they are compared on."""

@@ -1,0 +1,1 @@
+"""What outer variables are worth: on fresh episodes, at the end and during a run."""

@@ -1,0 +1,1 @@
+"""What an outer run shows while it goes on: figures, tensors, pictures, progress."""

@@ -1,0 +1,1 @@
+"""What an outer step changes, and what is done with its hypergradient."""
