@@ -513,7 +513,16 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0  # noqa: PTH208
 
 
-@pytest.mark.parametrize("folder", ["", "/no/such/folder", 3, True, __file__])
+class Bytes(os.PathLike):  # type: ignore[type-arg]
+    """A path that is no text."""
+
+    def __fspath__(self) -> bytes:
+        return b"/"
+
+
+@pytest.mark.parametrize(
+    "folder", ["", "/no/such/folder", 3, True, __file__, "x" * 5000, "a\0b", "\ud800", b"/", Bytes()], ids=repr
+)
 def test_what_is_no_folder_is_refused(folder: object) -> None:
     with pytest.raises(ValueError, match="`spill_to` is .*, which is no folder.* Pass one that there is"):
         Reverse(checkpoint_every=1, spill_to=folder)  # type: ignore[arg-type]

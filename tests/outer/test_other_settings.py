@@ -108,6 +108,19 @@ def test_each_other_setting_is_named_and_refused(
     ]
 
 
+def test_where_kept_states_lie_may_change_but_not_whether_they_lie_there(tmp_path: Path) -> None:
+    first, second = (str(tmp_path / name) for name in ("first", "second"))
+    for folder in (first, second):
+        Path(folder).mkdir()
+    spilling, elsewhere, in_memory = (
+        ht.hypergradients.Reverse(checkpoint_every=1, spill_to=folder) for folder in (first, second, None)
+    )
+    full_loop(tmp_path, backend=spilling).run(6)
+    full_loop(tmp_path, backend=elsewhere).run(8, resume=True)
+    with pytest.raises(CheckpointError, match=r"`backend\.spill_to` is None, and was pathlib"):
+        full_loop(tmp_path, backend=in_memory).run(10, resume=True)
+
+
 def test_all_that_differ_are_listed_but_not_what_a_class_brings_with_it(tmp_path: Path) -> None:
     full_loop(tmp_path).run(5)
     with pytest.raises(CheckpointError) as caught:
