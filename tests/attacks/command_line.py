@@ -295,6 +295,8 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "a bomb of references": replaced("config.yaml", lambda path: b"a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]"),
     "a pickle for the configuration": replaced("config.yaml", lambda path: pickle.dumps(Touch(path))),
     "a pipe for the configuration": piped("config.yaml"),
+    "a pipe for the records": piped("metrics.jsonl"),
+    "a device for the records": linked("metrics.jsonl", "/dev/zero"),
     "a device for the configuration": linked("config.yaml", "/dev/zero"),
     "a link in a circle": linked("config.yaml", "config.yaml"),
     "a link to nothing": linked("config.yaml", "nothing"),
@@ -354,6 +356,9 @@ def attacks() -> Iterator[Attack]:
         for entry, command in ENTRIES.items():
             # Outer variables may lie in a folder that has no configuration.
             if entry == "start_from" and name.startswith("a link"):
+                continue
+            # Only a run that goes on reads the records.
+            if entry != "resume" and name.endswith("for the records"):
                 continue
             yield Attack("folders of strangers", f"{name}, {entry}", spoilt(spoil, command))
     for key, value in one_by_one():
