@@ -509,6 +509,29 @@ def test_nothing_is_left_behind(error: type[BaseException], when: int, tmp_path:
         assert not any(files)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the file has a name")
+@pytest.mark.parametrize("when", [1, 3])
+def test_a_folder_that_is_removed_meanwhile_does_no_harm(
+    when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, calls = tmp_path / "states", []
+    folder.mkdir()
+    append = SpilledStates.append
+
+    def removing(self: SpilledStates, state: InnerState) -> None:
+        calls.append(1)
+        if len(calls) == when:
+            folder.rmdir()
+        append(self, state)
+
+    monkeypatch.setattr(SpilledStates, "append", removing)
+    problem = problem_of(10)
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=2))
+    found = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=2, spill_to=folder))
+    assert all(torch.equal(found.grads[name], value) for name, value in expected.grads.items())
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0  # noqa: PTH208
 
