@@ -138,6 +138,20 @@ def test_a_done_run_is_compared_but_for_its_problem(tmp_path: Path) -> None:
     assert full_loop(tmp_path, Quadratics(fail_at=0)).run(6, resume=True).num_outer_steps == 6
 
 
+def test_a_done_run_of_one_problem_is_compared_with_that_too(tmp_path: Path) -> None:
+    problem = replace(Quadratics(num_tasks=None).at(0), allow_unused=("start",))
+
+    def real_time(every: int) -> outer.RealTime:
+        return outer.RealTime(
+            problem, optimizer=partial(torch.optim.SGD, lr=0.1), every=every, checkpoints=Checkpoints(tmp_path)
+        )
+
+    real_time(2).run(8)
+    # As many updates as were made, of other steps.
+    with pytest.raises(CheckpointError, match="`num_steps` is 3, and was 2"):
+        real_time(3).run(12, resume=True)
+
+
 def descent(steps: int, rate: float, hparams: TensorDict, first: int = 0) -> TensorDict:
     """Gradient descent by the formula."""
     for step in range(first, first + steps):
