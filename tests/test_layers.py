@@ -46,7 +46,7 @@ EPISODES = (
     "fewshot._random",
 )
 # Within outer: its folders, lowest first; the files beside them are above all.
-OUTER = ("guards", "reporting", "storage", "evaluation", "steps")
+OUTER = ("guards", "storage", "reporting", "evaluation", "steps")
 # What the experiments share: its folders, lowest first; those of the last two do not import each other.
 COMMON = ("commands", "configuration", "results", "data_sets", "models", "runs", "diagnostics", "search")
 APART = (("dynamics", "linear_solvers"),)

@@ -82,6 +82,9 @@ class _Thread(threading.local):
 
 thread = _Thread()
 
+one_at_a_time = threading.RLock()
+"""Held while a module is called with other values: modules that share a part are one to threads."""
+
 
 @contextmanager
 def watching(shifted: str | None = None) -> Iterator[Watch]:
@@ -194,7 +197,7 @@ class ParameterSlots:
     @contextmanager
     def holding_others(self, names: Iterable[str]) -> Iterator[None]:
         """Surrounds code that must not read what the module holds in these places outside of its calls."""
-        with self.holding({name: moved_away(self._slots[name][0].value.detach()) for name in names}):
+        with one_at_a_time, self.holding({name: moved_away(self._slots[name][0].value.detach()) for name in names}):
             yield
 
     def contents(self) -> Contents:

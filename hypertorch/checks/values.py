@@ -112,10 +112,14 @@ def checked_path(argument: str, path: str | Path) -> Path:
     """Returns a path that a file or folder can have.
 
     Raises:
-        ValueError: if it is empty, or holds a zero byte.
+        ValueError: if it is empty, or holds a zero byte or what no system can write.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
+    try:
+        has_bytes = bool(os.fsencode(text))
+    except UnicodeEncodeError:  # half a character
+        has_bytes = False
+    if not has_bytes or "\0" in text:
         raise ValueError(
             f"`{argument}` is {text!r}, which no file or folder can have for a path: nothing could be written there. "
             "Pass a name, such as 'runs/first'."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from hypertorch import tree
@@ -132,6 +133,10 @@ class Reverse(Hypergradient):
             )
         check_switch("compile", self.compile, "auto")
         _ = self.checkpointing  # which checks the settings
+        if self.spill_to is not None:
+            # This sets a field of a frozen class. A text would be a setting of a run, which may not change when it is
+            # resumed; a place may.
+            object.__setattr__(self, "spill_to", Path(self.spill_to))
         if self.memory_budget is not None and self.derivative != "reverse":
             raise ValueError(
                 f"`memory_budget` is given with `derivative={self.derivative!r}`: what is planned is reverse over "

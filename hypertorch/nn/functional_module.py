@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from hypertorch.autodiff.parameter_slots import ParameterSlots, thread
+from hypertorch.autodiff.parameter_slots import ParameterSlots, one_at_a_time, thread
 from hypertorch.autodiff.recomputation import hold_while_recomputing
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.types import TensorDict, TensorMapping
@@ -58,12 +59,16 @@ class FunctionalModule:
         """
         _refuse_compiled(self.module)
         # Clones: what is trained is never the module's own memory.
-        params = {name: value.detach().clone() for name, value in self.module.named_parameters() if value.requires_grad}
-        return {**params, **{name: value.detach().clone() for name, value in self.module.named_buffers()}}
+        # Another thread would find the values there that this one calls it with; a compiler has one thread.
+        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time:
+            own = self.module.named_parameters()
+            params = {name: value.detach().clone() for name, value in own if value.requires_grad}
+            return {**params, **{name: value.detach().clone() for name, value in self.module.named_buffers()}}
 
     def trained_names(self) -> list[str]:
         """Returns the names of the trainable parameters."""
-        return [name for name, value in self.module.named_parameters() if value.requires_grad]
+        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time:
+            return [name for name, value in self.module.named_parameters() if value.requires_grad]
 
     def __call__(self, params: TensorMapping, *inputs: Any, **options: Any) -> Any:
         """Returns the module's outputs; updates of its buffers are dropped.
@@ -96,7 +101,8 @@ class FunctionalModule:
         values = dict(params)
         watch = None if torch.compiler.is_compiling() else thread.watch
         # A caller who passes no buffers gets the module's own, for this call alone.
-        starts = {name: values.get(name, own) for name, own in self.module.named_buffers()}
+        with nullcontext() if torch.compiler.is_compiling() else one_at_a_time:
+            starts = {name: values.get(name, own) for name, own in self.module.named_buffers()}
         if watch is not None:
             starts = {name: watch.start(name, value) for name, value in starts.items()}
         # Modules update buffers in place; the clone takes the update and leaves the caller's tensor alone.
@@ -111,14 +117,15 @@ class FunctionalModule:
         # The compiler knows PyTorch's own way, and the time to find the places is no part of a program.
         if torch.compiler.is_compiling():
             return functional_call(self.module, values, inputs, options)
-        slots = self._slots
-        if slots is None or slots.module is not self.module or not slots.is_current():
-            slots = self._slots = ParameterSlots(self.module)
-        if not slots.serves(values):
-            with slots.under_way():
-                return functional_call(self.module, values, inputs, options)
-        with slots.holding(values):
-            return self.module(*inputs, **options)
+        with one_at_a_time:
+            slots = self._slots
+            if slots is None or slots.module is not self.module or not slots.is_current():
+                slots = self._slots = ParameterSlots(self.module)
+            if not slots.serves(values):
+                with slots.under_way():
+                    return functional_call(self.module, values, inputs, options)
+            with slots.holding(values):
+                return self.module(*inputs, **options)
 
 
 def _refuse_parts(module: nn.Module) -> None:

@@ -92,7 +92,9 @@ def train(
         )
 
     def settings(*, of_problem: bool) -> dict[str, str]:
-        return fingerprint(loop, backend, source.at(0) if of_problem else None, state.first_settings())
+        # A problem that is its own source is at hand.
+        is_known = of_problem or isinstance(source, BilevelProblem)
+        return fingerprint(loop, backend, source.at(0) if is_known else None, state.first_settings())
 
     with ExitStack() as stack:
 

@@ -120,6 +120,20 @@ SINGLE: dict[str, tuple[str, ...]] = {
     "an empty group": ("dynamics=",),
     "two options of a group": ("dynamics=[sgd,adam]",),
     "a sweep without --multirun": ("seed=1,2",),
+    "an added word of Hydra's in a group": ("+dynamics._convert_=nonsense",),
+    "another added word of Hydra's in a group": ("+dynamics._partial_=false",),
+    "a flag that needs another": ("--resolve",),
+    "a flag that needs a word of Hydra's": ("--shell-completion",),
+    "a pickle of Hydra's": ("--experimental-rerun", "pickle.safetensors"),
+    "the beginning of that flag": ("--exp=pickle.safetensors",),
+    "flags that exclude each other": ("--multirun", "--run"),
+    "a folder of kept states that is none": ("hypergradient.checkpoint_every=1", "hypergradient.spill_to=nowhere"),
+    "a folder of kept states without any": ("hypergradient.spill_to=.",),
+    "a folder where no kept state can lie": ("hypergradient.checkpoint_every=1", "hypergradient.spill_to=/proc"),
+    "a name that is too long for kept states": (
+        "hypergradient.checkpoint_every=1",
+        "hypergradient.spill_to=" + "x" * 5000,
+    ),
     "an open bracket": ("backbone.hidden=[1,2",),
     "a closing bracket": ("backbone.hidden=1]",),
     "an open brace": ("outer_loop={a: 1",),
@@ -295,6 +309,8 @@ SPOILT: dict[str, Callable[[Path], object]] = {
     "a bomb of references": replaced("config.yaml", lambda path: b"a: &a [1, 2]\nb: &b [*a, *a]\nc: [*b, *b]"),
     "a pickle for the configuration": replaced("config.yaml", lambda path: pickle.dumps(Touch(path))),
     "a pipe for the configuration": piped("config.yaml"),
+    "a pipe for the records": piped("metrics.jsonl"),
+    "a device for the records": linked("metrics.jsonl", "/dev/zero"),
     "a device for the configuration": linked("config.yaml", "/dev/zero"),
     "a link in a circle": linked("config.yaml", "config.yaml"),
     "a link to nothing": linked("config.yaml", "nothing"),
@@ -354,6 +370,9 @@ def attacks() -> Iterator[Attack]:
         for entry, command in ENTRIES.items():
             # Outer variables may lie in a folder that has no configuration.
             if entry == "start_from" and name.startswith("a link"):
+                continue
+            # Only a run that goes on reads the records.
+            if entry != "resume" and name.endswith("for the records"):
                 continue
             yield Attack("folders of strangers", f"{name}, {entry}", spoilt(spoil, command))
     for key, value in one_by_one():

@@ -84,7 +84,7 @@ def wrong_values(value: Any) -> Iterator[Any]:
     elif value is None:
         yield from (math.nan, True, -1)
     elif isinstance(value, Path):
-        yield from (3, b"x", "a\0b", None, "")
+        yield from (3, b"x", "a\0b", "\ud800", None, "")
     elif isinstance(value, Tensor):
         yield from (3.0, [1.0], value.to_sparse(), value.to(torch.complex64))
     elif isinstance(value, dict):

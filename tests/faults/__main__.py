@@ -23,7 +23,7 @@ from experiments.common.results.result_page import table
 from tests.faults import kills
 from tests.faults.campaign import Campaign, Tally
 from tests.faults.runs import ANEW, COMMANDS, LOOPS, SEARCH, TRAIN, Run
-from tests.faults.soak import FAMILIES, Growth, soak_alone
+from tests.faults.soak import COMPILED, FAMILIES, Growth, soak_alone
 from tests.faults.two_processes import meet
 from tests.outer.problems import Quadratics
 from tests.outer.runs import full_loop
@@ -102,10 +102,10 @@ def _meetings(num_trials: int, seed: int, folder: Path) -> tuple[list[str], bool
     return [line], True
 
 
-def _soak(num_steps: int, folder: Path, say: Callable[[str], None]) -> tuple[list[str], bool]:
+def _soak(num_steps: int, folder: Path, *, short: bool, say: Callable[[str], None]) -> tuple[list[str], bool]:
     _warm_up(folder)
     rows, is_flat = [], True
-    for position, name in enumerate(FAMILIES):
+    for position, name in enumerate({**FAMILIES, **({} if short else COMPILED)}):
         growth = soak_alone(name, num_steps, folder / str(position))
         rows.append([name, f"{growth.bytes:.0f}", str(growth.tensors), str(growth.objects)])
         say(" | ".join(rows[-1]))
@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--meetings", type=int, default=20, help="times that two processes resume one run")
     parser.add_argument("--steps", type=int, default=2000, help="outer steps of a soak")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="the form of the test suite: the loops alone")
+    parser.add_argument("--short", action="store_true", help="the form of the test suite: loops, nothing compiled")
     parser.add_argument("--no-page", action="store_true", help="leave docs/faults.md as it is")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -159,7 +159,7 @@ def main() -> int:
         elif part == "meetings":
             lines, is_right = _meetings(asked.meetings, asked.seed, folder)
         else:
-            lines, is_right = _soak(asked.steps, folder, say)
+            lines, is_right = _soak(asked.steps, folder, short=asked.short, say=say)
         if is_right:  # else it shows what went wrong
             shutil.rmtree(folder)
         all_right &= is_right

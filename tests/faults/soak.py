@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from tests.faults import kills
 from tests.helpers.problems import net_problem, scalars
 from tests.outer.problems import Quadratics
 
-backends = ht.hypergradients
+backends, solvers = ht.hypergradients, ht.linear_solvers
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _SGD = partial(torch.optim.SGD, lr=1e-4)
 Loop = Callable[..., "ht.OuterLoop | ht.RealTime"]
@@ -34,11 +35,12 @@ def _net(backend: ht.Hypergradient, dynamics: ht.Dynamics | None = None, **chang
     return loop
 
 
-def _few(backend: ht.Hypergradient) -> Loop:
+def _few(backend: ht.Hypergradient, **changes: object) -> Loop:
     """For backends that cost a run for each entry of the outer variables."""
 
     def loop(**options: object) -> ht.OuterLoop:
-        return ht.OuterLoop(Quadratics(num_tasks=None).at(0), optimizer=_SGD, backend=backend, **options)  # type: ignore[arg-type]
+        problem = replace(Quadratics(num_tasks=None).at(0), **changes)  # type: ignore[arg-type]
+        return ht.OuterLoop(problem, optimizer=_SGD, backend=backend, **options)  # type: ignore[arg-type]
 
     return loop
 
@@ -55,13 +57,20 @@ def _few_shot(tasks: str) -> Loop:
     return loop
 
 
+def _implicit(**settings: object) -> Loop:
+    backend = backends.Implicit(residual_tolerance=None, stationarity_tolerance=None, **settings)  # type: ignore[arg-type]
+    # By the gradient the solution does not depend on the step size.
+    unused = ("init.first", "init.second", *(() if "map" in settings else ("lr",)))
+    return _net(backend, allow_unused=unused)
+
+
 def _real_time(**options: object) -> ht.RealTime:
     problem = replace(Quadratics(num_tasks=None).at(0), allow_unused=("start",))
     return ht.RealTime(problem, optimizer=_SGD, every=2, **options)  # type: ignore[arg-type]
 
 
-_UNCHECKED = {"residual_tolerance": None, "stationarity_tolerance": None}
 _HEAVY_BALL = ht.dynamics.ReversibleMomentum(lr=0.1)
+_FOLDER = tempfile.gettempdir()
 FAMILIES: Mapping[str, Loop] = {
     "`Reverse()`": _net(backends.Reverse()),
     "`Reverse(checkpoint_every=1)`": _net(backends.Reverse(checkpoint_every=1)),
@@ -69,26 +78,51 @@ FAMILIES: Mapping[str, Loop] = {
     "`Reverse(snapshots=1)`": _net(backends.Reverse(snapshots=1)),
     '`Reverse(memory_budget="1GiB")`': _net(backends.Reverse(memory_budget="1GiB")),
     '`Reverse(derivative="mixed")`': _net(backends.Reverse(derivative="mixed", checkpoint_every=1)),
+    '`Reverse(derivative="auto")`': _net(backends.Reverse(derivative="auto")),
+    "`Reverse(checkpoint_every=1, spill_to=folder)`": _net(backends.Reverse(checkpoint_every=1, spill_to=_FOLDER)),
+    "`Reverse(snapshots=2, spill_to=folder)`": _net(backends.Reverse(snapshots=2, spill_to=_FOLDER)),
     "`Truncated(window=2)`": _net(backends.Truncated(window=2), allow_unused=("init.first", "init.second")),
     "`FirstOrder()`": _net(backends.FirstOrder(), allow_unused=("lr", "weights", "log_l2")),
     "`OneStep()`": _net(backends.OneStep(), allow_unused=("init.first", "init.second")),
     "`OneStep(finite_difference=True)`": _net(
         backends.OneStep(finite_difference=True), allow_unused=("init.first", "init.second", "lr")
     ),
-    "`Implicit(solver=CG)`": _net(backends.Implicit(**_UNCHECKED), allow_unused=("init.first", "init.second", "lr")),
+    "`Implicit(solver=ConjugateGradient())`": _implicit(),
+    "`Implicit(solver=Neumann())`": _implicit(solver=solvers.Neumann(step_size=0.1)),
+    "`Implicit(solver=FixedPoint())`": _implicit(solver=solvers.FixedPoint(step_size=0.1)),
+    "`Implicit(solver=Nystrom())`": _implicit(solver=solvers.Nystrom(rank=4)),
+    "`Implicit(solver=Dense())`": _implicit(solver=solvers.Dense(damping=1.0)),
+    '`Implicit(map="step")`': _implicit(map="step"),
     "`Forward()`": _few(backends.Forward()),
     "`Forward(chunk_size=1)`": _few(backends.Forward(chunk_size=1)),
+    "`Forward(keep_tangents=True)`": _few(
+        backends.Forward(keep_tangents=True), warm_start=True, allow_unused=("start",)
+    ),
     "`ForwardGradient()`": _net(backends.ForwardGradient()),
+    '`ForwardGradient(num_samples=2, distribution="rademacher", chunk_size=1)`': _net(
+        backends.ForwardGradient(num_samples=2, distribution="rademacher", chunk_size=1)
+    ),
     "`EvolutionStrategies()`": _net(backends.EvolutionStrategies(num_pairs=2, sigma=0.1)),
     "`EvolutionStrategies(persistent=True)`": _net(
         backends.EvolutionStrategies(num_pairs=2, sigma=0.1, persistent=True, horizon=6), warm_start=True
     ),
     "`EvoGrad()`": _net(backends.EvoGrad(), allow_unused=("init.first", "init.second", "lr")),
+    '`EvoGrad(noise="sign")`': _net(backends.EvoGrad(noise="sign"), allow_unused=("init.first", "init.second", "lr")),
     "`Reversible()`": _net(backends.Reversible(), _HEAVY_BALL),
     "`Reverse()`, `warm_start`": _net(backends.Reverse(), warm_start=True, allow_unused=("init.first", "init.second")),
     "`RealTime`": _real_time,
     "few-shot, tasks by `vmap`": _few_shot("vmap"),
     "few-shot, tasks by `loop`": _few_shot("loop"),
+}
+# In the long form alone: each is compiled first, which takes longer than a short run.
+COMPILED: Mapping[str, Loop] = {
+    "`Reverse(compile=True)`": _net(backends.Reverse(compile=True)),
+    "`Reverse(compile=True)`, 9 steps": _net(backends.Reverse(compile=True), num_steps=9),
+    "`Reverse(checkpoint_every=1, compile=True, spill_to=folder)`": _net(
+        backends.Reverse(checkpoint_every=1, compile=True, spill_to=_FOLDER)
+    ),
+    '`Reverse(compile="auto")`': _net(backends.Reverse(compile="auto")),
+    "`Reversible(compile=True)`": _net(backends.Reversible(compile=True), _HEAVY_BALL),
 }
 
 
@@ -154,9 +188,10 @@ def soak(loop: Loop, num_steps: int, folder: Path) -> Growth:
 def soak_alone(name: str, num_steps: int, folder: Path) -> Growth:
     """Returns the same of a process of its own, whose memory nothing else has touched."""
     folder.mkdir(parents=True, exist_ok=True)
+    loop = {**FAMILIES, **COMPILED}[name]
 
     def go_on(here: Path) -> None:
-        (here / "growth.json").write_text(json.dumps(vars(soak(FAMILIES[name], num_steps, here / "checkpoints"))))
+        (here / "growth.json").write_text(json.dumps(vars(soak(loop, num_steps, here / "checkpoints"))))
 
     code = kills.exit_code(kills.start(go_on, folder, folder / "log"))
     if code:

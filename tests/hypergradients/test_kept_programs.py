@@ -6,9 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+import hypertorch as ht
+from hypertorch.hypergradients.reverse_mode import compilation
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compile_refusals import ATTEMPTS, REFUSED, WARNED
+from tests.helpers.memo import set_aside
+from tests.helpers.problems import scalar_problem
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Prints what a process did whose inner loss and horizon are given.
@@ -88,3 +98,71 @@ def test_where_programs_cannot_be_kept_the_run_goes_without_them(tmp_path: Path,
     assert float(done.stdout) == 0.0
     assert f"programs are kept in '{folder}'" in done.stderr
     assert "set `TORCHINDUCTOR_CACHE_DIR` to another folder" in done.stderr
+
+
+def no_folder_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Set first, so that what is chosen meanwhile is forgotten.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def open_to_others(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+
+
+def linked_by_another(folder: Path) -> None:
+    folder.parent.mkdir(parents=True)
+    own = folder.with_name("own")
+    own.mkdir(mode=0o700)
+    folder.symlink_to(own)
+    os.chown(folder, 12345, 12345, follow_symlinks=False)
+
+
+def owned_by_another(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    os.chown(folder, 12345, 12345)
+
+
+IS_ROOT = hasattr(os, "getuid") and os.getuid() == 0
+for_root = pytest.mark.skipif(not IS_ROOT, reason="nobody else may give a folder away")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's cache folder has another place")
+@pytest.mark.parametrize(
+    "make",
+    [open_to_others, pytest.param(linked_by_another, marks=for_root), pytest.param(owned_by_another, marks=for_root)],
+)
+def test_nothing_is_run_from_a_folder_that_others_may_write_to(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_folder_is_chosen(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for memory in (REFUSED, ATTEMPTS, WARNED):
+        set_aside(monkeypatch, memory)
+    make(tmp_path / "hypertorch" / "programs")
+    problem = scalar_problem()
+    hparams = problem.init_hparams()
+    with pytest.warns(UserWarning, match="which another user owns or may write to"):
+        found = ht.hypergradient(problem, hparams, backend=ht.hypergradients.Reverse(compile=True))
+    right = ht.hypergradient(problem, hparams, backend=ht.hypergradients.Reverse())
+    assert torch.equal(found.grads["c"], right.grads["c"])
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's cache folder has another place")
+def test_without_a_cache_folder_programs_are_kept_among_temporary_files_of_this_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_folder_is_chosen(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    compilation._keep_in_cache_of_user()
+    folder = tmp_path / f"hypertorch-programs-{os.getuid()}"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    # A stranger who was here first.
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    folder.chmod(0o777)
+    with pytest.raises(NotCompilableError, match="which another user owns or may write to.* Delete that folder"):
+        compilation._keep_in_cache_of_user()

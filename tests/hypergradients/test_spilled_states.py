@@ -509,11 +509,43 @@ def test_nothing_is_left_behind(error: type[BaseException], when: int, tmp_path:
         assert not any(files)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the file has a name")
+@pytest.mark.parametrize("when", [1, 3])
+def test_a_folder_that_is_removed_meanwhile_does_no_harm(
+    when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, calls = tmp_path / "states", []
+    folder.mkdir()
+    append = SpilledStates.append
+
+    def removing(self: SpilledStates, state: InnerState) -> None:
+        calls.append(1)
+        if len(calls) == when:
+            folder.rmdir()
+        append(self, state)
+
+    monkeypatch.setattr(SpilledStates, "append", removing)
+    problem = problem_of(10)
+    hparams = problem.init_hparams()
+    expected = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=2))
+    found = ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=2, spill_to=folder))
+    assert all(torch.equal(found.grads[name], value) for name, value in expected.grads.items())
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0  # noqa: PTH208
 
 
-@pytest.mark.parametrize("folder", ["", "/no/such/folder", 3, True, __file__])
+class Bytes(os.PathLike):  # type: ignore[type-arg]
+    """A path that is no text."""
+
+    def __fspath__(self) -> bytes:
+        return b"/"
+
+
+@pytest.mark.parametrize(
+    "folder", ["", "/no/such/folder", 3, True, __file__, "x" * 5000, "a\0b", "\ud800", b"/", Bytes()], ids=repr
+)
 def test_what_is_no_folder_is_refused(folder: object) -> None:
     with pytest.raises(ValueError, match="`spill_to` is .*, which is no folder.* Pass one that there is"):
         Reverse(checkpoint_every=1, spill_to=folder)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from tests.helpers.problems import LambdaInner, LambdaOuter, normal
+from tests.helpers.sized_problems import mlp, sized_problem
 
 
 def test_returns_new_buffers_and_leaves_all_inputs_alone() -> None:
@@ -315,3 +317,17 @@ def test_an_outer_loss_may_call_a_compiled_function() -> None:
     found = ht.hypergradient(made, made.init_hparams(), backend=ht.hypergradients.Reverse()).grads["c"]
     expected = ht.hypergradient(plain, plain.init_hparams(), backend=ht.hypergradients.Reverse()).grads["c"]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+def test_threads_that_share_a_module_do_not_mix() -> None:
+    """Such as trials of a search that runs them in threads."""
+    problem = sized_problem(mlp(20, 16, 5), 80, 20, num_steps=30, dynamics=ht.dynamics.SGD(lr=0.1))
+    hparams = problem.init_hparams()
+    backend = ht.hypergradients.Reverse()
+    expected = ht.hypergradient(problem, hparams, backend=backend).grads
+    with ThreadPoolExecutor(max_workers=3) as threads:
+        asked = [threads.submit(ht.hypergradient, problem, hparams, backend=backend) for _ in range(9)]
+    found = [one.result().grads for one in asked]
+    # Also later: nothing of them stayed in the module.
+    found.append(ht.hypergradient(problem, hparams, backend=backend).grads)
+    assert all(torch.equal(grads[name], value) for grads in found for name, value in expected.items())

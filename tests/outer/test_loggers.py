@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hypertorch.errors import CheckpointError
 from hypertorch.outer import JsonLinesLogger, Logger, MemoryLogger, TensorBoardLogger
 
 
@@ -112,3 +116,41 @@ def test_tensorboard_hides_what_was_rewound(tmp_path: Path) -> None:
     again.log(3, {"x": 30.0})
     again.close()
     assert scalars(tmp_path, "x") == [(1, 1.0), (2, 20.0), (3, 30.0)]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of at most 4 KiB, as the system sets it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_record_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonLinesLogger(path)
+    logger.log(0, {"x": 1.0})
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl` could not be written .*File too large.*Mend that"):
+        logger.log(1, {f"figure {number}": 1.0 for number in range(1000)})
+    # Not once more for what was left in the buffer, which would hide the first error.
+    logger.close()
+    logger.rewind(3)
+    assert lines(path) == [{"step": 0, "x": 1.0}]
+
+
+@pytest.mark.parametrize("place", ["x" * 5000, "/dev/null/x", "/proc/x"], ids=lambda place: place[:10])
+@pytest.mark.parametrize("kind", [JsonLinesLogger, TensorBoardLogger])
+def test_a_place_that_cannot_be_written_to_is_named(kind: type[Logger], place: str) -> None:
+    with pytest.raises(CheckpointError, match=r"^`.*` could not be written \(.*\): .*\. .* choose another folder"):
+        kind(place).log(1, {"x": 1.0})  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("step", [JsonLinesLogger.rewind, lambda logger, at: logger.log(at, {"x": 1.0})])
+def test_what_is_no_file_is_not_waited_for(
+    make: Callable[[Path], object], step: Callable[[JsonLinesLogger, int], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl` is no regular file.* Delete it"):
+        step(JsonLinesLogger(tmp_path / "metrics.jsonl"), 1)

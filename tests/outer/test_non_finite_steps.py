@@ -125,6 +125,16 @@ def test_a_step_that_is_not_finite_at_the_end_is_halved() -> None:
     assert_close(found.hparams, descent([1]))
 
 
+def test_a_backend_that_refuses_fewer_steps_does_not_hide_the_nan() -> None:
+    loop = make_loop(
+        Faulty(), backend=ht.hypergradients.Reverse(checkpoint_every=3), on_non_finite="shorten", log_every=1
+    )
+    with pytest.raises(NonFiniteError, match="outer step 2: .* inner step 2: .* 2 of 3 .*checkpoint_every=3") as caught:
+        loop.run(7)
+    assert caught.value.inner_step == 2
+    assert "use `on_non_finite='skip'`" in str(caught.value)
+
+
 def test_what_cannot_be_shortened_is_raised() -> None:
     with pytest.raises(NonFiniteError, match="outer step 2: the inner loss holds NaN or infinity at inner step 0"):
         make_loop(Faulty(inner_step=0), on_non_finite="shorten").run(7)

@@ -108,6 +108,19 @@ def test_each_other_setting_is_named_and_refused(
     ]
 
 
+def test_where_kept_states_lie_may_change_but_not_whether_they_lie_there(tmp_path: Path) -> None:
+    first, second = (str(tmp_path / name) for name in ("first", "second"))
+    for folder in (first, second):
+        Path(folder).mkdir()
+    spilling, elsewhere, in_memory = (
+        ht.hypergradients.Reverse(checkpoint_every=1, spill_to=folder) for folder in (first, second, None)
+    )
+    full_loop(tmp_path, backend=spilling).run(6)
+    full_loop(tmp_path, backend=elsewhere).run(8, resume=True)
+    with pytest.raises(CheckpointError, match=r"`backend\.spill_to` is None, and was pathlib"):
+        full_loop(tmp_path, backend=in_memory).run(10, resume=True)
+
+
 def test_all_that_differ_are_listed_but_not_what_a_class_brings_with_it(tmp_path: Path) -> None:
     full_loop(tmp_path).run(5)
     with pytest.raises(CheckpointError) as caught:
@@ -123,6 +136,20 @@ def test_a_done_run_is_compared_but_for_its_problem(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"`optimizer\.lr` is 0\.1"):
         full_loop(tmp_path, optimizer=partial(torch.optim.Adam, lr=0.1)).run(6, resume=True)
     assert full_loop(tmp_path, Quadratics(fail_at=0)).run(6, resume=True).num_outer_steps == 6
+
+
+def test_a_done_run_of_one_problem_is_compared_with_that_too(tmp_path: Path) -> None:
+    problem = replace(Quadratics(num_tasks=None).at(0), allow_unused=("start",))
+
+    def real_time(every: int) -> outer.RealTime:
+        return outer.RealTime(
+            problem, optimizer=partial(torch.optim.SGD, lr=0.1), every=every, checkpoints=Checkpoints(tmp_path)
+        )
+
+    real_time(2).run(8)
+    # As many updates as were made, of other steps.
+    with pytest.raises(CheckpointError, match="`num_steps` is 3, and was 2"):
+        real_time(3).run(12, resume=True)
 
 
 def descent(steps: int, rate: float, hparams: TensorDict, first: int = 0) -> TensorDict:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
@@ -21,6 +23,9 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 _SHOW = "`--cfg job` shows every setting."
+# Where Hydra refuses words with hyphens.
+_HYDRA = Path(hydra.__file__).parent
+_FLAGS = (_HYDRA / "main.py", _HYDRA / "_internal/hydra.py", _HYDRA / "_internal/utils.py")
 
 
 def explain_config_error(error: HydraException | OmegaConfBaseException, main_config: Path) -> str:
@@ -78,6 +83,19 @@ def explain_group_value(error: ValueError) -> str | None:
                 f"from that. Choose one of: {choices}."
             )
     return None
+
+
+def explain_flags(error: ValueError) -> str | None:
+    """Returns the message for words with hyphens that Hydra does not take together; None if it is about another thing.
+
+    Args:
+        error: what Hydra raised, of a kind that it has no class for.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    flags = " ".join(word for word in sys.argv[1:] if word.startswith("-"))
+    if not frames or not flags or Path(frames[-1].filename) not in _FLAGS:
+        return None
+    return f"`{flags}` cannot stand together or alone: {one_line(error)}. Leave one out, or see --help."
 
 
 def _unknown_choice(error: MissingConfigException) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -19,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import hypertorch
-from experiments.common.commands.config_errors import explain_config_error, explain_group_value
+from experiments.common.commands.config_errors import explain_config_error, explain_flags, explain_group_value
 from experiments.common.commands.processes import is_first_process, why_not_shared
 from hypertorch.errors import HypertorchError
 from hypertorch.search import FailedTrial
@@ -70,13 +71,15 @@ def explain(error: BaseException, main_config: Path) -> str | None:
         return explain_config_error(error, main_config) if ours is None else str(ours)
     if isinstance(error, (ExpectedFailure, HypertorchError)):
         return str(error)
-    if isinstance(error, ValueError) and (message := explain_group_value(error)) is not None:
+    if isinstance(error, ValueError) and (message := explain_group_value(error) or explain_flags(error)) is not None:
         return message
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"`device` has too little memory ({str(error).splitlines()[0]}) This run does not fit. Lower "
             "`episodes.num_tasks`, or choose hypergradient=reverse_checkpointed."
         )
+    if isinstance(error, OSError) and "`" in str(error.strerror) and _raised_by_own_code(error):
+        return error.strerror
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"`{error.filename}` cannot be used: {error.strerror}. The run needs to read or write it. Check the path, "
@@ -175,6 +178,7 @@ class Failures:
             refusal = why_not_shared(is_shared=self._is_shared)
             if refusal is not None:
                 raise ExpectedFailure(refusal)
+            _refuse_pickle()
             with _hydra_raises():
                 main()
         except (KeyboardInterrupt, *_JOB_FAILURES) as error:
@@ -216,6 +220,16 @@ def is_trial() -> bool:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return False
     return str(HydraConfig.get().sweeper._target_).startswith(_SWEEPER)
+
+
+def _refuse_pickle() -> None:
+    """Refuses Hydra's flag that reads a pickle, which runs whatever code is in it."""
+    file = get_args_parser().parse_known_args()[0].experimental_rerun
+    if file is not None:
+        raise ExpectedFailure(
+            f"`--experimental-rerun` is {file!r}, a pickle: reading one runs any code that is in it. Repeat the "
+            "command that is in results.json of the run, or go on with the run by resume=true."
+        )
 
 
 def _write_nowhere() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 from time import process_time
 
+from hydra._internal.utils import get_args_parser
+
 import hypertorch as ht
 from hypertorch.inner.ranks import number_of_processes
 
-_MULTIRUN = ("-m", "--multirun")
-_MULTIRUN_MODE = "hydra.mode=MULTIRUN"
+_ANOTHER_MODE = re.compile(r"\+{0,2}hydra\.mode=(?!RUN$|null$)")
 
 
 def is_first_process() -> bool:
@@ -42,7 +43,9 @@ def why_not_shared(*, is_shared: bool) -> str | None:
             f"`WORLD_SIZE` is {count}, but this command runs on one process: each would do all of the work. Start it "
             "without torchrun. experiments/train.py runs on several."
         )
-    if any(word in _MULTIRUN or word.startswith(_MULTIRUN_MODE) for word in sys.argv[1:]):
+    # By Hydra's own parser, which takes the beginning of a flag for the flag.
+    words = get_args_parser().parse_known_args()[0]
+    if words.multirun or any(_ANOTHER_MODE.match(word) for word in words.overrides):
         return (
             f"`WORLD_SIZE` is {count}, but a multirun starts its runs itself: each process would start all of them. "
             "Start it without torchrun, and run its jobs beside each other by hydra/launcher=joblib or "

@@ -37,6 +37,12 @@ def make(config: DictConfig, key: str) -> partial[Any]:
             f"files in configs/ ({key}=name), or leave the setting out."
         )
     check_arguments(block, key)
+    for name, only in (("_partial_", True), ("_convert_", "all")):
+        if block.get(name, only) != only:
+            raise ExpectedFailure(
+                f"`{key}.{name}` is {block[name]!r}, but the command itself says how this block is built: it would "
+                "have no effect. Leave it out."
+            )
     try:
         return instantiate(block, _partial_=True, _convert_="all")
     except InstantiationException as error:

@@ -46,6 +46,7 @@ _FREE = (
     "outer_loop.schedule_length",  # which matters through the schedule, whose settings are compared
     "outer_loop.progress",
     "dataset.root",
+    "hypergradient.spill_to",  # whether there is one is compared by the run itself
 )
 _FREE_OVERRIDES = (
     "resume=", "only=", "repetitions=", "shortest_repetition=", "longest_timing=", "paths.", "hydra.",

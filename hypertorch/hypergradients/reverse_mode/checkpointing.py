@@ -139,8 +139,7 @@ def _check_count(name: str, value: object, meaning: str, word: str) -> None:
 
 
 def _check_folder(folder: str | os.PathLike[str], *, needed: bool) -> None:
-    # An empty text would be the current folder, which nobody who leaves it out means.
-    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder) or not Path(folder).is_dir():
+    if not _is_folder(folder):
         raise ValueError(
             f"`spill_to` is {folder!r}, which is no folder: the file of kept states has nowhere to lie. Pass one that "
             "there is, on a disk with room, or None to keep states in memory."
@@ -151,3 +150,14 @@ def _check_folder(folder: str | os.PathLike[str], *, needed: bool) -> None:
             "cannot lie in a file. Pass `checkpoint_every`, `snapshots` or `memory_budget` too, such as "
             "`checkpoint_every=100`; with 1, every state is kept."
         )
+
+
+def _is_folder(value: object) -> bool:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    # An empty text would be the current folder, which nobody who leaves it out means.
+    if not isinstance(path, str) or not path:
+        return False
+    try:
+        return Path(path).is_dir()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        return False

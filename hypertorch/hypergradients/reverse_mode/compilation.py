@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import platformdirs
@@ -34,6 +36,7 @@ _MOST_PROGRAMS = 16
 
 # Where PyTorch keeps programs; it sets the variable itself when its compiler is loaded.
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_PROGRAMS = "hypertorch-programs"
 
 # Calls in a program with a loop inside. All its code is one function: a C++ compiler takes twenty seconds for 500 of
 # them, and many minutes for 1,000.
@@ -257,14 +260,37 @@ def _keep_in_cache_of_user() -> None:
     """Lets programs be kept in the user's own cache folder, for the next process.
 
     PyTorch's choice is a folder for temporary files: many systems empty it when they start, and all users share it,
-    although what lies there is run. The folder of an environment variable or of an earlier compilation stays.
+    although what lies there is run. The folder of an environment variable or of an earlier compilation stays. Where
+    there is no cache folder to write to, it is one for temporary files that only this user may write to.
+
+    Raises:
+        NotCompilableError: if somebody else may write to it.
     """
     if _FOLDER in os.environ:
         return
-    folder = platformdirs.user_cache_path("hypertorch") / "programs"
-    with suppress(OSError):  # no folder to write to: PyTorch's choice
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    own = f"{_PROGRAMS}-{os.getuid()}" if hasattr(os, "getuid") else _PROGRAMS
+    for folder in (platformdirs.user_cache_path("hypertorch") / "programs", Path(tempfile.gettempdir()) / own):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            is_private = _is_private(folder)
+        except OSError:  # no folder to write to
+            continue
+        if not is_private:
+            raise NotCompilableError(
+                f"programs are kept in '{folder}', which another user owns or may write to, and what lies there is "
+                f"run. Delete that folder, or set `{_FOLDER}` to one of your own"
+            )
         os.environ[_FOLDER] = str(folder)
+        return
+
+
+def _is_private(folder: Path) -> bool:
+    """Returns whether a folder belongs to this user, and nobody else may write to it."""
+    if not hasattr(os, "getuid"):
+        return True
+    found = folder.stat()
+    # A link of a stranger could lead elsewhere tomorrow.
+    return found.st_uid == folder.lstat().st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

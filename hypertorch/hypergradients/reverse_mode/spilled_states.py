@@ -125,7 +125,8 @@ class SpilledStates:
         """Makes the file as large as it will be, if all states are as large as this one."""
         size = sum(value.numel() * value.element_size() for value in state.tensors())
         needed = (self._most - 1) * size
-        free = shutil.disk_usage(self._folder).free
+        # Of the file where that can be asked: its folder may be gone, which does it no harm.
+        free = shutil.disk_usage(self._file.fileno() if hasattr(os, "fstatvfs") else self._folder).free
         try:
             if needed > free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,13 +6,15 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from hypertorch.checks.argument_types import typed
 from hypertorch.checks.values import checked_path
 from hypertorch.errors import CheckpointError
+from hypertorch.outer.storage.tensor_files import not_written
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -101,14 +103,31 @@ class JsonLinesLogger(Logger):
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends a line."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._check_is_there()
         # By default Python writes a bare `NaN`, which is no JSON and which other readers refuse.
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        with written_or_named(self._path):
+            if self._file is None:
+                self._check_is_regular()
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("a", encoding="utf-8")
+            self._check_is_there()
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError:
+                # What is left in the buffer would fail again when the run closes the file.
+                with suppress(OSError):
+                    self.close()
+                raise
+
+    def _check_is_regular(self) -> None:
+        """Raises if something else than a file has its name: a pipe would be waited for."""
+        if self._path.exists() and not self._path.is_file():
+            raise CheckpointError(
+                f"`{self._path}` is no regular file, so it keeps no records: it was put there. Delete it, or choose "
+                "another file."
+            )
 
     def _check_is_there(self) -> None:
         """Raises if the file was deleted or replaced: the system would take lines that nobody can read."""
@@ -125,23 +144,35 @@ class JsonLinesLogger(Logger):
     def rewind(self, step: int) -> None:
         """Removes the lines after a step, and lines that a killed process left unfinished."""
         self.close()
-        if not self._path.exists():
-            return
-        # A killed process may leave half a line, in the middle of a character.
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _is_record_up_to(line, step)]
-        if kept == lines:
-            return
-        # Replaced as a whole, so that a kill meanwhile loses no record.
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(self._path)
+        with written_or_named(self._path):
+            self._check_is_regular()
+            if not self._path.exists():
+                return
+            # A killed process may leave half a line, in the middle of a character.
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _is_record_up_to(line, step)]
+            if kept == lines:
+                return
+            # Replaced as a whole, so that a kill meanwhile loses no record.
+            partial = self._path.with_name(self._path.name + ".partial")
+            partial.unlink(missing_ok=True)
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self._path)
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+@contextmanager
+def written_or_named(path: Path) -> Iterator[None]:
+    """Turns an error of the system into one that names the file or folder, and why it could not be written."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        raise CheckpointError(not_written(path, error)) from error
 
 
 def _copies(tensors: TensorMapping) -> TensorDict:

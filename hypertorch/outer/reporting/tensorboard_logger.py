@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hypertorch.checks.argument_types import typed
 from hypertorch.checks.values import checked_path
-from hypertorch.outer.reporting.loggers import Logger
+from hypertorch.outer.reporting.loggers import Logger, written_or_named
 from hypertorch.types import TensorMapping
 
 
@@ -49,7 +49,8 @@ class TensorBoardLogger(Logger):
 
     def _open(self) -> SummaryWriter:
         if self._writer is None:  # made late, so that a run that fails before its first record leaves no file
-            self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
+            with written_or_named(self._directory):
+                self._writer = SummaryWriter(str(self._directory), purge_step=self._purge_step)
             # Once: a file that is opened again later must not hide what this one wrote.
             self._purge_step = None
         return self._writer

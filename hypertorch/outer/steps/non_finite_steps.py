@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from hypertorch import tree
 from hypertorch.dynamics.settings import is_schedule
-from hypertorch.errors import NonFiniteError, NonFiniteWarning
+from hypertorch.errors import IncompatibleBackendError, NonFiniteError, NonFiniteWarning
 from hypertorch.outer.steps.state import OuterState
 from hypertorch.problem import BilevelProblem
 
@@ -55,7 +55,7 @@ def finite_step(
 
     Raises:
         NonFiniteError: if the policy is "raise", the limit is passed, the outer variables are not finite themselves,
-            or no horizon is short enough.
+            or no horizon is short enough, or the backend refuses a short one.
     """
     try:
         return take(problem)
@@ -84,6 +84,12 @@ def _shortened(take: Callable[[BilevelProblem], T], problem: BilevelProblem, err
             return take(replace(problem, num_steps=horizon)), horizon
         except NonFiniteError as again:
             error = again
+        except IncompatibleBackendError as refusal:
+            raise NonFiniteError(
+                f"{error} The step cannot be taken over {horizon} of {problem.num_steps} inner steps either: {refusal} "
+                "Or use `on_non_finite='skip'`.",
+                inner_step=error.inner_step,
+            ) from refusal
 
 
 def _count(error: NonFiniteError, state: OuterState, most: int) -> None:

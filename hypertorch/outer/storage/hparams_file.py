@@ -60,10 +60,14 @@ def load_hparams(path: str | Path, *, device: torch.device | str = "cpu") -> Ten
         NonFiniteError: if they hold NaN or infinity.
     """
     path = checked_path("path", path)
-    if path.is_dir():
-        inside = path / "checkpoints" / HPARAMS_FILE
-        path = inside if inside.is_file() else path / HPARAMS_FILE
-    if not path.is_file():
+    try:
+        if path.is_dir():
+            inside = path / "checkpoints" / HPARAMS_FILE
+            path = inside if inside.is_file() else path / HPARAMS_FILE
+        is_there = path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be looked into
+        is_there = False
+    if not is_there:
         raise CheckpointError(
             f"`path` is {str(path)!r}, where there is no file: a run writes `{HPARAMS_FILE}` into the folder of its "
             "checkpoints when it ends. Finish the run with `resume=True`, or pass one of its checkpoints."

@@ -123,6 +123,9 @@ def _described(writer: dict[str, Any]) -> str:
 def _read(owner: Path) -> dict[str, Any] | None:
     """Returns who wrote last, by `pid`, `host` and `since`, and whether it `ended`; None if that is not known."""
     try:
+        # A pipe in its place would be waited for, and a device never ends.
+        if not owner.is_file():
+            return None
         writer = json.loads(owner.read_text(encoding="utf-8"))
         ended = writer.get("ended") is True
         return {"pid": int(writer["pid"]), "host": str(writer["host"]), "since": str(writer["since"]), "ended": ended}
