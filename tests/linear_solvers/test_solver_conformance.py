@@ -155,7 +155,8 @@ def test_a_batch_of_tasks_gets_what_each_task_gets_alone(leaf: type[LinearSolver
     for row, (solution, own) in enumerate(alone):
         torch.testing.assert_close(together[row], solution, rtol=1e-10, atol=1e-12 * float(solution.abs().max()))
         torch.testing.assert_close(found.residual[row], own.residual, rtol=1e-3, atol=1e-12)
-    assert found.iterations == max(own.iterations for _, own in alone)
+    # A residual at the tolerance passes it or not by its last bit, which differs between processors.
+    assert abs(found.iterations - max(own.iterations for _, own in alone)) <= (settings == "thorough")
 
 
 @leaves
