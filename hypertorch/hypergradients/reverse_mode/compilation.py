@@ -163,14 +163,17 @@ def _autograd_as_before() -> Iterator[None]:
     entered any more.
     """
     internals: Any = torch._C
-    hooks = internals._autograd
+    hooks, made = internals._autograd, programs_made()
     had_hooks, had_level = hooks._saved_tensors_hooks_is_enabled(), forward_ad._current_level >= 0
+    is_changed = True
     try:
         yield
+        # Only tracing changes it. To ask for an open level raises inside PyTorch where there is none, which takes time.
+        is_changed = programs_made() != made
     finally:
         if had_hooks:
             hooks._saved_tensors_hooks_enable()
-        if not had_level:
+        if is_changed and not had_level:
             with suppress(RuntimeError):  # raised if none is open
                 internals._exit_dual_level(level=0)
 
