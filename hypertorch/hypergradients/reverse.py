@@ -59,12 +59,13 @@ class Reverse(Hypergradient):
 
     With `compile`, the step, and the step with its vjp, are compiled by `torch.compile`, once for all steps, outer
     iterations and problems of the same classes and shapes; changed tensors change the results and compile nothing. A
-    horizon of up to 8 steps is one program, from the initial state to the hypergradient; a longer one keeps every
-    state, unless a setting says less. There the loop over the steps is inside of two programs, one forward and one
-    back, which serve every horizon. Single steps are called from Python where that cannot be: with noise, buffers of
-    the params, `snapshots` or `spill_to`, in mixed mode, for data of several shapes, and for a rule that branches on
-    the index of the step. Compilation takes seconds to minutes; the log says how long, and from how many hypergradients
-    on it pays. What cannot be compiled (a schedule given as a list of numbers and a beta that is learnt are examples)
+    run is one program, from the initial state to the hypergradient, with a loop over the steps forward and one back;
+    it keeps every state, and the matrix products that cost more to make again than to read. With `checkpoint_every`,
+    and for more than 8 steps with data of their own, the two loops are programs apart, and keep states alone. All of
+    them serve every horizon. Single steps are called from Python where that cannot be: with noise, buffers of the
+    params, `snapshots` or `spill_to`, in mixed mode, for data of several shapes, and for a rule that branches on the
+    index of the step. Compilation takes seconds to minutes; the log says how long, and from how many hypergradients on
+    it pays. What cannot be compiled (a schedule given as a list of numbers and a beta that is learnt are examples)
     runs without, after one warning. With "auto", runs go without compilation until they have taken as long as a
     compilation is estimated to take. The change is made by the clock, and changes the last bits: for runs that must be
     repeated or resumed bit for bit, say True or False.
@@ -87,7 +88,7 @@ class Reverse(Hypergradient):
         Reverse(memory_budget=bytes)    as chosen, and one step more  as allowed
         derivative="mixed"              2 T steps, an inner loss,     T states, the tangents of one step
                                         2 to 3 gradients for a vjp
-        compile=True, T > 8             2 T steps                     T states, the graph of one step
+        compile=True                    2 T steps                     T states, large products of T steps
         ... with checkpoint_every=k     3 T steps at most             T / k + k states, the graph of one step
         spill_to=folder                 as without                    of `T / k` or `c` states 2 are in memory
 

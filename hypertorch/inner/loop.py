@@ -175,9 +175,11 @@ class InnerLoop:
         # Without a step nobody reads the optimiser's settings or buffers: a schedule of any length fits.
         if not problem.num_steps:
             return InnerState(params, {})
-        # Rules check their settings against the params that a user wrote, those of one task.
-        one_task = {name: value[0] for name, value in trained.items()} if self.num_tasks is not None else trained
-        problem.dynamics.check(one_task, variables, problem.num_steps)
+        # A compiled run is one program for all horizons; what calls it has tried a step without compilation.
+        if not torch.compiler.is_compiling():
+            # Rules check their settings against the params that a user wrote, those of one task.
+            one_task = {name: value[0] for name, value in trained.items()} if self.num_tasks is not None else trained
+            problem.dynamics.check(one_task, variables, problem.num_steps)
         return InnerState(params, problem.dynamics.init(trained, variables))
 
     def step(

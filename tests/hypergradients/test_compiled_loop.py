@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError
-from hypertorch.hypergradients.reverse_mode import compilation, compiled_loop, compiled_run
+from hypertorch.hypergradients.reverse_mode import compilation, compiled_run, loop_programs
 from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
 from hypertorch.hypergradients.reverse_mode.compiled_loop import LARGE, UNLOOPED
 from hypertorch.inner import memo
@@ -252,8 +252,8 @@ def test_what_a_step_hands_on_as_it_got_it_is_not_written_over(num_steps: int) -
 
 @pytest.mark.parametrize("num_steps", [5, 12])
 def test_a_program_that_gives_other_numbers_is_not_used(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = compiled_loop._carried
-    monkeypatch.setattr(compiled_loop, "_carried", lambda tensors, index: [1.001 * x for x in right(tensors, index)])
+    right = loop_programs._carried
+    monkeypatch.setattr(loop_programs, "_carried", lambda tensors, index: [1.001 * x for x in right(tensors, index)])
     assert_looped(idle_problem(num_steps), looped=False)
     assert "gives other numbers" in next(iter(memo.entries(UNLOOPED).values()))
 

@@ -132,13 +132,14 @@ def _refuse_large(graph: fx.GraphModule) -> None:
 
 def _options(device: torch.device, loops: bool) -> Any:
     # Not at the top of this module: it loads the compiler, which takes seconds.
-    mends = importlib.import_module("hypertorch.hypergradients.reverse_mode.compiler_mends")
+    mends, kept = (importlib.import_module(f"{__package__}.{name}") for name in ("compiler_mends", "kept_products"))
     return {
         # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
         "fallback_random": True,
         "triton.cudagraphs": device.type == "cuda" and not loops,
         "cpp_wrapper": loops,
         "post_grad_custom_pre_pass": mends.CompilerMends(),
+        "joint_custom_pre_pass": kept.KeptProducts() if loops else None,
         # Without it PyTorch keeps no program with a loop on disk. What the loop does is in the key all the same.
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.scan": torch.__version__},
     }
@@ -165,14 +166,17 @@ def _autograd_as_before() -> Iterator[None]:
     entered any more.
     """
     internals: Any = torch._C
-    hooks = internals._autograd
+    hooks, made = internals._autograd, programs_made()
     had_hooks, had_level = hooks._saved_tensors_hooks_is_enabled(), forward_ad._current_level >= 0
+    is_changed = True
     try:
         yield
+        # Only tracing changes it. To ask for an open level raises inside PyTorch where there is none, which takes time.
+        is_changed = programs_made() != made
     finally:
         if had_hooks:
             hooks._saved_tensors_hooks_enable()
-        if not had_level:
+        if is_changed and not had_level:
             with suppress(RuntimeError):  # raised if none is open
                 internals._exit_dual_level(level=0)
 

@@ -1,22 +1,18 @@
 """The loop over inner steps, and the way back through it, inside two compiled programs.
 
 `compiled_steps` calls a program for every step from Python, which takes longer than the products of a small model. Here
-the loop itself is in the program: `torch._higher_order_ops.scan` of one step forward, and of one step's vjp backward.
-One step is compiled, whatever the horizon is.
+the loop itself is in the program.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
-from torch.utils import _pytree as pytree
 
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
@@ -33,6 +29,8 @@ from hypertorch.hypergradients.reverse_mode.compilation import (
 from hypertorch.hypergradients.reverse_mode.compile_costs import note_eager
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
+from hypertorch.hypergradients.reverse_mode.loop_data import counters_of, data_of, of_any_length
+from hypertorch.hypergradients.reverse_mode.loop_programs import back, forward, own_memory
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
 from hypertorch.hypergradients.reverse_mode.sweep import (
     Cotangents,
@@ -46,7 +44,7 @@ from hypertorch.hypergradients.reverse_mode.sweep import (
 from hypertorch.inner import memo
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
-from hypertorch.types import Batch, TensorDict
+from hypertorch.types import TensorDict
 
 UNLOOPED = "problems whose steps cannot be looped over in a program"
 LARGE = "problems whose steps are too large for a program of several"
@@ -57,80 +55,6 @@ _STEPS_OF_DATA = 64
 
 # Steps of a new program that are compared with the same steps without compilation.
 _STEPS_COMPARED = 8
-
-
-class Data(NamedTuple):
-    """The data of some steps.
-
-    Attributes:
-        first: the data of the first step, whole.
-        stacked: the tensors that differ between steps, with a leading axis of steps, by their position in the batch.
-    """
-
-    first: Batch
-    stacked: dict[int, Tensor]
-
-    def at(self, own: dict[int, Tensor]) -> Batch:
-        """Returns the data of a step, of which `own` are the tensors that differ."""
-        leaves, structure = pytree.tree_flatten(self.first)
-        return pytree.tree_unflatten([own.get(position, leaf) for position, leaf in enumerate(leaves)], structure)
-
-
-def data_of(loop: InnerLoop, steps: range) -> Data:
-    """Returns the data of some steps.
-
-    A tensor that every step hands over is held once. The others are copied as soon as they are drawn: whoever draws
-    them may write the next ones to the same place.
-
-    Raises:
-        NotCompilableError: if its structure, its shapes or what is no tensor in it differ between steps.
-    """
-    first = loop.draw(loop.first_index + steps.start)
-    leaves, structure = pytree.tree_flatten(first)
-    marks = [_mark(leaf) for leaf in leaves]
-    differing: set[int] = set()
-    # The second step tells which tensors differ. Should a later one show more of them, all are drawn once more.
-    looked_at = steps[1:2]
-    while True:
-        stacked = {position: _room(leaves[position], len(steps)) for position in sorted(differing)}
-        found = set(differing)
-        for step in looked_at:
-            own, other = pytree.tree_flatten(loop.draw(loop.first_index + step))
-            if other != structure:
-                raise NotCompilableError("the data of the steps has not one structure")
-            for position, (leaf, value) in enumerate(zip(leaves, own, strict=True)):
-                if position in stacked:
-                    _copy(value, stacked[position][step - steps.start])
-                elif not isinstance(leaf, Tensor):
-                    if value != leaf:
-                        raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
-                elif value is not leaf or _mark(value) != marks[position]:
-                    found.add(position)
-        if found == differing and looked_at == steps:
-            return Data(first, {position: _of_any_length(value) for position, value in stacked.items()})
-        differing, looked_at = found, steps
-
-
-def _mark(leaf: Any) -> int:
-    """Returns what grows when a tensor is written to."""
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
-
-
-def _room(leaf: Tensor, num_steps: int) -> Tensor:
-    return torch.empty((num_steps, *leaf.shape), dtype=leaf.dtype, device=leaf.device)
-
-
-def _copy(value: Any, place: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.shape != place.shape or value.dtype != place.dtype:
-        raise NotCompilableError("the data of the steps has not one shape")
-    place.copy_(value.detach())
-
-
-def counters_of(loop: InnerLoop, steps: range) -> Tensor:
-    """Returns the indices of some steps, in double precision: a rule's powers of them are exact in every dtype."""
-    first = loop.first_index
-    indices = torch.arange(first + steps.start, first + steps.stop, dtype=torch.float64, device=loop.device)
-    return _of_any_length(indices)
 
 
 class _Run(NamedTuple):
@@ -207,9 +131,7 @@ class _LoopedSteps:
     def __init__(self, loop: InnerLoop, variables: TensorDict) -> None:
         self._loop = loop
         self._variables = variables
-        program = Program.of(loop)
-        # What a step does not read is made equal, so that problems that differ in it share a program.
-        self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
+        self._program = Program.of_steps(loop)
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
         self._made = programs_made()
@@ -266,7 +188,7 @@ class _LoopedSteps:
         # Zeros of whole numbers have no derivative, and a rule that holds some goes by single steps.
         if not all(tree.is_differentiable(value) for value in [*tensors, *self._moving.values()]):
             raise NotCompilableError("the inner state holds whole numbers")
-        return state.replace_tensors(_own(tensors))
+        return state.replace_tensors(own_memory(tensors))
 
     def _runs(self, every: int | None) -> list[range]:
         """Returns the steps of each call, in the order of the run; the first is the shortest."""
@@ -280,7 +202,7 @@ class _LoopedSteps:
     def _forward(self, state: InnerState, steps: range) -> _Run:
         """Returns some steps that are run, with the states before them."""
         data = data_of(self._loop, steps)
-        run = compiled(_forward, self._program.key, self._loop.device, loops=True)
+        run = compiled(forward, self._program.key, self._loop.device, loops=True)
         noise = generator_states(self._loop.device)
         with torch.no_grad():
             end, before, values = run(
@@ -324,16 +246,16 @@ class _LoopedSteps:
     def _pulled(self, run: _Run, steps: range, cotangents: Cotangents) -> tuple[PulledBack, Tensor]:
         """Returns what some steps add, and the inner losses before each."""
         data = data_of(self._loop, steps)
-        back = compiled(_back, self._program.key, self._loop.device, loops=True)
+        program = compiled(back, self._program.key, self._loop.device, loops=True)
         seeds = [
             torch.zeros_like(value) if cotangent is None else cotangent.detach().contiguous()
             for value, cotangent in zip(run.end.tensors(), cotangents, strict=True)
         ]
         with torch.no_grad():
-            grads, before, term, values = back(
+            grads, before, term, values = program(
                 self._program,
                 run.end,
-                [_of_any_length(value) for value in run.before],
+                [of_any_length(value) for value in run.before],
                 self._moving,
                 self._fixed,
                 data,
@@ -377,117 +299,3 @@ def _draws_noise(loop: InnerLoop, constants: TensorDict) -> bool:
     after = generator_states(loop.device)
     loop.seed(loop.first_index)
     return draws(after, loop.device)
-
-
-def _of_any_length(value: Tensor) -> Tensor:
-    """Returns the tensor, marked: programs take any length of its first axis."""
-    torch._dynamo.maybe_mark_dynamic(value, 0)
-    return value
-
-
-def _own(tensors: list[Tensor]) -> list[Tensor]:
-    """Returns tensors with memory of their own: the loop of a program writes each of its states to a place."""
-    return [value.detach().clone(memory_format=torch.contiguous_format) for value in tensors]
-
-
-def _forward(
-    program: Program, state: InnerState, moving: TensorDict, fixed: TensorDict, data: Data, counters: Tensor
-) -> tuple[InnerState, list[Tensor], Tensor]:
-    """Returns the state after the steps, the states before each, and the inner losses before each."""
-    variables = {**moving, **fixed}
-
-    # The index of a step is a tensor here: a rule can count with it, and cannot branch on it.
-    def body(now: list[Tensor], at: tuple[Any, dict[int, Tensor]]) -> tuple[list[Tensor], tuple[list[Tensor], Tensor]]:
-        index, own = at
-        loop = program.loop(lambda _: data.at(own))
-        end, loss = loop.transition(state.replace_tensors(now), variables, index, route="functional")
-        assert loss.value is not None
-        return _carried(end.tensors(), index), (_own(now), loss.value.clone())
-
-    last, (before, values) = scan(body, state.tensors(), (counters, data.stacked))
-    return state.replace_tensors(last), before, values
-
-
-def _back(
-    program: Program,
-    end: InnerState,
-    before: list[Tensor],
-    moving: TensorDict,
-    fixed: TensorDict,
-    data: Data,
-    counters: Tensor,
-    seeds: list[Tensor],
-) -> tuple[TensorDict, list[Tensor], Tensor | None, Tensor]:
-    """Returns what the steps and their vjps give.
-
-    Namely their part of the derivative in the variables, the cotangents of their start, the sum of their terms of the
-    outer loss, and the inner losses before each.
-    """
-
-    def body(carry: tuple[list[Tensor], TensorDict, list[Tensor]], at: Any) -> Any:
-        cotangents, grads, total = carry
-        now, index, own = at
-        loop = program.loop(lambda _: data.at(own))
-
-        def step(tensors: list[Tensor], own_moving: TensorDict) -> tuple[list[Tensor], Tensor | None]:
-            variables = {**own_moving, **fixed}
-            after, loss = loop.transition(end.replace_tensors(tensors), variables, index, route="functional")
-            term = loop.term(after, variables, index)
-            return [*after.tensors(), *([] if term is None else [term])], loss.value
-
-        pulled: Any = torch.func.vjp(step, now, moving, has_aux=True)
-        outputs, pull, value = pulled
-        terms = outputs[len(cotangents) :]
-        earlier, part = pull([*cotangents, *(torch.ones_like(term) for term in terms)])
-        sums = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
-        gathered = _carried([grads[name] + part[name] for name in grads], index)
-        return (_carried(earlier, index), dict(zip(grads, gathered, strict=True)), sums), value.clone()
-
-    zeros = {name: torch.zeros_like(value) for name, value in moving.items()}
-    none = [torch.zeros((), dtype=seeds[0].dtype, device=seeds[0].device)] if program.has_terms else []
-    start = (_own(seeds), zeros, none)
-    (earlier, grads, total), values = scan(body, start, (before, counters, data.stacked), reverse=True)
-    return grads, earlier, total[0] if total else None, values
-
-
-def whole(
-    program: Program, moving: TensorDict, fixed: TensorDict, data: Data, counters: Tensor
-) -> tuple[TensorDict, Tensor, InnerState, Tensor]:
-    """Returns the derivative of the outer loss in `moving`, the outer loss, the last state and the inner losses.
-
-    From the initial state to the hypergradient in one program, with a loop forward and one back inside.
-    """
-    loop = program.loop(lambda _: data.first)
-    first = loop.initial({**moving, **fixed})
-
-    def start(own: TensorDict) -> list[Tensor]:
-        return _own_with_path(loop.initial({**own, **fixed}).tensors())
-
-    def outer(tensors: list[Tensor], own: TensorDict) -> Tensor:
-        return loop.outer(first.replace_tensors(tensors).params, {**own, **fixed})
-
-    begun: Any = torch.func.vjp(start, moving)
-    tensors, pull_start = begun
-    last, before, values = _forward(program, first.replace_tensors(_own(tensors)), moving, fixed, data, counters)
-    judged: Any = torch.func.vjp(outer, last.tensors(), moving)
-    outer_loss, pull_outer = judged
-    seeds, direct = pull_outer(torch.ones_like(outer_loss))
-    grads, earlier, term, _ = _back(program, last, before, moving, fixed, data, counters, seeds)
-    (of_start,) = pull_start(earlier)
-    total = {name: direct[name] + grads[name] + of_start[name] for name in moving}
-    return total, outer_loss if term is None else outer_loss + term, last, values
-
-
-def _carried(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
-    """Returns the tensors as new ones, for the next step of a loop in a program.
-
-    PyTorch's compiler takes what a step hands on as it got it (a sum to which zero is added, a param without a
-    gradient) for a tensor with memory of its own, and gives the memory that it shares to others. The factor is one,
-    and the compiler does not know.
-    """
-    is_step = index >= 0
-    return [(value * is_step).contiguous() for value in tensors]
-
-
-def _own_with_path(tensors: list[Tensor]) -> list[Tensor]:
-    return [value.clone(memory_format=torch.contiguous_format) for value in tensors]

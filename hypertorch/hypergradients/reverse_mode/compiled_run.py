@@ -1,9 +1,10 @@
-"""Runs of reverse mode with compiled functions: as one program where the horizon is short, or not at all."""
+"""Runs of reverse mode with compiled functions: as one program where that can be, or not at all."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,25 +32,20 @@ from hypertorch.hypergradients.reverse_mode.compile_costs import (
     timed,
 )
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
-from hypertorch.hypergradients.reverse_mode.compiled_loop import (
-    LARGE,
-    compare,
-    counters_of,
-    data_of,
-    may_loop,
-    refuse_loop,
-    whole,
-)
+from hypertorch.hypergradients.reverse_mode.compiled_loop import LARGE, compare, may_loop, refuse_loop
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
-from hypertorch.hypergradients.reverse_mode.sweep import Grads
+from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph, graph_vjp
+from hypertorch.hypergradients.reverse_mode.loop_data import counters_of, data_of
+from hypertorch.hypergradients.reverse_mode.loop_programs import whole
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, Segment, sweep
 from hypertorch.inner import memo
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.loop import INIT, InnerLoop
 from hypertorch.inner.state import InnerState
 from hypertorch.types import Batch, TensorDict
 
-# Steps in one program: each is compiled anew, which takes seconds.
+# Steps in one program without a loop, where each is compiled anew, which takes seconds. Horizons up to it have programs
+# of their own.
 LONGEST_PROGRAM = 8
 
 NOISY = "steps that draw noise"
@@ -120,13 +116,14 @@ def _measured(family: Hashable, what: str, loop: InnerLoop, run: Callable[[Inner
 def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
     """Returns the hypergradient by one compiled function: unroll, outer loss and the derivative of all of it.
 
-    None if the horizon is long, the run goes on from another one, or noise is drawn: the generators are seeded at
-    every step, which a program cannot do.
+    None where that cannot be: the run goes on from another one; noise is drawn, which is seeded at every step, and a
+    program cannot do that; steps cannot be looped over, or get each its own data, and are more than a few.
 
-    Cost: with a loop in the program, `2 num_steps` steps and memory of as many states; where it cannot loop, memory of
-    the graphs of all steps, as far as the compiler keeps them.
+    Cost: with a loop in the program, `2 num_steps` steps and memory of as many states, and of the large matrix
+    products of as many steps; without, memory of the graphs of all steps, as far as the compiler keeps them.
     """
-    if loop.num_steps > LONGEST_PROGRAM or loop.carry or memo.get(NOISY, Program.of(loop).key, False):
+    key = Program.of(loop).key
+    if loop.carry or memo.get(NOISY, key, False):
         return None
     try_dynamics(loop, tree.detach(variables))
     if may_loop(loop, variables):
@@ -138,24 +135,24 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
         except NotCompilableError as error:
             refuse_loop(loop, error)
     # One step is compiled where several would take minutes.
-    return None if memo.get(LARGE, Program.of(loop).key, False) else _whole_unrolled(loop, variables)
+    is_long = loop.num_steps > LONGEST_PROGRAM or memo.get(LARGE, key, False)
+    return None if is_long else _whole_unrolled(loop, variables)
 
 
 def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
-    steps, made = range(loop.num_steps), programs_made()
-    found = _called(loop, variables, whole, data_of(loop, steps), counters_of(loop, steps))
+    steps, made, program = range(loop.num_steps), programs_made(), Program.of(loop)
+    if loop.num_steps > LONGEST_PROGRAM:
+        # Data of many steps is stacked a part at a time, for a loop of as many steps.
+        if data_of(loop, steps[:2]).stacked:
+            return None
+        # One program for all lengths.
+        program = Program.of_steps(loop)
+    found = _looped(loop, program, variables, steps)
     if found is None:
         return None
-    grads, outer_loss, state, losses = found
     if programs_made() != made:
-        try:
-            expected, seconds = timed(loop.device, lambda: by_whole_graph(loop.uncounted(), variables))
-        except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
-            raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
-        note_eager((Program.of(loop).key, "reverse"), seconds)
-        compare("the outer loss", [outer_loss], [expected.outer_loss])
-        compare("the last state", state.tensors(), expected.state.tensors())
-        compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])
+        _compare(loop, program, variables, steps[:LONGEST_PROGRAM])
+    grads, outer_loss, state, losses = found
     for _ in range(2):  # forward, and on the way back with a derivative
         for step, value in zip(steps, losses.unbind(), strict=True):
             loop.record.add_step(step, value)
@@ -164,8 +161,33 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     return BackendResult(grads={name: grads.get(name) for name in variables}, outer_loss=outer_loss, state=state)
 
 
+def _looped(loop: InnerLoop, program: Program, variables: TensorDict, steps: range) -> Any:
+    """Returns what a program with a loop over the first steps gives, as if they were all."""
+    return _called(loop, program, variables, whole, data_of(loop, steps), counters_of(loop, steps))
+
+
+def _compare(loop: InnerLoop, program: Program, variables: TensorDict, steps: range) -> None:
+    """Compares the first steps with those without compilation: programs that are new are not trusted."""
+    grads, outer_loss, state, _ = _looped(loop, program, variables, steps)
+
+    def run() -> BackendResult:
+        own = loop.uncounted()
+        with torch.enable_grad():
+            whole = Segment(0, len(steps), own.initial(variables), connected=True)
+        return sweep(own, variables, [whole], partial(graph_vjp, own, variables))
+
+    try:
+        expected, seconds = timed(loop.device, run)
+    except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
+        raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
+    note_eager((program.key, "reverse"), seconds * loop.num_steps / len(steps))
+    compare("the outer loss", [outer_loss], [expected.outer_loss])
+    compare("the last state", state.tensors(), expected.state.tensors())
+    compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])
+
+
 def _whole_unrolled(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
-    found = _called(loop, variables, _whole, _batches(loop))
+    found = _called(loop, Program.of(loop), variables, _whole, _batches(loop))
     if found is None:
         return None
     grads, outer_loss, state, losses = found
@@ -186,12 +208,11 @@ def _batches(loop: InnerLoop) -> tuple[Batch, ...]:
     )
 
 
-def _called(loop: InnerLoop, variables: TensorDict, function: Callable[..., Any], *data: Any) -> Any:
+def _called(loop: InnerLoop, program: Program, variables: TensorDict, function: Callable[..., Any], *data: Any) -> Any:
     """Returns what a program for a whole run gives; None if it drew noise.
 
     Its steps then drew from one seed, not each from its own: the numbers are of another run, and are dropped.
     """
-    program = Program.of(loop)
     moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
     fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
     run = compiled(function, (program.key, "whole"), loop.device, loops=function is whole)

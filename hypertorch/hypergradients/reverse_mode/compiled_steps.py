@@ -32,7 +32,7 @@ from hypertorch.inner.tasks import TaskSlice
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import Batch, TensorDict
 
-TRIED = "dynamics that took a step"
+TRIED = "dynamics that took a step, by the sizes of variables and horizon"
 
 
 class Program(NamedTuple):
@@ -58,6 +58,15 @@ class Program(NamedTuple):
     def of(cls, loop: InnerLoop) -> Program:
         """Returns the program of a loop."""
         return cls(loop.problem, loop.num_tasks, loop.context, loop.outer_batch, loop.device, loop.inner_dtype)
+
+    @classmethod
+    def of_steps(cls, loop: InnerLoop) -> Program:
+        """Returns the program of a loop's steps, whatever their number.
+
+        What a step does not read is made equal, so that problems that differ in it share a program.
+        """
+        program = cls.of(loop)
+        return program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
 
     @property
     def has_terms(self) -> bool:
@@ -115,9 +124,7 @@ class CompiledSteps(Steps):
         self._is_last = True
         self._advanced = False
         self._mixed = mixed and not loop.has_buffers
-        program = Program.of(loop)
-        # What a step does not read is made equal, so that problems that differ in it share a program.
-        self._program = program._replace(problem=replace(program.problem, num_steps=1, seed=0, allow_unused=()))
+        self._program = Program.of_steps(loop)
         # Without a graph: a program makes leaves of its own.
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
@@ -212,10 +219,10 @@ class CompiledSteps(Steps):
 
 
 def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
-    """Runs a step without compilation for dynamics that are new.
+    """Runs a step without compilation for dynamics that are new, and for variables or a horizon of another size.
 
     What an object computes at first need and keeps cannot be computed while a function is compiled, and what is wrong
-    with a problem is better said without a compiler. That step is not counted.
+    with a problem is better said without a compiler: a program checks no setting of the rule. That step is not counted.
     """
 
     def take_one() -> bool:
@@ -224,7 +231,8 @@ def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
             loop.transition(loop.initial(constants), constants, 0)
         return True
 
-    memo.recall(TRIED, memo.Same(loop.dynamics), take_one)
+    sizes = tuple((name, value.shape, value.dtype) for name, value in constants.items())
+    memo.recall(TRIED, (memo.Same(loop.dynamics), loop.num_steps, sizes), take_one)
 
 
 def draws(before: tuple[Tensor, ...], device: torch.device) -> bool:

@@ -1,0 +1,93 @@
+"""The data of the steps of a loop that is inside a program: what all steps share once, what differs stacked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError
+from hypertorch.inner.loop import InnerLoop
+from hypertorch.types import Batch
+
+
+class Data(NamedTuple):
+    """The data of some steps.
+
+    Attributes:
+        first: the data of the first step, whole.
+        stacked: the tensors that differ between steps, with a leading axis of steps, by their position in the batch.
+    """
+
+    first: Batch
+    stacked: dict[int, Tensor]
+
+    def at(self, own: dict[int, Tensor]) -> Batch:
+        """Returns the data of a step, of which `own` are the tensors that differ."""
+        leaves, structure = pytree.tree_flatten(self.first)
+        return pytree.tree_unflatten([own.get(position, leaf) for position, leaf in enumerate(leaves)], structure)
+
+
+def data_of(loop: InnerLoop, steps: range) -> Data:
+    """Returns the data of some steps.
+
+    A tensor that every step hands over is held once. The others are copied as soon as they are drawn: whoever draws
+    them may write the next ones to the same place.
+
+    Raises:
+        NotCompilableError: if its structure, its shapes or what is no tensor in it differ between steps.
+    """
+    first = loop.draw(loop.first_index + steps.start)
+    leaves, structure = pytree.tree_flatten(first)
+    marks = [_mark(leaf) for leaf in leaves]
+    differing: set[int] = set()
+    # The second step tells which tensors differ. Should a later one show more of them, all are drawn once more.
+    looked_at = steps[1:2]
+    while True:
+        stacked = {position: _room(leaves[position], len(steps)) for position in sorted(differing)}
+        found = set(differing)
+        for step in looked_at:
+            own, other = pytree.tree_flatten(loop.draw(loop.first_index + step))
+            if other != structure:
+                raise NotCompilableError("the data of the steps has not one structure")
+            for position, (leaf, value) in enumerate(zip(leaves, own, strict=True)):
+                if position in stacked:
+                    _copy(value, stacked[position][step - steps.start])
+                elif not isinstance(leaf, Tensor):
+                    if value != leaf:
+                        raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
+                elif value is not leaf or _mark(value) != marks[position]:
+                    found.add(position)
+        if found == differing and looked_at == steps:
+            return Data(first, {position: of_any_length(value) for position, value in stacked.items()})
+        differing, looked_at = found, steps
+
+
+def _mark(leaf: Any) -> int:
+    """Returns what grows when a tensor is written to."""
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
+
+
+def _room(leaf: Tensor, num_steps: int) -> Tensor:
+    return torch.empty((num_steps, *leaf.shape), dtype=leaf.dtype, device=leaf.device)
+
+
+def _copy(value: Any, place: Tensor) -> None:
+    if not isinstance(value, Tensor) or value.shape != place.shape or value.dtype != place.dtype:
+        raise NotCompilableError("the data of the steps has not one shape")
+    place.copy_(value.detach())
+
+
+def counters_of(loop: InnerLoop, steps: range) -> Tensor:
+    """Returns the indices of some steps, in double precision: a rule's powers of them are exact in every dtype."""
+    first = loop.first_index
+    indices = torch.arange(first + steps.start, first + steps.stop, dtype=torch.float64, device=loop.device)
+    return of_any_length(indices)
+
+
+def of_any_length(value: Tensor) -> Tensor:
+    """Returns the tensor, marked: programs take any length of its first axis."""
+    torch._dynamo.maybe_mark_dynamic(value, 0)
+    return value
