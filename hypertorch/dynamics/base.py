@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.checks.argument_types import check_fields
 from hypertorch.constraints import Constraint
@@ -152,7 +152,7 @@ class GradientDynamics(Dynamics):
 
 def zero_buffers(params: TensorMapping, *names: str) -> TensorDict:
     """Returns zeros called `{name}.{parameter}` of every parameter's shape, name by name."""
-    return {key: value for name in names for key, value in tree.with_prefix(name, tree.zeros_like(params)).items()}
+    return {f"{name}.{parameter}": torch.zeros_like(value) for name in names for parameter, value in params.items()}
 
 
 def flattened(buffers: Mapping[str, TensorMapping]) -> TensorDict:

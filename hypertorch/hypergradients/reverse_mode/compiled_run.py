@@ -41,8 +41,8 @@ from hypertorch.hypergradients.reverse_mode.compiled_loop import (
     whole,
 )
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
-from hypertorch.hypergradients.reverse_mode.sweep import Grads
+from hypertorch.hypergradients.reverse_mode.graph import whole_graph
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, sweep
 from hypertorch.inner import memo
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.loop import INIT, InnerLoop
@@ -149,7 +149,8 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     grads, outer_loss, state, losses = found
     if programs_made() != made:
         try:
-            expected, seconds = timed(loop.device, lambda: by_whole_graph(loop.uncounted(), variables))
+            own = loop.uncounted()
+            expected, seconds = timed(loop.device, lambda: sweep(own, variables, *whole_graph(own, variables)))
         except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
             raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
         note_eager((Program.of(loop).key, "reverse"), seconds)
@@ -213,6 +214,6 @@ def _whole(
     # Leaves of the program: its inputs have no derivative outside.
     own = tree.leaves_requiring_grad(moving)
     variables = {**own, **fixed}
-    result = by_whole_graph(loop, variables)
+    result = sweep(loop, variables, *whole_graph(loop, variables))
     grads = {name: None if value is None else value.detach() for name, value in result.grads.items()}
     return grads, result.outer_loss, result.state.detached(), loop.record.losses
