@@ -192,12 +192,15 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     Cost: one reduction per tensor and a single copy to the host.
     """
     # A sum is NaN or infinite when an entry is; a finite overflow of the sum itself is settled by a second look.
-    tensors = [tensor.detach() for tensor in tensors if is_differentiable(tensor)]
-    if not tensors:
-        return True
+    looked_at: list[Tensor] = []
+    sums: list[Tensor] = []
     with torch.no_grad():
+        for tensor in tensors:
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor = tensor.detach()
+                looked_at.append(tensor)
+                sums.append(tensor.sum().to(looked_at[0].device, torch.float32))
         # One number for each tensor, and one wait for the device, in place of a wait for each.
-        sums = torch.stack([tensor.sum().to(tensors[0].device, torch.float32) for tensor in tensors])
-        if bool(torch.isfinite(sums).all()):
+        if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
             return True
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return all(bool(torch.isfinite(tensor).all()) for tensor in looked_at)

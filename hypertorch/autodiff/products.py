@@ -40,14 +40,19 @@ def vjp(
         if output.requires_grad and cotangent is not None:
             reached.append(output)
             seeds.append(cotangent)
-    leaves = {name: value for name, value in variables.items() if value.requires_grad}
+    names: list[K] = []
+    leaves: list[Tensor] = []
+    for name, value in variables.items():
+        if value.requires_grad:
+            names.append(name)
+            leaves.append(value)
     result: dict[K, Tensor | None] = dict.fromkeys(variables)
     if reached and leaves:
         # Not `backward`, which writes to `.grad` of the user's tensors.
         gradients = torch.autograd.grad(
-            reached, list(leaves.values()), grad_outputs=seeds, allow_unused=True, retain_graph=retain_graph
+            reached, leaves, grad_outputs=seeds, allow_unused=True, retain_graph=retain_graph
         )
-        result.update(zip(leaves, gradients, strict=True))
+        result.update(zip(names, gradients, strict=True))
     return result
 
 
