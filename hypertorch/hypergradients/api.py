@@ -15,9 +15,9 @@ from hypertorch.hypergradients.base import BlackBox, Hypergradient, Hypergradien
 from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.hypergradients.guards.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.guards.reachability import check_reachability, known_reach, moved_by_values
+from hypertorch.hypergradients.ranks.spread import carry_of_ranks, check_spread, sum_of_ranks
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads
-from hypertorch.hypergradients.spread import carry_of_ranks, check_spread, sum_of_ranks
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.kinds import kind_of
@@ -79,7 +79,7 @@ def hypergradient(
         found = run.over(slices[0])
     else:
         found = run.over_all(slices)
-    in_doubt, grads = isinstance(backend, PathBlind), TensorDict()
+    in_doubt, grads = isinstance(backend, PathBlind), dict[str, Tensor]()
     for name, value in found.grads.items():
         in_doubt |= value is None
         grads[name] = torch.zeros_like(hparams[name]) if value is None else value
@@ -182,13 +182,15 @@ class _Run:
         with bound.running():
             # New leaves for each slice, so that its graph is freed with it.
             leaves = tree.leaves_requiring_grad(self._hparams)
-            with torch.enable_grad():
-                context = bound.context(leaves, item)
+            context, variables = dict[str, Tensor](), leaves
+            if bound.problem.context is not None:
+                with torch.enable_grad():
+                    context = bound.context(leaves, item)
+                # Cut from its graph, so that any backend differentiates in the context's entries, and the graph behind
+                # them is traversed once, below. Entries that it only passes on, such as data, are no variables.
+                cut = {name: value.detach().requires_grad_(value.requires_grad) for name, value in context.items()}
+                variables = {**leaves, **cut}
             loop = bound.loop(item, context)
-            # Cut from its graph, so that any backend differentiates in the context's entries, and the graph behind them
-            # is traversed once, below. Entries that the context only passes on, such as data, are no variables.
-            cut = {name: value.detach().requires_grad_(value.requires_grad) for name, value in context.items()}
-            variables = {**leaves, **cut}
             result = backend.compute(loop, variables)
             missing = variables.keys() - result.grads.keys()
             if missing:

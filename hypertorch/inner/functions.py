@@ -25,15 +25,15 @@ class LoopFunctions(NamedTuple):
         inner: the inner loss and the new values of the buffers.
         outer: the outer loss.
         metrics: what is reported of a run.
-        term: the term of the outer loss at an inner step, `(params, hparams, batch, index) -> term`; None if the
-            problem has no terms at inner steps.
+        term: the term of the outer loss at an inner step, `(params, hparams, batch, index) -> term`, where there are
+            terms.
     """
 
     initial: Callable[[TensorDict, TensorDict, Batch], TensorDict]
     inner: Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
     outer: Callable[[TensorDict, TensorDict, Batch], Tensor]
     metrics: Callable[[TensorDict, TensorDict, Batch], TensorDict]
-    term: Callable[[TensorDict, TensorDict, Batch, int], Tensor] | None
+    term: Callable[[TensorDict, TensorDict, Batch, int], Tensor]
 
 
 def loop_functions(
@@ -58,10 +58,8 @@ def loop_functions(
         inner = partial(in_precision, inner, inner_dtype)
     outer = partial(_outer_loss, _asked(problem.outer, "loss", context), "OuterProblem.loss")
     metrics = _asked(problem.outer, "metrics", context)
-    term = None
-    if problem.outer.has_step_loss:
-        step_loss = partial(_outer_loss, _asked(problem.outer, "step_loss", context), "OuterProblem.step_loss")
-        term = partial(_at_index, step_loss, num_tasks, per_task)
+    step_loss = partial(_outer_loss, _asked(problem.outer, "step_loss", context), "OuterProblem.step_loss")
+    term = partial(_at_index, step_loss, num_tasks, per_task)
     if num_tasks is not None:
         initial = lift(initial, num_tasks, per_task)
         inner = lift(inner, num_tasks, per_task)
@@ -86,18 +84,18 @@ def _asked(problem: InnerProblem | OuterProblem, method: str, context: frozenset
     return with_context
 
 
-# What the user wrote is called through `stopping_tangents`: forward mode goes on through `torch.no_grad()` and
+# What the user wrote is called by way of `stopping_tangents`: forward mode goes on through `torch.no_grad()` and
 # `.data`, and would differ from reverse mode.
 def _initial_params(
     init_params: Callable[[TensorDict], TensorDict], _: TensorDict, variables: TensorDict, __: Batch
 ) -> TensorDict:
-    return stopping_tangents(init_params, variables)
+    return stopping_tangents(init_params)(variables)
 
 
 def _inner_loss(
     loss: Callable[..., Any], buffers: tuple[str, ...], params: TensorDict, variables: TensorDict, batch: Batch
 ) -> tuple[Tensor, TensorDict]:
-    result = stopping_tangents(loss, params, variables, batch)
+    result = stopping_tangents(loss)(params, variables, batch)
     value: Any
     # A tuple of another length is no scalar either.
     value, new_buffers = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
@@ -110,7 +108,7 @@ def _inner_loss(
 def _outer_loss(
     loss: Callable[..., Any], source: str, params: TensorDict, variables: TensorDict, batch: Batch, *index: int
 ) -> Tensor:
-    value = stopping_tangents(loss, params, variables, batch, *index)
+    value = stopping_tangents(loss)(params, variables, batch, *index)
     check_scalar(value, source)
     return value
 

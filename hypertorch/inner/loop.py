@@ -69,6 +69,7 @@ class InnerLoop:
         functions: the functions of the problem.
         record: what was run so far.
         inner_dtype: of the inner loss's products; None for that of the params.
+        has_terms: whether the outer loss has terms at inner steps.
         ranks: the processes that share this one loop; None if this process runs all of it.
     """
 
@@ -86,6 +87,7 @@ class InnerLoop:
     functions: LoopFunctions
     record: Record
     inner_dtype: torch.dtype | None
+    has_terms: bool
     ranks: Ranks | None = None
 
     @property
@@ -97,11 +99,6 @@ class InnerLoop:
     def has_buffers(self) -> bool:
         """Whether untrained buffers (running statistics) are carried along with the params."""
         return bool(self.problem.inner.buffers)
-
-    @property
-    def has_terms(self) -> bool:
-        """Whether the outer loss has terms at inner steps."""
-        return self.functions.term is not None
 
     @property
     def per_task(self) -> frozenset[str]:
@@ -219,7 +216,7 @@ class InnerLoop:
 
     def term(self, state: InnerState, variables: TensorDict, step: int, *, of_each_task: bool = False) -> Tensor | None:
         """Returns the term of the outer loss after a step, as `outer` returns the loss; None if there are no terms."""
-        if self.functions.term is None:
+        if not self.has_terms:
             return None
         self.seed(OUTER, step)
         terms = self.functions.term(state.params, variables, self.outer_batch, self.first_index + step)
@@ -349,6 +346,7 @@ def inner_loop(
         functions=functions,
         record=Record(),
         inner_dtype=inner_dtype,
+        has_terms=problem.outer.has_step_loss,
         ranks=ranks,
     )
 
