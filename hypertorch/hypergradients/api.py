@@ -72,7 +72,7 @@ def hypergradient(
             arguments.
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
-    slices = run.slices()
+    slices: list[TaskSlice | None] = [None] if problem.num_tasks is None else run.slices(problem.num_tasks)
     if execution.ranks is not None:
         found = run.over_ranks(slices)
     elif len(slices) == 1 and (slices[0] is None or slices[0].whole):
@@ -165,11 +165,9 @@ class _Run:
             run = self._by(replace(self._backend, compile=False))  # type: ignore[call-arg]
         return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, run.over_all)
 
-    def slices(self) -> list[TaskSlice | None]:
-        """Returns the slices of tasks in the order they are run; a single None for a problem without tasks."""
-        num_tasks, execution = self._bound.problem.num_tasks, self._bound.execution
-        if num_tasks is None:
-            return [None]
+    def slices(self, num_tasks: int) -> list[TaskSlice | None]:
+        """Returns the slices of the tasks in the order they are run."""
+        execution = self._bound.execution
         if execution.tasks == "auto":
             execution = self.measured()
         return task_slices(num_tasks, execution) if execution.ranks is None else own_slices(num_tasks, execution)

@@ -55,7 +55,9 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
         marks.append(type(part))
         for name, value in vars(part).items():
             if not name.startswith("_"):
-                marks += name, _mark(value, depth)
+                kind = type(value)
+                # Nearly all are: a call for each would take longer than all else here.
+                marks += name, (kind, value) if kind in _NUMBERS else _mark(value, depth)
         for name in _BACKWARD_HOOKS:
             hooks = getattr(part, name)
             if hooks:
@@ -63,6 +65,7 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
     return tuple(marks)
 
 
+_NUMBERS = frozenset({bool, int, float})
 _TENSOR = (Tensor,)
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 

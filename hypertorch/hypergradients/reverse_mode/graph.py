@@ -80,14 +80,26 @@ def graph_vjp(
     if buffers:
         loop.record.track(name for name in buffers if run.state.params[name].requires_grad)
     loop.record.add_vjps(stop - start, graph_steps=stop - start)
-    # A departure with a graph is no leaf: its part arrives in the variables.
-    return Differentiable(run.state, partial(_pull_back, run, None if segment.connected else leaves, variables))
+    if segment.connected:
+        # A departure with a graph is no leaf: its part arrives in the variables.
+        leaves = InnerState({}, {})
+    return Differentiable(run.state, partial(pulled_back, run.state, run.terms, leaves, variables))
 
 
-def _pull_back(run: _Run, leaves: InnerState | None, variables: TensorDict, cotangents: Cotangents) -> PulledBack:
-    outputs, seeds = with_terms(run.state, cotangents, run.terms)
-    grads, before = pull_back(outputs, seeds, leaves or InnerState({}, {}), variables)
-    return PulledBack(grads, before, None if run.terms is None else run.terms.detach())
+def pulled_back(
+    end: InnerState, terms: Tensor | None, leaves: InnerState, variables: TensorDict, cotangents: Cotangents
+) -> PulledBack:
+    """Returns what a segment adds, by the graph of its end.
+
+    Args:
+        end: the state after the segment.
+        terms: the sum of the terms of the outer loss in it; None for none.
+        leaves: the state before the segment, as leaves.
+        variables: hyperparameters and context, as leaves.
+        cotangents: of the end.
+    """
+    grads, before = pull_back(*with_terms(end, cotangents, terms), leaves, variables)
+    return PulledBack(grads, before, None if terms is None else terms.detach())
 
 
 def with_terms(end: InnerState, cotangents: Cotangents, terms: Tensor | None) -> tuple[list[Tensor], Cotangents]:
