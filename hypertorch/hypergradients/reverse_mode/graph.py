@@ -68,7 +68,7 @@ def graph_vjp(
     start, stop = segment.start, segment.stop
 
     def advance(run: _Run, step: int) -> _Run:
-        # What `loop.step` does, one level of call less.
+        # `loop.step` written out: every operation of a step then lies one call less deep.
         state, loss = loop.transition(run.state, variables, step, route)
         loop.record.add_step(step, loss.value, loss.tracked_buffers)
         term = loop.term(state, variables, step)
