@@ -223,9 +223,12 @@ class _Run:
             part = self.over(item)
             # By weight: the last chunk may hold fewer tasks than the others.
             share = 1.0 if item is None or num_tasks is None else (item.stop - item.start) / num_tasks
-            if share != 1.0:  # which would copy it
-                grads = {name: None if grad is None else grad * share for name, grad in part.grads.items()}
-                part = replace(part, grads=grads, outer_loss=part.outer_loss * share)
+            if share != 1.0:  # a product with one would be a copy
+                part = replace(
+                    part,
+                    grads={name: None if grad is None else grad * share for name, grad in part.grads.items()},
+                    outer_loss=part.outer_loss * share,
+                )
             total.add(part.grads)
             losses.add({"": part.outer_loss})
             # The sum has them: a slice's own are held no longer.
@@ -242,11 +245,6 @@ class _Run:
             cost=sum((part.cost for part in parts), Cost()),
             inner_losses=[losses for part in parts for losses in part.inner_losses],
         )
-
-    def _by(self, backend: Hypergradient) -> _Run:
-        run = copy(self)
-        run._backend = backend
-        return run
 
     def over_ranks(self, slices: list[TaskSlice | None]) -> _Found:
         """Returns what is found for the tasks of this process, with hypergradient, outer loss and carry those of all.
@@ -296,6 +294,12 @@ class _Run:
                 break
             reached |= {name for name, value in run.over(item).grads.items() if value is not None}
         return frozenset(reached)
+
+    def _by(self, backend: Hypergradient) -> _Run:
+        """Returns the same call with another backend."""
+        run = copy(self)
+        run._backend = backend
+        return run
 
     def explain_non_finite(
         self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict
