@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ def leaves_requiring_grad(tree: TensorMapping) -> TensorDict:
     """Returns detached tensors that a derivative can be taken in; integer and boolean entries stay as they are."""
     # Detached first: a leaf of its own, behind which no derivative goes on.
     return {
-        name: value.detach().requires_grad_() if is_differentiable(value) else value for name, value in tree.items()
+        name: value.detach().requires_grad_() if value.is_floating_point() or value.is_complex() else value
+        for name, value in tree.items()
     }
 
 
@@ -97,6 +98,15 @@ def add_optional(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return left + right
 
 
+def accumulate(total: Mapping[str, Tensor | None], part: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Returns the sum of two derivatives in the same variables; None where neither has a path."""
+    summed: dict[str, Tensor | None] = {}
+    for name, left in total.items():
+        right = part[name]
+        summed[name] = right if left is None else left if right is None else left + right
+    return summed
+
+
 class PairwiseSum:
     """A sum of derivatives, taken in pairs, then in pairs of pairs, and so on; None for no path.
 
@@ -115,7 +125,7 @@ class PairwiseSum:
         count = 1
         while self._sums and self._sums[-1][0] == count:
             earlier = self._sums.pop()[1]
-            term = {name: add_optional(value, term[name]) for name, value in earlier.items()}
+            term = accumulate(earlier, term)
             count *= 2
         self._sums.append((count, term))
 
@@ -123,7 +133,7 @@ class PairwiseSum:
         """Returns the sum of all terms, of which there is at least one."""
         total = self._sums[-1][1]
         for _, earlier in reversed(self._sums[:-1]):
-            total = {name: add_optional(value, total[name]) for name, value in earlier.items()}
+            total = accumulate(earlier, total)
         return total
 
 
@@ -182,12 +192,15 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     Cost: one reduction per tensor and a single copy to the host.
     """
     # A sum is NaN or infinite when an entry is; a finite overflow of the sum itself is settled by a second look.
-    tensors = [tensor.detach() for tensor in tensors if is_differentiable(tensor)]
-    if not tensors:
-        return True
+    looked_at: list[Tensor] = []
+    sums: list[Tensor] = []
     with torch.no_grad():
+        for tensor in tensors:
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor = tensor.detach()
+                looked_at.append(tensor)
+                sums.append(tensor.sum().to(looked_at[0].device, torch.float32))
         # One number for each tensor, and one wait for the device, in place of a wait for each.
-        sums = torch.stack([tensor.sum().to(tensors[0].device, torch.float32) for tensor in tensors])
-        if bool(torch.isfinite(sums).all()):
+        if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
             return True
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return all(bool(torch.isfinite(tensor).all()) for tensor in looked_at)

@@ -110,7 +110,7 @@ def _unroll_slice(
     def advance(state: InnerState, step: int) -> InnerState:
         # Not `loop.step`, whose term is the mean over tasks: here each task's own is wanted.
         state = loop.advance(state, variables, step)
-        terms = loop.terms(state, variables, step)
+        terms = loop.term(state, variables, step, of_each_task=True)
         step_terms.extend([] if terms is None else [terms])
         return state
 
@@ -122,7 +122,7 @@ def _unroll_slice(
     # `scan` shows the state before each step, and never the last one.
     look(state, loop.num_steps)
     losses = list(loop.record.losses.values())
-    outer_loss = loop.outer_losses(state.params, variables) + sum(step_terms)
+    outer_loss = loop.outer(state.params, variables, of_each_task=True) + sum(step_terms)
     return UnrollResult(
         params=state.params,
         outer_loss=outer_loss,

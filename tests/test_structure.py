@@ -94,9 +94,9 @@ def test_one_hypergradient_leads_through_few_files_functions_and_levels() -> Non
     with Trail() as trail:
         ht.hypergradient(problem, hparams, backend=ht.hypergradients.Reverse())
     assert trail.files <= 26
-    assert len(trail.functions) <= 122
-    assert len(trail.named_functions) <= 96
-    assert trail.depth <= 16
+    assert len(trail.functions) <= 78
+    assert len(trail.named_functions) <= 73
+    assert trail.depth <= 12
 
 
 def test_one_hypergradient_of_maml_leads_through_few_files_functions_and_levels() -> None:
@@ -112,8 +112,8 @@ def test_one_hypergradient_of_maml_leads_through_few_files_functions_and_levels(
     with Trail() as trail:
         run()
     assert trail.files <= 40
-    assert len(trail.functions) <= 189
-    assert trail.depth <= 22
+    assert len(trail.functions) <= 146
+    assert trail.depth <= 18
 
 
 def calls_of(run: Callable[[int], object], num_steps: int) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from torch.autograd import forward_ad
 
 from hypertorch.types import TensorDict
 
+K = TypeVar("K", bound=Hashable)
+
 
 def vjp(
     outputs: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
-    variables: Mapping[str, Tensor],
+    variables: Mapping[K, Tensor],
     *,
     retain_graph: bool = False,
-) -> dict[str, Tensor | None]:
+) -> dict[K, Tensor | None]:
     """Returns the product of the cotangents with the Jacobian of `outputs` in `variables`, by reverse mode.
 
     None, unlike zeros, says that there is no path from a variable to the outputs: autograd's answer, which is how a
@@ -32,23 +34,25 @@ def vjp(
         variables: the leaves by name.
         retain_graph: keep the graph, for another product.
     """
-    reached = [
-        (output, cotangent)
-        for output, cotangent in zip(outputs, cotangents, strict=True)
-        if output.requires_grad and cotangent is not None
-    ]
-    leaves = {name: value for name, value in variables.items() if value.requires_grad}
-    result: dict[str, Tensor | None] = dict.fromkeys(variables)
+    reached: list[Tensor] = []
+    seeds: list[Tensor] = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        if output.requires_grad and cotangent is not None:
+            reached.append(output)
+            seeds.append(cotangent)
+    names: list[K] = []
+    leaves: list[Tensor] = []
+    for name, value in variables.items():
+        if value.requires_grad:
+            names.append(name)
+            leaves.append(value)
+    result: dict[K, Tensor | None] = dict.fromkeys(variables)
     if reached and leaves:
         # Not `backward`, which writes to `.grad` of the user's tensors.
         gradients = torch.autograd.grad(
-            [output for output, _ in reached],
-            list(leaves.values()),
-            grad_outputs=[cotangent for _, cotangent in reached],
-            allow_unused=True,
-            retain_graph=retain_graph,
+            reached, leaves, grad_outputs=seeds, allow_unused=True, retain_graph=retain_graph
         )
-        result.update(zip(leaves, gradients, strict=True))
+        result.update(zip(names, gradients, strict=True))
     return result
 
 

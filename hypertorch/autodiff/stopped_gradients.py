@@ -7,6 +7,7 @@ derivative by forward mode than by reverse mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +20,8 @@ from hypertorch.errors import ForwardModeError
 T = TypeVar("T")
 
 
-def stopping_tangents(function: Callable[..., T], *arguments: Any) -> T:
-    """Returns what a function of the user returns; in forward mode, with tangents stopped where gradients are.
+def stopping_tangents(function: Callable[..., T]) -> Callable[..., T]:
+    """Returns a function of the user as it is; in forward mode, with tangents stopped where gradients are.
 
     Namely inside `torch.no_grad()` (or any other way to switch gradients off) and past `.data`. And a mean squared
     error by `mse_loss` is written out, which PyTorch cannot push a tangent through past a constant target. Compiled
@@ -29,10 +30,14 @@ def stopping_tangents(function: Callable[..., T], *arguments: Any) -> T:
     Cost: nothing outside of forward mode; there, a Python call for every operation of the function.
 
     Raises:
-        ForwardModeError: in forward mode, for a tensor hook, which changes gradients only.
+        ForwardModeError: (from the function) in forward mode, for a tensor hook, which changes gradients only.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return function(*arguments)
+        return function
+    return partial(_stopped, function)
+
+
+def _stopped(function: Callable[..., T], *arguments: Any) -> T:
     # A function may return with gradients switched off: tangents are off then too, and are put back in the end.
     before = torch._C._is_fwd_grad_enabled()
     try:

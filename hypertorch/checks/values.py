@@ -134,17 +134,18 @@ def check_hparams(hparams: TensorMapping) -> torch.device:
         TypeError: if it is no dictionary of floating-point tensors.
         ValueError: if it is empty, or spread over several devices.
     """
-    if not isinstance(hparams, dict) or not all(isinstance(value, Tensor) for value in hparams.values()):
-        raise TypeError(
-            f"`hparams` is {_describe(hparams)}: the outer variables are a flat dict from names to tensors. Start from "
-            "`problem.init_hparams()`."
-        )
+    if not isinstance(hparams, dict):
+        raise _no_tensors(hparams)
     if not hparams:
         raise ValueError(
             "`hparams` is empty: without an outer variable there is nothing to differentiate in. Return at least one "
             "tensor from `init_hparams`."
         )
+    device: torch.device | None = None
+    # One loop for all that is asked of an entry: every run pays for it.
     for name, value in hparams.items():
+        if not isinstance(value, Tensor):
+            raise _no_tensors(hparams)
         if not isinstance(name, str):
             raise TypeError(
                 f"`hparams` has the name {name!r}, a {type(name).__name__}: outer variables are called by text. Use "
@@ -163,43 +164,61 @@ def check_hparams(hparams: TensorMapping) -> torch.device:
                 f"`hparams[{name!r}]` has dtype {value.dtype}, which has no derivative. Use a floating-point tensor; "
                 "integers that the losses need belong in the context or the batch."
             )
-    # A run has one generator of noise beside the host's, that of its device.
-    devices = sorted({str(value.device) for value in hparams.values()})
-    if len(devices) > 1:
-        raise ValueError(
-            f"`hparams` lie on several devices, {devices}: a run happens on one. Move them with `.to(device)`."
-        )
-    return next(iter(hparams.values())).device
+        # A run has one generator of noise beside the host's, that of its device.
+        if device is not None and value.device != device:
+            devices = sorted({str(value.device) for value in hparams.values()})
+            raise ValueError(
+                f"`hparams` lie on several devices, {devices}: a run happens on one. Move them with `.to(device)`."
+            )
+        device = value.device
+    assert device is not None
+    return device
+
+
+def _no_tensors(hparams: object) -> TypeError:
+    return TypeError(
+        f"`hparams` is {_describe(hparams)}: the outer variables are a flat dict from names to tensors. Start from "
+        "`problem.init_hparams()`."
+    )
 
 
 def check_params(params: Any, buffers: Sequence[str], num_steps: int) -> None:
     """Raises if `init_params` returned what cannot be trained."""
-    if not isinstance(params, dict) or not all(isinstance(value, Tensor) for value in params.values()):
-        raise TypeError(
-            f"`InnerProblem.init_params` returned {_describe(params)}: the inner variables are a flat dict from names "
-            "to tensors. A module becomes one with `ht.FunctionalModule(module).init_params()`."
-        )
-    missing = sorted(set(buffers) - params.keys())
+    if not isinstance(params, dict):
+        raise _no_params(params)
+    missing = [name for name in buffers if name not in params] if buffers else []
     if missing:
         raise ValueError(
-            f"`InnerProblem.buffers` names {missing}, which `init_params` did not return (it has {sorted(params)}): a "
-            "buffer needs a first value. Return it from `init_params`, or drop the name."
+            f"`InnerProblem.buffers` names {sorted(missing)}, which `init_params` did not return (it has "
+            f"{sorted(params)}): a buffer needs a first value. Return it from `init_params`, or drop the name."
         )
+    is_trained = False
+    for name, value in params.items():
+        if not isinstance(value, Tensor):
+            raise _no_params(params)
+        if name in buffers:
+            continue
+        is_trained = True
+        if value.is_meta:
+            check_dense(name, value)
+        if not value.is_floating_point() and num_steps:
+            raise TypeError(
+                f"`InnerProblem.init_params` returned `{name}` with dtype {value.dtype}, which cannot be "
+                "trained. Use a floating-point tensor, or name it in `InnerProblem.buffers`."
+            )
     # A closed form in `init_params` has nothing to train, and needs no step.
-    trained = [name for name in params if name not in buffers]
-    if not trained and num_steps:
+    if not is_trained and num_steps:
         raise ValueError(
             f"`InnerProblem.init_params` returned no trained variable and `num_steps` is {num_steps}: there is nothing "
             "to step. Return one, or set `num_steps=0`."
         )
-    for name in trained:
-        if params[name].is_meta:
-            check_dense(name, params[name])
-        if not params[name].is_floating_point() and num_steps:
-            raise TypeError(
-                f"`InnerProblem.init_params` returned `{name}` with dtype {params[name].dtype}, which cannot be "
-                "trained. Use a floating-point tensor, or name it in `InnerProblem.buffers`."
-            )
+
+
+def _no_params(params: object) -> TypeError:
+    return TypeError(
+        f"`InnerProblem.init_params` returned {_describe(params)}: the inner variables are a flat dict from names "
+        "to tensors. A module becomes one with `ht.FunctionalModule(module).init_params()`."
+    )
 
 
 def check_scalar(value: Any, source: str) -> None:

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from hypertorch import tree
 from hypertorch.autodiff.inner_loss import InnerLoss
 from hypertorch.checks.argument_types import check_fields
 from hypertorch.constraints import Constraint
 from hypertorch.dynamics.declared import check_declared, check_settings, declared, natural_constraints
-from hypertorch.dynamics.settings import Setting, is_active, resolve_all
+from hypertorch.dynamics.settings import Hyper, Setting, is_active, resolve
 from hypertorch.types import TensorDict, TensorMapping
 
 
@@ -101,10 +101,15 @@ class Dynamics(ABC):
         values: list[Mapping[str, float | Tensor]] = []
         for setting in self._read_at_steps:
             # Most settings are numbers, and every inner step pays for a call.
-            number = type(setting) is float
-            values.append(
-                dict.fromkeys(parameters, setting) if number else resolve_all(setting, hparams, parameters, index)
-            )
+            if type(setting) is float:
+                values.append(dict.fromkeys(parameters, setting))
+            elif isinstance(setting, Mapping) or (isinstance(setting, Hyper) and setting.per_parameter):
+                values.append({name: resolve(setting, hparams, name, index) for name in parameters})
+            elif isinstance(setting, Hyper):
+                # Once for all params: a transform is then one operation of a step, and one of the reverse sweep.
+                values.append(dict.fromkeys(parameters, setting.value(hparams, "", index)))
+            else:
+                values.append(dict.fromkeys(parameters, resolve(setting, hparams, "", index)))
         return values
 
     def settings(self) -> Mapping[str, Setting]:
@@ -152,7 +157,7 @@ class GradientDynamics(Dynamics):
 
 def zero_buffers(params: TensorMapping, *names: str) -> TensorDict:
     """Returns zeros called `{name}.{parameter}` of every parameter's shape, name by name."""
-    return {key: value for name in names for key, value in tree.with_prefix(name, tree.zeros_like(params)).items()}
+    return {f"{name}.{parameter}": torch.zeros_like(value) for name in names for parameter, value in params.items()}
 
 
 def flattened(buffers: Mapping[str, TensorMapping]) -> TensorDict:

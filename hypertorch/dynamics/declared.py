@@ -279,6 +279,9 @@ def check_settings(
         ValueError: naming the setting, and the entry or the parameter.
     """
     for name, setting in settings.items():
+        # A number fits any param and horizon; its range was checked when the dynamics was made.
+        if isinstance(setting, (int, float)):
+            continue
         if not isinstance(setting, Mapping):
             _check_setting(f"`{name}` of `{owner}`", setting, params, hparams, num_steps)
         # Each part of a group against its own params: a `Hyper` per parameter needs entries for these alone.

@@ -116,29 +116,6 @@ def resolve(setting: Setting, hparams: TensorMapping, parameter: str, index: int
     return setting[index]
 
 
-def resolve_all(
-    setting: Setting, hparams: TensorMapping, parameters: Iterable[str], index: int
-) -> Mapping[str, float | Tensor]:
-    """Returns the value of a setting at a step, by parameter; a value that all share is read once.
-
-    Args:
-        setting: the setting.
-        hparams: the outer variables.
-        parameters: names of the inner parameters.
-        index: the step (unit: steps, from 0).
-    """
-    if isinstance(setting, Mapping):
-        return {name: resolve(own_setting(setting, name), hparams, name, index) for name in parameters}
-    if isinstance(setting, Hyper):
-        if setting.per_parameter:
-            return {name: setting.value(hparams, name, index) for name in parameters}
-        # Once for all params: a transform is then one operation of a step, and one of the reverse sweep.
-        return dict.fromkeys(parameters, setting.value(hparams, "", index))
-    if isinstance(setting, (float, int, Tensor)):
-        return dict.fromkeys(parameters, setting)
-    return dict.fromkeys(parameters, setting[index])
-
-
 def own_setting(setting: Setting, parameter: str) -> UngroupedSetting:
     """Returns the entry of a group that a parameter belongs to, or the setting itself if it is no group."""
     if not isinstance(setting, Mapping):

@@ -15,9 +15,9 @@ from hypertorch.hypergradients.base import BlackBox, Hypergradient, Hypergradien
 from hypertorch.hypergradients.guards.examination import examine
 from hypertorch.hypergradients.guards.finiteness import first_non_finite, non_finite_hypergradient
 from hypertorch.hypergradients.guards.reachability import check_reachability, known_reach, moved_by_values
+from hypertorch.hypergradients.ranks.spread import carry_of_ranks, check_spread, sum_of_ranks
 from hypertorch.hypergradients.reverse import Reverse
 from hypertorch.hypergradients.reverse_mode.sweep import Grads
-from hypertorch.hypergradients.spread import carry_of_ranks, check_spread, sum_of_ranks
 from hypertorch.inner.bound_problem import BoundProblem, join_tasks
 from hypertorch.inner.execution import DEFAULT, Execution
 from hypertorch.inner.kinds import kind_of
@@ -72,25 +72,29 @@ def hypergradient(
             arguments.
     """
     run = _Run(problem, hparams, backend, outer_step, carry, execution)
-    slices = run.slices()
-    found, outer_loss, parts = run.over(slices) if execution.ranks is None else run.over_ranks(slices)
-    if isinstance(backend, PathBlind) or any(value is None for value in found.values()):
-        check_reachability(backend, found, problem.allow_unused, lambda: run.reached(slices))
-    grads = {name: torch.zeros_like(hparams[name]) if value is None else value for name, value in found.items()}
-    figures = join_tasks([part.figures for part in parts], slices)
+    slices: list[TaskSlice | None] = [None] if problem.num_tasks is None else run.slices(problem.num_tasks)
+    if execution.ranks is not None:
+        found = run.over_ranks(slices)
+    elif len(slices) == 1 and (slices[0] is None or slices[0].whole):
+        found = run.over(slices[0])
+    else:
+        found = run.over_all(slices)
+    in_doubt, grads = isinstance(backend, PathBlind), dict[str, Tensor]()
+    for name, value in found.grads.items():
+        in_doubt |= value is None
+        grads[name] = torch.zeros_like(hparams[name]) if value is None else value
+    if in_doubt:
+        check_reachability(backend, found.grads, problem.allow_unused, lambda: run.reached(slices))
     # Checked once, at the end. A check at every inner step costs 7 % of a small step.
-    if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in parts)]):
-        raise run.explain_non_finite(slices, grads, figures)
-    carry = join_tasks([part.carry for part in parts], slices)
-    if execution.ranks is not None and problem.num_tasks is not None:
-        carry = carry_of_ranks(execution.ranks, carry, problem.num_tasks)
+    if not tree.all_finite([*grads.values(), found.outer_loss, *found.inner_losses]):
+        raise run.explain_non_finite(slices, grads, found.figures)
     return HypergradientResult(
         grads=grads,
-        outer_loss=outer_loss,
-        params=join_tasks([part.params for part in parts], slices),
-        stats=sum((part.cost for part in parts), Cost()),
-        carry=carry,
-        figures=figures,
+        outer_loss=found.outer_loss,
+        params=found.params,
+        stats=found.cost,
+        carry=found.carry,
+        figures=found.figures,
     )
 
 
@@ -117,14 +121,19 @@ def measured_execution(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """The result for one slice of tasks, without its hypergradient and outer loss."""
+class _Found:
+    """What was found for some tasks: their part of the hypergradient and of the outer loss, and what else they give.
 
+    None stands for an entry that none of them has a path from.
+    """
+
+    grads: Grads
+    outer_loss: Tensor
     params: TensorDict
     carry: TensorDict
     figures: TensorDict
     cost: Cost
-    inner_losses: Tensor
+    inner_losses: list[Tensor]
 
 
 class _Run:
@@ -139,7 +148,8 @@ class _Run:
         carry: TensorDict | None,
         execution: Execution,
     ) -> None:
-        _check_arguments(problem, backend)
+        if not isinstance(problem, BilevelProblem) or not isinstance(backend, Hypergradient):
+            raise _wrong_argument(problem, backend)
         self._bound = BoundProblem(problem, hparams, outer_step, carry, execution)
         self._hparams = hparams
         self._backend = backend
@@ -149,50 +159,95 @@ class _Run:
     def measured(self) -> Execution:
         """Returns the execution, its `tasks` measured if need be."""
         bound = self._bound
-        run = self._over_uncompiled if getattr(self._backend, "compile", False) else self.over
-        return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, run)
+        run = self
+        if getattr(self._backend, "compile", False):
+            # To measure both ways to run tasks would compile both.
+            run = self._by(replace(self._backend, compile=False))  # type: ignore[call-arg]
+        return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, run.over_all)
 
-    def slices(self) -> list[TaskSlice | None]:
-        """Returns the slices of tasks in the order they are run; a single None for a problem without tasks."""
-        num_tasks = self._bound.problem.num_tasks
-        if num_tasks is None:
-            return [None]
-        execution = self.measured()
+    def slices(self, num_tasks: int) -> list[TaskSlice | None]:
+        """Returns the slices of the tasks in the order they are run."""
+        execution = self._bound.execution
+        if execution.tasks == "auto":
+            execution = self.measured()
         return task_slices(num_tasks, execution) if execution.ranks is None else own_slices(num_tasks, execution)
 
-    def over(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
-        """Returns the part of these slices in the mean of hypergradient and outer loss, and what else each slice gives.
-
-        None stands for an entry that no task has a path from. The sum is taken in pairs, beside which one slice's
-        hypergradient is held.
-        """
+    def over(self, item: TaskSlice | None) -> _Found:
+        """Returns what is found for one slice of tasks, in the form that it is run in; None for a problem without."""
+        bound, backend = self._bound, self._backend
         # First of all: a function that depends on more than its arguments has no right derivative, by any backend.
-        examine(self._bound, self._hparams, slices[0], kind=self._kind, use=self._backend.takes)
+        examine(bound, self._hparams, item, kind=self._kind, use=backend.takes)
+        with bound.running():
+            # New leaves for each slice, so that its graph is freed with it.
+            leaves = tree.leaves_requiring_grad(self._hparams)
+            context, variables = dict[str, Tensor](), leaves
+            if bound.problem.context is not None:
+                with torch.enable_grad():
+                    context = bound.context(leaves, item)
+                # Cut from its graph, so that any backend differentiates in the context's entries, and the graph behind
+                # them is traversed once, below. Entries that it only passes on, such as data, are no variables.
+                cut = {name: value.detach().requires_grad_(value.requires_grad) for name, value in context.items()}
+                variables = {**leaves, **cut}
+            loop = bound.loop(item, context)
+            result = backend.compute(loop, variables)
+            missing = variables.keys() - result.grads.keys()
+            if missing:
+                raise ValueError(
+                    f"`{type(backend).__name__}.compute` returned grads without {sorted(missing)}: a variable that is "
+                    "left out could be one that was forgotten. Name every variable, with None where it follows no path."
+                )
+            grads = {name: result.grads[name] for name in leaves}
+            if context:
+                # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
+                chained = vjp([*context.values()], [result.grads[name] for name in context], leaves)
+                grads = tree.accumulate(grads, chained)
+        losses = loop.record.losses
+        return _Found(
+            grads=grads,
+            outer_loss=result.outer_loss,
+            params=result.state.params,
+            carry={**loop.carry_after(result.state), **result.carry},
+            figures=result.figures,
+            cost=loop.record.cost,
+            inner_losses=[torch.stack([*losses.values()])] if losses else [],
+        )
+
+    def over_all(self, slices: list[TaskSlice | None]) -> _Found:
+        """Returns what is found for some slices of tasks: their part in the mean of all, and the rest joined.
+
+        The sum is taken in pairs, beside which one slice's hypergradient is held.
+        """
         num_tasks = self._bound.problem.num_tasks
-        # By weight: the last chunk may hold fewer tasks than the others.
-        shares = [1.0 if item is None or num_tasks is None else (item.stop - item.start) / num_tasks for item in slices]
-        with self._bound.running():
-            if len(slices) == 1:
-                grads, outer_loss, part = self._slice(slices[0], self._backend, shares[0])
-                return grads, outer_loss, [part]
-            total, losses, parts = tree.PairwiseSum(), tree.PairwiseSum(), list[_Part]()
-            for item, share in zip(slices, shares, strict=True):
-                grads, outer_loss, part = self._slice(item, self._backend, share)
-                total.add(grads)
-                losses.add({"": outer_loss})
-                parts.append(part)
+        total, losses, parts = tree.PairwiseSum(), tree.PairwiseSum(), list[_Found]()
+        for item in slices:
+            part = self.over(item)
+            # By weight: the last chunk may hold fewer tasks than the others.
+            share = 1.0 if item is None or num_tasks is None else (item.stop - item.start) / num_tasks
+            if share != 1.0:  # a product with one would be a copy
+                part = replace(
+                    part,
+                    grads={name: None if grad is None else grad * share for name, grad in part.grads.items()},
+                    outer_loss=part.outer_loss * share,
+                )
+            total.add(part.grads)
+            losses.add({"": part.outer_loss})
+            # The sum has them: a slice's own are held no longer.
+            parts.append(replace(part, grads={}))
+            del part
         outer_loss = losses.total()[""]
         assert outer_loss is not None
-        return total.total(), outer_loss, parts
+        return _Found(
+            grads=total.total(),
+            outer_loss=outer_loss,
+            params=join_tasks([part.params for part in parts], slices),
+            carry=join_tasks([part.carry for part in parts], slices),
+            figures=join_tasks([part.figures for part in parts], slices),
+            cost=sum((part.cost for part in parts), Cost()),
+            inner_losses=[losses for part in parts for losses in part.inner_losses],
+        )
 
-    def _over_uncompiled(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
-        """Returns what `over` does, without a compiler: to measure both ways to run tasks would compile both."""
-        run = copy(self)
-        run._backend = replace(self._backend, compile=False)  # type: ignore[call-arg]
-        return run.over(slices)
-
-    def over_ranks(self, slices: list[TaskSlice | None]) -> tuple[Grads, Tensor, list[_Part]]:
-        """Returns what `over` does, with hypergradient and outer loss those of all processes.
+    def over_ranks(self, slices: list[TaskSlice | None]) -> _Found:
+        """Returns what is found for the tasks of this process, with hypergradient, outer loss and carry those of all.
 
         Raises:
             HypertorchError: as `hypergradient` does, on every process what any of them meets.
@@ -200,20 +255,23 @@ class _Run:
         problem, ranks = self._bound.problem, self._bound.execution.ranks
         assert ranks is not None
         check_spread(problem, self._backend, self._hparams, ranks)
-        parts: list[_Part] = []
+        own: list[_Found] = []
 
-        def own() -> tuple[Grads, Tensor]:
-            found, outer_loss, own_parts = self.over(slices)
-            grads = {name: value for name, value in found.items() if value is not None}
+        def compute() -> tuple[Grads, Tensor]:
+            found = self.over_all(slices)
+            grads = {name: value for name, value in found.grads.items() if value is not None}
             # Before the sum: after it, nothing tells whose inner loop it was.
-            if not tree.all_finite([*grads.values(), outer_loss, *(part.inner_losses for part in own_parts)]):
-                raise self.explain_non_finite(slices, grads, join_tasks([part.figures for part in own_parts], slices))
-            parts.extend(own_parts)
-            return found, outer_loss
+            if not tree.all_finite([*grads.values(), found.outer_loss, *found.inner_losses]):
+                raise self.explain_non_finite(slices, grads, found.figures)
+            own.append(found)
+            return found.grads, found.outer_loss
 
         has_tasks = problem.num_tasks is not None
-        found, outer_loss = sum_of_ranks(ranks, own, self._hparams, self._outer_step, has_tasks=has_tasks)
-        return found, outer_loss, parts
+        grads, outer_loss = sum_of_ranks(ranks, compute, self._hparams, self._outer_step, has_tasks=has_tasks)
+        carry = own[0].carry
+        if problem.num_tasks is not None:
+            carry = carry_of_ranks(ranks, carry, problem.num_tasks)
+        return replace(own[0], grads=grads, outer_loss=outer_loss, carry=carry)
 
     def reached(self, slices: list[TaskSlice | None]) -> frozenset[str]:
         """Returns the names of the hyperparameters that reach the outer loss."""
@@ -228,52 +286,20 @@ class _Run:
         return known_reach(problem, "autograd", self._hparams, lambda: self._reached_by_autograd(slices))
 
     def _reached_by_autograd(self, slices: list[TaskSlice | None]) -> frozenset[str]:
-        examine(self._bound, self._hparams, slices[0], kind=self._kind, use="second")
-        reached: set[str] = set()
-        with self._bound.running():
-            for item in slices:
-                # What one task shows for all hyperparameters, the others need not.
-                if reached == self._hparams.keys():
-                    break
-                # In little memory: the user may have chosen a backend that fits where a whole graph does not.
-                grads, _, _ = self._slice(item, Reverse(checkpoint_every="sqrt"), 1.0)
-                reached |= {name for name, value in grads.items() if value is not None}
+        # In little memory: the user may have chosen a backend that fits where a whole graph does not.
+        run, reached = self._by(Reverse(checkpoint_every="sqrt")), set[str]()
+        for item in slices:
+            # What one task shows for all hyperparameters, the others need not.
+            if reached == self._hparams.keys():
+                break
+            reached |= {name for name, value in run.over(item).grads.items() if value is not None}
         return frozenset(reached)
 
-    def _slice(self, task_slice: TaskSlice | None, backend: Hypergradient, share: float) -> tuple[Grads, Tensor, _Part]:
-        """Returns a slice's hypergradient and outer loss times its share of all tasks, and what else it gives."""
-        # New leaves for each slice, so that its graph is freed with it.
-        leaves = tree.leaves_requiring_grad(self._hparams)
-        with torch.enable_grad():
-            context = self._bound.context(leaves, task_slice)
-        loop = self._bound.loop(task_slice, context)
-        # Cut from its graph, so that any backend differentiates in the context's entries, and the graph behind them is
-        # traversed once, below. Entries that the context only passes on, such as data, are no variables.
-        cut = {name: value.detach().requires_grad_(value.requires_grad) for name, value in context.items()}
-        variables = {**leaves, **cut}
-        result = backend.compute(loop, variables)
-        missing = variables.keys() - result.grads.keys()
-        if missing:
-            raise ValueError(
-                f"`{type(backend).__name__}.compute` returned grads without {sorted(missing)}: a variable that is left "
-                "out could be one that was forgotten. Name every variable, with None where it follows no path."
-            )
-        # The chain rule through the context: df/dhparams = direct + (df/dcontext) (dcontext/dhparams).
-        chained = vjp([*context.values()], [result.grads[name] for name in context], leaves) if context else {}
-        grads: Grads = {}
-        for name in leaves:
-            grad = tree.add_optional(result.grads[name], chained.get(name))
-            # A single slice is not multiplied by one, which would copy it.
-            grads[name] = grad if grad is None or share == 1.0 else grad * share
-        outer_loss = result.outer_loss if share == 1.0 else result.outer_loss * share
-        part = _Part(
-            params=result.state.params,
-            carry={**loop.carry_after(result.state), **result.carry},
-            figures=result.figures,
-            cost=loop.record.cost,
-            inner_losses=torch.stack([*loop.record.losses.values()]) if loop.record.losses else result.outer_loss,
-        )
-        return grads, outer_loss, part
+    def _by(self, backend: Hypergradient) -> _Run:
+        """Returns the same call with another backend."""
+        run = copy(self)
+        run._backend = backend
+        return run
 
     def explain_non_finite(
         self, slices: list[TaskSlice | None], grads: TensorDict, figures: TensorDict
@@ -290,14 +316,13 @@ class _Run:
         return non_finite_hypergradient(grads, figures)
 
 
-def _check_arguments(problem: BilevelProblem, backend: Hypergradient) -> None:
+def _wrong_argument(problem: object, backend: object) -> TypeError:
     if not isinstance(problem, BilevelProblem):
-        raise TypeError(
+        return TypeError(
             f"`problem` is a {type(problem).__name__}, not a `BilevelProblem`: there is no inner loop to "
             "differentiate. Pass `source.at(outer_step)` if you have a `ProblemSource`."
         )
-    if not isinstance(backend, Hypergradient):
-        raise TypeError(
-            f"`backend` is {backend!r}, not a `Hypergradient`: it is what computes the derivative. Pass an instance, "
-            "for example `ht.hypergradients.Reverse()`."
-        )
+    return TypeError(
+        f"`backend` is {backend!r}, not a `Hypergradient`: it is what computes the derivative. Pass an instance, "
+        "for example `ht.hypergradients.Reverse()`."
+    )

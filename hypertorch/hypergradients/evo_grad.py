@@ -19,8 +19,9 @@ from hypertorch.checks.values import check_count
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
-from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate, pull_back
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, pull_back
 from hypertorch.inner.loop import MAP, InnerLoop
+from hypertorch.inner.solution import map_loss
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
@@ -117,7 +118,7 @@ class EvoGrad(Hypergradient):
         if cotangents is not None:
             # sum_k dE/dl_k dl_k/dhparams
             for loss, cotangent in zip(losses, cotangents.unbind(-1), strict=True):
-                grads = accumulate(grads, loss.pull_back(cotangent))
+                grads = tree.accumulate(grads, loss.pull_back(cotangent))
         with torch.no_grad():
             # The outer loss of the trained params is reported; theta* serves the derivative alone.
             outer_loss = loop.outer(state.params, tree.detach(variables))
@@ -134,7 +135,7 @@ class EvoGrad(Hypergradient):
     def _losses(self, loop: InnerLoop, state: InnerState, noise: TensorDict, variables: TensorDict) -> list[_CopyLoss]:
         """Returns the inner loss of each copy; one copy lives at a time."""
         # One draw of the data serves all copies.
-        inner_loss = loop.map_loss(state)
+        inner_loss = map_loss(loop, state)
         losses = []
         for position in range(self.num_copies):
             # The noise of the model is seeded again, and so the same.

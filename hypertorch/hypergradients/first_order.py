@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
+from hypertorch.hypergradients.reverse_mode.graph import whole_graph
+from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import TensorDict
 
@@ -38,4 +39,4 @@ class FirstOrder(Hypergradient):
     def compute(self, loop: InnerLoop, variables: TensorDict) -> BackendResult:
         """Returns the derivative of the outer loss in `variables` at constant inner gradients."""
         # The sweep of `Reverse()`: all that differs is that the inner gradient is a number.
-        return by_whole_graph(loop, variables, "constant")
+        return sweep(loop, variables, *whole_graph(loop, variables, "constant"))

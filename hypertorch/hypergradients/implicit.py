@@ -15,9 +15,10 @@ from hypertorch.checks.argument_types import check_fields
 from hypertorch.checks.values import check_kind
 from hypertorch.errors import IncompatibleBackendError, LinearSolveWarning, NonFiniteError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part
+from hypertorch.hypergradients.reverse_mode.sweep import outer_part
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
+from hypertorch.inner.solution import map_loss, map_step
 from hypertorch.inner.state import InnerState
 from hypertorch.linear_solvers import ConjugateGradient, FixedPoint, LinearSolution, LinearSolver, SymmetricSolver
 from hypertorch.types import TensorDict
@@ -131,7 +132,7 @@ class Implicit(Hypergradient):
         # (dF/ds)' q = dE/ds, of which the part of the optimiser's buffers is zero: E does not read them.
         solved = _solve(loop, equation, {name: by_name[name] for name in loop.trained(last.params)}, self._solver)
         # df/dhparams = dE/dhparams - q' dF/dhparams.
-        grads = accumulate(grads, _through(loop, equation, solved.solution, variables))
+        grads = tree.accumulate(grads, _through(loop, equation, solved.solution, variables))
         loop.record.hold(1)
 
         figures = {"linear_residual": solved.residual}
@@ -180,7 +181,7 @@ class Implicit(Hypergradient):
             dynamics = last.dynamics if loop.num_steps else loop.dynamics.init(params, variables)
             state = fixed._replace(dynamics=tree.leaves_requiring_grad(dynamics))
             leaves = _moving(loop, state)
-            values = _difference(leaves, _moving(loop, loop.map_step(state, variables)))
+            values = _difference(leaves, _moving(loop, map_step(loop, state, variables)))
             # A param that the loss does not use has zeros for its row of dF/ds, which would make the system singular.
             unknowns = values.keys() - _unused(loop, params, variables, fixed)
         return _Equation(values, leaves, frozenset(unknowns))
@@ -236,7 +237,7 @@ class _Equation(NamedTuple):
 
 def _gradient(loop: InnerLoop, params: TensorDict, variables: TensorDict, state: InnerState) -> TensorDict:
     """Returns `dL/dw` for the data of the inner solution, with a graph where grad mode is on."""
-    loss = loop.map_loss(state)
+    loss = map_loss(loop, state)
     gradient = loss.gradient(params, variables)
     loop.record.add_step(None, tracked_buffers=loss.tracked_buffers)
     return gradient
@@ -244,7 +245,7 @@ def _gradient(loop: InnerLoop, params: TensorDict, variables: TensorDict, state:
 
 def _unused(loop: InnerLoop, params: TensorDict, variables: TensorDict, state: InnerState) -> set[str]:
     """Returns the params that the inner loss does not use: no equation determines them."""
-    value = loop.map_loss(state)(params, variables)
+    value = map_loss(loop, state)(params, variables)
     loop.record.add_step(None)
     found = vjp([value], [torch.ones_like(value)], params)
     return {name for name, slope in found.items() if slope is None}

@@ -17,7 +17,7 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
-from hypertorch.hypergradients.reverse_mode.sweep import Grads, Segment, accumulate, pull_back, sweep
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, Segment, pull_back, sweep
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
@@ -104,7 +104,7 @@ def _finite_difference(loop: InnerLoop, variables: TensorDict, segment: Segment,
     grads, cotangents = pull_back([outer_loss], [torch.ones_like(outer_loss)], InnerState(gradient, {}), variables)
     cotangent = {name: value for name, value in zip(gradient, cotangents, strict=True) if value is not None}
     if cotangent:
-        grads = accumulate(grads, _mixed_derivative(loop, variables, segment, cotangent, epsilon))
+        grads = tree.accumulate(grads, _mixed_derivative(loop, variables, segment, cotangent, epsilon))
     return BackendResult(grads=grads, outer_loss=outer_loss.detach(), state=state.detached())
 
 

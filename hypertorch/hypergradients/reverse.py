@@ -16,7 +16,7 @@ from hypertorch.hypergradients.reverse_mode.compiled_loop import by_compiled_loo
 from hypertorch.hypergradients.reverse_mode.compiled_run import compiled_whole, run_compiled
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
 from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, is_mixed
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
+from hypertorch.hypergradients.reverse_mode.graph import whole_graph
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_memory
 from hypertorch.hypergradients.reverse_mode.steps import EagerSteps, Steps
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
@@ -27,6 +27,7 @@ from hypertorch.inner.loop import InnerLoop
 from hypertorch.problem import BilevelProblem
 from hypertorch.types import TensorDict
 
+_NOTHING_SAID = (None,) * 4  # of what is kept of a run, and where
 FOLLOWED = "variables with a path, of problems with a zero derivative in mixed mode"
 
 
@@ -132,8 +133,10 @@ class Reverse(Hypergradient):
                 f"`derivative` is {self.derivative!r}, which names no way to differentiate the inner gradient. Use "
                 "'reverse', 'mixed' or 'auto'."
             )
-        check_switch("compile", self.compile, "auto")
-        _ = self.checkpointing  # which checks the settings
+        if not isinstance(self.compile, bool):
+            check_switch("compile", self.compile, "auto")
+        if (self.checkpoint_every, self.snapshots, self.memory_budget, self.spill_to) != _NOTHING_SAID:
+            _ = self.checkpointing  # which checks the settings
         if self.spill_to is not None:
             # This sets a field of a frozen class. A text would be a setting of a run, which may not change when it is
             # resumed; a place may.
@@ -191,11 +194,11 @@ class Reverse(Hypergradient):
         The recursion of the class docstring is `sweep`; the settings choose the segments that it goes back through,
         and how each of them is differentiated.
         """
+        # Without settings there is one graph of all steps; a closed form has no step to keep, compile or mix.
+        if loop.num_steps == 0 or self == _WHOLE_GRAPH:
+            return sweep(loop, variables, *whole_graph(loop, variables))
         # Planned for each loop: bytes depend on its data and on how many tasks run together.
         kept = self.checkpointing.planned(loop, variables)
-        # A closed form has no step to keep, compile or mix.
-        if loop.num_steps == 0 or (kept.whole_graph and self.derivative == "reverse" and not self.compile):
-            return by_whole_graph(loop, variables)
         if self.compile:
             return run_compiled(
                 loop,
@@ -212,7 +215,7 @@ class Reverse(Hypergradient):
         )
         # One graph of all steps: no step is run twice, and none has to be compared.
         if kept.whole_graph and not mixed:
-            return by_whole_graph(loop, variables)
+            return sweep(loop, variables, *whole_graph(loop, variables))
         steps = EagerSteps(loop, variables, mixed=mixed)
         # Mixed mode goes by single steps, which hold states where reverse over reverse holds graphs.
         with closing(kept.segments(loop, variables, steps, with_graphs=not mixed)) as segments:
@@ -239,6 +242,9 @@ class Reverse(Hypergradient):
         # After the sweep and all at once: comparing each step would wait for an accelerator each time.
         steps.check_replays()
         return _without_missing_paths(loop, variables, result, kept) if mixed else result
+
+
+_WHOLE_GRAPH = Reverse()
 
 
 def _eager_steps(loop: InnerLoop, variables: TensorDict, mixed: bool) -> Steps:

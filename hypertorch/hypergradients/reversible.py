@@ -12,7 +12,7 @@ from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.compiled_run import run_compiled
 from hypertorch.hypergradients.reverse_mode.exact_reversal import CompiledReversal, ExactReversal
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph
+from hypertorch.hypergradients.reverse_mode.graph import whole_graph
 from hypertorch.hypergradients.reverse_mode.sweep import sweep
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.task_settings import TaskSettings
@@ -71,7 +71,7 @@ class Reversible(Hypergradient):
         """Returns the exact derivative of the outer loss in `variables`."""
         # Nothing to undo: the initial state is differentiated by its graph.
         if loop.num_steps == 0:
-            return by_whole_graph(loop, variables)
+            return sweep(loop, variables, *whole_graph(loop, variables))
         rule = _checked_rule(loop)
 
         def run(loop: InnerLoop, kind: type[ExactReversal]) -> BackendResult:

@@ -7,7 +7,7 @@ from functools import partial
 
 from hypertorch.checks.values import is_count
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph, graph_vjp
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, whole_graph
 from hypertorch.hypergradients.reverse_mode.prefix import run_prefix
 from hypertorch.hypergradients.reverse_mode.sweep import Segment, sweep
 from hypertorch.inner.loop import InnerLoop
@@ -55,7 +55,7 @@ class Truncated(Hypergradient):
         """Returns the derivative of the outer loss in `variables` through the window, direct term included."""
         first = loop.num_steps - self.window
         if first <= 0:
-            return by_whole_graph(loop, variables)
+            return sweep(loop, variables, *whole_graph(loop, variables))
         prefix = run_prefix(loop, variables, first)
         # Not connected: the state before the window is a constant, which is where the bias comes from.
         window = Segment(first, loop.num_steps, prefix.state)

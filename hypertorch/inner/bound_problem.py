@@ -42,7 +42,16 @@ class BoundProblem:
         carry: TensorDict | None,
         execution: Execution = DEFAULT,
     ) -> None:
-        _check_execution(execution, problem)
+        if not isinstance(execution, Execution):
+            raise TypeError(
+                f"`execution` is {execution!r}, not an `Execution`: it says how tasks are run, and in what precision. "
+                "Pass one, for example `ht.Execution(tasks='loop')`."
+            )
+        if execution.inner_dtype is not None and problem.num_steps == 0:
+            raise ValueError(
+                f"`inner_dtype` of the execution is {execution.inner_dtype}, but the problem takes no inner step: "
+                "there is no inner loss to compute in it, and nothing would change. Leave `inner_dtype` out."
+            )
         self.problem = problem
         self.execution = execution
         self.device = check_hparams(hparams)
@@ -145,19 +154,6 @@ class BoundProblem:
             inner_dtype=self.execution.inner_dtype,
             # Tasks are shared among processes as a whole.
             ranks=self.execution.ranks if self.problem.num_tasks is None else None,
-        )
-
-
-def _check_execution(execution: Execution, problem: BilevelProblem) -> None:
-    if not isinstance(execution, Execution):
-        raise TypeError(
-            f"`execution` is {execution!r}, not an `Execution`: it says how tasks are run, and in what precision. Pass "
-            "one, for example `ht.Execution(tasks='loop')`."
-        )
-    if execution.inner_dtype is not None and problem.num_steps == 0:
-        raise ValueError(
-            f"`inner_dtype` of the execution is {execution.inner_dtype}, but the problem takes no inner step: there is "
-            "no inner loss to compute in it, and nothing would change. Leave `inner_dtype` out."
         )
 
 

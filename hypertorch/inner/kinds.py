@@ -9,7 +9,7 @@ from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorType, MethodType, ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.nn.functional_module import FunctionalModule
@@ -32,24 +32,52 @@ def kind_of(problem: BilevelProblem) -> Hashable:
     return _kind(problem.inner), _kind(problem.outer), _mark(problem.context), _mark(problem.dynamics)
 
 
+# Loops here and not comprehensions: a net has hundreds of marks, and they are made at every hypergradient.
 def _kind(thing: object, depth: int = 4) -> Hashable:
-    return type(thing), tuple([(name, _mark(value, depth)) for name, value in _attributes(thing)])
-
-
-def _attributes(thing: object) -> list[tuple[str, object]]:
+    """Returns the class of an object, and the marks of its attributes by name."""
+    marks: list[Hashable] = [type(thing)]
     if is_dataclass(thing):
-        return [(entry.name, getattr(thing, entry.name)) for entry in fields(thing)]
-    return list(getattr(thing, "__dict__", {}).items())
+        for entry in fields(thing):
+            marks += entry.name, _mark(getattr(thing, entry.name), depth)
+    else:
+        for name, value in getattr(thing, "__dict__", {}).items():
+            marks += name, _mark(value, depth)
+    return tuple(marks)
 
 
+def _module_kind(module: nn.Module, depth: int) -> Hashable:
+    """Returns the classes of a module's parts, and the marks of what is neither parameter, buffer nor submodule.
+
+    Hooks that change gradients are among them, where there are some.
+    """
+    marks: list[Hashable] = []
+    for part in module.modules():
+        marks.append(type(part))
+        for name, value in vars(part).items():
+            if not name.startswith("_"):
+                kind = type(value)
+                # Nearly all are: a call for each would take longer than all else here.
+                marks += name, (kind, value) if kind in _NUMBERS else _mark(value, depth)
+        for name in _BACKWARD_HOOKS:
+            hooks = getattr(part, name)
+            if hooks:
+                marks += name, _mark(hooks, depth)
+    return tuple(marks)
+
+
+_NUMBERS = frozenset({bool, int, float})
+_TENSOR = (Tensor,)
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 # The depth bounds the walk: objects may refer to each other in a circle.
 def _mark(value: object, depth: int = 4) -> Hashable:
-    # The most frequent cases first: a net has hundreds of marks, and they are made at every hypergradient.
+    kind = type(value)
+    # The most frequent cases first.
+    if kind is Tensor and not value.__dict__:
+        return _TENSOR
     if isinstance(value, (bool, int, float)) and not isinstance(value, Enum):
-        return type(value), value  # 1, 1.0 and True are equal, and choose other branches
+        return kind, value  # 1, 1.0 and True are equal, and choose other branches
     if value is None or isinstance(value, (str, Enum, torch.dtype, type, MethodDescriptorType)):
         return value
     if isinstance(value, BuiltinFunctionType):  # of a method of an object, not the object
@@ -63,7 +91,7 @@ def _mark(value: object, depth: int = 4) -> Hashable:
     if isinstance(value, FunctionalModule):
         return FunctionalModule, _mark(value.module, depth)
     if isinstance(value, nn.Module):
-        return tuple([(type(part), _switches(part, depth - 1)) for part in value.modules()])
+        return _module_kind(value, depth - 1)
     if isinstance(value, partial):
         bound = (*value.args, *value.keywords.values())
         return "partial", _mark(value.func, depth), tuple(_mark(inside, depth - 1) for inside in bound)
@@ -82,21 +110,7 @@ def _mark(value: object, depth: int = 4) -> Hashable:
         # The set of entries, without their count and without numbers: a list that grows makes no new kind.
         telling = (inside for inside in value if not isinstance(inside, (int, float, torch.Tensor)))
         return list, frozenset(_mark(inside, depth - 1) for inside in telling)
-    return type(value), tuple((name, _mark(inside, min(depth - 1, 1))) for name, inside in _attributes(value))
-
-
-def _switches(part: nn.Module, depth: int) -> Hashable:
-    """Returns the marks of a module's own attributes, without its parameters, buffers and submodules.
-
-    Hooks that change gradients are among them, where there are some.
-    """
-    return tuple(
-        [
-            (name, _mark(value, depth))
-            for name, value in vars(part).items()
-            if not name.startswith("_") or (value and name in _BACKWARD_HOOKS)
-        ]
-    )
+    return _kind(value, min(depth - 1, 1))
 
 
 def _closed_over(function: FunctionType) -> list[object]:

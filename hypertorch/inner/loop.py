@@ -13,16 +13,15 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute, InnerLoss
 from hypertorch.autodiff.noise import mix, seed_generators
-from hypertorch.autodiff.stopped_gradients import stopping_tangents
-from hypertorch.checks.values import check_buffers, check_params, check_scalar
+from hypertorch.checks.values import check_params
 from hypertorch.dynamics import Dynamics
-from hypertorch.inner.precision import in_precision
+from hypertorch.inner.functions import LoopFunctions, loop_functions
 from hypertorch.inner.ranks import Ranks
 from hypertorch.inner.record import Record
 from hypertorch.inner.state import InnerState
 from hypertorch.inner.task_settings import for_tasks
-from hypertorch.inner.tasks import TaskSlice, check_tasks_axis, lift
-from hypertorch.problem import BilevelProblem, InnerProblem, OuterProblem
+from hypertorch.inner.tasks import TaskSlice, check_tasks_axis
+from hypertorch.problem import BilevelProblem
 from hypertorch.types import Batch, TensorDict
 
 # Negative, so that no position is the index of a step: two draws from one seed would be the same numbers.
@@ -44,24 +43,6 @@ class Step(NamedTuple):
     term: Tensor | None
 
 
-class LoopFunctions(NamedTuple):
-    """The functions that a problem is made of, with the tasks axis bound: `(params, hparams, batch) -> ...`.
-
-    Attributes:
-        initial: the first params.
-        inner: the inner loss and the new values of the buffers.
-        outer: the outer loss.
-        metrics: what is reported of a run.
-        term: the term of the outer loss at an inner step, `(params, hparams, batch, index) -> term` of one task.
-    """
-
-    initial: Callable[[TensorDict, TensorDict, Batch], TensorDict]
-    inner: Callable[[TensorDict, TensorDict, Batch], tuple[Tensor, TensorDict]]
-    outer: Callable[[TensorDict, TensorDict, Batch], Tensor]
-    metrics: Callable[[TensorDict, TensorDict, Batch], TensorDict]
-    term: Callable[[TensorDict, TensorDict, Batch, int], Tensor]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InnerLoop:
     """One problem at one outer step as pure functions of `(state, variables)`: tasks, data and noise are bound.
@@ -74,8 +55,10 @@ class InnerLoop:
 
     Attributes:
         problem: the problem.
+        num_steps: the horizon (unit: steps).
         outer_batch: the outer data of the loop's tasks.
         tasks: which tasks of the batch; None for a problem without tasks.
+        num_tasks: length of the tasks axis of the state's tensors; None without one.
         context: names of the variables that are the context's.
         noise_key: what the noise of the run is seeded from; None if whoever runs the loop seeds it.
         device: of the noise.
@@ -91,8 +74,10 @@ class InnerLoop:
     """
 
     problem: BilevelProblem
+    num_steps: int
     outer_batch: Batch
     tasks: TaskSlice | None
+    num_tasks: int | None
     context: frozenset[str]
     noise_key: tuple[int, ...] | None
     device: torch.device
@@ -106,11 +91,6 @@ class InnerLoop:
     ranks: Ranks | None = None
 
     @property
-    def num_steps(self) -> int:
-        """The horizon (unit: steps)."""
-        return self.problem.num_steps
-
-    @property
     def dynamics(self) -> Dynamics:
         """The inner optimiser."""
         return self.problem.dynamics
@@ -119,11 +99,6 @@ class InnerLoop:
     def has_buffers(self) -> bool:
         """Whether untrained buffers (running statistics) are carried along with the params."""
         return bool(self.problem.inner.buffers)
-
-    @property
-    def num_tasks(self) -> int | None:
-        """Length of the tasks axis of the state's tensors; None without one."""
-        return None if self.tasks is None else self.tasks.num_tasks
 
     @property
     def per_task(self) -> frozenset[str]:
@@ -169,18 +144,18 @@ class InnerLoop:
             return InnerState(tree.without_prefix("params", self.carry), tree.without_prefix("dynamics", self.carry))
         self.seed(INIT)
         params = self.functions.initial({}, variables, None)
-        problem = self.problem
-        check_params(params, problem.inner.buffers, problem.num_steps)
-        trained = self.trained(params)
+        names, rule = self.problem.inner.buffers, self.problem.dynamics
+        check_params(params, names, self.num_steps)
         # Without a step nobody reads the optimiser's settings or buffers: a schedule of any length fits.
-        if not problem.num_steps:
+        if not self.num_steps:
             return InnerState(params, {})
+        trained = self.trained(params) if names else params
         # A compiled run is one program for all horizons; what calls it has tried a step without compilation.
         if not torch.compiler.is_compiling():
             # Rules check their settings against the params that a user wrote, those of one task.
             one_task = {name: value[0] for name, value in trained.items()} if self.num_tasks is not None else trained
-            problem.dynamics.check(one_task, variables, problem.num_steps)
-        return InnerState(params, problem.dynamics.init(trained, variables))
+            rule.check(one_task, variables, self.num_steps)
+        return InnerState(params, rule.init(trained, variables))
 
     def step(
         self, state: InnerState, variables: TensorDict, step: int, route: GradientRoute = "differentiable"
@@ -188,11 +163,14 @@ class InnerLoop:
         """Returns the state after a step of the horizon, the inner loss before it and the outer term after it."""
         new_state, loss = self.transition(state, variables, step, route)
         self.record.add_step(step, loss.value, loss.tracked_buffers)
-        return Step(new_state, loss.value, self.term(new_state, variables, step) if self.has_terms else None)
+        return Step(new_state, loss.value, self.term(new_state, variables, step))
 
-    def outer(self, params: TensorDict, variables: TensorDict) -> Tensor:
-        """Returns the outer loss at the last params, a scalar: the mean over tasks."""
-        return self.outer_losses(params, variables).mean()
+    def outer(self, params: TensorDict, variables: TensorDict, *, of_each_task: bool = False) -> Tensor:
+        """Returns the outer loss at the last params, a scalar: the mean over tasks; or that of each, `(tasks,)`."""
+        # By the position alone: every evaluation at this outer step, of whatever backend, sees the same noise.
+        self.seed(OUTER)
+        losses = self.functions.outer(params, variables, self.outer_batch)
+        return losses if of_each_task else losses.mean()
 
     # What they are made of.
 
@@ -233,35 +211,18 @@ class InnerLoop:
             new_params = {**new_params, **loss.new_buffers}
         # Backends pair the tensors of two states by their order.
         if list(new_params) != list(params):
-            new_params = _in_order(new_params, params, problem.dynamics)
+            new_params = in_order(new_params, params, problem.dynamics)
         if list(dynamics) != list(state.dynamics):
-            dynamics = _in_order(dynamics, state.dynamics, problem.dynamics)
+            dynamics = in_order(dynamics, state.dynamics, problem.dynamics)
         return InnerState(new_params, dynamics), loss
 
-    def term(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
-        """Returns the term of the outer loss after a step, a scalar: the mean over tasks; None if there are none."""
-        terms = self.terms(state, variables, step)
-        return None if terms is None else terms.mean()
-
-    def terms(self, state: InnerState, variables: TensorDict, step: int) -> Tensor | None:
-        """Returns the term of the outer loss after a step, shape `()` or `(tasks,)`; None if there are none."""
+    def term(self, state: InnerState, variables: TensorDict, step: int, *, of_each_task: bool = False) -> Tensor | None:
+        """Returns the term of the outer loss after a step, as `outer` returns the loss; None if there are no terms."""
         if not self.has_terms:
             return None
-        index = self.first_index + step
-
-        def at_index(params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
-            loss = stopping_tangents(self.functions.term, params, variables, batch, index)
-            check_scalar(loss, "OuterProblem.step_loss")
-            return loss
-
         self.seed(OUTER, step)
-        return lift(at_index, self.num_tasks, self.per_task)(state.params, variables, self.outer_batch)
-
-    def outer_losses(self, params: TensorDict, variables: TensorDict) -> Tensor:
-        """Returns the outer loss at the last params, shape `()` or `(tasks,)`."""
-        # By the position alone: every evaluation at this outer step, of whatever backend, sees the same noise.
-        self.seed(OUTER)
-        return self.functions.outer(params, variables, self.outer_batch)
+        terms = self.functions.term(state.params, variables, self.outer_batch, self.first_index + step)
+        return terms if of_each_task else terms.mean()
 
     def metrics(self, params: TensorDict, variables: TensorDict) -> TensorDict:
         """Returns the problem's metrics, each of shape `()` or `(tasks,)`."""
@@ -273,30 +234,9 @@ class InnerLoop:
     def loss_at(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
         """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded."""
         index = self.first_index + step
-        loss = InnerLoss(self.functions.inner, self._buffers(state), self.draw(index), route)
+        loss = InnerLoss(self.functions.inner, self.buffers(state), self.draw(index), route)
         self.seed(index)
         return loss
-
-    def map_loss(self, state: InnerState, route: GradientRoute = "differentiable") -> InnerLoss:
-        """Returns the inner loss whose minimum is the inner solution, its data and the state's buffers bound.
-
-        The data is `InnerProblem.full_batch`, or that of the last inner step.
-        """
-        inner = self.problem.inner
-        batch = self._of_tasks(inner.full_batch()) if inner.has_full_batch else self.draw(self._last_index)
-        loss = InnerLoss(self.functions.inner, self._buffers(state), batch, route)
-        self.seed(MAP)
-        return loss
-
-    def map_step(self, state: InnerState, variables: TensorDict) -> InnerState:
-        """Returns the state after the last step's rule is applied once more, to the loss of the inner solution."""
-        loss, rule = self.map_loss(state), self.problem.dynamics
-        # The index of the last step, not of one more: a schedule has no entry past the horizon.
-        params, dynamics = rule.step(loss, self.trained(state.params), state.dynamics, variables, self._last_index)
-        # Counted, but no step of the run: its loss is not among the run's.
-        self.record.add_step(None, tracked_buffers=loss.tracked_buffers)
-        params = {**params, **loss.new_buffers}
-        return InnerState(_in_order(params, state.params, rule), _in_order(dynamics, state.dynamics, rule))
 
     # States.
 
@@ -311,12 +251,11 @@ class InnerLoop:
         A buffer that no step so far has computed with a derivative is a constant: PyTorch's norm layers refuse to
         update statistics that ask for one.
         """
-        constant = set(self.problem.inner.buffers) - self.record.tracked_buffers
         params = tree.leaves_requiring_grad(state.params)
-        return InnerState(
-            {name: value.detach() if name in constant else params[name] for name, value in state.params.items()},
-            tree.leaves_requiring_grad(state.dynamics),
-        )
+        for name in self.problem.inner.buffers:
+            if name not in self.record.tracked_buffers:
+                params[name] = params[name].detach()
+        return InnerState(params, tree.leaves_requiring_grad(state.dynamics))
 
     def carried(self, prefix: str) -> TensorDict:
         """Returns the entries `prefix.name` of the carry that this run started with; empty for a fresh start."""
@@ -349,14 +288,12 @@ class InnerLoop:
         seed, outer_step, _ = self.noise_key
         return torch.Generator(self.device).manual_seed(mix(seed, outer_step, BACKEND, *position) >> 1)
 
-    @property
-    def _last_index(self) -> int:
-        return self.first_index + max(self.num_steps - 1, 0)
-
-    def _buffers(self, state: InnerState) -> TensorDict:
+    def buffers(self, state: InnerState) -> TensorDict:
+        """Returns the untrained buffers of a state."""
         return {name: state.params[name] for name in self.problem.inner.buffers}
 
-    def _of_tasks(self, batch: Batch) -> Batch:
+    def of_tasks(self, batch: Batch) -> Batch:
+        """Returns the part of this loop's tasks of a batch of all tasks."""
         return batch if self.tasks is None else _own_part(self.problem, self.tasks, batch)
 
 
@@ -389,28 +326,19 @@ def inner_loop(
     """
     num_tasks = None if tasks is None else tasks.num_tasks
     per_task = context - frozenset(problem.shared_context)
-    inner = partial(_inner_loss, _asked(problem.inner, "loss", context), problem.inner.buffers)
-    if inner_dtype is not None:
-        inner = partial(in_precision, inner, inner_dtype)
-    functions = LoopFunctions(
-        initial=partial(_initial_params, _asked(problem.inner, "init_params", context)),
-        inner=inner,
-        outer=partial(_outer_loss, _asked(problem.outer, "loss", context)),
-        metrics=_asked(problem.outer, "metrics", context),
-        term=_asked(problem.outer, "step_loss", context),
-    )
-    if num_tasks is not None:
-        problem = replace(problem, dynamics=for_tasks(problem.dynamics, per_task)) if per_task else problem
-        lifted = (lift(function, num_tasks, per_task) for function in functions[:-1])
-        functions = LoopFunctions(*lifted, term=functions.term)
+    functions = loop_functions(problem, num_tasks, context, per_task, inner_dtype)
+    if num_tasks is not None and per_task:
+        problem = replace(problem, dynamics=for_tasks(problem.dynamics, per_task))
     # Data, noise and schedules of a warm-started run count on from its first outer step.
     first_index = int(carry["index"]) if carry else 0
     if draw is None:
         draw = problem.inner.batch if tasks is None else partial(_batch_of_tasks, problem, tasks, first_index)
     return InnerLoop(
         problem=problem,
+        num_steps=problem.num_steps,
         outer_batch=outer_batch,
         tasks=tasks,
+        num_tasks=num_tasks,
         context=context,
         noise_key=noise_key,
         device=device,
@@ -440,50 +368,7 @@ def _own_part(problem: BilevelProblem, tasks: TaskSlice, batch: Batch, *, check:
     return tasks.take(batch)
 
 
-def _asked(problem: InnerProblem | OuterProblem, method: str, context: frozenset[str]) -> Callable[..., Any]:
-    """Returns a method that finds the context among the variables, also where it asks for it apart from them."""
-    function = getattr(problem, method)
-    if method not in problem.asks_for_context:
-        return function
-    position = 0 if method == "init_params" else 1  # of the variables among the arguments
-
-    def with_context(*arguments: Any) -> Any:
-        variables = arguments[position]
-        hparams = {name: value for name, value in variables.items() if name not in context}
-        own = {name: value for name, value in variables.items() if name in context}
-        return function(*arguments[:position], hparams, *arguments[position + 1 :], context=own)
-
-    return with_context
-
-
-# What the user wrote is called through `stopping_tangents`: forward mode goes on through `torch.no_grad()` and
-# `.data`, and would differ from reverse mode.
-def _initial_params(
-    init_params: Callable[[TensorDict], TensorDict], _: TensorDict, variables: TensorDict, __: Batch
-) -> TensorDict:
-    return stopping_tangents(init_params, variables)
-
-
-def _inner_loss(
-    loss: Callable[..., Any], buffers: tuple[str, ...], params: TensorDict, variables: TensorDict, batch: Batch
-) -> tuple[Tensor, TensorDict]:
-    result = stopping_tangents(loss, params, variables, batch)
-    value: Any
-    # A tuple of another length is no scalar either.
-    value, new_buffers = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
-    check_scalar(value, "InnerProblem.loss")
-    if new_buffers or buffers:
-        check_buffers(new_buffers, buffers)
-    return value, new_buffers
-
-
-def _outer_loss(loss: Callable[..., Any], params: TensorDict, variables: TensorDict, batch: Batch) -> Tensor:
-    value = stopping_tangents(loss, params, variables, batch)
-    check_scalar(value, "OuterProblem.loss")
-    return value
-
-
-def _in_order(new: TensorDict, old: TensorDict, dynamics: Dynamics) -> TensorDict:
+def in_order(new: TensorDict, old: TensorDict, dynamics: Dynamics) -> TensorDict:
     """Returns the entries of a new state in the order of the old one."""
     if new.keys() != old.keys():
         raise ValueError(

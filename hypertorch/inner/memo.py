@@ -30,10 +30,13 @@ def recall(topic: str, key: Hashable, find_out: Callable[[], T]) -> T:
         key: what it is known about.
         find_out: finds it out.
     """
-    value = get(topic, key, _MISSING)
+    # As in `get`, written out: every run asks.
+    value = _entries.pop((topic, key), _MISSING)
     if value is _MISSING:
         value = find_out()
         note(topic, key, value)
+    else:
+        _entries[topic, key] = value
     return value
 
 

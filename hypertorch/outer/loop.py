@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from hypertorch.hypergradients import Hypergradient
-from hypertorch.hypergradients.spread import check_spread
+from hypertorch.hypergradients.ranks.spread import check_spread
 from hypertorch.outer.run import train
 from hypertorch.outer.settings import OuterSettings, check_kind
 from hypertorch.outer.trained import Trained

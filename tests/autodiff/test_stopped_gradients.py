@@ -133,7 +133,7 @@ def test_outside_of_forward_mode_nothing_is_changed() -> None:
         return value.data
 
     with torch.no_grad():
-        assert stopping_tangents(function, torch.ones(2)).requires_grad is False
+        assert stopping_tangents(function)(torch.ones(2)).requires_grad is False
     assert seen == [False]
 
 
@@ -144,7 +144,7 @@ def test_an_error_leaves_tangents_on() -> None:
 
     with forward_ad.dual_level():
         with pytest.raises(RuntimeError, match="no"):
-            stopping_tangents(failing, torch.ones(2))
+            stopping_tangents(failing)(torch.ones(2))
         assert torch._C._is_fwd_grad_enabled()
         assert torch.is_grad_enabled()
 

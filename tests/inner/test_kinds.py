@@ -62,6 +62,13 @@ def module_around(value: object) -> nn.Module:
     return module
 
 
+def tagged(word: str) -> torch.Tensor:
+    """A tensor with an attribute."""
+    tensor = torch.zeros(())
+    tensor.word = word  # type: ignore[attr-defined]
+    return tensor
+
+
 def called(value: object, *, by_name: object = None) -> None: ...
 
 
@@ -118,6 +125,13 @@ def defaulting_by_name(value: int) -> Callable[[], int]:
         (torch.float32, torch.float64),
         (1, True),
         (1, 1.0),
+        (torch.zeros(()), torch.Tensor),
+        (torch.zeros(()), tagged("a")),
+        (tagged("a"), tagged("b")),
+        (module_around(1), module_around(True)),
+        (module_around(1), module_around(1.0)),
+        (module_around(1), module_around(2)),
+        (module_around(torch.zeros(())), module_around(torch.Tensor)),
         (nn.ReLU(), nn.Tanh()),
         (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
         (nn.Dropout().train(), nn.Dropout().eval()),

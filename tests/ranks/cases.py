@@ -186,9 +186,9 @@ def non_finite(ranks: ht.Ranks | None, folder: Path, *, policy: str) -> Found:
 
 def out_of_memory(ranks: ht.Ranks | None, folder: Path) -> Found:
     """A run in which the last of the tasks does not fit among more than two, which one process alone meets."""
-    original = api._Run._slice
+    original = api._Run.over
 
-    def slice_of(run: Any, item: TaskSlice, *args: Any) -> Any:
+    def over(run: Any, item: TaskSlice, *args: Any) -> Any:
         if item.stop == 8 and item.stop - item.start > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return original(run, item, *args)
@@ -196,7 +196,7 @@ def out_of_memory(ranks: ht.Ranks | None, folder: Path) -> Found:
     checkpoints = outer.Checkpoints(folder / "memory", every=1)
     loop = make_loop(Quadratics(num_tasks=8), checkpoints=checkpoints, execution=execution(ranks, tasks="vmap"))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
-        patch.setattr(api._Run, "_slice", slice_of)
+        patch.setattr(api._Run, "over", over)
         warnings.simplefilter("always")
         found = outcome(loop.run(3))
     newest = checkpoints.newest()

@@ -151,7 +151,7 @@ def complete_grads(variables: TensorDict, parts: list[dict[str, Tensor | None]])
         for name, value in tree.detach(variables).items()
     }
     for part in parts:
-        total = {name: tree.add_optional(value, part[name]) for name, value in total.items()}
+        total = tree.accumulate(total, part)
     return total
 
 

@@ -19,8 +19,8 @@ from hypertorch.autodiff.products import vjp
 from hypertorch.errors import ForwardModeError, IncompatibleBackendError
 from hypertorch.hypergradients.guards.faulty_operations import graph_nodes
 from hypertorch.hypergradients.guards.jacobian_identity import CoarsestPrecision, Products, by_name, generic_cotangents
-from hypertorch.hypergradients.reverse_mode.graph import with_terms
-from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Grads, pull_back
+from hypertorch.hypergradients.reverse_mode.graph import pulled_back
+from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Grads
 from hypertorch.inner import memo
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.loop import InnerLoop
@@ -199,8 +199,8 @@ def _products_of_step(loop: InnerLoop, variables: TensorDict, departure: InnerSt
         leaves = loop.leaves(departure)
         with torch.enable_grad():
             end, _, term = loop.step(leaves, variables, step, route)
-        pulled = pull_back(*with_terms(end, list(cotangents), term), leaves, variables)
-        return end.detached(), _vjps_by_name(*pulled, departure)
+        grads, before, _ = pulled_back(end, term, leaves, variables, list(cotangents))
+        return end.detached(), _vjps_by_name(grads, before, departure)
 
     with CoarsestPrecision() as precision:
         # Rounding is judged by the coarsest dtype on the way, which may be that of the loss and not of the params.

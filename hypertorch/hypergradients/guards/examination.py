@@ -42,13 +42,12 @@ def examine(bound: BoundProblem, hparams: TensorDict, item: TaskSlice | None, *,
         IncompatibleBackendError: if a derivative would miss a path, or is wrong or missing in PyTorch.
         NotVectorisableError: if vectorised tasks differ from a task alone, or cannot be vectorised.
     """
-    first = FirstTask(bound=bound, hparams=hparams, item=item)
     # A problem without steps says nothing of the same one with some, nor a use of another: a run by values must not
     # fail where there is no derivative.
     case = (kind, item is not None and not item.squeeze, bound.problem.num_steps > 0, tuple(hparams))
 
     def look() -> None:
-        _look(first, use)
+        _look(FirstTask(bound=bound, hparams=hparams, item=item), use)
         memo.note(SOUND, (case, "run"), None)  # every use looks at what a plain run needs
 
     memo.recall(SOUND, (case, use), look)

@@ -123,9 +123,8 @@ def refuse_changed_arguments(loop: InnerLoop, variables: TensorDict) -> None:
         trained, values = loop.trained(state.params), tree.detach(hparams)
         with torch.no_grad(), arguments_kept("dynamics.step", params=trained, state=state.dynamics, hparams=values):
             loop.dynamics.step(loss, trained, state.dynamics, values, loop.first_index)
-        if loop.has_terms:
-            with arguments_kept("OuterProblem.step_loss", params=params, hparams=hparams):
-                loop.terms(InnerState(params, {}), hparams, 0)
+        with arguments_kept("OuterProblem.step_loss", params=params, hparams=hparams):
+            loop.term(InnerState(params, {}), hparams, 0)
     with arguments_kept("OuterProblem.loss", params=params, hparams=hparams, batch=_named(loop.outer_batch)):
         loop.outer(params, hparams)
 

@@ -124,8 +124,7 @@ class _FirstTask:
         self._after = loop.leaves(InnerState(params_after, {})).params
         self.parts = [
             *(["first state"] if not loop.carry else []),
-            *(["inner loss", "state after a step"] if loop.num_steps else []),
-            *(["term of the outer loss"] if loop.num_steps and loop.has_terms else []),
+            *(["inner loss", "state after a step", "term of the outer loss"] if loop.num_steps else []),
             "outer loss",
         ]
 
@@ -147,9 +146,9 @@ class _FirstTask:
         if part == "inner loss":
             return {"InnerProblem.loss": loop.loss_at(before, 0)(loop.trained(before.params), variables)}
         if part == "outer loss":
-            return {"OuterProblem.loss": loop.outer_losses(self._after, variables)}
+            return {"OuterProblem.loss": loop.outer(self._after, variables, of_each_task=True)}
         if part == "term of the outer loss":
-            terms = loop.terms(InnerState(self._after, {}), variables, 0)
+            terms = loop.term(InnerState(self._after, {}), variables, 0, of_each_task=True)
             return {} if terms is None else {"OuterProblem.step_loss": terms}
         if part == "first state":
             return _named(loop.initial(variables))

@@ -38,7 +38,6 @@ from hypertorch.hypergradients.reverse_mode.sweep import (
     Grads,
     PulledBack,
     Segment,
-    accumulate,
     sweep,
 )
 from hypertorch.inner import memo
@@ -236,7 +235,7 @@ class _LoopedSteps:
             start = time.perf_counter()
             found = graph_vjp(own, self._variables, segment)
             part, backward, _ = found.pull_back(backward)
-            right = accumulate(right, part)
+            right = tree.accumulate(right, part)
             fastest = min(fastest, time.perf_counter() - start)
             compare("the state", states[step - few.start + 1].tensors(), found.end.tensors())
         note_eager((self._program.key, "reverse"), fastest * self._loop.num_steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,10 +33,10 @@ from hypertorch.hypergradients.reverse_mode.compile_costs import (
 from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled_loop import LARGE, compare, may_loop, refuse_loop
 from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
-from hypertorch.hypergradients.reverse_mode.graph import by_whole_graph, graph_vjp
+from hypertorch.hypergradients.reverse_mode.graph import whole_graph
 from hypertorch.hypergradients.reverse_mode.loop_data import counters_of, data_of
 from hypertorch.hypergradients.reverse_mode.loop_programs import whole
-from hypertorch.hypergradients.reverse_mode.sweep import Grads, Segment, sweep
+from hypertorch.hypergradients.reverse_mode.sweep import Grads, sweep
 from hypertorch.inner import memo
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.loop import INIT, InnerLoop
@@ -172,9 +171,8 @@ def _compare(loop: InnerLoop, program: Program, variables: TensorDict, steps: ra
 
     def run() -> BackendResult:
         own = loop.uncounted()
-        with torch.enable_grad():
-            whole = Segment(0, len(steps), own.initial(variables), connected=True)
-        return sweep(own, variables, [whole], partial(graph_vjp, own, variables))
+        (all_steps,), vjp = whole_graph(own, variables)
+        return sweep(own, variables, [all_steps._replace(stop=steps.stop)], vjp)
 
     try:
         expected, seconds = timed(loop.device, run)
@@ -234,6 +232,6 @@ def _whole(
     # Leaves of the program: its inputs have no derivative outside.
     own = tree.leaves_requiring_grad(moving)
     variables = {**own, **fixed}
-    result = by_whole_graph(loop, variables)
+    result = sweep(loop, variables, *whole_graph(loop, variables))
     grads = {name: None if value is None else value.detach() for name, value in result.grads.items()}
     return grads, result.outer_loss, result.state.detached(), loop.record.losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from hypertorch.dynamics.reversible.exact_arithmetic import LARGEST_NUMBER, enco
 from hypertorch.errors import NonFiniteError, ReplayError
 from hypertorch.hypergradients.guards.finiteness import first_non_finite
 from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps, try_dynamics
-from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
+from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, pulled_back
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
-from hypertorch.hypergradients.reverse_mode.sweep import Cotangents, Differentiable, PulledBack, Segment, pull_back
+from hypertorch.hypergradients.reverse_mode.sweep import Differentiable, Segment
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
@@ -80,12 +81,8 @@ class ExactReversal:
             term = loop.term(end, variables, step)
         loop.record.add_vjps(1, graph_steps=1)
 
-        def pull_back_step(cotangents: Cotangents) -> PulledBack:
-            part, before = pull_back(*with_terms(end, cotangents, term), leaves, variables)
-            return PulledBack(part, before, None if term is None else term.detach())
-
         assert segment.arrival is not None
-        return Differentiable(segment.arrival, pull_back_step)
+        return Differentiable(segment.arrival, partial(pulled_back, end, term, leaves, variables))
 
     def _gradient(self, step: int) -> GradientFunction:
         """Returns the gradient of a step's loss, whose graph is kept until the next one is computed.

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from hypertorch import tree
 from hypertorch.autodiff.inner_loss import GradientRoute
-from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.sweep import (
     Cotangents,
     Differentiable,
     PulledBack,
     Segment,
+    SegmentVjp,
     pull_back,
-    sweep,
 )
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
@@ -32,10 +31,13 @@ class _Run(NamedTuple):
     terms: Tensor | None
 
 
-def by_whole_graph(loop: InnerLoop, variables: TensorDict, route: GradientRoute = "differentiable") -> BackendResult:
-    """Returns the derivative of the outer loss by one graph of all steps: `sweep` over a single segment.
+def whole_graph(
+    loop: InnerLoop, variables: TensorDict, route: GradientRoute = "differentiable"
+) -> tuple[list[Segment], SegmentVjp]:
+    """Returns what `sweep` goes back by where one graph holds all steps: a single segment, and its vjp.
 
-    Cost: `num_steps` steps and as many vjps; memory of all their graphs.
+    Cost: one evaluation of the initial state. In the sweep, `num_steps` steps and as many vjps; memory of all their
+    graphs.
 
     Args:
         loop: the inner loop.
@@ -45,7 +47,7 @@ def by_whole_graph(loop: InnerLoop, variables: TensorDict, route: GradientRoute 
     with torch.enable_grad():
         # Connected: the initial state's part arrives in the variables by the same vjp.
         run = Segment(0, loop.num_steps, loop.initial(variables), connected=True)
-    return sweep(loop, variables, [run], partial(graph_vjp, loop, variables, route=route))
+    return [run], partial(graph_vjp, loop, variables, route=route)
 
 
 def graph_vjp(
@@ -66,23 +68,38 @@ def graph_vjp(
     start, stop = segment.start, segment.stop
 
     def advance(run: _Run, step: int) -> _Run:
-        done = loop.step(run.state, variables, step, route)
-        terms = run.terms if done.term is None else tree.add_optional(run.terms, done.term)
-        return _Run(done.state, terms)
+        # `loop.step` written out: every operation of a step then lies one call less deep.
+        state, loss = loop.transition(run.state, variables, step, route)
+        loop.record.add_step(step, loss.value, loss.tracked_buffers)
+        term = loop.term(state, variables, step)
+        return _Run(state, run.terms if term is None else tree.add_optional(run.terms, term))
 
     with torch.enable_grad():
         run = scan(advance, _Run(leaves, None), range(start, stop))
-    if loop.has_buffers:
-        loop.record.track(name for name in loop.problem.inner.buffers if run.state.params[name].requires_grad)
+    buffers = loop.problem.inner.buffers
+    if buffers:
+        loop.record.track(name for name in buffers if run.state.params[name].requires_grad)
     loop.record.add_vjps(stop - start, graph_steps=stop - start)
-    # A departure with a graph is no leaf: its part arrives in the variables.
-    return Differentiable(run.state, partial(_pull_back, run, None if segment.connected else leaves, variables))
+    if segment.connected:
+        # A departure with a graph is no leaf: its part arrives in the variables.
+        leaves = InnerState({}, {})
+    return Differentiable(run.state, partial(pulled_back, run.state, run.terms, leaves, variables))
 
 
-def _pull_back(run: _Run, leaves: InnerState | None, variables: TensorDict, cotangents: Cotangents) -> PulledBack:
-    outputs, seeds = with_terms(run.state, cotangents, run.terms)
-    grads, before = pull_back(outputs, seeds, leaves or InnerState({}, {}), variables)
-    return PulledBack(grads, before, None if run.terms is None else run.terms.detach())
+def pulled_back(
+    end: InnerState, terms: Tensor | None, leaves: InnerState, variables: TensorDict, cotangents: Cotangents
+) -> PulledBack:
+    """Returns what a segment adds, by the graph of its end.
+
+    Args:
+        end: the state after the segment.
+        terms: the sum of the terms of the outer loss in it; None for none.
+        leaves: the state before the segment, as leaves.
+        variables: hyperparameters and context, as leaves.
+        cotangents: of the end.
+    """
+    grads, before = pull_back(*with_terms(end, cotangents, terms), leaves, variables)
+    return PulledBack(grads, before, None if terms is None else terms.detach())
 
 
 def with_terms(end: InnerState, cotangents: Cotangents, terms: Tensor | None) -> tuple[list[Tensor], Cotangents]:

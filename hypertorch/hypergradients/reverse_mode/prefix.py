@@ -11,7 +11,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.products import vjp
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.reverse_mode.sweep import Grads, accumulate
+from hypertorch.hypergradients.reverse_mode.sweep import Grads
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.scan import scan
 from hypertorch.inner.state import InnerState
@@ -36,7 +36,7 @@ class Prefix(NamedTuple):
         if self.outer_loss is None:
             return result
         return replace(
-            result, outer_loss=result.outer_loss + self.outer_loss, grads=accumulate(result.grads, self.grads)
+            result, outer_loss=result.outer_loss + self.outer_loss, grads=tree.accumulate(result.grads, self.grads)
         )
 
 
@@ -52,14 +52,13 @@ def run_prefix(loop: InnerLoop, variables: TensorDict, stop: int) -> Prefix:
     def advance(run: Prefix, step: int) -> Prefix:
         with torch.no_grad():
             state = loop.advance(run.state, constants, step)
-        if not loop.has_terms:
-            return run._replace(state=state)
         with torch.enable_grad():
             term = loop.term(state, variables, step)
-        assert term is not None
+        if term is None:
+            return run._replace(state=state)
         # At constant params only the direct part remains. It is taken at once, so that no graph outlives its step.
         direct = vjp([term], [torch.ones_like(term)], variables)
-        return Prefix(state, tree.add_optional(run.outer_loss, term.detach()), accumulate(run.grads, direct))
+        return Prefix(state, tree.add_optional(run.outer_loss, term.detach()), tree.accumulate(run.grads, direct))
 
     with torch.no_grad():
         initial = loop.initial(constants)

@@ -13,7 +13,7 @@ from hypertorch import tree
 from hypertorch.autodiff.live_memory import PeakMemory, storage_bytes
 from hypertorch.autodiff.products import vjp
 from hypertorch.hypergradients.reverse_mode.graph import with_terms
-from hypertorch.hypergradients.reverse_mode.sweep import accumulate, outer_part, pull_back
+from hypertorch.hypergradients.reverse_mode.sweep import outer_part, pull_back
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
@@ -135,7 +135,7 @@ def measure_step(loop: InnerLoop, variables: TensorDict) -> StepMemory:
         before = _restart(memory)
         part, earlier = pull_back(*with_terms(last, cotangents, term), leaves, variables)
         backward = memory.peak - before
-        grads = accumulate(direct, part)
+        grads = tree.accumulate(direct, part)
 
         before = _restart(memory)
         with torch.enable_grad():

@@ -115,7 +115,7 @@ def sweep(
             grads, cotangents, outer_loss = outer_part(loop, variables, last)
         # a_t dPhi_t/dvariables, and a_{t-1} = a_t dPhi_t/ds_{t-1}; both with the terms dE_t.
         part, cotangents, term = pull_back(cotangents)
-        grads = accumulate(grads, part)
+        grads = tree.accumulate(grads, part)
         outer_loss = outer_loss if term is None else outer_loss + term
         # Not to be held while the segment before is run.
         del segment, end, pull_back, part
@@ -152,13 +152,8 @@ def pull_back(
     Returns:
         The part of each variable, by name, and the cotangents of the state's tensors, in order.
     """
-    # Names of the two cannot clash: the state's are numbered.
-    numbered = {f"\0{position}": tensor for position, tensor in enumerate(leaves.tensors())}
-    # One vjp for both: two would go through the graph twice, and have to keep it.
-    joint = vjp(outputs, cotangents, {**variables, **numbered})
-    return {name: joint[name] for name in variables}, [joint[name] for name in numbered]
-
-
-def accumulate(total: Grads, part: Grads) -> Grads:
-    """Returns the sum of two derivatives in the same variables."""
-    return {name: tree.add_optional(value, part[name]) for name, value in total.items()}
+    # One vjp for both: two would go through the graph twice, and have to keep it. The state's tensors are numbered, so
+    # that names of the two cannot clash.
+    joint = vjp(outputs, cotangents, {**variables, **dict(enumerate(leaves.tensors()))})
+    found = list(joint.values())
+    return dict(zip(variables, found, strict=False)), found[len(variables) :]

@@ -1,0 +1,1 @@
+"""One hypergradient that several processes compute together."""
