@@ -542,6 +542,9 @@ class Bytes(os.PathLike):  # type: ignore[type-arg]
     def __fspath__(self) -> bytes:
         return b"/"
 
+    def __repr__(self) -> str:
+        return "a path in bytes"
+
 
 @pytest.mark.parametrize(
     "folder", ["", "/no/such/folder", 3, True, __file__, "x" * 5000, "a\0b", "\ud800", b"/", Bytes()], ids=repr
