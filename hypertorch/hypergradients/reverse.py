@@ -12,9 +12,9 @@ from hypertorch import tree
 from hypertorch.checks.values import check_switch
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
 from hypertorch.hypergradients.reverse_mode.checkpointing import Checkpointing
-from hypertorch.hypergradients.reverse_mode.compiled_loop import by_compiled_loop
-from hypertorch.hypergradients.reverse_mode.compiled_run import compiled_whole, run_compiled
-from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import by_compiled_loop
+from hypertorch.hypergradients.reverse_mode.compiled.single_steps import CompiledSteps
+from hypertorch.hypergradients.reverse_mode.compiled.whole_run import compiled_whole, run_compiled
 from hypertorch.hypergradients.reverse_mode.derivative_choice import Derivative, is_mixed
 from hypertorch.hypergradients.reverse_mode.graph import whole_graph
 from hypertorch.hypergradients.reverse_mode.memory_plan import plan_memory

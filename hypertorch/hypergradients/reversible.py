@@ -10,7 +10,7 @@ from hypertorch.checks.values import check_switch
 from hypertorch.dynamics.reversible import ReversibleDynamics, reversible_rule
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.base import BackendResult, Hypergradient
-from hypertorch.hypergradients.reverse_mode.compiled_run import run_compiled
+from hypertorch.hypergradients.reverse_mode.compiled.whole_run import run_compiled
 from hypertorch.hypergradients.reverse_mode.exact_reversal import CompiledReversal, ExactReversal
 from hypertorch.hypergradients.reverse_mode.graph import whole_graph
 from hypertorch.hypergradients.reverse_mode.sweep import sweep

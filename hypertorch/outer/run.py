@@ -13,7 +13,7 @@ from torch import Tensor
 from hypertorch.constraints import Constraint
 from hypertorch.errors import LostRankError
 from hypertorch.hypergradients import Hypergradient, measured_execution
-from hypertorch.hypergradients.reverse_mode.compile_costs import warn_if_too_short
+from hypertorch.hypergradients.reverse_mode.compiled.costs import warn_if_too_short
 from hypertorch.inner.execution import Execution
 from hypertorch.outer.beginning import begin_alike, begin_run, first_hparams
 from hypertorch.outer.evaluation.evaluate import evaluate

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
-from hypertorch.hypergradients.reverse_mode.compiled_loop import UNLOOPED
+from hypertorch.hypergradients.reverse_mode.compiled import not_compilable
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import UNLOOPED
 from hypertorch.inner import memo
 from hypertorch.types import TensorDict
 from tests.helpers.leaves import first_values, leaves, rules
@@ -248,7 +248,7 @@ def test_exact_backends_agree(case: str, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_compilation_changes_no_number(case: str, backend: str) -> None:
     hparams, expected = reference(case)
-    for topic in (UNLOOPED, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED):
+    for topic in (UNLOOPED, not_compilable.REFUSED, not_compilable.ATTEMPTS, not_compilable.WARNED):
         memo.clear(topic)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

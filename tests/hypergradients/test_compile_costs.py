@@ -9,35 +9,34 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.hypergradients.reverse_mode import compilation, compile_costs, compiled_run
-from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
-from hypertorch.hypergradients.reverse_mode.compiled_loop import UNLOOPED
+from hypertorch.hypergradients.reverse_mode.compiled import compilation, costs, not_compilable, whole_run
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import UNLOOPED
 from hypertorch.inner import memo
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import net_problem
 from tests.outer.problems import Quadratics
 from tests.outer.runs import make_loop
 
-COSTS = [value for name, value in vars(compile_costs).items() if name.isupper() and isinstance(value, str)]
+COSTS = [value for name, value in vars(costs).items() if name.isupper() and isinstance(value, str)]
 Reverse, Reversible = ht.hypergradients.Reverse, ht.hypergradients.Reversible
 
 
 @pytest.fixture(autouse=True)
 def _traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces functions without making code of them, and forgets what compilation cost before."""
-    known = (compilation.PROGRAMS, UNLOOPED, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
+    known = (compilation.PROGRAMS, UNLOOPED, not_compilable.REFUSED, not_compilable.ATTEMPTS, not_compilable.WARNED)
     set_aside(monkeypatch, *known, *COSTS)
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
 
 def take(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets every run that is timed take as long."""
-    monkeypatch.setattr(compiled_run, "timed", lambda device, run: (run(), seconds))
+    monkeypatch.setattr(whole_run, "timed", lambda device, run: (run(), seconds))
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Returns what the log tells of costs: other tests may have let others say more than they do by themselves."""
-    return [record.getMessage() for record in caplog.records if record.name == compile_costs.__name__]
+    return [record.getMessage() for record in caplog.records if record.name == costs.__name__]
 
 
 def problem() -> ht.BilevelProblem:
@@ -49,7 +48,7 @@ def test_auto_compiles_once_runs_without_have_taken_as_long(backend: Any, monkey
     asked = problem()
     hparams = asked.init_hparams()
     eager = ht.hypergradient(asked, hparams, backend=type(backend)())
-    take(compile_costs.USUAL_PRICE / 3, monkeypatch)
+    take(costs.USUAL_PRICE / 3, monkeypatch)
     made = []
     for run in range(5):
         if run == 4:
@@ -65,8 +64,8 @@ def test_auto_compiles_once_runs_without_have_taken_as_long(backend: Any, monkey
 
 def test_auto_goes_back_where_compilation_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, watched = problem(), []
-    monkeypatch.setattr(compiled_run, "compilation", lambda: watched.append(True) or compilation.compilation())
-    take(compile_costs.USUAL_PRICE, monkeypatch)  # compiled, each run takes longer than the steps that were compared
+    monkeypatch.setattr(whole_run, "compilation", lambda: watched.append(True) or compilation.compilation())
+    take(costs.USUAL_PRICE, monkeypatch)  # compiled, each run takes longer than the steps that were compared
     for _ in range(5):
         ht.hypergradient(asked, asked.init_hparams(), backend=Reverse(compile="auto"))
     assert len(watched) == 2  # the one that compiles, and the one that is measured
@@ -74,7 +73,7 @@ def test_auto_goes_back_where_compilation_saves_nothing(monkeypatch: pytest.Monk
 
 def test_auto_takes_the_price_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = problem()
-    memo.note(compile_costs.PRICE, None, 1000.0)
+    memo.note(costs.PRICE, None, 1000.0)
     take(999.0, monkeypatch)
     before = compilation.programs_made()
     ht.hypergradient(asked, asked.init_hparams(), backend=Reverse(compile="auto"))
@@ -93,9 +92,9 @@ def test_the_log_tells_the_price_and_from_where_on_it_pays(
     take(30.0, monkeypatch)
     ht.hypergradient(asked, hparams, backend=compiled)
     assert told(caplog) == ["`NetInner` by `ReversibleMomentum` was compiled, or its programs were loaded, in 30.0 s"]
-    (family,) = (key for _, key in memo.entries(compile_costs.EAGER))
-    assert 0.0 < memo.get(compile_costs.EAGER, family, 0.0) < 30.0  # of the steps that were compared
-    memo.note(compile_costs.EAGER, family, 0.4)
+    (family,) = (key for _, key in memo.entries(costs.EAGER))
+    assert 0.0 < memo.get(costs.EAGER, family, 0.0) < 30.0  # of the steps that were compared
+    memo.note(costs.EAGER, family, 0.4)
     take(0.1, monkeypatch)
     ht.hypergradient(asked, hparams, backend=compiled)
     assert told(caplog)[1:] == [
@@ -109,14 +108,14 @@ def test_the_log_tells_the_price_and_from_where_on_it_pays(
 
 @pytest.mark.parametrize(("steps", "is_told"), [(99, True), (101, False)])
 def test_a_run_that_is_too_short_is_told_once(steps: int, is_told: bool, caplog: pytest.LogCaptureFixture) -> None:
-    memo.note(compile_costs.PRICE, None, 30.0)
-    memo.note(compile_costs.EAGER, "family", 0.4)
+    memo.note(costs.PRICE, None, 30.0)
+    memo.note(costs.EAGER, "family", 0.4)
     # Two parts of the tasks in each outer step: 100 outer steps are 200 runs.
     for _ in range(20):
-        compile_costs.count("family")
-    memo.note(compile_costs.PAYS_FROM, "family", 200.0)
+        costs.count("family")
+    memo.note(costs.PAYS_FROM, "family", 200.0)
     for _ in range(2):
-        compile_costs.warn_if_too_short(10, steps - 10)
+        costs.warn_if_too_short(10, steps - 10)
     assert len(told(caplog)) == (1 if is_told else 0)
     for message in told(caplog):
         assert "this run of 99 outer steps slower: compilation takes 30.0 s, and pays from 100 of them on" in message

@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
-from hypertorch.hypergradients.reverse_mode import compilation
-from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
-from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled import compilation, not_compilable
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -34,7 +33,7 @@ SCHEDULE = {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}
 @pytest.fixture(autouse=True)
 def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces functions and their derivatives, but makes no machine code of them; what is slow does that too."""
-    set_aside(monkeypatch, compilation.PROGRAMS, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
+    set_aside(monkeypatch, compilation.PROGRAMS, not_compilable.REFUSED, not_compilable.ATTEMPTS, not_compilable.WARNED)
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
@@ -154,7 +153,7 @@ def test_an_error_of_the_problem_is_no_word_on_compilation() -> None:
     problem = sum_problem(loss)
     with warnings.catch_warnings(), pytest.raises(KeyError, match="a mistake"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
-    assert not memo.entries(refusals.REFUSED)
+    assert not memo.entries(not_compilable.REFUSED)
 
 
 def test_a_hyperparameter_that_does_nothing_is_refused() -> None:
@@ -303,13 +302,13 @@ def test_problems_of_a_class_that_was_refused_three_times_are_not_tried_any_more
     family = "a class"
     for number in range(3):
         kind = f"problem {number}"
-        assert refusals.may_compile(family, lambda kind=kind: kind)
+        assert not_compilable.may_compile(family, lambda kind=kind: kind)
         with pytest.warns(UserWarning, match=f"{kind} cannot be compiled") as caught:
-            refusals.refuse(family, kind, kind, NotCompilableError("it is too odd."))
-        assert not refusals.may_compile(family, lambda kind=kind: kind)
+            not_compilable.refuse(family, kind, kind, NotCompilableError("it is too odd."))
+        assert not not_compilable.may_compile(family, lambda kind=kind: kind)
         assert ("Others of its class are not tried any more" in str(caught[0].message)) == (number == 2)
-    assert not refusals.may_compile(family, lambda: "problem 3")
-    assert refusals.may_compile("another class", lambda: "problem 0")
+    assert not not_compilable.may_compile(family, lambda: "problem 3")
+    assert not_compilable.may_compile("another class", lambda: "problem 0")
 
 
 class Checkpointed(ht.InnerProblem):

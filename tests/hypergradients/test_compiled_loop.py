@@ -17,9 +17,8 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError
-from hypertorch.hypergradients.reverse_mode import compilation, compiled_run, loop_programs
-from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
-from hypertorch.hypergradients.reverse_mode.compiled_loop import LARGE, UNLOOPED
+from hypertorch.hypergradients.reverse_mode.compiled import compilation, looped_programs, not_compilable, whole_run
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, UNLOOPED
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -45,7 +44,15 @@ RULES: dict[str, tuple[ht.Dynamics, TensorDict]] = {
 
 @pytest.fixture(autouse=True)
 def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_aside(monkeypatch, compilation.PROGRAMS, UNLOOPED, LARGE, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
+    set_aside(
+        monkeypatch,
+        compilation.PROGRAMS,
+        UNLOOPED,
+        LARGE,
+        not_compilable.REFUSED,
+        not_compilable.ATTEMPTS,
+        not_compilable.WARNED,
+    )
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
@@ -252,8 +259,8 @@ def test_what_a_step_hands_on_as_it_got_it_is_not_written_over(num_steps: int) -
 
 @pytest.mark.parametrize("num_steps", [5, 12])
 def test_a_program_that_gives_other_numbers_is_not_used(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = loop_programs._carried
-    monkeypatch.setattr(loop_programs, "_carried", lambda tensors, index: [1.001 * x for x in right(tensors, index)])
+    right = looped_programs._carried
+    monkeypatch.setattr(looped_programs, "_carried", lambda tensors, index: [1.001 * x for x in right(tensors, index)])
     assert_looped(idle_problem(num_steps), looped=False)
     assert "gives other numbers" in next(iter(memo.entries(UNLOOPED).values()))
 
@@ -262,7 +269,7 @@ def test_a_program_that_gives_other_numbers_is_not_used(num_steps: int, monkeypa
 def test_large_steps_are_called_one_by_one(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Machine code of a loop over them, or of several in a row, would take minutes.
     monkeypatch.setattr(compilation, "MOST_CALLS_LOOPED", 20)
-    monkeypatch.setattr(compiled_run, "_whole_unrolled", lambda *_: pytest.fail("several steps in one program"))
+    monkeypatch.setattr(whole_run, "_whole_unrolled", lambda *_: pytest.fail("several steps in one program"))
     result = assert_looped(net_problem(*RULES["gradient descent"], num_steps=num_steps), looped=False)
     assert result.stats.stored_states == num_steps + 1
     assert "more than the 20 of which a loop is compiled" in next(iter(memo.entries(UNLOOPED).values()))

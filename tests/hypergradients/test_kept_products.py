@@ -17,9 +17,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
 import hypertorch as ht
-from hypertorch.hypergradients.reverse_mode import compilation, kept_products
-from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
-from hypertorch.hypergradients.reverse_mode.compiled_loop import LARGE, UNLOOPED
+from hypertorch.hypergradients.reverse_mode.compiled import compilation, kept_products, not_compilable
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, UNLOOPED
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -57,7 +56,15 @@ class Graphs:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    set_aside(monkeypatch, compilation.PROGRAMS, UNLOOPED, LARGE, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
+    set_aside(
+        monkeypatch,
+        compilation.PROGRAMS,
+        UNLOOPED,
+        LARGE,
+        not_compilable.REFUSED,
+        not_compilable.ATTEMPTS,
+        not_compilable.WARNED,
+    )
     graphs = Graphs()
     backend = aot_autograd(fw_compiler=graphs.compile, decompositions=select_decomp_table())
     monkeypatch.setattr(compilation, "BACKEND", backend)
@@ -174,6 +181,14 @@ def test_what_only_looks_alike_is_made_again() -> None:
 def test_kept_products_in_machine_code_give_the_eager_number(
     sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_aside(monkeypatch, compilation.PROGRAMS, UNLOOPED, LARGE, refusals.REFUSED, refusals.ATTEMPTS, refusals.WARNED)
+    set_aside(
+        monkeypatch,
+        compilation.PROGRAMS,
+        UNLOOPED,
+        LARGE,
+        not_compilable.REFUSED,
+        not_compilable.ATTEMPTS,
+        not_compilable.WARNED,
+    )
     for num_steps in (5, 12, 30):
         assert_eager(network(sizes, num_steps))

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.hypergradients.reverse_mode import compilation
-from hypertorch.hypergradients.reverse_mode.compilation import NotCompilableError
-from hypertorch.hypergradients.reverse_mode.compile_refusals import ATTEMPTS, REFUSED, WARNED
+from hypertorch.hypergradients.reverse_mode.compiled import compilation
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.not_compilable import ATTEMPTS, REFUSED, WARNED
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import scalar_problem
 

@@ -15,7 +15,7 @@ from hypertorch.dynamics.reversible.base import GradientFunction
 from hypertorch.dynamics.reversible.exact_arithmetic import LARGEST_NUMBER, encode
 from hypertorch.errors import NonFiniteError, ReplayError
 from hypertorch.hypergradients.guards.finiteness import first_non_finite
-from hypertorch.hypergradients.reverse_mode.compiled_steps import CompiledSteps, try_dynamics
+from hypertorch.hypergradients.reverse_mode.compiled.single_steps import CompiledSteps, try_dynamics
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, pulled_back
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
 from hypertorch.hypergradients.reverse_mode.sweep import Differentiable, Segment

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import hypertorch as ht
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.guards import cross_check
-from hypertorch.hypergradients.reverse_mode import compilation, derivative_choice
-from hypertorch.hypergradients.reverse_mode import compile_refusals as refusals
+from hypertorch.hypergradients.reverse_mode import derivative_choice
+from hypertorch.hypergradients.reverse_mode.compiled import compilation, not_compilable
 from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.inner.kinds import kind_of
 from hypertorch.inner.tasks import TaskSlice
@@ -93,9 +93,9 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     set_aside(
         monkeypatch,
         compilation.PROGRAMS,
-        refusals.REFUSED,
-        refusals.ATTEMPTS,
-        refusals.WARNED,
+        not_compilable.REFUSED,
+        not_compilable.ATTEMPTS,
+        not_compilable.WARNED,
         derivative_choice.DERIVATIVE,
         cross_check.FAULTS,
     )

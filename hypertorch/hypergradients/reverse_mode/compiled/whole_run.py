@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.reverse_mode.compilation import (
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
     TooManyProgramsError,
     attempt,
@@ -21,7 +21,7 @@ from hypertorch.hypergradients.reverse_mode.compilation import (
     compiled,
     programs_made,
 )
-from hypertorch.hypergradients.reverse_mode.compile_costs import (
+from hypertorch.hypergradients.reverse_mode.compiled.costs import (
     count,
     is_measured,
     is_worth_compiling,
@@ -30,12 +30,12 @@ from hypertorch.hypergradients.reverse_mode.compile_costs import (
     note_eager,
     timed,
 )
-from hypertorch.hypergradients.reverse_mode.compile_refusals import may_compile, refuse
-from hypertorch.hypergradients.reverse_mode.compiled_loop import LARGE, compare, may_loop, refuse_loop
-from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
+from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import whole
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, compare, may_loop, refuse_loop
+from hypertorch.hypergradients.reverse_mode.compiled.not_compilable import may_compile, refuse
+from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program, draws, try_dynamics
+from hypertorch.hypergradients.reverse_mode.compiled.step_data import counters_of, data_of
 from hypertorch.hypergradients.reverse_mode.graph import whole_graph
-from hypertorch.hypergradients.reverse_mode.loop_data import counters_of, data_of
-from hypertorch.hypergradients.reverse_mode.loop_programs import whole
 from hypertorch.hypergradients.reverse_mode.sweep import Grads, sweep
 from hypertorch.inner import memo
 from hypertorch.inner.kinds import kind_of

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from hypertorch.hypergradients.reverse_mode.compiled_steps import Program
-from hypertorch.hypergradients.reverse_mode.loop_data import Data
+from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program
+from hypertorch.hypergradients.reverse_mode.compiled.step_data import Data
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.guards.replay import check_values
-from hypertorch.hypergradients.reverse_mode.compilation import compiled
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import compiled
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
 from hypertorch.hypergradients.reverse_mode.mixed import through_gradients
 from hypertorch.hypergradients.reverse_mode.steps import Steps

@@ -1,6 +1,6 @@
 """The loop over inner steps, and the way back through it, inside two compiled programs.
 
-`compiled_steps` calls a program for every step from Python, which takes longer than the products of a small model. Here
+`single_steps` calls a program for every step from Python, which takes longer than the products of a small model. Here
 the loop itself is in the program.
 """
 
@@ -18,7 +18,7 @@ from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
-from hypertorch.hypergradients.reverse_mode.compilation import (
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
     TooLargeError,
     TooManyProgramsError,
@@ -26,11 +26,11 @@ from hypertorch.hypergradients.reverse_mode.compilation import (
     compiled,
     programs_made,
 )
-from hypertorch.hypergradients.reverse_mode.compile_costs import note_eager
-from hypertorch.hypergradients.reverse_mode.compiled_steps import Program, draws, try_dynamics
+from hypertorch.hypergradients.reverse_mode.compiled.costs import note_eager
+from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import back, forward, own_memory
+from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program, draws, try_dynamics
+from hypertorch.hypergradients.reverse_mode.compiled.step_data import counters_of, data_of, of_any_length
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
-from hypertorch.hypergradients.reverse_mode.loop_data import counters_of, data_of, of_any_length
-from hypertorch.hypergradients.reverse_mode.loop_programs import back, forward, own_memory
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
 from hypertorch.hypergradients.reverse_mode.sweep import (
     Cotangents,
