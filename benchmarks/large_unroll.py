@@ -56,6 +56,7 @@ class LargeUnroll(Work):
         return variants.chosen(
             *variants.PEERS,
             variants.EAGER,
+            variants.COMPILED,
             variants.SQRT,
             variants.SQRT_COMPILED,
             variants.STEP_WISE,
@@ -77,7 +78,7 @@ class LargeUnroll(Work):
             Target(contestant=variants.SQRT_COMPILED, quantity="time", against="peers", at_most=1.6),
             Target(contestant=variants.SQRT_COMPILED, quantity="memory", against="peers", at_most=1 / 8),
             *(
-                Target(contestant=variants.EAGER, quantity="time", against=name, at_most=0.8)
+                Target(contestant=variants.COMPILED, quantity="time", against=name, at_most=0.8)
                 for name in variants.IN_JAX
             ),
         )

@@ -60,9 +60,12 @@ def data_of(loop: InnerLoop, steps: range) -> Data:
                         raise NotCompilableError("the data of the steps holds other values than tensors, which differ")
                 elif value is not leaf or _mark(value) != marks[position]:
                     found.add(position)
-        if found == differing and looked_at == steps:
+        if found != differing:
+            differing, looked_at = found, steps
+        elif looked_at.stop < steps.stop:
+            looked_at = steps[2:]
+        else:
             return Data(first, {position: of_any_length(value) for position, value in stacked.items()})
-        differing, looked_at = found, steps
 
 
 def _mark(leaf: Any) -> int:
