@@ -6,7 +6,7 @@ The default suite traces the loops and runs them without a compiler; the slow te
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -235,6 +235,46 @@ def test_powers_of_the_index_are_as_exact_as_those_of_a_number() -> None:
             return {name: w - rate * grads[name] for name, w in params.items()}, {}
 
     assert_looped(net_problem(Decaying(), {}, num_steps=20))
+
+
+@dataclass(frozen=True, eq=False)
+class Bounded(D.SGD):
+    """Gradient descent that refuses hyperparameters by their values, and params by their sizes."""
+
+    def check(self, params: TensorDict, hparams: TensorDict, num_steps: int) -> None:
+        super().check(params, hparams, num_steps)
+        if bool(hparams["c"].detach().abs().max() > 10.0):
+            raise ValueError("`c` is above 10")
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_a_check_of_values_is_made_before_every_run(num_steps: int) -> None:
+    inner = LambdaInner(lambda h: {"w": h["c"] * 1.0}, lambda p, h, b: (p["w"] - h["c"].sin()).square().sum())
+    outer = LambdaOuter({"c": normal(3, seed=1)}, lambda p, h, b: p["w"].square().sum())
+    problem = ht.BilevelProblem(inner, outer, dynamics=Bounded(lr=0.1), num_steps=num_steps)
+    assert_looped(problem)
+    for compiled in (False, True):
+        with pytest.raises(ValueError, match="`c` is above 10"):
+            ht.hypergradient(problem, {"c": 20.0 * normal(3, seed=1)}, backend=Reverse(compile=compiled))
+
+
+@pytest.mark.parametrize(("kind", "checks"), [(D.SGD, 0), (Bounded, 3)])
+def test_a_check_of_sizes_is_made_once(kind: Any, checks: int) -> None:
+    made: list[int] = []
+
+    class Counted(kind):
+        def check(self, params: TensorDict, hparams: TensorDict, num_steps: int) -> None:
+            made.append(num_steps)
+            super().check(params, hparams, num_steps)
+
+    inner = LambdaInner(lambda h: {"w": h["c"] * 1.0}, lambda p, h, b: (p["w"] - h["c"].sin()).square().sum())
+    outer = LambdaOuter({"c": normal(3, seed=1)}, lambda p, h, b: p["w"].square().sum())
+    problem = ht.BilevelProblem(inner, outer, dynamics=Counted(lr=0.1), num_steps=12)
+    assert_looped(problem)
+    known = len(made)
+    for _ in range(3):
+        ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(compile=True))
+    assert len(made) - known == checks
 
 
 def idle_problem(num_steps: int) -> ht.BilevelProblem:

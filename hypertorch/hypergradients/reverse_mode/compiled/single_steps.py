@@ -223,16 +223,30 @@ def try_dynamics(loop: InnerLoop, constants: TensorDict) -> None:
 
     What an object computes at first need and keeps cannot be computed while a function is compiled, and what is wrong
     with a problem is better said without a compiler: a program checks no setting of the rule. That step is not counted.
+    A check of a rule that reads values, and not sizes alone, is made before every run.
     """
 
     def take_one() -> bool:
-        with torch.no_grad():
-            # `transition` and not `step`, which would count.
-            loop.transition(loop.initial(constants), constants, 0)
-        return True
+        # `transition` and not `step`, which would count.
+        state = loop.initial(constants)
+        loop.transition(state, constants, 0)
+        return _checks_sizes_alone(loop, loop.trained(state.params), constants)
 
     sizes = tuple((name, value.shape, value.dtype) for name, value in constants.items())
-    memo.recall(TRIED, (memo.Same(loop.dynamics), loop.num_steps, sizes), take_one)
+    with torch.no_grad():
+        if not memo.recall(TRIED, (memo.Same(loop.dynamics), loop.num_steps, sizes), take_one):
+            loop.initial(constants)
+
+
+def _checks_sizes_alone(loop: InnerLoop, trained: TensorDict, constants: TensorDict) -> bool:
+    """Returns whether the dynamics' check, which has passed, passes with tensors that have no values too."""
+    one_task = trained if loop.num_tasks is None else {name: value[0] for name, value in trained.items()}
+    params, hparams = ({name: value.to("meta") for name, value in own.items()} for own in (one_task, constants))
+    try:
+        loop.dynamics.check(params, hparams, loop.num_steps)
+    except Exception:  # noqa: BLE001 - of whatever kind: a value was asked for
+        return False
+    return True
 
 
 def draws(before: tuple[Tensor, ...], device: torch.device) -> bool:
