@@ -62,8 +62,8 @@ class Reverse(Hypergradient):
     iterations and problems of the same classes and shapes; changed tensors change the results and compile nothing. A
     run is one program, from the initial state to the hypergradient, with a loop over the steps forward and one back;
     it keeps every state, and the matrix products that cost more to make again than to read. With `checkpoint_every`,
-    and for more than 8 steps with data of their own, the two loops are programs apart, and keep states alone. All of
-    them serve every horizon. Single steps are called from Python where that cannot be: with noise, buffers of the
+    and for more than 8 steps with data of their own, the two loops are programs apart, and keep states alone. Horizons
+    above 8 share programs. Single steps are called from Python where that cannot be: with noise, buffers of the
     params, `snapshots` or `spill_to`, in mixed mode, for data of several shapes, and for a rule that branches on the
     index of the step. Compilation takes seconds to minutes; the log says how long, and from how many hypergradients on
     it pays. What cannot be compiled (a schedule given as a list of numbers and a beta that is learnt are examples)

@@ -132,12 +132,14 @@ def _refuse_large(graph: fx.GraphModule) -> None:
 
 def _options(device: torch.device, loops: bool) -> Any:
     # Not at the top of this module: it loads the compiler, which takes seconds.
-    mends, kept = (importlib.import_module(f"{__package__}.{name}") for name in ("compiler_mends", "kept_products"))
+    names = "compiler_mends", "kept_products", "vector_instructions"
+    mends, kept, vector_instructions = (importlib.import_module(f"{__package__}.{name}") for name in names)
     return {
         # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
         "fallback_random": True,
         "triton.cudagraphs": device.type == "cuda" and not loops,
         "cpp_wrapper": loops,
+        "cpp.vec_isa_ok": vector_instructions.are_tried(),
         "post_grad_custom_pre_pass": mends.CompilerMends(),
         "joint_custom_pre_pass": kept.KeptProducts() if loops else None,
         # Without it PyTorch keeps no program with a loop on disk. What the loop does is in the key all the same.
