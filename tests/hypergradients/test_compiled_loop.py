@@ -47,6 +47,7 @@ def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     set_aside(
         monkeypatch,
         compilation.PROGRAMS,
+        whole_run.LARGE_WHOLE,
         UNLOOPED,
         LARGE,
         not_compilable.REFUSED,
@@ -313,6 +314,19 @@ def test_large_steps_are_called_one_by_one(num_steps: int, monkeypatch: pytest.M
     result = assert_looped(net_problem(*RULES["gradient descent"], num_steps=num_steps), looped=False)
     assert result.stats.stored_states == num_steps + 1
     assert "more than the 20 of which a loop is compiled" in next(iter(memo.entries(UNLOOPED).values()))
+
+
+@pytest.mark.parametrize("num_steps", [5, 12])
+def test_a_run_that_is_too_large_for_one_program_has_two(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_run, "_whole_by_loop", _too_large)
+    before = programs()
+    assert_looped(net_problem(*RULES["Adam"], num_steps=num_steps))
+    assert memo.entries(whole_run.LARGE_WHOLE)
+    assert programs() - before == 2
+
+
+def _too_large(*_: Any) -> None:
+    raise compilation.TooLargeError("a whole run has too many operations")
 
 
 def test_a_hyperparameter_without_a_path_is_refused_and_one_with_a_zero_is_not() -> None:
