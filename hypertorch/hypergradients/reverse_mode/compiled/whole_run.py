@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from functools import partial
 from typing import Any
 
 import torch
@@ -152,12 +151,12 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
             return None
         # One program for all lengths.
         program = Program.of_steps(loop)
-    grads, outer_loss, state, losses = _looped(loop, program, variables, steps)
+    found = _looped(loop, program, variables, steps)
+    if found is None:
+        return None
     if programs_made() != made:
-        few = steps[:LONGEST_PROGRAM]
-        if _draws_noise(loop, lambda: _looped(loop, program, variables, few)):
-            return None
-        _compare(loop, program, variables, few)
+        _compare(loop, program, variables, steps[:LONGEST_PROGRAM])
+    grads, outer_loss, state, losses = found
     for _ in range(2):  # forward, and on the way back with a derivative
         for step, value in zip(steps, losses.unbind(), strict=True):
             loop.record.add_step(step, value)
@@ -191,11 +190,10 @@ def _compare(loop: InnerLoop, program: Program, variables: TensorDict, steps: ra
 
 
 def _whole_unrolled(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
-    made, batches = programs_made(), _batches(loop)
-    run = partial(_called, loop, Program.of(loop), variables, _whole, batches)
-    grads, outer_loss, state, losses = run()
-    if programs_made() != made and _draws_noise(loop, run):
+    found = _called(loop, Program.of(loop), variables, _whole, _batches(loop))
+    if found is None:
         return None
+    grads, outer_loss, state, losses = found
     for step, value in losses.items():
         loop.record.add_step(step, value)
     loop.record.add_vjps(loop.num_steps, graph_steps=loop.num_steps)
@@ -214,25 +212,20 @@ def _batches(loop: InnerLoop) -> tuple[Batch, ...]:
 
 
 def _called(loop: InnerLoop, program: Program, variables: TensorDict, function: Callable[..., Any], *data: Any) -> Any:
-    """Returns what a program for a whole run gives."""
+    """Returns what a program for a whole run gives; None if it drew noise, which is looked for at every call.
+
+    Its steps then drew from one seed, not each from its own: the numbers are of another run, and are dropped.
+    """
     moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
     fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
     run = compiled(function, (program.key, "whole"), loop.device, loops=function is whole)
-    with torch.no_grad():
-        return run(program, moving, fixed, *data)
-
-
-def _draws_noise(loop: InnerLoop, run: Callable[[], Any]) -> bool:
-    """Returns whether a program draws noise, which it does at every call or at none.
-
-    Its steps then draw from one seed, not each from its own: the numbers are of another run, and are dropped.
-    """
     before = generator_states(loop.device)
-    run()
-    if not draws(before, loop.device):
-        return False
-    memo.note(NOISY, Program.of(loop).key, True)
-    return True
+    with torch.no_grad():
+        found = run(program, moving, fixed, *data)
+    if draws(before, loop.device):
+        memo.note(NOISY, program.key, True)
+        return None
+    return found
 
 
 def _whole(
