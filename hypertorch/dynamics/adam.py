@@ -23,7 +23,7 @@ from hypertorch.dynamics.declared import (
     setting,
 )
 from hypertorch.dynamics.descent import Descent
-from hypertorch.dynamics.elementwise import descend, descend_quotient, running_mean, running_square, safe_sqrt
+from hypertorch.dynamics.elementwise import descend, descend_quotient, power, running_mean, running_square, safe_sqrt
 from hypertorch.dynamics.settings import Setting, resolve
 from hypertorch.types import TensorDict
 
@@ -155,8 +155,8 @@ class Adam(Moments):
             own = {"max_exp_avg_sq": v}
         # The moments start at zero, which two factors correct. That of the mean divides the step size, which is one
         # number. That of the square goes under the root, and `eps` is added after it, as in PyTorch.
-        root = safe_sqrt(v) / (1.0 - beta2**t) ** 0.5
-        return descend_quotient(w, m, root + eps, lr / (1.0 - beta1**t)), own
+        root = safe_sqrt(v) / (1.0 - power(beta2, t)) ** 0.5
+        return descend_quotient(w, m, root + eps, lr / (1.0 - power(beta1, t))), own
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -232,7 +232,7 @@ class NAdam(Moments):
         p = own["mu_product"] * mu
         # PyTorch adds two quotients by the same root; here their numerators are added, which needs one.
         n = (1.0 - mu) / (1.0 - p) * d + mu_next / (1.0 - p * mu_next) * m
-        root = safe_sqrt(v) / (1.0 - beta2**t) ** 0.5
+        root = safe_sqrt(v) / (1.0 - power(beta2, t)) ** 0.5
         return descend_quotient(w, n, root + eps, lr), {"mu_product": p}
 
     def _ones(self, name: str, param: Tensor, hparams: TensorDict) -> Tensor:
@@ -275,7 +275,7 @@ class RAdam(Moments):
         """Returns one parameter after a step; nothing is carried."""
         lr, _, beta1, beta2, eps = settings
         # `eps` is added to the uncorrected root, where PyTorch adds it; the correction is a part of `r`.
-        step_size, root = lr / (1.0 - beta1**t), safe_sqrt(v) + eps
+        step_size, root = lr / (1.0 - power(beta1, t)), safe_sqrt(v) + eps
         # A learnt beta is not known to the host, and a branch on it would wait for the device at every step.
         if isinstance(beta2, Tensor):
             trusted, r = _rectified(beta2, t)
@@ -310,10 +310,10 @@ def _rectified(beta2: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """
     beta2 = beta2.double()
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
-    rho = rho_inf - 2.0 * step * beta2**step / (1.0 - beta2**step)
+    rho = rho_inf - 2.0 * step * power(beta2, step) / (1.0 - power(beta2, step))
     trusted = rho > 5.0
     # Both are chosen before the quotient and the root: below the switch these may be 0/0 or negative, and the NaN of a
     # branch that is not taken would enter the derivative.
-    above = torch.where(trusted, (rho - 4.0) * (rho - 2.0) * rho_inf * (1.0 - beta2**step), 1.0)
+    above = torch.where(trusted, (rho - 4.0) * (rho - 2.0) * rho_inf * (1.0 - power(beta2, step)), 1.0)
     below = torch.where(trusted, (rho_inf - 4.0) * (rho_inf - 2.0) * rho, 1.0)
     return trusted, (above / below).sqrt()

@@ -47,6 +47,17 @@ def running_square(mean: Tensor, value: Tensor, decay: float | Tensor) -> Tensor
     return torch.addcmul(decay * mean, value, value, value=1.0 - decay)
 
 
+def power(base: float | Tensor, count: int) -> float | Tensor:
+    """Returns `base ** count`.
+
+    PyTorch's compiler cannot trace the derivative of a tensor's power by a whole number that changes from call to call,
+    so that the number is a tensor there.
+    """
+    if isinstance(base, Tensor) and not isinstance(count, Tensor) and torch.compiler.is_compiling():
+        return base ** torch.full((), count, dtype=base.dtype, device=base.device)
+    return base**count
+
+
 def safe_sqrt(value: Tensor) -> Tensor:
     """Returns the square root, with derivatives of every order zero where `value` is zero.
 

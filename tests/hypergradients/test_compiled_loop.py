@@ -17,7 +17,13 @@ from torch._dynamo.utils import counters
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError
-from hypertorch.hypergradients.reverse_mode.compiled import compilation, looped_programs, not_compilable, whole_run
+from hypertorch.hypergradients.reverse_mode.compiled import (
+    compilation,
+    looped_programs,
+    looped_steps,
+    not_compilable,
+    whole_run,
+)
 from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, UNLOOPED
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
@@ -47,7 +53,6 @@ def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     set_aside(
         monkeypatch,
         compilation.PROGRAMS,
-        whole_run.LARGE_WHOLE,
         UNLOOPED,
         LARGE,
         not_compilable.REFUSED,
@@ -306,27 +311,19 @@ def test_a_program_that_gives_other_numbers_is_not_used(num_steps: int, monkeypa
     assert "gives other numbers" in next(iter(memo.entries(UNLOOPED).values()))
 
 
+@pytest.mark.parametrize("seen", ["before they are traced", "in the program"])
 @pytest.mark.parametrize("num_steps", [5, 12])
-def test_large_steps_are_called_one_by_one(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_steps_are_called_one_by_one(num_steps: int, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Machine code of a loop over them, or of several in a row, would take minutes.
     monkeypatch.setattr(compilation, "MOST_CALLS_LOOPED", 20)
+    if seen == "in the program":
+        monkeypatch.setattr(looped_steps, "_CALLS_TO_A_STEP", 0)
+    else:
+        monkeypatch.setattr(whole_run, "_whole_by_loop", lambda *_: pytest.fail("a loop was traced"))
     monkeypatch.setattr(whole_run, "_whole_unrolled", lambda *_: pytest.fail("several steps in one program"))
     result = assert_looped(net_problem(*RULES["gradient descent"], num_steps=num_steps), looped=False)
     assert result.stats.stored_states == num_steps + 1
     assert "more than the 20 of which a loop is compiled" in next(iter(memo.entries(UNLOOPED).values()))
-
-
-@pytest.mark.parametrize("num_steps", [5, 12])
-def test_a_run_that_is_too_large_for_one_program_has_two(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_run, "_whole_by_loop", _too_large)
-    before = programs()
-    assert_looped(net_problem(*RULES["Adam"], num_steps=num_steps))
-    assert memo.entries(whole_run.LARGE_WHOLE)
-    assert programs() - before == 2
-
-
-def _too_large(*_: Any) -> None:
-    raise compilation.TooLargeError("a whole run has too many operations")
 
 
 def test_a_hyperparameter_without_a_path_is_refused_and_one_with_a_zero_is_not() -> None:

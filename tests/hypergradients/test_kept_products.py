@@ -161,12 +161,14 @@ def test_what_only_looks_alike_is_made_again() -> None:
         graph.output([product])
         return product
 
+    known: dict[Any, int] = {}
+
     def meaning(number: Any, swapped: bool = False) -> Any:
         graph = fx.Graph()
         product = body(graph, number, swapped)
         module = fx.GraphModule({}, graph)
         loop = kept_products._Loop(product, module, [], [], [])
-        return kept_products._meanings(loop, ["left", "right"])[
+        return kept_products._meanings(loop, ["left", "right"], known)[
             next(node for node in module.graph.nodes if node.target in PRODUCTS)
         ]
 

@@ -25,10 +25,10 @@ class Choice:
 
 
 @pytest.mark.parametrize(
-    ("machine", "known", "compiles", "found", "trials"),
+    ("machine", "known", "compiles", "taken", "trials"),
     [
-        ("x86_64", ["old", "new"], True, True, [0, 1, 0]),
-        ("x86_64", ["old"], True, True, [0, 0, 1]),
+        ("x86_64", ["old", "new"], True, ["new"], [0, 1, 0]),
+        ("x86_64", ["old"], True, ["old"], [0, 0, 1]),
         ("x86_64", ["old", "new"], False, None, [0, 1, 0]),
         ("x86_64", [], True, None, [0, 0, 0]),
         ("aarch64", ["old", "new"], True, None, [0, 0, 0]),
@@ -39,13 +39,35 @@ def test_the_first_choice_alone_is_tried(
     machine: str,
     known: list[str],
     compiles: bool,
-    found: bool | None,
+    taken: list[str] | None,
     trials: list[int],
 ) -> None:
+    choices, looked_at = offered(monkeypatch, machine, known, compiles)
+    vector_instructions.choose()
+    assert [choice.trials for choice in choices] == trials
+    assert looked_at == ([] if taken is None else [taken])
+    assert vector_instructions._instructions.supported_vec_isa_list is choices
+
+
+def test_the_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, looked_at = offered(monkeypatch, "x86_64", ["old", "new"], True)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "old")
+    vector_instructions.choose()
+    assert not looked_at
+    assert not any(choice.trials for choice in choices)
+
+
+def offered(
+    monkeypatch: pytest.MonkeyPatch, machine: str, known: list[str], compiles: bool
+) -> tuple[list[Choice], list[list[str]]]:
+    """Sets up a processor; returns its choices, and a list of those that PyTorch looks at in each call."""
     choices = [Choice(name, compiles=compiles) for name in ("newest new", "new", "old")]
+    looked_at: list[list[str]] = []
     instructions: Any = vector_instructions._instructions
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(instructions, "x86_isa_checker", lambda: known)
     monkeypatch.setattr(instructions, "supported_vec_isa_list", choices)
-    assert vector_instructions.are_tried() is found
-    assert [choice.trials for choice in choices] == trials
+    look = lambda: looked_at.append([str(choice) for choice in instructions.supported_vec_isa_list])  # noqa: E731
+    monkeypatch.setattr(instructions, "valid_vec_isa_list", look)
+    return choices, looked_at

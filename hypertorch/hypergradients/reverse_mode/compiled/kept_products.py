@@ -109,13 +109,14 @@ def _result_of(loop: _Loop, value: Any) -> fx.Node | None:
 
 def _keep(forward: _Loop, back: _Loop) -> None:
     """Makes the loop forward return the products that the loop back makes too, and the loop back read them."""
-    meanings = _meanings(forward, _inputs_forward(forward))
+    known: dict[Hashable, int] = {}
+    meanings = _meanings(forward, _inputs_forward(forward), known)
     made: dict[Hashable, fx.Node] = {}
     for node, meaning in meanings.items():
         made.setdefault(meaning, node)
     found = {
         node: made[meaning]
-        for node, meaning in _meanings(back, _inputs_back(meanings, forward, back)).items()
+        for node, meaning in _meanings(back, _inputs_back(meanings, forward, back), known).items()
         if node.target in _PRODUCTS and meaning in made and _is_worth_keeping(node)
     }
     stacks = _returned(forward, [*dict.fromkeys(found.values())])
@@ -161,8 +162,15 @@ def _inputs_back(meanings: dict[fx.Node, Hashable], forward: _Loop, back: _Loop)
     return [*inputs, *(("shared", value) for value in back.shared)]
 
 
-def _meanings(loop: _Loop, inputs: list[Hashable]) -> dict[fx.Node, Hashable]:
-    """Returns what the nodes of a step compute; it is equal for those that compute the same."""
+def _meanings(loop: _Loop, inputs: list[Hashable], known: dict[Hashable, int]) -> dict[fx.Node, Hashable]:
+    """Returns what the nodes of a step compute; it is equal for those that compute the same.
+
+    Args:
+        loop: the loop of the step.
+        inputs: what the inputs of the step are called.
+        known: a number for what nodes compute, to which new ones are added. A number does not hold those that it was
+            made of: to compare what is nested as deep as a step is long would take hours.
+    """
     meanings: dict[fx.Node, Hashable] = dict(zip(loop.inputs, inputs, strict=True))
     for node in loop.body.graph.nodes:
         if node in meanings:
@@ -176,7 +184,7 @@ def _meanings(loop: _Loop, inputs: list[Hashable]) -> dict[fx.Node, Hashable]:
         leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
         # With their types: PyTorch computes another thing with 1 than with 1.0.
         own = tuple(meanings[leaf] if isinstance(leaf, fx.Node) else (type(leaf), leaf) for leaf in leaves)
-        meanings[node] = (node.target, own, structure)
+        meanings[node] = known.setdefault((node.target, own, structure), len(known))
     return meanings
 
 

@@ -7,12 +7,13 @@ the loop itself is in the program.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
@@ -23,6 +24,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     TooLargeError,
     TooManyProgramsError,
     attempt,
+    check_size,
     compiled,
     programs_made,
 )
@@ -47,10 +49,14 @@ from hypertorch.types import TensorDict
 
 UNLOOPED = "problems whose steps cannot be looped over in a program"
 LARGE = "problems whose steps are too large for a program of several"
-NOISY_STEP = "problems of which an inner step draws noise"
+FIT_STEP = "problems of which an inner step draws no noise and is not too large for a loop"
 
 # Steps in one call of a program where the data of each differs: it is stacked, and held twice.
 _STEPS_OF_DATA = 64
+
+# Calls in a program with a loop forward and one back, to one operation of a step: at least so many. To trace steps
+# that turn out to be too large takes as long as to trace them one by one.
+_CALLS_TO_A_STEP = 4
 
 # Steps of a new program that are compared with the same steps without compilation.
 _STEPS_COMPARED = 8
@@ -108,7 +114,7 @@ def may_loop(loop: InnerLoop, variables: TensorDict) -> bool:
     if loop.has_buffers or loop.num_steps < 2 or memo.get(UNLOOPED, key, ""):
         return False
     # Found out without a compiler, which takes seconds.
-    return not memo.recall(NOISY_STEP, key, lambda: _draws_noise(loop, tree.detach(variables)))
+    return memo.recall(FIT_STEP, key, lambda: _is_fit(loop, tree.detach(variables)))
 
 
 def refuse_loop(loop: InnerLoop, error: NotCompilableError) -> None:
@@ -290,11 +296,32 @@ def compare(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor
             raise NotCompilableError(f"the program gives other numbers for {what} than the same steps without it")
 
 
-def _draws_noise(loop: InnerLoop, constants: TensorDict) -> bool:
-    """Returns whether the first step draws from torch's generators; it is not counted."""
+def _is_fit(loop: InnerLoop, constants: TensorDict) -> bool:
+    """Returns whether the first step draws nothing from torch's generators, and is not too large; it is not counted."""
     try_dynamics(loop, constants)
     with torch.no_grad():
-        loop.transition(loop.initial(constants), constants, 0)
+        state = loop.initial(constants)
+        with _Operations() as made:
+            loop.transition(state, constants, 0)
     after = generator_states(loop.device)
     loop.seed(loop.first_index)
-    return draws(after, loop.device)
+    try:
+        check_size(_CALLS_TO_A_STEP * made.count)
+    except TooLargeError as error:
+        refuse_loop(loop, error)
+        return False
+    return not draws(after, loop.device)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ Loading this module loads the compiler, which takes seconds.
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -13,17 +14,19 @@ from torch._inductor import cpu_vec_isa
 _instructions: Any = cpu_vec_isa
 
 
-def are_tried() -> bool | None:
-    """Returns True where the first choice of this processor compiles and runs; None to let PyTorch try all of them.
+def choose() -> None:
+    """Lets PyTorch look at this processor's first choice alone, if that one compiles and runs.
 
     PyTorch tries each set of instructions with the C++ compiler and in a new process of Python, and takes the first.
-    With five sets that is 10 s for the first program, and 2 s in every process. A compiler for the first set knows the
-    others, which are older.
+    With five sets that is 12 s for the first program, and 2 s in every process. What it finds it keeps.
     """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    known = _instructions.x86_isa_checker()
-    for choice in _instructions.supported_vec_isa_list:
-        if all(flag in known for flag in str(choice).split()):
-            return True if choice else None  # asked for its truth, PyTorch tries it
-    return None
+    if platform.machine() not in ("x86_64", "AMD64") or "ATEN_CPU_CAPABILITY" in os.environ:  # the user's own choice
+        return
+    known, sets = _instructions.x86_isa_checker(), _instructions.supported_vec_isa_list
+    first = next((own for own in sets if all(flag in known for flag in str(own).split())), None)
+    if first:  # asked for its truth, PyTorch tries it
+        _instructions.supported_vec_isa_list = [first]
+        try:
+            _instructions.valid_vec_isa_list()
+        finally:
+            _instructions.supported_vec_isa_list = sets

@@ -15,7 +15,6 @@ from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
-    TooLargeError,
     TooManyProgramsError,
     attempt,
     compilation,
@@ -49,7 +48,6 @@ from hypertorch.types import Batch, TensorDict
 LONGEST_PROGRAM = 8
 
 NOISY = "steps that draw noise"
-LARGE_WHOLE = "problems of which a whole run is too large for one program"
 
 
 def run_compiled(
@@ -124,7 +122,7 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     products of as many steps; without, memory of the graphs of all steps, as far as the compiler keeps them.
     """
     key = Program.of(loop).key
-    if loop.carry or memo.get(NOISY, key, False) or memo.get(LARGE_WHOLE, key, False):
+    if loop.carry or memo.get(NOISY, key, False):
         return None
     try_dynamics(loop, tree.detach(variables))
     if may_loop(loop, variables):
@@ -133,9 +131,6 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
                 return _whole_by_loop(loop, variables)
         except TooManyProgramsError:
             raise
-        except TooLargeError:  # each of the two loops may be small enough for a program
-            memo.note(LARGE_WHOLE, key, True)
-            return None
         except NotCompilableError as error:
             refuse_loop(loop, error)
     # One step is compiled where several would take minutes.
