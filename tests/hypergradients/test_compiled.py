@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -332,6 +333,26 @@ def test_what_cannot_be_compiled_leaves_autograd_as_it_was() -> None:
     for backend in (Reverse(), ht.hypergradients.Forward()):
         again = ht.hypergradient(problem, hparams, backend=backend)
         torch.testing.assert_close(again.grads["c"], expected.grads["c"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_garbage_is_not_looked_for_while_a_program_is_compiled(is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    make = compilation._make_code
+    monkeypatch.setattr(compilation, "_make_code", lambda *own: (seen.append(gc.isenabled()), make(*own))[1])
+    problem = net_problem(MOMENTUM, LEARNT, num_steps=3)
+    was_on = gc.isenabled()
+    (gc.enable if is_on else gc.disable)()
+    try:
+        with compilation.compilation():
+            compilation.compiled(descend, "garbage", torch.device("cpu"))(torch.ones(2), torch.ones(2))
+            assert gc.isenabled() is is_on
+        assert_same(problem, Reverse(compile=True))
+        assert gc.isenabled() is is_on
+    finally:
+        (gc.enable if was_on else gc.disable)()
+    assert seen
+    assert not any(seen)
 
 
 @pytest.mark.parametrize(
