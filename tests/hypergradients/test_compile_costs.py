@@ -64,7 +64,7 @@ def test_auto_compiles_once_runs_without_have_taken_as_long(backend: Any, monkey
 
 def test_auto_goes_back_where_compilation_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, watched = problem(), []
-    monkeypatch.setattr(whole_run, "compilation", lambda: watched.append(True) or compilation.compilation())
+    monkeypatch.setattr(whole_run, "compilation", lambda tell: watched.append(True) or compilation.compilation(tell))
     take(costs.USUAL_PRICE, monkeypatch)  # compiled, each run takes longer than the steps that were compared
     for _ in range(5):
         ht.hypergradient(asked, asked.init_hparams(), backend=Reverse(compile="auto"))
@@ -91,19 +91,22 @@ def test_the_log_tells_the_price_and_from_where_on_it_pays(
     hparams, compiled = asked.init_hparams(), Reverse(compile=True)
     take(30.0, monkeypatch)
     ht.hypergradient(asked, hparams, backend=compiled)
-    assert told(caplog) == ["`NetInner` by `ReversibleMomentum` was compiled, or its programs were loaded, in 30.0 s"]
+    assert told(caplog) == [
+        "`NetInner` by `ReversibleMomentum` is compiled now: small steps take about 20 s, large ones minutes",
+        "`NetInner` by `ReversibleMomentum` was compiled, or its programs were loaded, in 30.0 s",
+    ]
     (family,) = (key for _, key in memo.entries(costs.EAGER))
     assert 0.0 < memo.get(costs.EAGER, family, 0.0) < 30.0  # of the steps that were compared
     memo.note(costs.EAGER, family, 0.4)
     take(0.1, monkeypatch)
     ht.hypergradient(asked, hparams, backend=compiled)
-    assert told(caplog)[1:] == [
+    assert told(caplog)[2:] == [
         "`NetInner` by `ReversibleMomentum` takes 0.1 s compiled and about 0.4 s without: compilation (30.0 s) pays "
         "from 100 hypergradients on"
     ]
     take(0.3, monkeypatch)
     ht.hypergradient(asked, hparams, backend=compiled)
-    assert len(told(caplog)) == 2  # told once
+    assert len(told(caplog)) == 3  # told once
 
 
 @pytest.mark.parametrize(("steps", "is_told"), [(99, True), (101, False)])

@@ -277,7 +277,7 @@ def descend(where: Tensor, value: Tensor) -> Tensor:
 def test_what_the_compiler_gets_wrong_is_mended(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     where, value = torch.tensor([1, 3, 0, 2, 5, 4]), normal(6, seed=0)
     expected = function(where, value)
-    with compilation.compilation():
+    with compilation.compilation(lambda: None):
         actual = compilation.compiled(function, "mends", torch.device("cpu"))(where, value)
     torch.testing.assert_close(actual, expected)
     alone = torch.compile(function, dynamic=False)(where, value)
@@ -344,7 +344,7 @@ def test_garbage_is_not_looked_for_while_a_program_is_compiled(is_on: bool, monk
     was_on = gc.isenabled()
     (gc.enable if is_on else gc.disable)()
     try:
-        with compilation.compilation():
+        with compilation.compilation(lambda: None):
             compilation.compiled(descend, "garbage", torch.device("cpu"))(torch.ones(2), torch.ones(2))
             assert gc.isenabled() is is_on
         assert_same(problem, Reverse(compile=True))

@@ -195,8 +195,11 @@ def _autograd_as_before() -> Iterator[None]:
 
 
 @contextmanager
-def compilation() -> Iterator[None]:
+def compilation(tell: Callable[[], None]) -> Iterator[None]:
     """Surrounds calls of compiled functions: derivatives inside them can be traced.
+
+    Args:
+        tell: called once, when PyTorch begins to compile.
 
     Raises:
         NotCompilableError: where PyTorch cannot compile one.
@@ -221,7 +224,7 @@ def compilation() -> Iterator[None]:
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
             stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
-            stack.enter_context(_compiles_without_collection(dynamo.callback.callback_handler))
+            stack.enter_context(_watched(dynamo.callback.callback_handler, tell))
             # What PyTorch says of its own insides while it compiles is no fault of the user's.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"torch\b")
@@ -234,18 +237,26 @@ def compilation() -> Iterator[None]:
 
 
 @contextmanager
-def _compiles_without_collection(handler: Any) -> Iterator[None]:
-    """Switches Python's garbage collection off while PyTorch compiles, and not while programs run.
+def _watched(handler: Any, tell: Callable[[], None]) -> Iterator[None]:
+    """Tells of compilations, during which Python's garbage collection is off.
 
     The compiler makes millions of objects that stay; to look through them again and again takes a quarter of its time.
 
     Args:
         handler: what PyTorch asks to be told when a compilation starts and ends.
+        tell: called once, when the first starts.
     """
-    if not gc.isenabled():
-        yield
-        return
-    start, end = (lambda _: gc.disable()), (lambda _: gc.enable())
+    is_on, untold = gc.isenabled(), [tell]
+
+    def start(_: Any) -> None:
+        if untold:
+            untold.pop()()
+        gc.disable()
+
+    def end(_: Any) -> None:
+        if is_on:
+            gc.enable()
+
     handler.register_start_callback(start)
     handler.register_end_callback(end)
     try:
@@ -253,7 +264,7 @@ def _compiles_without_collection(handler: Any) -> Iterator[None]:
     finally:
         handler.remove_start_callback(start)
         handler.remove_end_callback(end)
-        gc.enable()  # another thread may still compile, and would tell nobody
+        end(None)  # another thread may still compile, and would tell nobody
 
 
 @contextmanager

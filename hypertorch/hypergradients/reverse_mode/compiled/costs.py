@@ -72,6 +72,13 @@ def is_measured(family: Hashable) -> bool:
     return memo.get(PAYS_FROM, family, None) is not None
 
 
+def tell_start(what: str) -> None:
+    """Tells that a compilation begins, and for how long one takes."""
+    price = memo.get(PRICE, None, None)
+    usual = f"small steps take about {USUAL_PRICE:.0f} s, large ones minutes"
+    _logger.info("%s is compiled now: %s", what, usual if price is None else f"the last time it took {price:.0f} s")
+
+
 def note_compilation(family: Hashable, what: str, seconds: float) -> None:
     """Notes the time of a run on which programs were compiled, and tells it."""
     memo.note(PRICE, None, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.costs import (
     note_compilation,
     note_compiled,
     note_eager,
+    tell_start,
     timed,
 )
 from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import whole
@@ -88,7 +90,7 @@ def run_compiled(
     trial = loop.uncounted()
     what = f"`{type(problem.inner).__name__}` by `{type(problem.dynamics).__name__}`"
     try:
-        with compilation():
+        with compilation(partial(tell_start, what)):
             result = _measured(family, what, trial, run)
     except NotCompilableError as error:
         reason = error
