@@ -190,6 +190,9 @@ def problem_of(name: str, backend: ht.Hypergradient | None = None) -> ht.Bilevel
     )
 
 
+LONG = {("transformer", "forward by duals"), ("lstm", "forward by duals")}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_reverse_equals_central_differences(name: str) -> None:
     problem = problem_of(name)
@@ -197,8 +200,15 @@ def test_reverse_equals_central_differences(name: str) -> None:
     assert check.passed, str(check)
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        # Their many weights one by one take half a minute.
+        pytest.param(name, backend, marks=pytest.mark.slow if (name, backend) in LONG else ())
+        for name in MODULES
+        for backend in EXACT
+    ],
+)
 def test_exact_backends_equal_reverse_or_refuse(name: str, backend: str) -> None:
     problem = problem_of(name, EXACT[backend])
     hparams = problem.init_hparams()

@@ -126,7 +126,10 @@ SAMPLERS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(name, marks=() if name in ("random", "tpe", "observer") else pytest.mark.slow) for name in SAMPLERS],
+)
 def test_every_sampler_searches(sampler: str, command: Command) -> None:
     code, error = search(command, LR, MOMENTUM, *settings(sampler=sampler, num_trials=3), *SAMPLERS[sampler])
     assert code == 0, error

@@ -127,7 +127,14 @@ def test_a_run_of_a_version_that_lacked_a_switch_is_gone_on_with(command: Comman
     assert "`execution.tasks` is 'loop', but the run in" in error
 
 
-@pytest.mark.parametrize("change", ["evaluation.num_steps=3", "evaluation.num_queries=3", "evaluation.lr=0.5"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "evaluation.num_steps=3",
+        pytest.param("evaluation.num_queries=3", marks=pytest.mark.slow),
+        pytest.param("evaluation.lr=0.5", marks=pytest.mark.slow),
+    ],
+)
 def test_what_changes_a_validation_is_not_changed_in_the_middle(change: str, command: Command) -> None:
     assert command("experiment=maml", *TINY, "paths.run_dir=here")[0] == 0
     code, error = command("experiment=maml", *TINY, "paths.run_dir=here", "resume=true", change)
@@ -168,7 +175,7 @@ def test_the_test_classes_can_be_left_alone(command: Command, tmp_path: Path, mo
     assert set(asked) == {"meta_train", "meta_val"}
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize("num_queries", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_evaluation_has_a_number_of_queries_of_its_own(
     num_queries: int, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -521,6 +528,7 @@ def test_how_tasks_are_run_is_a_setting(command: Command) -> None:
     assert "`execution.tasks` is 'fast'" in error
 
 
+@pytest.mark.slow
 def test_no_part_of_a_run_measures_where_the_route_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[object] = []
     ht.memo.clear()
