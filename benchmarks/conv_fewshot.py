@@ -77,6 +77,7 @@ class _ConvFewShot(Work):
             *variants.PEERS,
             variants.TORCHOPT_VECTORISED,
             variants.EAGER,
+            variants.COMPILED,
             *variants.IN_JAX,
             variants.JAX_IN_TURN,
             variants.PLAIN,

@@ -85,6 +85,7 @@ class TransformerUnroll(Work):
         return variants.chosen(
             *variants.PEERS,
             variants.EAGER,
+            variants.COMPILED,
             variants.SQRT,
             variants.STEP_WISE,
             variants.STEP_WISE_COMPILED,

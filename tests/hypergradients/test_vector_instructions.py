@@ -27,6 +27,7 @@ class Choice:
 @pytest.mark.parametrize(
     ("machine", "known", "compiles", "taken", "trials"),
     [
+        ("x86_64", ["old", "new", "newest"], True, ["new"], [0, 1, 0]),
         ("x86_64", ["old", "new"], True, ["new"], [0, 1, 0]),
         ("x86_64", ["old"], True, ["old"], [0, 0, 1]),
         ("x86_64", ["old", "new"], False, None, [0, 1, 0]),
@@ -61,7 +62,7 @@ def offered(
     monkeypatch: pytest.MonkeyPatch, machine: str, known: list[str], compiles: bool
 ) -> tuple[list[Choice], list[list[str]]]:
     """Sets up a processor; returns its choices, and a list of those that PyTorch looks at in each call."""
-    choices = [Choice(name, compiles=compiles) for name in ("newest new", "new", "old")]
+    choices = [Choice(name, compiles=compiles) for name in ("new newest", "new", "old")]
     looked_at: list[list[str]] = []
     instructions: Any = vector_instructions._instructions
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)

@@ -15,15 +15,16 @@ _instructions: Any = cpu_vec_isa
 
 
 def choose() -> None:
-    """Lets PyTorch look at this processor's first choice alone, if that one compiles and runs.
+    """Lets PyTorch look at this processor's widest vectors alone, if code for them compiles and runs.
 
     PyTorch tries each set of instructions with the C++ compiler and in a new process of Python, and takes the first.
-    With five sets that is 12 s for the first program, and 2 s in every process. What it finds it keeps.
+    With five sets that is 12 s for the first program, and 2 s in every process. Those that add instructions for short
+    numbers (VNNI, AMX) are of use to quantised models, and are left out. What it finds it keeps.
     """
     if platform.machine() not in ("x86_64", "AMD64") or "ATEN_CPU_CAPABILITY" in os.environ:  # the user's own choice
         return
     known, sets = _instructions.x86_isa_checker(), _instructions.supported_vec_isa_list
-    first = next((own for own in sets if all(flag in known for flag in str(own).split())), None)
+    first = next((own for own in sets if str(own) in known), None)
     if first:  # asked for its truth, PyTorch tries it
         _instructions.supported_vec_isa_list = [first]
         try:
