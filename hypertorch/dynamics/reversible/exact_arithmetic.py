@@ -35,22 +35,21 @@ _SWEEPS = 4
 def encode(numbers: Tensor) -> Tensor:
     """Returns the nearest integers in units of `2^-52`, int64; for numbers below `LARGEST_NUMBER` in magnitude."""
     # Scaling by a power of two is exact, so a number rounds once, and only by what lies below a unit.
-    return (numbers.detach().double() * _UNITS).round().long()
+    return (numbers.detach().double() * _UNITS).round_().long()
 
 
 def decode(integers: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns the numbers that integers stand for, rounded to `dtype`."""
     # Above 2 an integer has more bits than a double: what is lost is lost to the loss alone, and the integer stays.
-    return (integers.double() / _UNITS).to(dtype)
+    return integers.double().div_(_UNITS).to(dtype)
 
 
 def largest(values: Tensor) -> Tensor:
     """Returns the largest magnitude of numbers, or of integers in units of `2^-52`, float64; NaN if one is."""
-    if values.is_floating_point():
-        return values.abs().amax().double()
     # Not by `abs`: the least int64 has no positive counterpart.
-    least, greatest = values.amin().double(), values.amax().double()
-    return torch.maximum(-least, greatest) / _UNITS
+    least, greatest = (value.double() for value in values.aminmax())
+    magnitude = torch.maximum(-least, greatest)
+    return magnitude if values.is_floating_point() else magnitude / _UNITS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -265,7 +264,7 @@ def _is_fraction(factor: Factor) -> bool:
 
 def _growth(integers: Tensor, factor: Factor) -> Tensor:
     """Returns `round(rest c)`, which never decreases as `c` increases: each of its operations does not."""
-    return (integers.double() * factor.rest).round().long()
+    return integers.double().mul_(factor.rest).round_().long()
 
 
 def _undo_growth(grown: Tensor, factor: Factor) -> Tensor:
@@ -276,7 +275,7 @@ def _undo_growth(grown: Tensor, factor: Factor) -> Tensor:
     """
     if _is_fraction(factor):
         return grown
-    integers = (grown.double() / (1.0 + factor.rest)).round().long()
+    integers = grown.double().div_(1.0 + factor.rest).round_().long()
     # Always four: a test of convergence would wait for the device, and a sweep changes nothing that is right.
     for _ in range(_SWEEPS):
         integers = grown - _growth(integers, factor)
