@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import hypertorch as ht
 from hypertorch.errors import DetachedHyperparameterError, IncompatibleBackendError, ReplayError
-from hypertorch.hypergradients.reverse_mode.compiled import compilation, not_compilable
+from hypertorch.hypergradients.reverse_mode.compiled import (
+    compilation,
+    looped_steps,
+    not_compilable,
+    single_steps,
+    whole_run,
+)
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
@@ -34,7 +44,8 @@ SCHEDULE = {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}
 @pytest.fixture(autouse=True)
 def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces functions and their derivatives, but makes no machine code of them; what is slow does that too."""
-    set_aside(monkeypatch, compilation.PROGRAMS, not_compilable.REFUSED, not_compilable.ATTEMPTS, not_compilable.WARNED)
+    refused = not_compilable.REFUSED, not_compilable.ATTEMPTS, not_compilable.WARNED
+    set_aside(monkeypatch, compilation.PROGRAMS, looped_steps.ONE_BY_ONE, *refused)
     if request.node.get_closest_marker("slow") is None:
         monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
@@ -335,6 +346,119 @@ def test_what_cannot_be_compiled_leaves_autograd_as_it_was() -> None:
     for backend in (Reverse(), ht.hypergradients.Forward()):
         again = ht.hypergradient(problem, hparams, backend=backend)
         torch.testing.assert_close(again.grads["c"], expected.grads["c"], rtol=1e-12, atol=0)
+
+
+# Without closures, which a program cannot have.
+_advance, _gradient = single_steps._advance, single_steps._gradient
+_pull_back, _pull_back_mixed, _whole = single_steps._pull_back, single_steps._pull_back_mixed, whole_run._whole
+
+
+def _off(result: Any) -> Any:
+    return tree_map_only(Tensor, lambda value: 1.001 * value, result)
+
+
+def _advance_off(*arguments: Any) -> Any:
+    return _off(_advance(*arguments))
+
+
+def _gradient_off(*arguments: Any) -> Any:
+    return _off(_gradient(*arguments))
+
+
+def _pull_back_off(*arguments: Any) -> Any:
+    return _off(_pull_back(*arguments))
+
+
+def _pull_back_mixed_off(*arguments: Any) -> Any:
+    return _off(_pull_back_mixed(*arguments))
+
+
+def _whole_off(*arguments: Any) -> Any:
+    return _off(_whole(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "backend", "num_steps"),
+    [
+        (_advance_off, Reverse(compile=True, snapshots=2), 12),
+        (_pull_back_off, Reverse(compile=True, snapshots=2), 12),
+        (_pull_back_mixed_off, Reverse(compile=True, derivative="mixed"), 12),
+        (_gradient_off, Reversible(compile=True), 12),
+        (_whole_off, Reverse(compile=True), 3),
+    ],
+)
+def test_a_program_that_gives_other_numbers_is_not_used(
+    wrong: Callable[..., Any], backend: Reverse, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_run, "may_loop", lambda *_: False)
+    monkeypatch.setattr(whole_run if wrong is _whole_off else single_steps, wrong.__name__.removesuffix("_off"), wrong)
+    problem = net_problem(MOMENTUM, LEARNT, num_steps=num_steps)
+    if wrong is _gradient_off:
+        rule = ht.dynamics.ReversibleMomentum(lr=ht.Hyper("lr"), momentum=0.5)
+        problem = net_problem(rule, {"lr": LEARNT["lr"]}, num_steps=num_steps)
+    if wrong is _whole_off:  # single steps are tried after it
+        assert_same(problem, backend)
+        assert memo.entries(looped_steps.ONE_BY_ONE)
+        return
+    with pytest.warns(UserWarning, match="the program gives other numbers for the"):
+        assert_same(problem, backend)
+
+
+class Ranked(ht.InnerProblem):
+    """A loss that PyTorch's compiler makes wrong code of, of the version this was written for."""
+
+    def init_params(self, hparams: TensorDict) -> TensorDict:
+        return {"w": normal(5, 6, seed=1) * hparams["s"]}
+
+    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
+        w = params["w"] * hparams["c"]
+        return w.cummax(1).values.square().sum() + w.logcumsumexp(1).square().mean() + w.quantile(0.3).square()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [{}, {"snapshots": 2}])
+def test_wrong_code_of_the_compiler_is_not_used(kept: dict[str, int]) -> None:
+    hparams = {"s": torch.tensor(1.1, dtype=F64), "c": torch.tensor(0.5, dtype=F64)}
+    outer = LambdaOuter(hparams, lambda params, hparams, batch: params["w"].square().sum())
+    problem = ht.BilevelProblem(Ranked(), outer, dynamics=ht.dynamics.SGD(lr=0.1), num_steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a later version may be right
+        assert_same(problem, Reverse(compile=True, **kept))
+
+
+def test_a_compilation_waits_for_that_of_another_thread() -> None:
+    """What is set up for the whole process would be put back under its feet."""
+    is_inside, may_leave, order = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with compilation.compilation(lambda: None):
+            is_inside.set()
+            may_leave.wait(30)
+            order.append("first")
+
+    def second() -> None:
+        with compilation.compilation(lambda: None):
+            order.append("second")
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    assert is_inside.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)
+    may_leave.set()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["first", "second"]
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("name", "is_taken"), [("ordinary", True), ("zwölf", True), ("a b", False), ("a'b", False)])
+def test_a_folder_of_programs_that_a_compiler_cannot_be_called_with_is_named(
+    name: str, is_taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
+    with nullcontext() if is_taken else pytest.raises(NotCompilableError, match=f"{name}.*blanks or quotes in a path"):
+        compilation._refuse_folder()
 
 
 @pytest.mark.parametrize("is_on", [True, False])

@@ -24,7 +24,7 @@ from hypertorch.hypergradients.reverse_mode.compiled import (
     not_compilable,
     whole_run,
 )
-from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, UNLOOPED
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import ONE_BY_ONE, UNLOOPED
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -54,7 +54,7 @@ def _traced_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch,
         compilation.PROGRAMS,
         UNLOOPED,
-        LARGE,
+        ONE_BY_ONE,
         not_compilable.REFUSED,
         not_compilable.ATTEMPTS,
         not_compilable.WARNED,

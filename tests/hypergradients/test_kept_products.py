@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import hypertorch as ht
 from hypertorch.hypergradients.reverse_mode.compiled import compilation, kept_products, not_compilable
-from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, UNLOOPED
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import ONE_BY_ONE, UNLOOPED
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -60,7 +60,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
         monkeypatch,
         compilation.PROGRAMS,
         UNLOOPED,
-        LARGE,
+        ONE_BY_ONE,
         not_compilable.REFUSED,
         not_compilable.ATTEMPTS,
         not_compilable.WARNED,
@@ -187,7 +187,7 @@ def test_kept_products_in_machine_code_give_the_eager_number(
         monkeypatch,
         compilation.PROGRAMS,
         UNLOOPED,
-        LARGE,
+        ONE_BY_ONE,
         not_compilable.REFUSED,
         not_compilable.ATTEMPTS,
         not_compilable.WARNED,

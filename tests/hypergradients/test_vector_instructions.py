@@ -1,13 +1,17 @@
-"""Vector instructions of the processor: the first choice is tried, and the others are then not."""
+"""Vector instructions of the processor: the widest are tried, and the others are then not."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 
 from hypertorch.hypergradients.reverse_mode.compiled import vector_instructions
+
+ALL = ["new newest", "new", "old"]
 
 
 class Choice:
@@ -25,50 +29,49 @@ class Choice:
 
 
 @pytest.mark.parametrize(
-    ("machine", "known", "compiles", "taken", "trials"),
+    ("machine", "known", "compiles", "seen", "trials"),
     [
         ("x86_64", ["old", "new", "newest"], True, ["new"], [0, 1, 0]),
         ("x86_64", ["old", "new"], True, ["new"], [0, 1, 0]),
         ("x86_64", ["old"], True, ["old"], [0, 0, 1]),
-        ("x86_64", ["old", "new"], False, None, [0, 1, 0]),
-        ("x86_64", [], True, None, [0, 0, 0]),
-        ("aarch64", ["old", "new"], True, None, [0, 0, 0]),
+        ("x86_64", ["old", "new"], False, ALL, [0, 1, 0]),
+        ("x86_64", [], True, ALL, [0, 0, 0]),
+        ("aarch64", ["old", "new"], True, ALL, [0, 0, 0]),
     ],
 )
-def test_the_first_choice_alone_is_tried(
-    monkeypatch: pytest.MonkeyPatch,
-    machine: str,
-    known: list[str],
-    compiles: bool,
-    taken: list[str] | None,
-    trials: list[int],
+def test_the_widest_are_tried_alone_and_others_find_all_sets(
+    monkeypatch: pytest.MonkeyPatch, machine: str, known: list[str], compiles: bool, seen: list[str], trials: list[int]
 ) -> None:
     choices, looked_at = offered(monkeypatch, machine, known, compiles)
-    vector_instructions.choose()
+    assert looked_at() == ALL  # by a compilation before
+    with vector_instructions.widest_alone():
+        assert looked_at() == seen
     assert [choice.trials for choice in choices] == trials
-    assert looked_at == ([] if taken is None else [taken])
-    assert vector_instructions._instructions.supported_vec_isa_list is choices
+    assert looked_at() == ALL
 
 
-def test_the_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["environment", "setting"])
+def test_the_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     choices, looked_at = offered(monkeypatch, "x86_64", ["old", "new"], True)
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "old")
-    vector_instructions.choose()
-    assert not looked_at
+    if way == "environment":
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", "old")
+    else:
+        monkeypatch.setattr(vector_instructions.config.cpp, "simdlen", 256)
+    with vector_instructions.widest_alone():
+        assert looked_at() == ALL
     assert not any(choice.trials for choice in choices)
 
 
 def offered(
     monkeypatch: pytest.MonkeyPatch, machine: str, known: list[str], compiles: bool
-) -> tuple[list[Choice], list[list[str]]]:
-    """Sets up a processor; returns its choices, and a list of those that PyTorch looks at in each call."""
-    choices = [Choice(name, compiles=compiles) for name in ("new newest", "new", "old")]
-    looked_at: list[list[str]] = []
+) -> tuple[list[Choice], Callable[[], list[str]]]:
+    """Sets up a processor; returns its choices, and a function that tells which of them PyTorch looks at."""
+    choices = [Choice(name, compiles=compiles) for name in ALL]
     instructions: Any = vector_instructions._instructions
     monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(instructions, "x86_isa_checker", lambda: known)
     monkeypatch.setattr(instructions, "supported_vec_isa_list", choices)
-    look = lambda: looked_at.append([str(choice) for choice in instructions.supported_vec_isa_list])  # noqa: E731
+    look = cache(lambda: [str(choice) for choice in instructions.supported_vec_isa_list])
     monkeypatch.setattr(instructions, "valid_vec_isa_list", look)
-    return choices, looked_at
+    return choices, look

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
+import shlex
 import tempfile
+import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -42,6 +45,9 @@ _PROGRAMS = "hypertorch-programs"
 # Calls in a program with a loop inside. For 1,100 of them (MAML with Conv-4) it is compiled as fast as single steps
 # are, and is a seventh faster; for 2,900 (a Transformer of four layers) PyTorch takes twice as long.
 MOST_CALLS_LOOPED = 1_500
+
+# The compiler is set up for the whole process. A thread that left it as it was would do so under another one's feet.
+_one_at_a_time = threading.RLock()
 
 PROGRAMS = "compiled programs"
 MADE = "number of programs that were compiled"
@@ -103,7 +109,11 @@ def _make_code(
         _refuse_large(graph)
     memo.note(MADE, None, programs_made() + 1)
     if backend == "inductor":
-        return importlib.import_module("torch._inductor").compile(graph, inputs, options=_options(device, loops))
+        _refuse_folder()
+        # Not at the top of this module: they load the compiler, which takes seconds.
+        inductor = importlib.import_module("torch._inductor")
+        with importlib.import_module(f"{__package__}.vector_instructions").widest_alone():
+            return inductor.compile(graph, inputs, options=_options(device, loops))
     dynamo: Any = torch._dynamo
     return dynamo.lookup_backend(backend)(graph, inputs)
 
@@ -118,6 +128,24 @@ def _refuse_custom_function(*_: Any) -> NoReturn:
         "a custom `torch.autograd.Function` is on the way, whose backward pass is lost when it is traced. Written out "
         "of operations of PyTorch it could be compiled."
     )
+
+
+def _refuse_folder() -> None:
+    """Raises `NotCompilableError` for a folder of programs whose path a C++ compiler would not be called with."""
+    folder = os.environ.get(_FOLDER, "")
+    if folder and not _is_one_word(folder):
+        raise NotCompilableError(
+            f"programs are kept in '{folder}', and PyTorch cannot call a C++ compiler with blanks or quotes in a path. "
+            f"Set `{_FOLDER}` to another folder"
+        )
+
+
+def _is_one_word(path: str) -> bool:
+    """Returns whether PyTorch, which splits its commands as a shell does, leaves a path whole."""
+    try:
+        return shlex.split(path) == [path]
+    except ValueError:  # a quote alone
+        return False
 
 
 def _refuse_large(graph: fx.GraphModule) -> None:
@@ -137,9 +165,7 @@ def check_size(calls: int) -> None:
 
 def _options(device: torch.device, loops: bool) -> Any:
     # Not at the top of this module: it loads the compiler, which takes seconds.
-    names = "compiler_mends", "kept_products", "vector_instructions"
-    mends, kept, vector_instructions = (importlib.import_module(f"{__package__}.{name}") for name in names)
-    vector_instructions.choose()
+    mends, kept = (importlib.import_module(f"{__package__}.{name}") for name in ("compiler_mends", "kept_products"))
     on_cpu = device.type == "cpu"
     return {
         # Random numbers by the operations that are run without compilation, not by those of the compiler's own.
@@ -196,7 +222,7 @@ def _autograd_as_before() -> Iterator[None]:
 
 @contextmanager
 def compilation(tell: Callable[[], None]) -> Iterator[None]:
-    """Surrounds calls of compiled functions: derivatives inside them can be traced.
+    """Surrounds calls of compiled functions: derivatives inside them can be traced. Threads wait for each other.
 
     Args:
         tell: called once, when PyTorch begins to compile.
@@ -205,7 +231,7 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
         NotCompilableError: where PyTorch cannot compile one.
     """
     _keep_in_cache_of_user()
-    with ExitStack() as stack:
+    with _one_at_a_time, ExitStack() as stack:
         try:
             # Loaded by PyTorch when first asked for, which takes a second, and looks for the folder of programs.
             dynamo: Any = torch._dynamo
@@ -218,9 +244,8 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             # Inside of a transform PyTorch sees no gradient asked for, and traces only the forward pass of a custom
             # function.
             applied = dynamo.variables.misc.AutogradFunctionVariable
-            if applied.call_apply is not _refuse_custom_function:  # by another thread
-                stack.callback(setattr, applied, "call_apply", applied.call_apply)
-                applied.call_apply = _refuse_custom_function
+            stack.callback(setattr, applied, "call_apply", applied.call_apply)
+            applied.call_apply = _refuse_custom_function
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
             stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
@@ -228,6 +253,9 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             # What PyTorch says of its own insides while it compiles is no fault of the user's.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"torch\b")
+            notes = logging.getLogger("torch._inductor.ir")
+            notes.addFilter(_is_error)
+            stack.callback(notes.removeFilter, _is_error)
         except AttributeError as error:
             raise NotCompilableError(
                 f"PyTorch {torch.__version__} cannot compile code that takes derivatives"
@@ -264,7 +292,7 @@ def _watched(handler: Any, tell: Callable[[], None]) -> Iterator[None]:
     finally:
         handler.remove_start_callback(start)
         handler.remove_end_callback(end)
-        end(None)  # another thread may still compile, and would tell nobody
+        end(None)
 
 
 @contextmanager
@@ -322,6 +350,8 @@ def _keep_in_cache_of_user() -> None:
         return
     own = f"{_PROGRAMS}-{os.getuid()}" if hasattr(os, "getuid") else _PROGRAMS
     for folder in (platformdirs.user_cache_path("hypertorch") / "programs", Path(tempfile.gettempdir()) / own):
+        if not _is_one_word(str(folder)):
+            continue
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             is_private = _is_private(folder)
@@ -343,6 +373,10 @@ def _is_private(folder: Path) -> bool:
     found = folder.stat()
     # A link of a stranger could lead elsewhere tomorrow.
     return found.st_uid == folder.lstat().st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -7,7 +7,7 @@ the loop itself is in the program.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
+from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
     TooLargeError,
@@ -48,7 +49,7 @@ from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
 UNLOOPED = "problems whose steps cannot be looped over in a program"
-LARGE = "problems whose steps are too large for a program of several"
+ONE_BY_ONE = "problems of which no several steps are one program"
 FIT_STEP = "problems of which an inner step draws no noise and is not too large for a loop"
 
 # Steps in one call of a program where the data of each differs: it is stacked, and held twice.
@@ -122,7 +123,7 @@ def refuse_loop(loop: InnerLoop, error: NotCompilableError) -> None:
     key = Program.of(loop).key
     memo.note(UNLOOPED, key, str(error))
     if isinstance(error, TooLargeError):
-        memo.note(LARGE, key, True)
+        memo.note(ONE_BY_ONE, key, True)
 
 
 class _LoopedSteps:
@@ -276,24 +277,6 @@ class _LoopedSteps:
             # The first run counts, as the one whose states are kept.
             if self._values.setdefault(step, value) is not value:
                 self._further_values[step] = value
-
-
-def compare(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
-    """Raises unless what a new program gives is what the same steps give without compilation, up to rounding.
-
-    PyTorch's compiler has made wrong code of right loops, without a word.
-
-    Raises:
-        NotCompilableError: naming what differs.
-    """
-    for got, right in zip(found, expected, strict=True):
-        if got is None or not got.numel():
-            continue
-        size = torch.zeros_like(got) if right is None else right.detach()
-        # Half of the digits: a few steps lose less to rounding, and wrong code has none of them right.
-        allowed = torch.finfo(got.dtype).eps ** 0.5 * max(float(size.abs().max()), 1e-30)
-        if not float((got - size).abs().max()) <= allowed and bool(torch.isfinite(size).all()):
-            raise NotCompilableError(f"the program gives other numbers for {what} than the same steps without it")
 
 
 def _is_fit(loop: InnerLoop, constants: TensorDict) -> bool:

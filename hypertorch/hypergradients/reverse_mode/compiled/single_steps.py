@@ -13,7 +13,8 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.guards.replay import check_values
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import compiled
+from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import compiled, programs_made
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp, with_terms
 from hypertorch.hypergradients.reverse_mode.mixed import through_gradients
 from hypertorch.hypergradients.reverse_mode.steps import Steps
@@ -130,6 +131,7 @@ class CompiledSteps(Steps):
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
         self._names = list(variables)
         self._advance = compiled(_advance, self._program.key, loop.device)
+        self._made = programs_made()
         self._first_values: dict[int, Tensor] = {}
         self._further_values: dict[int, Tensor] = {}
 
@@ -153,6 +155,10 @@ class CompiledSteps(Steps):
         # A gradient that is evaluated twice inside one program would draw twice.
         self._mixed = self._mixed and not draws(before, self._loop.device)
         self._advanced = True
+        if self._is_new():
+            with torch.no_grad():
+                right, _ = self._loop.transition(state, {**self._moving, **self._fixed}, step)
+            compare("the state", end.tensors(), right.tensors())
         self._loop.record.add_step(step, value, frozenset(tracked))
         if value is not None:
             # The first run counts, as the one whose states are kept.
@@ -183,6 +189,13 @@ class CompiledSteps(Steps):
                 self._counter(step),
                 _plain(cotangents),
             )
+        if self._is_new():
+            own = loop.uncounted()
+            own.record.track(loop.record.tracked_buffers)
+            right = graph_vjp(own, self._variables, segment).pull_back(cotangents)
+            compare("the hypergradient", [grads.get(name) for name in self._names], [*right.grads.values()])
+            compare("the cotangents of the state", before, right.cotangents)
+            compare("the terms of the outer loss", [term], [right.outer_loss])
         if value is not None:
             self._further_values[step] = value
         loop.record.add_step(step, value)
@@ -199,12 +212,22 @@ class CompiledSteps(Steps):
         own = dict(zip(params, _plain(list(params.values())), strict=True))
         with torch.no_grad():
             grads, value = run(self._program, own, self._moving, self._fixed, batch, self._counter(step))
+        if self._is_new():
+            with torch.enable_grad():
+                loss = self._loop.uncounted().loss_at(InnerState(params, {}), step)
+                right = loss.gradient(tree.leaves_requiring_grad(params), {**self._moving, **self._fixed})
+            compare("the inner gradient", [*grads.values()], [right[name] for name in grads])
         self._loop.record.add_step(step, value)
         return grads
 
     def check_replays(self) -> None:
         """Raises `ReplayError` if a step run again had another inner loss, so that its derivative is of another run."""
         check_values(self._first_values, self._further_values, inner_eps=self._loop.inner_eps)
+
+    def _is_new(self) -> bool:
+        """Returns whether a program was compiled since the last call."""
+        before, self._made = self._made, programs_made()
+        return self._made != before
 
     def _prepare(self, step: int) -> Batch:
         """Returns the data of a step, and seeds its noise: a program does neither."""

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
+from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
     TooManyProgramsError,
@@ -33,7 +34,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.costs import (
     timed,
 )
 from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import whole
-from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import LARGE, compare, may_loop, refuse_loop
+from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import ONE_BY_ONE, may_loop, refuse_loop
 from hypertorch.hypergradients.reverse_mode.compiled.not_compilable import may_compile, refuse
 from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.compiled.step_data import counters_of, data_of
@@ -135,9 +136,16 @@ def compiled_whole(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
             raise
         except NotCompilableError as error:
             refuse_loop(loop, error)
-    # One step is compiled where several would take minutes.
-    is_long = loop.num_steps > LONGEST_PROGRAM or memo.get(LARGE, key, False)
-    return None if is_long else _whole_unrolled(loop, variables)
+    if loop.num_steps > LONGEST_PROGRAM or memo.get(ONE_BY_ONE, key, False):
+        return None
+    try:
+        with attempt():
+            return _whole_unrolled(loop, variables)
+    except TooManyProgramsError:
+        raise
+    except NotCompilableError:  # a step alone may be compilable all the same
+        memo.note(ONE_BY_ONE, key, True)
+        return None
 
 
 def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
@@ -152,7 +160,8 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     if found is None:
         return None
     if programs_made() != made:
-        _compare(loop, program, variables, steps[:LONGEST_PROGRAM])
+        few = steps[:LONGEST_PROGRAM]
+        _compare(_looped(loop, program, variables, few), loop, variables, few)
     grads, outer_loss, state, losses = found
     for _ in range(2):  # forward, and on the way back with a derivative
         for step, value in zip(steps, losses.unbind(), strict=True):
@@ -167,9 +176,9 @@ def _looped(loop: InnerLoop, program: Program, variables: TensorDict, steps: ran
     return _called(loop, program, variables, whole, data_of(loop, steps), counters_of(loop, steps))
 
 
-def _compare(loop: InnerLoop, program: Program, variables: TensorDict, steps: range) -> None:
-    """Compares the first steps with those without compilation: programs that are new are not trusted."""
-    grads, outer_loss, state, _ = _looped(loop, program, variables, steps)
+def _compare(found: Any, loop: InnerLoop, variables: TensorDict, steps: range) -> None:
+    """Compares what a program gives for the first steps, as if they were all, with the same without compilation."""
+    grads, outer_loss, state, _ = found
 
     def run() -> BackendResult:
         own = loop.uncounted()
@@ -180,16 +189,19 @@ def _compare(loop: InnerLoop, program: Program, variables: TensorDict, steps: ra
         expected, seconds = timed(loop.device, run)
     except RuntimeError as error:  # data that is written over under a graph, which PyTorch refuses
         raise NotCompilableError("the same steps cannot be run without it, to compare them") from error
-    note_eager((program.key, "reverse"), seconds * loop.num_steps / len(steps))
+    note_eager((Program.of(loop).key, "reverse"), seconds * loop.num_steps / len(steps))
     compare("the outer loss", [outer_loss], [expected.outer_loss])
     compare("the last state", state.tensors(), expected.state.tensors())
     compare("the hypergradient", [grads.get(name) for name in variables], [*expected.grads.values()])
 
 
 def _whole_unrolled(loop: InnerLoop, variables: TensorDict) -> BackendResult | None:
+    made = programs_made()
     found = _called(loop, Program.of(loop), variables, _whole, _batches(loop))
     if found is None:
         return None
+    if programs_made() != made:
+        _compare(found, loop, variables, range(loop.num_steps))
     grads, outer_loss, state, losses = found
     for step, value in losses.items():
         loop.record.add_step(step, value)
