@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import resource
 import shutil
 import sys
 import threading
@@ -31,6 +30,7 @@ from hypertorch.inner.bound_problem import BoundProblem
 from hypertorch.inner.state import InnerState
 from tests.helpers.problems import LambdaInner, LambdaOuter, net_problem, scalar_problem, task_problem
 from tests.helpers.sized_problems import mlp, sized_problem
+from tests.helpers.small_files import small_files
 
 Reverse = ht.hypergradients.Reverse
 LR = {"lr": torch.tensor(0.1, dtype=torch.float64)}
@@ -454,28 +454,18 @@ def test_a_full_disk_is_refused_before_the_first_step(tmp_path: Path, monkeypatc
     ht.hypergradient(problem, hparams, backend=Reverse(checkpoint_every=3, spill_to=tmp_path))
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files of at most 4 KiB, as the system sets it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system takes no room in advance")
-def test_the_room_is_taken_and_not_only_asked_about(tmp_path: Path, small_files: None) -> None:
+def test_the_room_is_taken_and_not_only_asked_about(tmp_path: Path) -> None:
     problem = problem_of(10)
-    with pytest.raises(OSError, match="3 states of .* need 10"):
+    with small_files(), pytest.raises(OSError, match="3 states of .* need 10"):
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=3, spill_to=tmp_path))
 
 
-def test_a_disk_that_fails_later_is_an_error_of_its_own(
-    tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fails_later_is_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     problem = problem_of(10)
-    with pytest.raises(OSError, match=r"could not be written there .*File too large.* choose another folder"):
+    told = pytest.raises(OSError, match=r"could not be written there .*File too large.* choose another folder")
+    with small_files(), told:
         ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=3, spill_to=tmp_path))
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hypertorch.errors import CheckpointError
 from hypertorch.outer import JsonLinesLogger, Logger, MemoryLogger, TensorBoardLogger
+from tests.helpers.small_files import small_files
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -118,20 +118,12 @@ def test_tensorboard_hides_what_was_rewound(tmp_path: Path) -> None:
     assert scalars(tmp_path, "x") == [(1, 1.0), (2, 20.0), (3, 30.0)]
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """Files of at most 4 KiB, as the system sets it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_record_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path, small_files: None) -> None:
+def test_a_record_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logger = JsonLinesLogger(path)
     logger.log(0, {"x": 1.0})
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl` could not be written .*File too large.*Mend that"):
+    told = pytest.raises(CheckpointError, match=r"metrics\.jsonl` could not be written .*File too large.*Mend that")
+    with small_files(), told:
         logger.log(1, {f"figure {number}": 1.0 for number in range(1000)})
     # Not once more for what was left in the buffer, which would hide the first error.
     logger.close()
