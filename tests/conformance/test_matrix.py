@@ -49,8 +49,7 @@ COMPILED = {
 }
 # PyTorch's compiler cannot follow its own optimisers.
 NOT_COMPILED = {
-    *((case, backend) for case in ("TorchOptim", "TorchOptim, Adadelta", "TorchOptim, ASGD") for backend in COMPILED),
-    ("Groups", "revolve"),  # nor a step of which a part has no derivative, where it is not in a loop
+    (case, backend) for case in ("TorchOptim", "TorchOptim, Adadelta", "TorchOptim, ASGD") for backend in COMPILED
 }
 REVERSIBLE = {"reversible": backends.Reversible()}
 # Not exact by design, each proven in the file named.
