@@ -427,7 +427,7 @@ def test_wrong_code_of_the_compiler_is_not_used(kept: dict[str, int]) -> None:
 
 
 def test_a_compilation_waits_for_that_of_another_thread() -> None:
-    """What is set up for the whole process would be put back under its feet."""
+    """The setup holds for the whole process: the first would undo it while the second compiles."""
     is_inside, may_leave, order = threading.Event(), threading.Event(), []
 
     def first() -> None:

@@ -172,6 +172,7 @@ def test_what_only_looks_alike_is_made_again() -> None:
             next(node for node in module.graph.nodes if node.target in PRODUCTS)
         ]
 
+    assert isinstance(meaning(1), int)  # and not all that it is made of, which takes hours to compare for large steps
     assert meaning(1) == meaning(1)
     assert meaning(1) != meaning(1.0)
     assert meaning(1) != meaning(1, swapped=True)

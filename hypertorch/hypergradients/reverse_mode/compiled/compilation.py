@@ -47,7 +47,7 @@ _PROGRAMS = "hypertorch-programs"
 # PyTorch takes twice as long as for single steps.
 MOST_CALLS_LOOPED = 1_500
 
-# The compiler is set up for the whole process. A thread that left it as it was would do so under another one's feet.
+# What is set up for a compilation holds for the whole process: a thread must not undo it while another one compiles.
 _one_at_a_time = threading.RLock()
 
 PROGRAMS = "compiled programs"
@@ -63,7 +63,7 @@ class TooLargeError(NotCompilableError):
 
 
 class TooManyProgramsError(NotCompilableError):
-    """A function could be compiled, but was often enough."""
+    """A function has become a new program too many times."""
 
 
 def compiled(
@@ -156,11 +156,11 @@ def _refuse_large(graph: fx.GraphModule) -> None:
 
 
 def check_size(calls: int) -> None:
-    """Raises `TooLargeError` if a program with a loop of so many calls would take too long to compile."""
+    """Raises `TooLargeError` if a program with a loop of this number of calls would take too long to compile."""
     if calls > MOST_CALLS_LOOPED:
         raise TooLargeError(
-            f"its steps have {calls} operations, more than the {MOST_CALLS_LOOPED} of which a loop is compiled in "
-            "time; calling each of such steps from Python costs little"
+            f"a loop over its steps has {calls} operations or more. Above {MOST_CALLS_LOOPED} it takes much longer to "
+            "compile than single steps, and is little faster"
         )
 
 
@@ -173,10 +173,10 @@ def _options(device: torch.device, loops: bool) -> Any:
         "fallback_random": True,
         "triton.cudagraphs": device.type == "cuda" and not loops,
         "cpp_wrapper": loops or on_cpu,
-        # One file of calls and one of what is called: the first is long, and optimising it takes minutes and saves
-        # nothing.
+        # One file of calls and one of what is called. The first is long: to optimise it takes most of the time, and
+        # saves nothing.
         "cpp_wrapper_build_separate": on_cpu,
-        # PyTorch keeps precompiled headers in a folder that all users share. Of two files a program, none is needed.
+        # PyTorch keeps precompiled headers in a folder for temporary files, which others may have made.
         "cpp_cache_precompile_headers": False,
         "post_grad_custom_pre_pass": mends.CompilerMends(),
         "joint_custom_pre_pass": kept.KeptProducts() if loops else None,

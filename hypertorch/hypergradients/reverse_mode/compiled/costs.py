@@ -106,7 +106,7 @@ def note_compiled(family: Hashable, what: str, seconds: float) -> None:
 
 
 def warn_if_too_short(steps_done: int, steps_left: int) -> None:
-    """Says in the log, once, if a run of so many outer steps is too short for compilation to make it faster."""
+    """Says in the log, once, if a run has too few outer steps for compilation to make it faster."""
     family = memo.get(LAST, None, None)
     pays_from = memo.get(PAYS_FROM, family, 0.0)
     # An outer step may be several runs: of parts of its tasks.

@@ -55,8 +55,8 @@ FIT_STEP = "problems of which an inner step draws no noise and is not too large 
 # Steps in one call of a program where the data of each differs: it is stacked, and held twice.
 _STEPS_OF_DATA = 64
 
-# Calls in a program with a loop forward and one back, to one operation of a step: at least so many. To trace steps
-# that turn out to be too large takes as long as to trace them one by one.
+# For each operation of a step, a program with a loop forward and one back has at least this number of calls. Steps that
+# are too large are found by it before they are traced, which takes as long as tracing them one by one.
 _CALLS_TO_A_STEP = 4
 
 # Steps of a new program that are compared with the same steps without compilation.

@@ -21,7 +21,7 @@ def widest_alone() -> Iterator[None]:
     """Lets PyTorch look at this processor's widest vectors alone, if code for them compiles and runs.
 
     PyTorch tries each set of instructions with the C++ compiler and in a new process of Python, and takes the first.
-    With five sets that is 12 s for the first program, and 2 s in every process. Those that add instructions for short
+    With five sets that is 10 s for the first program, and 2 s in every process. Those that add instructions for short
     numbers (VNNI, AMX) are of use to quantised models, and are left out. Compilations of others see all sets again.
     """
     widest = None
