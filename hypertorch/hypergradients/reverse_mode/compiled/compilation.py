@@ -113,7 +113,7 @@ def _make_code(
         _refuse_folder()
         # Not at the top of this module: they load the compiler, which takes seconds.
         inductor = importlib.import_module("torch._inductor")
-        with importlib.import_module(f"{__package__}.vector_instructions").widest_alone():
+        with importlib.import_module(f"{__package__}.quick_compiler").quick_compiler():
             return inductor.compile(graph, inputs, options=_options(device, loops))
     dynamo: Any = torch._dynamo
     return dynamo.lookup_backend(backend)(graph, inputs)
