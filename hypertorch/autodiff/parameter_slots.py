@@ -110,6 +110,9 @@ class ParameterSlots:
 
     Args:
         module: the module.
+
+    Attributes:
+        is_tied: whether a tensor is shared by several sub-modules.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -134,6 +137,7 @@ class ParameterSlots:
                         places.append(_Place(holder, key, value))
                         if holder is part._buffers:
                             self._buffers[name] = places
+        self.is_tied = any(len(places) > 1 for places in self._slots.values())
         self._held = [*(place for places in self._slots.values() for place in places), *modules]
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import hypertorch as ht
@@ -91,6 +91,15 @@ def test_rules_in_a_loop_give_the_eager_number(rule: str) -> None:
 def test_rules_in_machine_code_give_the_eager_number(rule: str) -> None:
     dynamics, extra = RULES[rule]
     assert_looped(net_problem(dynamics, extra, num_steps=12, step_terms=True), outer_step=2)
+
+
+def test_weights_tied_before_a_run_or_after_are_one_in_a_program() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
+    problem = task_problem(module, item=(3,), num_tasks=2)
+    own = module[3].weight
+    for weight, names in ((own, 3), (module[1].weight, 2), (own, 3)):
+        module[3].weight = weight
+        assert len(assert_looped(problem).grads) == names
 
 
 def test_one_pair_of_programs_serves_every_horizon_and_keeps_what_is_asked_for() -> None:

@@ -6,11 +6,13 @@ is a tensor in it. A rule can count with it, and cannot branch on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.scan import scan_op
 
 from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program
 from hypertorch.hypergradients.reverse_mode.compiled.step_data import Data
@@ -24,14 +26,13 @@ def forward(
     """Returns the state after the steps, the states before each, and the inner losses before each."""
     variables = {**moving, **fixed}
 
-    def body(now: list[Tensor], at: tuple[Any, dict[int, Tensor]]) -> tuple[list[Tensor], tuple[list[Tensor], Tensor]]:
-        index, own = at
+    def body(now: list[Tensor], index: Any, *own: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         loop = program.loop(lambda _: data.at(own))
         end, loss = loop.transition(state.replace_tensors(now), variables, index, route="functional")
         assert loss.value is not None
-        return _carried(end.tensors(), index), (own_memory(now), loss.value.clone())
+        return _carried(end.tensors(), index), [*own_memory(now), loss.value.clone()]
 
-    last, (before, values) = scan(body, state.tensors(), (counters, data.stacked))
+    last, (*before, values) = _scan(body, state.tensors(), [counters, *data.stacked.values()])
     return state.replace_tensors(last), before, values
 
 
@@ -50,10 +51,11 @@ def back(
     Namely their part of the derivative in the variables, the cotangents of their start, the sum of their terms of the
     outer loss, and the inner losses before each.
     """
+    num_tensors, names = len(seeds), list(moving)
 
-    def body(carry: tuple[list[Tensor], TensorDict, list[Tensor]], at: Any) -> Any:
-        cotangents, grads, total = carry
-        now, index, own = at
+    def body(carry: list[Tensor], index: Any, *rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        cotangents, sums, total = _split(carry, num_tensors, len(names))
+        now, own = rest[:num_tensors], rest[num_tensors:]
         loop = program.loop(lambda _: data.at(own))
 
         def step(tensors: list[Tensor], own_moving: TensorDict) -> tuple[list[Tensor], Tensor | None]:
@@ -62,19 +64,21 @@ def back(
             term = loop.term(after, variables, index)
             return [*after.tensors(), *([] if term is None else [term])], loss.value
 
-        pulled: Any = torch.func.vjp(step, now, moving, has_aux=True)
+        pulled: Any = torch.func.vjp(step, [*now], moving, has_aux=True)
         outputs, pull, value = pulled
-        terms = outputs[len(cotangents) :]
+        terms = outputs[num_tensors:]
         earlier, part = pull([*cotangents, *(torch.ones_like(term) for term in terms)])
-        sums = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
-        gathered = _carried([grads[name] + part[name] for name in grads], index)
-        return (_carried(earlier, index), dict(zip(grads, gathered, strict=True)), sums), value.clone()
+        gathered = [sum_ + part[name] for sum_, name in zip(sums, names, strict=True)]
+        total = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
+        return [*_carried([*earlier, *gathered], index), *total], [value.clone()]
 
-    zeros = {name: torch.zeros_like(value) for name, value in moving.items()}
+    zeros = [torch.zeros_like(value) for value in moving.values()]
     none = [torch.zeros((), dtype=seeds[0].dtype, device=seeds[0].device)] if program.has_terms else []
-    start = (own_memory(seeds), zeros, none)
-    (earlier, grads, total), values = scan(body, start, (before, counters, data.stacked), reverse=True)
-    return grads, earlier, total[0] if total else None, values
+    # From the last step to the first.
+    turned = [value.flip(0) for value in (counters, *before, *data.stacked.values())]
+    last, (values,) = _scan(body, [*own_memory(seeds), *zeros, *none], turned)
+    earlier, grads, total = _split(last, num_tensors, len(names))
+    return dict(zip(names, grads, strict=True)), earlier, total[0] if total else None, values.flip(0)
 
 
 def whole(
@@ -103,6 +107,35 @@ def whole(
     (of_start,) = pull_start(earlier)
     total = {name: direct[name] + grads[name] + of_start[name] for name in moving}
     return total, outer_loss if term is None else outer_loss + term, last, values
+
+
+def _scan(
+    body: Callable[..., tuple[list[Tensor], list[Tensor]]], start: list[Tensor], each: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns what steps carry in the end, and what each of them gives, stacked.
+
+    PyTorch's `scan` without what it does for nested arguments, which takes a fifth of the time of tracing.
+
+    Args:
+        body: of what is carried, as one list, and of the entries of a step; it returns what is carried, and more.
+        start: what the first step is given.
+        each: the tensors whose entries along the first axis belong to a step.
+    """
+
+    def flat(*tensors: Tensor, combine_fn: Callable[..., Any]) -> Any:
+        return combine_fn([*tensors[: len(start)]], *tensors[len(start) :])
+
+    last, given = scan_op(partial(flat, combine_fn=body), start, each, ())
+    return last, given
+
+
+def _split(tensors: list[Tensor], *lengths: int) -> list[list[Tensor]]:
+    """Returns a list in parts of these lengths, and the rest."""
+    parts = []
+    for length in lengths:
+        parts.append(tensors[:length])
+        tensors = tensors[length:]
+    return [*parts, tensors]
 
 
 def _carried(tensors: list[Tensor], index: Tensor) -> list[Tensor]:

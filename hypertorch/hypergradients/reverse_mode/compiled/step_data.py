@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,14 @@ class Data(NamedTuple):
     first: Batch
     stacked: dict[int, Tensor]
 
-    def at(self, own: dict[int, Tensor]) -> Batch:
-        """Returns the data of a step, of which `own` are the tensors that differ."""
+    def at(self, own: Iterable[Tensor]) -> Batch:
+        """Returns the data of a step, of which `own` are the tensors that differ, in the order of `stacked`."""
+        if not self.stacked:
+            return self.first
         leaves, structure = pytree.tree_flatten(self.first)
-        return pytree.tree_unflatten([own.get(position, leaf) for position, leaf in enumerate(leaves)], structure)
+        for position, value in zip(self.stacked, own, strict=True):
+            leaves[position] = value
+        return pytree.tree_unflatten(leaves, structure)
 
 
 def data_of(loop: InnerLoop, steps: range) -> Data:

@@ -215,9 +215,7 @@ def _batches(loop: InnerLoop) -> tuple[Batch, ...]:
         data = data_of(loop, range(loop.num_steps))
     except NotCompilableError:  # of several shapes, each a tensor of its own
         return tuple(loop.draw(step) for step in range(loop.num_steps))
-    return tuple(
-        data.at({position: value[step] for position, value in data.stacked.items()}) for step in range(loop.num_steps)
-    )
+    return tuple(data.at(value[step] for value in data.stacked.values()) for step in range(loop.num_steps))
 
 
 def _called(loop: InnerLoop, program: Program, variables: TensorDict, function: Callable[..., Any], *data: Any) -> Any:
