@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import zlib
 
 import pytest
 import torch
@@ -23,11 +24,28 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _leave_cases_to_the_slow_tests(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda") is not None:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def _leave_cases_to_the_slow_tests(items: list[pytest.Item]) -> None:
+    """Marks cases of large families slow: all but the first, and one in so many of the others.
+
+    By the hash of their names, so that every part of a name has its turn, and a new case moves no other.
+    """
+    begun: set[str] = set()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and mark.kwargs.get("among", "") in item.name:
+            test = item.nodeid.partition("[")[0]
+            if test in begun and zlib.crc32(item.name.encode()) % mark.args[0]:
+                item.add_marker("slow")
+            begun.add(test)
 
 
 @pytest.fixture(autouse=True)

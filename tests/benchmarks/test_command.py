@@ -254,6 +254,7 @@ class TestCommand:
         "unknown contestant": (("contestants=nobody",), "`contestants` names 'nobody'"),
     }
 
+    @pytest.mark.sampled(4)
     @pytest.mark.parametrize("case", FAILURES)
     def test_a_mistake_gives_one_message(self, case: str) -> None:
         overrides, expected = self.FAILURES[case]

@@ -49,6 +49,7 @@ def problem(rule: ht.Dynamics, **options: object) -> ht.BilevelProblem:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("backend", [backends.Forward(), backends.Forward(chunk_size=1)], ids=repr)
 def test_forward_mode_equals_reverse_mode(rule: str, backend: ht.Hypergradient) -> None:

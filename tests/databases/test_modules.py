@@ -20,6 +20,7 @@ SHORT = (
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SHORT)
 def test_modules_of_every_family(name: str) -> None:
     assert_right_or_refused(module_samples(name, 1)[0])

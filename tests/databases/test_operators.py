@@ -52,6 +52,7 @@ SHORT: dict[str, int] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SHORT)
 def test_operations_of_every_family(name: str) -> None:
     assert_right_or_refused(operation_sample(name, SHORT[name]))

@@ -124,6 +124,7 @@ def clipped_net(rule: str, bounds: str) -> ht.BilevelProblem:
 PAIRS = [*(("momentum", bounds) for bounds in BOUNDS), *((rule, "both") for rule in rules() if rule != "momentum")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("rule", "bounds"), PAIRS)
 def test_hypergradients_equal_central_differences_by_either_mode(rule: str, bounds: str) -> None:
     torch.manual_seed(0)

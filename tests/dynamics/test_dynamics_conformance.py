@@ -132,6 +132,7 @@ def test_schedules_are_torchs_groups_changed_at_every_step(leaf: type[ht.Dynamic
     assert_same(trained_by_us(leaf(**schedules), num_steps=4), theirs)
 
 
+@pytest.mark.sampled(2)
 @each_learnt
 @pytest.mark.parametrize("every", [None, 2])
 def test_hypergradient_of_every_setting(learnt: Learnt, every: int | None) -> None:

@@ -179,6 +179,7 @@ def test_there_are_38_different_configurations() -> None:
     assert {(net, groups) for _, net, groups in CONFIGURATIONS} == {(net, groups) for net in NETS for groups in (1, 2)}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("optimizer", "net", "groups"), CONFIGURATIONS, ids=str)
 def test_every_trial_passes(optimizer: str, net: str, groups: int) -> None:
     leaf, theirs, settings = OPTIMIZERS[optimizer]

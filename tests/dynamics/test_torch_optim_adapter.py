@@ -186,6 +186,7 @@ def test_single_precision_stays_single() -> None:
 # Hypergradients
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("per", ["one", "step", "parameter"])
 @pytest.mark.parametrize("row", LEARNT)
 def test_hypergradient_of_every_accepted_setting(row: str, per: ht.dynamics.settings.Per) -> None:

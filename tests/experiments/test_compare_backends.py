@@ -101,6 +101,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_mistake_gives_one_message(case: str, command: Commands) -> None:
     overrides, expected = FAILURES[case]

@@ -84,6 +84,7 @@ def check_training(*overrides: str) -> None:
         check_settings_are_read(config, TRAINING | experiment_class(config).READS)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__.rpartition(".")[2])
 @pytest.mark.parametrize("word", ["+nonsense.foo=1", "++task_nam=1", "+hydra.foo=1", "+hypergradient@nonsense=reverse"])
 def test_every_command_refuses_what_it_does_not_read(module: ModuleType, word: str, command: Command) -> None:

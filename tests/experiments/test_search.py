@@ -126,6 +126,7 @@ SAMPLERS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "sampler",
     [pytest.param(name, marks=() if name in ("random", "tpe", "observer") else pytest.mark.slow) for name in SAMPLERS],
@@ -347,6 +348,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_mistake_is_refused_before_the_first_trial(case: str, command: Command, tmp_path: Path) -> None:
     words, expected = REFUSED[case]

@@ -348,6 +348,7 @@ NOISY_FAILURES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", NOISY_FAILURES)
 def test_a_mistake_in_another_experiment_gives_one_message(case: str, command: Command, tmp_path: Path) -> None:
     overrides, expected = NOISY_FAILURES[case]
@@ -397,6 +398,7 @@ def test_an_experiment_that_is_not_few_shot_has_all_that_a_run_has(command: Comm
     assert code == 1 and "`experiment._target_`" in error and "trust=[my_package]" in error, error
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_mistake_gives_one_message(case: str, command: Command) -> None:
     overrides, expected = FAILURES[case]

@@ -186,6 +186,7 @@ def episodes(num_tasks: int) -> EpisodeSource:
     return Blobs(num_tasks=num_tasks, way=WAY, shot=2, num_queries=2, item=(1, 16, 16))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("statistics", ["episode", "running"])
 @pytest.mark.parametrize("name", LEARNERS)
 def test_hypergradients_equal_central_differences(name: str, statistics: Rule) -> None:

@@ -68,6 +68,7 @@ def learner(kind: str, statistics: str = "episode", learn_lr: str | None = "step
     return HyperRepresentation(backbone, way=3, dynamics=SGD(lr=0.8), num_steps=3, learn_lr=learn_lr)  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["maml", "hyper_representation"])
 @pytest.mark.parametrize("statistics", ["episode", "running"])
 @pytest.mark.parametrize("route", ["vmap", "loop"])

@@ -227,6 +227,7 @@ CONVOLUTIONAL: dict[str, Callable[[Callable[[int | None], nn.Module]], Learner]]
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("statistics", "size"), [("episode", 8), ("running", 8), ("episode", 16)])
 @pytest.mark.parametrize("learner", CONVOLUTIONAL)
 def test_conv4_on_augmented_images(learner: str, statistics: str, size: int) -> None:
