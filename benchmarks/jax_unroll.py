@@ -91,7 +91,7 @@ class InJax(Contestant):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             command = self.command(job, folder)
-            worker = Worker(command, folder=folder, environment={}, num_threads=None, ends=math.inf)
+            worker = Worker(command, folder=folder, environment={}, num_cores=None, ends=math.inf)
             try:
                 return Outcome(grads=worker.first().grads)
             finally:

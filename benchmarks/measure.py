@@ -144,7 +144,7 @@ class _Timing:
         """Returns the row with what first runs show, and the process that goes on; None where the first run is all."""
         contestant, settings = self._contestants[row.contestant], self._settings
         caches = self._new_folder()
-        worker = self._start(row.contestant, settings.dtype, caches, opened)
+        worker = self._start(row.contestant, settings.dtype, caches, opened, on_all_cores=contestant.compiles)
         first = worker.first()
         row = replace(row, first_seconds=first.seconds, figures=first.figures)
         if first.grads is not None:
@@ -160,7 +160,9 @@ class _Timing:
             return row, worker
         return _with_times(row, [first.seconds]), None
 
-    def _start(self, contestant: str, dtype: torch.dtype, caches: Path, opened: ExitStack) -> Worker | Turns:
+    def _start(
+        self, contestant: str, dtype: torch.dtype, caches: Path, opened: ExitStack, *, on_all_cores: bool = False
+    ) -> Worker | Turns:
         settings = self._settings
         request = TurnsRequest(
             work=self._work,
@@ -170,7 +172,8 @@ class _Timing:
             dtype=dtype,
             num_threads=settings.num_threads,
         )
-        worker = start(request, folder=self._new_folder(), caches=caches, ends=self._ends)
+        folder = self._new_folder()
+        worker = start(request, folder=folder, caches=caches, ends=self._ends, on_all_cores=on_all_cores)
         opened.callback(worker.close)
         return worker
 

@@ -32,7 +32,7 @@ class Worker:
         command: the command of the process.
         folder: where it leaves its hypergradient and what it says on stderr.
         environment: variables beside those of this process.
-        num_threads: cores that it is kept on, where the system can; None for all.
+        num_cores: cores that it is kept on, where the system can; None for all.
         ends: when it must have answered everything, on the clock of `time.monotonic`.
     """
 
@@ -42,11 +42,11 @@ class Worker:
         *,
         folder: Path,
         environment: Mapping[str, str],
-        num_threads: int | None,
+        num_cores: int | None,
         ends: float,
     ) -> None:
         self._folder, self._ends, self._longest = folder, ends, ends - time.monotonic()
-        with (folder / "stderr").open("wb") as errors, _kept_on(num_threads):
+        with (folder / "stderr").open("wb") as errors, _kept_on(num_cores):
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -135,7 +135,13 @@ class Worker:
 
 
 def start(
-    request: TurnsRequest, *, folder: Path, caches: Path, ends: float, environment: Mapping[str, str] | None = None
+    request: TurnsRequest,
+    *,
+    folder: Path,
+    caches: Path,
+    ends: float,
+    environment: Mapping[str, str] | None = None,
+    on_all_cores: bool = False,
 ) -> Worker:
     """Returns a new process with a contestant.
 
@@ -146,6 +152,7 @@ def start(
             that finds what was compiled there.
         ends: when it must have answered everything, on the clock of `time.monotonic`.
         environment: further variables.
+        on_all_cores: leave the process all cores, whatever the request's number of threads: a compiler takes several.
 
     Raises:
         NotMeasured: if what the contestant needs is missing.
@@ -160,7 +167,8 @@ def start(
         (folder / REQUEST).write_bytes(pickle.dumps(request))
         command = [sys.executable, "-m", "benchmarks.turns", str(folder)]
     variables = {**_caches_in(caches), **_threads(request.num_threads), **(environment or {})}
-    return Worker(command, folder=folder, environment=variables, num_threads=request.num_threads, ends=ends)
+    num_cores = None if on_all_cores else request.num_threads
+    return Worker(command, folder=folder, environment=variables, num_cores=num_cores, ends=ends)
 
 
 def _caches_in(folder: Path) -> dict[str, str]:

@@ -125,13 +125,17 @@ def test_what_compiles_is_run_in_a_second_process_with_the_caches_of_the_first(
     right = {"weight": torch.tensor([1.0])}
     given = {"plain": _Fixed(right), "a": _Fixed(right, compiles=True), "b": _Fixed(right, compiles=True)}
     started: list[tuple[str, object, object]] = []
+    on_all: list[bool] = []
 
-    def start(request, *, folder, caches, ends):
+    def start(request, *, folder, caches, ends, on_all_cores):
         started.append((request.contestant, folder, caches))
+        on_all.append(on_all_cores)
         return Turns(request)
 
     rows = measured_here(monkeypatch, given, start=start)
     assert [name for name, *_ in started] == ["plain", "a", "a", "b", "b"]
+    # Where it compiles, and not where it is timed.
+    assert on_all == [False, True, False, True, False]
     folders, caches = zip(*((folder, cache) for _, folder, cache in started), strict=True)
     assert len({*folders, *caches}) == 5 + 3
     assert caches[1] == caches[2] != caches[3] == caches[4]

@@ -36,12 +36,12 @@ for line in sys.stdin:
 """
 
 
-def worker(folder: Path, program: str, *, num_threads: int | None = None, longest: float = 60.0) -> Worker:
+def worker(folder: Path, program: str, *, num_cores: int | None = None, longest: float = 60.0) -> Worker:
     return Worker(
         [sys.executable, "-c", program],
         folder=folder,
         environment={"SOME": "value"},
-        num_threads=num_threads,
+        num_cores=num_cores,
         ends=time.monotonic() + longest,
     )
 
@@ -54,7 +54,7 @@ def request(contestant: str, dtype: torch.dtype = torch.float64) -> TurnsRequest
 
 def test_lines_are_answered_by_a_process_on_its_cores(tmp_path: Path) -> None:
     here = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else None
-    one = worker(tmp_path, ECHO, num_threads=1)
+    one = worker(tmp_path, ECHO, num_cores=1)
     try:
         answer = one.ask("turn 3")
     finally:
