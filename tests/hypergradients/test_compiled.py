@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,17 @@ def test_a_compilation_waits_for_that_of_another_thread() -> None:
         thread.join(30)
     assert order == ["first", "second"]
     assert gc.isenabled()
+
+
+def test_compiled_runs_leave_no_settings_of_pytorch_behind() -> None:
+    """A patch of PyTorch's settings leaves a context variable for the life of the process."""
+
+    def number() -> int:
+        with compilation.compilation(lambda: None):
+            pass
+        return len(copy_context())
+
+    assert number() == number() == number()
 
 
 @pytest.mark.parametrize(("name", "is_taken"), [("ordinary", True), ("zwölf", True), ("a b", False), ("a'b", False)])

@@ -50,6 +50,7 @@ MOST_CALLS_LOOPED = 1_500
 # What is set up for a compilation holds for the whole process: a thread must not undo it while another one compiles.
 _one_at_a_time = threading.RLock()
 
+SETTINGS = "settings of PyTorch's compiler"
 PROGRAMS = "compiled programs"
 MADE = "number of programs that were compiled"
 
@@ -240,8 +241,8 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             raise _refusal(error) from error
         compiler: Any = torch.compiler
         try:
-            # Without the first, `torch.autograd.grad` inside a function cannot be traced.
-            stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS))
+            for settings in memo.recall(SETTINGS, _MOST_PROGRAMS, partial(_settings, dynamo, compiler)):
+                stack.enter_context(settings)
             # Inside of a transform PyTorch sees no gradient asked for, and traces only the forward pass of a custom
             # function.
             applied = dynamo.variables.misc.AutogradFunctionVariable
@@ -249,7 +250,6 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             applied.call_apply = _refuse_custom_function
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
-            stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
             stack.enter_context(_watched(dynamo.callback.callback_handler, tell))
             # What PyTorch says of its own insides while it compiles is no fault of the user's.
             stack.enter_context(warnings.catch_warnings())
@@ -263,6 +263,18 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             ) from error
         stack.enter_context(attempt())
         yield
+
+
+def _settings(dynamo: Any, compiler: Any) -> list[Any]:
+    """Returns contexts with the settings of PyTorch that programs are made by, for any number of uses.
+
+    PyTorch makes a class for each, and a context variable that stays.
+    """
+    return [
+        # Without the first, `torch.autograd.grad` inside a function cannot be traced.
+        dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS),
+        compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"),
+    ]
 
 
 @contextmanager
