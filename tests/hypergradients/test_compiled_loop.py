@@ -102,6 +102,73 @@ def test_weights_tied_before_a_run_or_after_are_one_in_a_program() -> None:
         assert len(assert_looped(problem).grads) == names
 
 
+class _Late(LambdaOuter):
+    """Has terms that are told apart by their index after the steps that are compared."""
+
+    factor: Any
+
+    def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
+        return self.factor(index) * params["w"].square().sum()
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [
+        lambda index: {10: 1.0, 15: 2.0}.get(index, 0.0),
+        lambda index: 1.0 if index % 16 in {10, 15} else 0.0,
+        lambda index: 1.0 if isinstance(index, int) and index >= 10 else 0.5,
+    ],
+    ids=["a dictionary", "a set", "its type"],
+)
+@pytest.mark.filterwarnings("ignore:`compile=True`. a step of")
+def test_an_index_that_a_loop_would_miss_is_not_looped_over(factor: Any) -> None:
+    """It is a tensor there, of which Python's identity and type are not those of the number."""
+    inner = LambdaInner(lambda _: {"w": torch.zeros(3, dtype=F64)}, lambda p, h, _: (p["w"] - h["c"]).square().sum())
+    outer = _Late({"c": torch.ones(3, dtype=F64)}, lambda p, h, _: p["w"].square().sum())
+    outer.factor = factor
+    assert_looped(ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=20), looped=False)
+    assert "tensor in a loop" in str(memo.entries(UNLOOPED))
+
+
+@dataclass
+class _Pair:
+    inputs: Tensor
+    factor: float = 1.0
+
+
+_ONE = _Pair(normal(3, seed=1))
+
+
+def _changed(step: int) -> _Pair:
+    _ONE.factor = 1.0 + (step == 9)
+    return _ONE
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda step: (normal(3, seed=1), np.ones(3)),
+        lambda step: _Pair(normal(3, seed=step)),
+        _changed,
+    ],
+    ids=["an array", "new objects", "an object that changes late"],
+)
+def test_data_that_may_change_unseen_is_not_looped_over(data: Any) -> None:
+    class Inner(LambdaInner):
+        def batch(self, step: int) -> Batch:
+            return data(step)
+
+    def loss(params: TensorDict, hparams: TensorDict, batch: Any) -> Tensor:
+        value = batch.inputs * batch.factor if isinstance(batch, _Pair) else batch[0] * float(batch[1].sum())
+        return (params["w"] - hparams["c"] * value).square().sum()
+
+    inner = Inner(lambda _: {"w": torch.zeros(3, dtype=F64)}, loss)
+    outer = LambdaOuter({"c": torch.ones(3, dtype=F64)}, lambda p, h, _: p["w"].square().sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some are not compiled at all
+        assert_looped(ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=12), looped=False)
+
+
 def test_one_pair_of_programs_serves_every_horizon_and_keeps_what_is_asked_for() -> None:
     before = programs()
     dynamics, extra = RULES["momentum"]

@@ -132,6 +132,46 @@ def _refuse_custom_function(*_: Any) -> NoReturn:
     )
 
 
+def _hash_of_no_number(hash_of: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the hash of tensors in traced code, for all but single numbers.
+
+    The index of a step is a tensor in a loop. A dictionary or a set finds a tensor by identity, so that it would miss
+    the index at every step, in silence.
+    """
+
+    def hash_impl(tensor: Any, tx: Any) -> Any:
+        if _may_be_index(tensor):
+            raise NotCompilableError(
+                "a number that is a tensor in a loop, such as the index of a step, is looked up in a dictionary or a "
+                "set, which finds tensors by identity. Compare it (`index == 10`), or look it up in a tensor"
+            )
+        return hash_of(tensor, tx)
+
+    return hash_impl
+
+
+def _type_of_no_number(is_instance: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what `isinstance` says in traced code, but not whether a number that may be an index is an `int`."""
+    dynamo: Any = torch._dynamo
+
+    def call_isinstance(function: Any, tx: Any, value: Any, types_: Any) -> Any:
+        if isinstance(value, dynamo.variables.TensorVariable) and _may_be_index(value):
+            asked = types_.as_python_constant()
+            if asked is int or (isinstance(asked, tuple) and int in asked):
+                raise NotCompilableError(
+                    "a number that is a tensor in a loop, such as the index of a step, is asked whether it is an `int`"
+                )
+        return is_instance(function, tx, value, types_)
+
+    return call_isinstance
+
+
+def _may_be_index(tensor: Any) -> bool:
+    """Returns whether a tensor of traced code may be the index of a step in a loop, or be computed from one."""
+    value = tensor.as_proxy().node.meta["example_value"]
+    return value.ndim == 0 and value.dtype is torch.float64
+
+
 def _refuse_folder() -> None:
     """Raises `NotCompilableError` for a folder of programs whose path a C++ compiler would not be called with."""
     folder = os.environ.get(_FOLDER, "")
@@ -248,6 +288,11 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             applied = dynamo.variables.misc.AutogradFunctionVariable
             stack.callback(setattr, applied, "call_apply", applied.call_apply)
             applied.call_apply = _refuse_custom_function
+            tensors, functions = dynamo.variables.TensorVariable, dynamo.variables.BuiltinVariable
+            stack.callback(setattr, tensors, "hash_impl", tensors.hash_impl)
+            tensors.hash_impl = _hash_of_no_number(tensors.hash_impl)
+            stack.callback(setattr, functions, "call_isinstance", functions.call_isinstance)
+            functions.call_isinstance = _type_of_no_number(functions.call_isinstance)
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
             stack.enter_context(_watched(dynamo.callback.callback_handler, tell))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,9 @@ from torch.utils import _pytree as pytree
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import Batch
+
+# What cannot change between two steps but by being exchanged.
+_CONSTANTS = (NoneType, bool, int, float, complex, str, bytes, Enum, type, torch.dtype, torch.device)
 
 
 class Data(NamedTuple):
@@ -42,10 +47,16 @@ def data_of(loop: InnerLoop, steps: range) -> Data:
     them may write the next ones to the same place.
 
     Raises:
-        NotCompilableError: if its structure, its shapes or what is no tensor in it differ between steps.
+        NotCompilableError: if its structure, its shapes or what is no tensor in it differ between steps, or could.
     """
     first = loop.draw(loop.first_index + steps.start)
     leaves, structure = pytree.tree_flatten(first)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            raise NotCompilableError(
+                f"the data of the steps holds a `{type(leaf).__name__}`, of which nobody knows whether it is the same "
+                "at every step. Hand over tensors, in tuples, lists and dictionaries"
+            )
     marks = [_mark(leaf) for leaf in leaves]
     differing: set[int] = set()
     # The second step tells which tensors differ. Should a later one show more of them, all are drawn once more.
