@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _leave_cases_to_the_slow_tests(items: list[pytest.Item]) -> None:
-    """Marks cases of large families slow: all but the first, and one in so many of the others.
+    """Marks most cases of large families slow: the first stays, and of the others one of the number in the mark.
 
     By the hash of their names, so that every part of a name has its turn, and a new case moves no other.
     """

@@ -58,7 +58,7 @@ def fresh_routes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, *, vmap: float, loop: float) -> list[float]:
-    """Lets runs of several tasks at once and one by one take so many seconds each; returns the times handed out."""
+    """Lets runs of tasks, at once and one by one, take these times (unit: seconds); returns what was handed out."""
     given: list[float] = []
 
     def timed(run: Callable[[], object]) -> float:

@@ -60,7 +60,7 @@ class NotCompilableError(HypertorchError):
 
 
 class TooLargeError(NotCompilableError):
-    """The steps of a loop have so many operations that single steps are compiled much faster."""
+    """The steps of a loop have too many operations: single steps are compiled much faster."""
 
 
 class TooManyProgramsError(NotCompilableError):

@@ -16,7 +16,7 @@ from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import Batch
 
 # What cannot change between two steps but by being exchanged.
-_CONSTANTS = (NoneType, bool, int, float, complex, str, bytes, Enum, type, torch.dtype, torch.device)
+_CONSTANTS = (NoneType, bool, int, float, complex, str, bytes, slice, range, Enum, type, torch.dtype, torch.device)
 
 
 class Data(NamedTuple):
