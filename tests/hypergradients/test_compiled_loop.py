@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,9 @@ class _Late(LambdaOuter):
         lambda index: {10: 1.0, 15: 2.0}.get(index, 0.0),
         lambda index: 1.0 if index % 16 in {10, 15} else 0.0,
         lambda index: 1.0 if isinstance(index, int) and index >= 10 else 0.5,
+        lambda index: 1.0 if isinstance(index, (str, Integral)) and index >= 10 else 0.5,
     ],
-    ids=["a dictionary", "a set", "its type"],
+    ids=["a dictionary", "a set", "its type", "its kind"],
 )
 @pytest.mark.filterwarnings("ignore:`compile=True`. a step of")
 def test_an_index_that_a_loop_would_miss_is_not_looped_over(factor: Any) -> None:
@@ -128,6 +130,35 @@ def test_an_index_that_a_loop_would_miss_is_not_looped_over(factor: Any) -> None
     outer.factor = factor
     assert_looped(ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=20), looped=False)
     assert "tensor in a loop" in str(memo.entries(UNLOOPED))
+
+
+@pytest.mark.parametrize("kept", [{}, {"checkpoint_every": 6}], ids=["all states", "some states"])
+@pytest.mark.filterwarnings("ignore:`compile=True`. a step of")
+def test_the_last_steps_of_a_loop_are_compared_too(kept: dict[str, int]) -> None:
+    """Identity is seen at the end alone, here of a number that Python keeps one object of."""
+    last = 19
+    inner = LambdaInner(lambda _: {"w": torch.zeros(3, dtype=F64)}, lambda p, h, _: (p["w"] - h["c"]).square().sum())
+    outer = _Late({"c": torch.ones(3, dtype=F64)}, lambda p, h, _: p["w"].square().sum())
+    outer.factor = lambda index: 1.0 if index is last else 0.0
+    problem = ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=last + 1)
+    assert_looped(problem, looped=False, kept=kept)
+    assert "gives other numbers" in str(memo.entries(UNLOOPED))
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_kind_of_a_learnt_number_is_no_obstacle_outside_of_a_loop(num_steps: int) -> None:
+    def loss(params: TensorDict, hparams: TensorDict, _: Batch) -> Tensor:
+        assert not isinstance(hparams["decay"], (int, float))
+        return (params["w"] - 1.0).square().sum() + hparams["decay"] * params["w"].square().sum()
+
+    inner = LambdaInner(lambda _: {"w": torch.zeros(3, dtype=F64)}, loss)
+    outer = LambdaOuter({"decay": torch.tensor(0.1, dtype=F64)}, lambda p, h, _: p["w"].square().sum())
+    problem = ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=num_steps)
+    hparams = problem.init_hparams()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eager, found = (ht.hypergradient(problem, hparams, backend=Reverse(compile=own)) for own in (False, True))
+    torch.testing.assert_close(found.grads, eager.grads)
 
 
 @dataclass

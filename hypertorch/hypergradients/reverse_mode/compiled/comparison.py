@@ -10,6 +10,15 @@ from torch import Tensor
 from hypertorch import tree
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
 
+# Steps of a new program that are compared with the same steps without compilation, at either end of the horizon.
+_STEPS_COMPARED = 8
+
+
+def compared(steps: range) -> list[range]:
+    """Returns which steps are compared: the first and the last ones. What depends on the index may show late."""
+    first, last = steps[:_STEPS_COMPARED], steps[-_STEPS_COMPARED:]
+    return [first] if first == last else [first, last]
+
 
 def compare(what: str, found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> None:
     """Raises unless what a new program gives is what the same steps give without compilation, up to rounding.

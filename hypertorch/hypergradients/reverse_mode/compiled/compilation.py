@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import platformdirs
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
@@ -140,7 +140,7 @@ def _hash_of_no_number(hash_of: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def hash_impl(tensor: Any, tx: Any) -> Any:
-        if _may_be_index(tensor):
+        if _may_be_index(tensor, tx):
             raise NotCompilableError(
                 "a number that is a tensor in a loop, such as the index of a step, is looked up in a dictionary or a "
                 "set, which finds tensors by identity. Compare it (`index == 10`), or look it up in a tensor"
@@ -151,13 +151,14 @@ def _hash_of_no_number(hash_of: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _type_of_no_number(is_instance: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what `isinstance` says in traced code, but not whether a number that may be an index is an `int`."""
+    """Returns what `isinstance` says in traced code, but not whether a number that may be an index is a whole one."""
     dynamo: Any = torch._dynamo
 
     def call_isinstance(function: Any, tx: Any, value: Any, types_: Any) -> Any:
-        if isinstance(value, dynamo.variables.TensorVariable) and _may_be_index(value):
+        if isinstance(value, dynamo.variables.TensorVariable) and _may_be_index(value, tx):
             asked = types_.as_python_constant()
-            if asked is int or (isinstance(asked, tuple) and int in asked):
+            asked = asked if isinstance(asked, tuple) else (asked,)
+            if any(issubclass(int, own) and not issubclass(Tensor, own) for own in asked):
                 raise NotCompilableError(
                     "a number that is a tensor in a loop, such as the index of a step, is asked whether it is an `int`"
                 )
@@ -166,10 +167,15 @@ def _type_of_no_number(is_instance: Callable[..., Any]) -> Callable[..., Any]:
     return call_isinstance
 
 
-def _may_be_index(tensor: Any) -> bool:
-    """Returns whether a tensor of traced code may be the index of a step in a loop, or be computed from one."""
+def _may_be_index(tensor: Any, tx: Any) -> bool:
+    """Returns whether a tensor of traced code may be the index of a step in a loop, or be computed from one.
+
+    Args:
+        tensor: as PyTorch's tracer holds it.
+        tx: what the tracer is at. The body of a loop is traced inside of what surrounds it.
+    """
     value = tensor.as_proxy().node.meta["example_value"]
-    return value.ndim == 0 and value.dtype is torch.float64
+    return tx.output.current_tracer.parent is not None and value.ndim == 0 and value.dtype is torch.float64
 
 
 def _refuse_folder() -> None:
@@ -304,7 +310,8 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             stack.callback(notes.removeFilter, _is_error)
         except AttributeError as error:
             raise NotCompilableError(
-                f"PyTorch {torch.__version__} cannot compile code that takes derivatives"
+                f"PyTorch {torch.__version__} lacks parts of the compiler that trace derivatives (`{error.name}`). "
+                "PyTorch 2.13 has them"
             ) from error
         stack.enter_context(attempt())
         yield

@@ -19,7 +19,7 @@ from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
-from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare
+from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare, compared
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
     TooLargeError,
@@ -58,9 +58,6 @@ _STEPS_OF_DATA = 64
 # For each operation of a step, a program with a loop forward and one back has at least this number of calls. Steps that
 # are too large are found by it before they are traced, which takes as long as tracing them one by one.
 _CALLS_TO_A_STEP = 4
-
-# Steps of a new program that are compared with the same steps without compilation.
-_STEPS_COMPARED = 8
 
 
 class _Run(NamedTuple):
@@ -140,7 +137,7 @@ class _LoopedSteps:
         self._program = Program.of_steps(loop)
         self._moving = {name: value.detach() for name, value in variables.items() if value.requires_grad}
         self._fixed = {name: value.detach() for name, value in variables.items() if not value.requires_grad}
-        self._made = programs_made()
+        self._made_before = programs_made()
         self._kept: dict[int, _Run] = {}
         self._values: dict[int, Tensor] = {}
         self._further_values: dict[int, Tensor] = {}
@@ -221,19 +218,23 @@ class _LoopedSteps:
 
     def _pull_back(self, run: _Run, steps: range, cotangents: Cotangents) -> PulledBack:
         pulled, values = self._pulled(run, steps, cotangents)
-        if programs_made() != self._made:
-            self._compare(run, steps, cotangents)
-            self._made = programs_made()
+        is_at_an_end = steps.start == 0 or steps.stop == self._loop.num_steps
+        if is_at_an_end and programs_made() != self._made_before:
+            for few in compared(steps):
+                self._compare(run, steps, few, cotangents)
         self._add(steps, values)
         self._loop.record.add_vjps(len(steps), graph_steps=1)
         return pulled
 
-    def _compare(self, run: _Run, steps: range, cotangents: Cotangents) -> None:
-        """Compares the first steps with those without compilation: programs that are new are not trusted."""
-        few = steps[:_STEPS_COMPARED]
-        states = [run.end.replace_tensors([value[step] for value in run.before]) for step in range(len(few))]
-        states.append(run.end if few == steps else run.end.replace_tensors([value[len(few)] for value in run.before]))
-        pulled, _ = self._pulled(run._replace(before=[value[: len(few)] for value in run.before]), few, cotangents)
+    def _compare(self, run: _Run, steps: range, few: range, cotangents: Cotangents) -> None:
+        """Compares a few of some steps with those without compilation: programs that are new are not trusted."""
+        start = few.start - steps.start
+        before = [value[start : start + len(few)] for value in run.before]
+        states = [run.end.replace_tensors(list(tensors)) for tensors in zip(*before, strict=True)]
+        stop = start + len(few)
+        end = run.end if stop == len(steps) else run.end.replace_tensors([value[stop] for value in run.before])
+        states.append(end)
+        pulled, _ = self._pulled(_Run(before, end), few, cotangents)
         # One by one: the data of a step may be written over by that of the next.
         own, backward, fastest = self._loop.uncounted(), list(cotangents), float("inf")
         right: Grads = dict.fromkeys(self._variables)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
-from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare
+from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare, compared
 from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
     NotCompilableError,
     TooManyProgramsError,
@@ -160,8 +160,8 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
     if found is None:
         return None
     if programs_made() != made:
-        few = steps[:LONGEST_PROGRAM]
-        _compare(_looped(loop, program, variables, few), loop, variables, few)
+        for few in compared(steps):
+            _compare(_looped(loop, program, variables, few), loop, variables, few)
     grads, outer_loss, state, losses = found
     for _ in range(2):  # forward, and on the way back with a derivative
         for step, value in zip(steps, losses.unbind(), strict=True):
@@ -172,18 +172,18 @@ def _whole_by_loop(loop: InnerLoop, variables: TensorDict) -> BackendResult | No
 
 
 def _looped(loop: InnerLoop, program: Program, variables: TensorDict, steps: range) -> Any:
-    """Returns what a program with a loop over the first steps gives, as if they were all."""
+    """Returns what a program with a loop over some steps gives, as if they were all."""
     return _called(loop, program, variables, whole, data_of(loop, steps), counters_of(loop, steps))
 
 
 def _compare(found: Any, loop: InnerLoop, variables: TensorDict, steps: range) -> None:
-    """Compares what a program gives for the first steps, as if they were all, with the same without compilation."""
+    """Compares what a program gives for some steps, as if they were all, with the same without compilation."""
     grads, outer_loss, state, _ = found
 
     def run() -> BackendResult:
         own = loop.uncounted()
         (all_steps,), vjp = whole_graph(own, variables)
-        return sweep(own, variables, [all_steps._replace(stop=steps.stop)], vjp)
+        return sweep(own, variables, [all_steps._replace(start=steps.start, stop=steps.stop)], vjp)
 
     try:
         expected, seconds = timed(loop.device, run)
