@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -181,9 +182,9 @@ def not_zero(tensors: TensorMapping) -> set[str]:
 
     Cost: one reduction per tensor and a single copy to the host.
     """
-    # Stacked, so that the device is waited for once and not once per tensor.
-    found = torch.stack([tensor.detach().any() for tensor in tensors.values()]).tolist() if tensors else []
-    return {name for name, holds in zip(tensors, found, strict=True) if holds}
+    numbers = [value if is_differentiable(value) else value.any().float() for value in tensors.values()]
+    sums = _sums_of_magnitudes(numbers)
+    return {name for name, total in zip(tensors, sums, strict=True) if total}
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -191,16 +192,18 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
     Cost: one reduction per tensor and a single copy to the host.
     """
+    looked_at = [tensor for tensor in tensors if is_differentiable(tensor)]
     # A sum is NaN or infinite when an entry is; a finite overflow of the sum itself is settled by a second look.
-    looked_at: list[Tensor] = []
-    sums: list[Tensor] = []
+    if math.isfinite(sum(_sums_of_magnitudes(looked_at))):
+        return True
+    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in looked_at)
+
+
+def _sums_of_magnitudes(tensors: list[Tensor]) -> list[float]:
+    """Returns the sum of the magnitudes of each tensor of real or complex numbers: zero for zeros alone."""
+    if not tensors:
+        return []
     with torch.no_grad():
-        for tensor in tensors:
-            if tensor.is_floating_point() or tensor.is_complex():
-                tensor = tensor.detach()
-                looked_at.append(tensor)
-                sums.append(tensor.sum().to(looked_at[0].device, torch.float32))
-        # One number for each tensor, and one wait for the device, in place of a wait for each.
-        if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
-            return True
-        return all(bool(torch.isfinite(tensor).all()) for tensor in looked_at)
+        sums = torch._foreach_norm(tensors, 1)
+        # Side by side, so that the device is waited for once and not once per tensor.
+        return torch.stack([total.to(sums[0].device) for total in sums]).tolist()

@@ -79,6 +79,21 @@ def test_opposite_infinities_are_not_finite() -> None:
     assert not tree.all_finite([torch.tensor([float("inf")]), torch.tensor([-float("inf")])])
 
 
+@pytest.mark.parametrize("part", [complex(1.0, float("nan")), complex(1.0, float("inf")), complex(float("nan"), 1.0)])
+def test_both_parts_of_a_complex_number_are_finite(part: complex) -> None:
+    assert not tree.all_finite([torch.ones(2), torch.tensor([1.0, part])])
+    assert tree.all_finite([torch.ones(2), torch.tensor([1.0, complex(1.0, 3e38)])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_the_smallest_numbers_are_not_zero(dtype: torch.dtype) -> None:
+    smallest = torch.tensor([0.0, -torch.finfo(dtype).smallest_normal], dtype=dtype)
+    tensors = {"zero": torch.zeros(2, dtype=dtype), "none": torch.ones(0), "small": smallest, "nan": smallest / 0.0}
+    tensors |= {"large": torch.ones(3, dtype=torch.float64) * 1e300, "yes": torch.tensor([False, True])}
+    tensors |= {"no": torch.tensor([False]), "one": torch.tensor([0, 1]), "0": torch.tensor(0)}
+    assert tree.not_zero(tensors) == {"small", "nan", "large", "yes", "one"}
+
+
 def test_one_tree_is_concatenated_to_itself() -> None:
     only = {"a": torch.arange(3.0)}
     assert torch.equal(tree.concatenate([only])["a"], only["a"])

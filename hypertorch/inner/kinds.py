@@ -51,22 +51,29 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
     Hooks that change gradients are among them, where there are some.
     """
     marks: list[Hashable] = []
-    for part in module.modules():
+    parts, known = [module], {module}
+    # Children are added on the way. `Module.modules` makes their names too, and takes as long as all else here.
+    for part in parts:
         marks.append(type(part))
-        for name, value in vars(part).items():
-            if not name.startswith("_"):
+        attributes = vars(part)
+        for name, value in attributes.items():
+            if name not in _PLUMBING and not name.startswith("_"):
                 kind = type(value)
                 # Nearly all are: a call for each would take longer than all else here.
                 marks += name, (kind, value) if kind in _NUMBERS else _mark(value, depth)
         for name in _BACKWARD_HOOKS:
-            hooks = getattr(part, name)
-            if hooks:
-                marks += name, _mark(hooks, depth)
+            if attributes[name]:
+                marks += name, _mark(attributes[name], depth)
+        for child in attributes["_modules"].values():
+            if child is not None and child not in known:
+                known.add(child)
+                parts.append(child)
     return tuple(marks)
 
 
 _NUMBERS = frozenset({bool, int, float})
 _TENSOR = (Tensor,)
+_PLUMBING = frozenset(name for name in vars(nn.Module()) if name.startswith("_"))
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 

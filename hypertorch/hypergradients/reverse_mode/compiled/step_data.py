@@ -58,6 +58,9 @@ def data_of(loop: InnerLoop, steps: range) -> Data:
                 "at every step. Hand over tensors, in tuples, lists and dictionaries"
             )
     marks = [_mark(leaf) for leaf in leaves]
+    # A tensor, and a tuple of some, changes by being written to alone.
+    parts = first if isinstance(first, tuple) else (first,)
+    is_fixed = len(parts) == len(leaves) and all(part is leaf for part, leaf in zip(parts, leaves, strict=True))
     differing: set[int] = set()
     # The second step tells which tensors differ. Should a later one show more of them, all are drawn once more.
     looked_at = steps[1:2]
@@ -65,7 +68,11 @@ def data_of(loop: InnerLoop, steps: range) -> Data:
         stacked = {position: _room(leaves[position], len(steps)) for position in sorted(differing)}
         found = set(differing)
         for step in looked_at:
-            own, other = pytree.tree_flatten(loop.draw(loop.first_index + step))
+            batch = loop.draw(loop.first_index + step)
+            if batch is first and is_fixed and not differing:
+                found |= {position for position, leaf in enumerate(leaves) if _mark(leaf) != marks[position]}
+                continue
+            own, other = pytree.tree_flatten(batch)
             if other != structure:
                 raise NotCompilableError("the data of the steps has not one structure")
             for position, (leaf, value) in enumerate(zip(leaves, own, strict=True)):
