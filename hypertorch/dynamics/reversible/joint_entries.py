@@ -23,6 +23,7 @@ class JointEntries:
         self._blocks = blocks
         self._names = list(like)
         self._shapes = {name: value.shape for name, value in like.items()}
+        self._sizes = {name: shape[batch_dims:].numel() for name, shape in self._shapes.items()}
         self._batch_dims = batch_dims
 
     def join(self, values: TensorMapping) -> TensorDict:
@@ -41,7 +42,7 @@ class JointEntries:
             if len(names) == 1:
                 found[names[0]] = blocks[block]
                 continue
-            sizes = [self._shapes[name][self._batch_dims :].numel() for name in names]
+            sizes = [self._sizes[name] for name in names]
             for name, part in zip(names, blocks[block].split(sizes, dim=self._batch_dims), strict=True):
                 found[name] = part.reshape(self._shapes[name])
         # Blocks have another order, and integers are compared with those of the start place by place.
@@ -55,6 +56,7 @@ class JointEntries:
         }
         named._names = [f"{prefix}.{name}" for name in self._names]
         named._shapes = {f"{prefix}.{name}": shape for name, shape in self._shapes.items()}
+        named._sizes = {f"{prefix}.{name}": size for name, size in self._sizes.items()}
         return named
 
     def _flat(self, value: Tensor) -> Tensor:

@@ -120,9 +120,10 @@ class ReversibleMomentum(ReversibleDynamics):
             kick = (1.0 - factor.value) * grads[name].double()
             # Before the gradient is subtracted: the step back adds the gradient first and divides after that.
             exact.multiply(f"velocity.{name}", factor)
-            velocity = exact.buffers[f"velocity.{name}"].sub_(encode(kick))
+            exact.buffers[f"velocity.{name}"].sub_(encode(kick))
             # Of the new velocity, which is still there when the step back begins.
-            move = self._move(exact, name, hparams, index)
+            velocity = decode(exact.buffers[f"velocity.{name}"])
+            move = self._move(velocity, name, hparams, index)
             param = exact.params[name].add_(encode(move))
             # What is added is watched as well as the sums: a sum that has wrapped around may look small.
             exact.watch(name, kick, velocity, move, param)
@@ -131,7 +132,8 @@ class ReversibleMomentum(ReversibleDynamics):
     def unstep(self, exact: ExactState, gradient: GradientFunction, hparams: TensorDict, index: int) -> None:
         """Undoes the last step, in place: its operations in the opposite order, the gradient at the params before."""
         for name in exact.params:
-            exact.params[name].sub_(encode(self._move(exact, name, hparams, index)))
+            velocity = decode(exact.buffers[f"velocity.{name}"])
+            exact.params[name].sub_(encode(self._move(velocity, name, hparams, index)))
         # At the params before the step, which are exact again: the gradient has the same bits as on the way there.
         grads = exact.join(gradient(exact.float_params()))
         for name in exact.params:
@@ -139,10 +141,10 @@ class ReversibleMomentum(ReversibleDynamics):
             exact.buffers[f"velocity.{name}"].add_(encode((1.0 - factor.value) * grads[name].double()))
             exact.divide(f"velocity.{name}", factor)
 
-    def _move(self, exact: ExactState, name: str, hparams: TensorDict, index: int) -> Tensor:
+    def _move(self, velocity: Tensor, name: str, hparams: TensorDict, index: int) -> Tensor:
         """Returns `lr * v`, in double precision."""
         lr = resolve(self.lr, hparams, name, index)
-        return (lr.double() if isinstance(lr, Tensor) else lr) * decode(exact.buffers[f"velocity.{name}"])
+        return (lr.double() if isinstance(lr, Tensor) else lr) * velocity
 
 
 def _shared_value(setting: Setting, parameter: str, hparams: TensorDict) -> Hashable:

@@ -39,7 +39,8 @@ class ExactReversal:
         self.variables = variables
         self.rule = rule
         self.information_bits = torch.zeros(())
-        self._graph: tuple[TensorDict, TensorDict] = {}, {}  # the last gradient, and where it was taken
+        self._point: TensorDict = {}  # where the last gradient was taken: the params before that step
+        self._graph: tuple[TensorDict, TensorDict] = {}, {}  # the same as leaves, and that gradient
         self._losses: list[Tensor] = []  # in the order of the run, which ends where it began
 
     def segments(self) -> Iterator[Segment]:
@@ -56,12 +57,14 @@ class ExactReversal:
         self.information_bits = exact.information_bits(loop.has_tasks_axis)
         # The state before a step and the one after it, whatever the horizon is.
         loop.record.hold(2)
+        # Read before a step is undone, which changes the integers in place.
+        after = InnerState(exact.float_params(), exact.float_buffers())
         for step in reversed(range(loop.num_steps)):
-            # Read before the step is undone, which changes the integers in place.
-            arrival = _floats(exact)
             self.rule.unstep(exact, self._gradient(step), self.variables, loop.first_index + step)
+            before = InnerState(self._point, exact.float_buffers())
             # The sweep differentiates a segment before it asks for the next: the kept graph is that of this step.
-            yield Segment(step, step + 1, _floats(exact), arrival)
+            yield Segment(step, step + 1, before, after)
+            after = before
         first = initialisation(loop, self.variables, None)
         self._check_arrival(exact, first.departure)
         yield first
@@ -91,7 +94,7 @@ class ExactReversal:
         """
 
         def gradient(params: TensorDict) -> TensorDict:
-            leaves = tree.leaves_requiring_grad(params)
+            self._point, leaves = params, tree.leaves_requiring_grad(params)
             with torch.enable_grad():
                 loss = self.loop.loss_at(InnerState(leaves, {}), step)
                 grads = loss.gradient(leaves, self.variables)
@@ -200,12 +203,9 @@ class CompiledReversal(ExactReversal):
 
     def _gradient(self, step: int) -> GradientFunction:
         def gradient(params: TensorDict) -> TensorDict:
+            self._point = params
             grads = self._steps.gradient(params, step)
             self._note_loss(step)
             return grads
 
         return gradient
-
-
-def _floats(exact: ExactState) -> InnerState:
-    return InnerState(exact.float_params(), exact.float_buffers())
