@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from hypertorch.hypergradients.reverse_mode.compiled import quick_compiler
 
@@ -117,16 +118,62 @@ def test_an_error_of_a_part_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
         builds._worker_compile_cpp("lock", ["calls", "kernels", "joined"])
 
 
-def test_strides_of_many_indices_are_computed_once_each() -> None:
+ROW, COLUMN = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("row", "column"))
+SIZE = sympy.Symbol("s0", integer=True, positive=True)
+
+# As PyTorch writes places in memory: sums of products, and quotients and remainders of a variable.
+INDICES = [
+    sympy.Integer(7),
+    ROW,
+    COLUMN,
+    16 * ROW + COLUMN,
+    4 * (ROW + 3 * COLUMN) + 5,
+    SIZE * ROW + COLUMN,
+    SIZE * (ROW + 1) + 2 * ROW * COLUMN,
+    -ROW + 15,
+    ROW**2 + COLUMN,
+    FloorDiv(ROW, 16) + 3 * COLUMN,
+    FloorDiv(ROW, 3) + ROW,
+    ModularIndexing(ROW, 1, 16) + COLUMN,
+    ModularIndexing(ROW, 1, 5) + 2 * ROW,
+    ModularIndexing(ROW, 16, 4) + 7 * FloorDiv(COLUMN, 2),
+]
+
+
+@pytest.mark.parametrize("length", [None, 8, 16])
+def test_strides_are_those_of_pytorch(length: int | None) -> None:
     cpp: Any = quick_compiler._kernels
-    of_others, row, column = cpp.stride_at_vec_range, sympy.Symbol("row"), sympy.Symbol("column")
-    indices = [(number + 2) * row + column for number in range(300)]
+    of_pytorch = cpp.stride_at_vec_range
+    expected = [of_pytorch(index, var, length) for index in INDICES for var in (ROW, COLUMN)]
+    with quick_compiler.quick_compiler():
+        found = [cpp.stride_at_vec_range(index, var, length) for index in INDICES for var in (ROW, COLUMN)]
+    assert [sympy.simplify(own - right) for own, right in zip(found, expected, strict=True)] == [0] * len(found)
+    # What the compiler asks of a stride: whether it is a certain number.
+    assert [own for own in found if own.is_number] == [right for right in expected if right.is_number]
+    assert cpp.stride_at_vec_range is of_pytorch
+    assert quick_compiler.sizevars.sympy is sympy
+
+
+def test_strides_of_many_indices_are_computed_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpp: Any = quick_compiler._kernels
+    other = sympy.Symbol("other", integer=True)  # in no index before
+    indices = [(number + 2) * ROW + FloorDiv(other, 2) for number in range(300)]
+    monkeypatch.setattr(sympy, "simplify", lambda _: pytest.fail("a sum of products was simplified"))
     with quick_compiler.quick_compiler():
         before = cpp.stride_at_vec_range.cache_info().misses
-        found = [[cpp.stride_at_vec_range(index, row, 16) for index in indices] for _ in range(2)]
+        found = [[cpp.stride_at_vec_range(index, ROW, 16) for index in indices] for _ in range(2)]
         assert cpp.stride_at_vec_range.cache_info().misses == before + len(indices)
-    assert found == [[of_others(index, row, 16) for index in indices]] * 2
-    assert cpp.stride_at_vec_range is of_others
+    assert found == [[number + 2 for number in range(300)]] * 2
+
+
+def test_the_rules_of_dtypes_are_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules: Any = quick_compiler.dtype_propagation.DtypePropagationOpsHandler
+    gathered: list[Any] = []
+    monkeypatch.setattr(rules, "__init__", lambda own: gathered.append(own))
+    with quick_compiler.quick_compiler():
+        handlers = {id(quick_compiler.common.DtypePropagationOpsHandler()) for _ in range(3)}
+    assert len(handlers) == len(gathered) == 1
+    assert quick_compiler.common.DtypePropagationOpsHandler is rules
 
 
 def refuse(*_: object) -> bool:

@@ -223,6 +223,8 @@ def _options(device: torch.device, loops: bool) -> Any:
         # One file of calls and one of what is called. The first is long: to optimise it takes most of the time, and
         # saves nothing.
         "cpp_wrapper_build_separate": on_cpu,
+        # Line numbers for profilers take a sixth of the time of the C++ compiler.
+        "aot_inductor.enable_line_tables": False,
         # PyTorch keeps precompiled headers in a folder for temporary files, which others may have made.
         "cpp_cache_precompile_headers": False,
         "post_grad_custom_pre_pass": mends.CompilerMends(),

@@ -1,4 +1,4 @@
-"""PyTorch's compiler made quicker: no trials of vector instructions, C++ on several cores, indices simplified once.
+"""PyTorch's compiler made quicker: no trials of vector instructions, C++ on several cores, strides by expansion.
 
 Loading this module loads PyTorch's compiler, which takes seconds.
 """
@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
+import sympy
 import torch
-from torch._inductor import codecache, config, cpu_vec_isa, sizevars
-from torch._inductor.codegen import cpp
+from torch._inductor import codecache, config, cpu_vec_isa, dtype_propagation, sizevars
+from torch._inductor.codegen import common, cpp
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 _builds: Any = codecache
 _kernels: Any = cpp
 _instructions: Any = cpu_vec_isa
-
-# A large program asks for the strides of some thousand indices, again and again. PyTorch remembers 128, and to simplify
-# an index takes 10 ms: an eighth of the time of MAML with Conv-4.
-_strides = lru_cache(maxsize=50_000)(sizevars.stride_at_vec_range.__wrapped__)
 
 
 @contextmanager
@@ -41,7 +40,28 @@ def quick_compiler() -> Iterator[None]:
             _instructions.valid_vec_isa_list.cache_clear()
         change(_builds, "_worker_compile_cpp", _beside_each_other(_builds._worker_compile_cpp))
         change(_kernels, "stride_at_vec_range", _strides)
+        change(sizevars, "sympy", _algebra)
+        # PyTorch's own is one object, and is filled with its 200 rules again whenever it is asked for.
+        change(common, "DtypePropagationOpsHandler", lru_cache(dtype_propagation.DtypePropagationOpsHandler))
         yield
+
+
+# A large program asks for the strides of some thousand indices, again and again. PyTorch remembers 128.
+_strides = lru_cache(maxsize=50_000)(sizevars.stride_at_vec_range.__wrapped__)
+
+
+def _simplified(expression: sympy.Expr) -> sympy.Expr:
+    """Returns an index, or what it grows by, in a simple form.
+
+    `sympy.simplify` takes 10 to 30 ms. Sums of products, of variables and of their quotients, need only be expanded.
+    """
+    is_sum = all(isinstance(part, _SUMS_OF_PRODUCTS) for part in sympy.preorder_traversal(expression))
+    return sympy.expand(expression) if is_sum else sympy.simplify(expression)
+
+
+_SUMS_OF_PRODUCTS = (sympy.Add, sympy.Mul, sympy.Symbol, sympy.Integer, FloorDiv, ModularIndexing)
+_algebra = ModuleType(sympy.__name__)
+_algebra.__dict__.update(vars(sympy), simplify=_simplified)
 
 
 class _Avx512(cpu_vec_isa.VecAVX512):
