@@ -182,9 +182,9 @@ def not_zero(tensors: TensorMapping) -> set[str]:
 
     Cost: one reduction per tensor and a single copy to the host.
     """
-    numbers = [value if is_differentiable(value) else value.any().float() for value in tensors.values()]
-    sums = _sums_of_magnitudes(numbers)
-    return {name for name, total in zip(tensors, sums, strict=True) if total}
+    # Stacked, so that the device is waited for once and not once per tensor.
+    found = torch.stack([tensor.detach().any() for tensor in tensors.values()]).tolist() if tensors else []
+    return {name for name, holds in zip(tensors, found, strict=True) if holds}
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -192,20 +192,18 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
     Cost: one reduction per tensor and a single copy to the host.
     """
-    looked_at = [tensor for tensor in tensors if is_differentiable(tensor)]
-    # A sum is NaN or infinite when an entry is; a finite overflow of the sum itself is settled by a second look.
-    if math.isfinite(sum(_sums_of_magnitudes(looked_at))):
-        return True
-    return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in looked_at)
-
-
-def _sums_of_magnitudes(tensors: list[Tensor]) -> list[float]:
-    """Returns the sum of the magnitudes of each tensor of real or complex numbers: zero for zeros alone."""
-    if not tensors:
-        return []
     # Of all tensors in one call; it is not in PyTorch's documentation.
     internals: Any = torch
+    looked_at: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            looked_at.append(tensor)
+    if not looked_at:
+        return True
     with torch.no_grad():
-        sums = internals._foreach_norm(tensors, 1)
-        # Side by side, so that the device is waited for once and not once per tensor.
-        return torch.stack([total.to(sums[0].device) for total in sums]).tolist()
+        # A sum of magnitudes, of both parts of complex numbers, is NaN or infinite when an entry is; a finite overflow
+        # of the sum itself is settled by a second look. One number for all, and one wait for the device.
+        total: Tensor = torch.zeros((), device=looked_at[0].device)
+        for own in internals._foreach_norm(looked_at, 1):
+            total = total + own.to(total.device)
+        return math.isfinite(total.item()) or all(bool(torch.isfinite(tensor).all()) for tensor in looked_at)
