@@ -10,6 +10,7 @@ from types import BuiltinFunctionType, CellType, FunctionType, MethodDescriptorT
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from hypertorch.dynamics import Dynamics
 from hypertorch.nn.functional_module import FunctionalModule
@@ -54,18 +55,19 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
     parts, known = [module], {module}
     # Children are added on the way. `Module.modules` makes their names too, and takes as long as all else here.
     for part in parts:
-        marks.append(type(part))
-        attributes = vars(part)
-        for name, value in attributes.items():
+        # All modules of `torch.jit` have one class.
+        marks.append(part.code if isinstance(part, ScriptModule) and hasattr(part, "forward") else type(part))
+        for name, value in vars(part).items():
             if name not in _PLUMBING and not name.startswith("_"):
                 kind = type(value)
                 # Nearly all are: a call for each would take longer than all else here.
                 marks += name, (kind, value) if kind in _NUMBERS else _mark(value, depth)
         for name in _BACKWARD_HOOKS:
-            if attributes[name]:
-                marks += name, _mark(attributes[name], depth)
-        for child in attributes["_modules"].values():
-            if child is not None and child not in known:
+            hooks = getattr(part, name)
+            if hooks:
+                marks += name, _mark(hooks, depth)
+        for child in part.children():
+            if child not in known:
                 known.add(child)
                 parts.append(child)
     return tuple(marks)

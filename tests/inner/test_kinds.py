@@ -165,3 +165,11 @@ def test_a_function_that_calls_itself_is_looked_into_while_it_is_made() -> None:
         return kinds[0]
 
     assert outer() is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_traced_module_has_the_kinds_of_its_parts() -> None:
+    """It keeps its parts elsewhere than a plain module does."""
+    nets = [nn.Sequential(nn.Linear(2, 2), activation) for activation in (nn.Tanh(), nn.LeakyReLU(0.1), nn.Tanh())]
+    tanh, leaky, again = (kind_of(holding(torch.jit.trace(net, torch.zeros(1, 2)))) for net in nets)
+    assert tanh == again != leaky
