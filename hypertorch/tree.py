@@ -192,18 +192,18 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
     Cost: one reduction per tensor and a single copy to the host.
     """
-    # Of all tensors in one call; it is not in PyTorch's documentation.
-    internals: Any = torch
+    # A sum is NaN or infinite when an entry is; a finite overflow of the sum itself is settled by a second look.
     looked_at: list[Tensor] = []
-    for tensor in tensors:
-        if tensor.is_floating_point() or tensor.is_complex():
-            looked_at.append(tensor)
-    if not looked_at:
-        return True
+    sums: list[Tensor] = []
     with torch.no_grad():
-        # A sum of magnitudes, of both parts of complex numbers, is NaN or infinite when an entry is; a finite overflow
-        # of the sum itself is settled by a second look. One number for all, and one wait for the device.
-        total: Tensor = torch.zeros((), device=looked_at[0].device)
-        for own in internals._foreach_norm(looked_at, 1):
-            total = total + own.to(total.device)
-        return math.isfinite(total.item()) or all(bool(torch.isfinite(tensor).all()) for tensor in looked_at)
+        for tensor in tensors:
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor = tensor.detach()
+                looked_at.append(tensor)
+                # A magnitude has both parts of a complex number.
+                total = tensor.abs().sum() if tensor.is_complex() else tensor.sum()
+                sums.append(total.to(looked_at[0].device, torch.float32))
+        # One number for all, and one wait for the device, in place of a wait for each.
+        if not sums or math.isfinite(torch.stack(sums).sum().item()):
+            return True
+        return all(bool(torch.isfinite(tensor).all()) for tensor in looked_at)

@@ -85,6 +85,10 @@ def test_both_parts_of_a_complex_number_are_finite(part: complex) -> None:
     assert tree.all_finite([torch.ones(2), torch.tensor([1.0, complex(1.0, 3e38)])])
 
 
+def test_sparse_data_may_be_asked_about() -> None:
+    assert tree.all_finite([torch.ones(2), torch.eye(2).to_sparse()])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
 def test_the_smallest_numbers_are_not_zero(dtype: torch.dtype) -> None:
     smallest = torch.tensor([0.0, -torch.finfo(dtype).smallest_normal], dtype=dtype)

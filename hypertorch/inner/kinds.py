@@ -53,7 +53,7 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
     """
     marks: list[Hashable] = []
     parts, known = [module], {module}
-    # Children are added on the way. `Module.modules` makes their names too, and takes as long as all else here.
+    # Children are added on the way. `Module.modules` makes their names too, which takes longer.
     for part in parts:
         # All modules of `torch.jit` have one class.
         marks.append(part.code if isinstance(part, ScriptModule) and hasattr(part, "forward") else type(part))
