@@ -28,7 +28,8 @@ from hypertorch.hypergradients.reverse_mode.compiled import (
     single_steps,
     whole_run,
 )
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.program_folder import refuse_folder
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -472,7 +473,7 @@ def test_a_folder_of_programs_that_a_compiler_cannot_be_called_with_is_named(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
     with nullcontext() if is_taken else pytest.raises(NotCompilableError, match=f"{name}.*blanks or quotes in a path"):
-        compilation._refuse_folder()
+        refuse_folder()
 
 
 @pytest.mark.parametrize("is_on", [True, False])

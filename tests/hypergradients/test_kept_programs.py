@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import hypertorch as ht
-from hypertorch.hypergradients.reverse_mode.compiled import compilation
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
 from hypertorch.hypergradients.reverse_mode.compiled.not_compilable import ATTEMPTS, REFUSED, WARNED
+from hypertorch.hypergradients.reverse_mode.compiled.program_folder import keep_in_cache_of_user
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import scalar_problem
 
@@ -157,7 +157,7 @@ def test_without_a_cache_folder_programs_are_kept_among_temporary_files_of_this_
     no_folder_is_chosen(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    compilation._keep_in_cache_of_user()
+    keep_in_cache_of_user()
     folder = tmp_path / f"hypertorch-programs-{os.getuid()}"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -165,4 +165,4 @@ def test_without_a_cache_folder_programs_are_kept_among_temporary_files_of_this_
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     folder.chmod(0o777)
     with pytest.raises(NotCompilableError, match="which another user owns or may write to.* Delete that folder"):
-        compilation._keep_in_cache_of_user()
+        keep_in_cache_of_user()

@@ -13,8 +13,9 @@ from hypertorch import tree
 from hypertorch.errors import IncompatibleBackendError
 from hypertorch.hypergradients.guards.cross_check import Reference, case_of, fault_of, forget, vjp_faults
 from hypertorch.hypergradients.guards.replay import check_replay
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError, compiler_errors
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import compiler_errors
 from hypertorch.hypergradients.reverse_mode.compiled.costs import synchronize
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
 from hypertorch.hypergradients.reverse_mode.steps import Steps
 from hypertorch.hypergradients.reverse_mode.sweep import Segment
 from hypertorch.inner import memo

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypertorch import tree
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
 
 # Steps of a new program that are compared with the same steps without compilation, at either end of the horizon.
 _STEPS_COMPARED = 8

@@ -6,25 +6,27 @@ import gc
 import importlib
 import logging
 import os
-import shlex
-import tempfile
 import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import platformdirs
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from hypertorch.dynamics.settings import first_match
-from hypertorch.errors import HypertorchError
+from hypertorch.hypergradients.reverse_mode.compiled.errors import (
+    NotCompilableError,
+    TooLargeError,
+    TooManyProgramsError,
+)
+from hypertorch.hypergradients.reverse_mode.compiled.program_folder import FOLDER, keep_in_cache_of_user, refuse_folder
+from hypertorch.hypergradients.reverse_mode.compiled.traced_code import traced_code_is_checked
 from hypertorch.inner import memo
 
 # The argument of this name is a whole number that changes from call to call: it never makes a new program.
@@ -38,10 +40,6 @@ BACKEND = "inductor"
 # seconds: more of them is a mistake.
 _MOST_PROGRAMS = 16
 
-# Where PyTorch keeps programs; it sets the variable itself when its compiler is loaded.
-_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
-_PROGRAMS = "hypertorch-programs"
-
 # Calls in a program with a loop inside. With 1,100 of them (MAML with Conv-4) it takes up to an eighth longer to
 # compile than two loops in programs of their own, and is a seventh faster; with 2,900 (a Transformer of four layers)
 # PyTorch takes twice as long as for single steps.
@@ -53,18 +51,6 @@ _one_at_a_time = threading.RLock()
 SETTINGS = "settings of PyTorch's compiler"
 PROGRAMS = "compiled programs"
 MADE = "number of programs that were compiled"
-
-
-class NotCompilableError(HypertorchError):
-    """A function cannot be compiled; whoever asked runs it without compilation."""
-
-
-class TooLargeError(NotCompilableError):
-    """The steps of a loop have too many operations: single steps are compiled much faster."""
-
-
-class TooManyProgramsError(NotCompilableError):
-    """A function has become a new program too many times."""
 
 
 def compiled(
@@ -111,89 +97,13 @@ def _make_code(
         _refuse_large(graph)
     memo.note(MADE, None, programs_made() + 1)
     if backend == "inductor":
-        _refuse_folder()
+        refuse_folder()
         # Not at the top of this module: they load the compiler, which takes seconds.
         inductor = importlib.import_module("torch._inductor")
         with importlib.import_module(f"{__package__}.quick_compiler").quick_compiler():
             return inductor.compile(graph, inputs, options=_options(device, loops))
     dynamo: Any = torch._dynamo
     return dynamo.lookup_backend(backend)(graph, inputs)
-
-
-def _refuse_custom_function(*_: Any) -> NoReturn:
-    """Raises `NotCompilableError` for a `torch.autograd.Function`, in place of tracing it.
-
-    Once traced, its backward pass has no derivative any more, or is that of its forward pass: a hypergradient would
-    lack what passes through it.
-    """
-    raise NotCompilableError(
-        "a custom `torch.autograd.Function` is on the way, whose backward pass is lost when it is traced. Written out "
-        "of operations of PyTorch it could be compiled."
-    )
-
-
-def _hash_of_no_number(hash_of: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the hash of tensors in traced code, for all but single numbers.
-
-    The index of a step is a tensor in a loop. A dictionary or a set finds a tensor by identity, so that it would miss
-    the index at every step, in silence.
-    """
-
-    def hash_impl(tensor: Any, tx: Any) -> Any:
-        if _may_be_index(tensor, tx):
-            raise NotCompilableError(
-                "a number that is a tensor in a loop, such as the index of a step, is looked up in a dictionary or a "
-                "set, which finds tensors by identity. Compare it (`index == 10`), or look it up in a tensor"
-            )
-        return hash_of(tensor, tx)
-
-    return hash_impl
-
-
-def _type_of_no_number(is_instance: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what `isinstance` says in traced code, but not whether a number that may be an index is a whole one."""
-    dynamo: Any = torch._dynamo
-
-    def call_isinstance(function: Any, tx: Any, value: Any, types_: Any) -> Any:
-        if isinstance(value, dynamo.variables.TensorVariable) and _may_be_index(value, tx):
-            asked = types_.as_python_constant()
-            asked = asked if isinstance(asked, tuple) else (asked,)
-            if any(issubclass(int, own) and not issubclass(Tensor, own) for own in asked):
-                raise NotCompilableError(
-                    "a number that is a tensor in a loop, such as the index of a step, is asked whether it is an `int`"
-                )
-        return is_instance(function, tx, value, types_)
-
-    return call_isinstance
-
-
-def _may_be_index(tensor: Any, tx: Any) -> bool:
-    """Returns whether a tensor of traced code may be the index of a step in a loop, or be computed from one.
-
-    Args:
-        tensor: as PyTorch's tracer holds it.
-        tx: what the tracer is at. The body of a loop is traced inside of what surrounds it.
-    """
-    value = tensor.as_proxy().node.meta["example_value"]
-    return tx.output.current_tracer.parent is not None and value.ndim == 0 and value.dtype is torch.float64
-
-
-def _refuse_folder() -> None:
-    """Raises `NotCompilableError` for a folder of programs whose path a C++ compiler would not be called with."""
-    folder = os.environ.get(_FOLDER, "")
-    if folder and not _is_one_word(folder):
-        raise NotCompilableError(
-            f"programs are kept in '{folder}', and PyTorch cannot call a C++ compiler with blanks or quotes in a path. "
-            f"Set `{_FOLDER}` to another folder"
-        )
-
-
-def _is_one_word(path: str) -> bool:
-    """Returns whether PyTorch, which splits its commands as a shell does, leaves a path whole."""
-    try:
-        return shlex.split(path) == [path]
-    except ValueError:  # a quote alone
-        return False
 
 
 def _refuse_large(graph: fx.GraphModule) -> None:
@@ -280,7 +190,7 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
     Raises:
         NotCompilableError: where PyTorch cannot compile one.
     """
-    _keep_in_cache_of_user()
+    keep_in_cache_of_user()
     with _one_at_a_time, ExitStack() as stack:
         try:
             # Loaded by PyTorch when first asked for, which takes a second, and looks for the folder of programs.
@@ -291,16 +201,7 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
         try:
             for settings in memo.recall(SETTINGS, _MOST_PROGRAMS, partial(_settings, dynamo, compiler)):
                 stack.enter_context(settings)
-            # Inside of a transform PyTorch sees no gradient asked for, and traces only the forward pass of a custom
-            # function.
-            applied = dynamo.variables.misc.AutogradFunctionVariable
-            stack.callback(setattr, applied, "call_apply", applied.call_apply)
-            applied.call_apply = _refuse_custom_function
-            tensors, functions = dynamo.variables.TensorVariable, dynamo.variables.BuiltinVariable
-            stack.callback(setattr, tensors, "hash_impl", tensors.hash_impl)
-            tensors.hash_impl = _hash_of_no_number(tensors.hash_impl)
-            stack.callback(setattr, functions, "call_isinstance", functions.call_isinstance)
-            functions.call_isinstance = _type_of_no_number(functions.call_isinstance)
+            stack.enter_context(traced_code_is_checked(dynamo))
             # Text alone goes in and comes out; how patterns are matched cannot be traced.
             compiler.assume_constant_result(first_match)
             stack.enter_context(_watched(dynamo.callback.callback_handler, tell))
@@ -395,51 +296,12 @@ def _refusal(error: BaseException) -> NotCompilableError:
             return cause
         if isinstance(cause, OSError):
             return NotCompilableError(
-                f"programs are kept in '{os.environ.get(_FOLDER)}', where PyTorch cannot read or write ({cause}). Make "
-                f"room there, or set `{_FOLDER}` to another folder"
+                f"programs are kept in '{os.environ.get(FOLDER)}', where PyTorch cannot read or write ({cause}). Make "
+                f"room there, or set `{FOLDER}` to another folder"
             )
     # What is raised while a function is traced comes back as text.
     own = str(error).partition(f"{NotCompilableError.__name__}: ")[2]
     return NotCompilableError(own.splitlines()[0] if own else f"PyTorch says: {_first_sentence(str(error))}")
-
-
-def _keep_in_cache_of_user() -> None:
-    """Lets programs be kept in the user's own cache folder, for the next process.
-
-    PyTorch's choice is a folder for temporary files: many systems empty it when they start, and all users share it,
-    although what lies there is run. The folder of an environment variable or of an earlier compilation stays. Where
-    there is no cache folder to write to, it is one for temporary files that only this user may write to.
-
-    Raises:
-        NotCompilableError: if somebody else may write to it.
-    """
-    if _FOLDER in os.environ:
-        return
-    own = f"{_PROGRAMS}-{os.getuid()}" if hasattr(os, "getuid") else _PROGRAMS
-    for folder in (platformdirs.user_cache_path("hypertorch") / "programs", Path(tempfile.gettempdir()) / own):
-        if not _is_one_word(str(folder)):
-            continue
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            is_private = _is_private(folder)
-        except OSError:  # no folder to write to
-            continue
-        if not is_private:
-            raise NotCompilableError(
-                f"programs are kept in '{folder}', which another user owns or may write to, and what lies there is "
-                f"run. Delete that folder, or set `{_FOLDER}` to one of your own"
-            )
-        os.environ[_FOLDER] = str(folder)
-        return
-
-
-def _is_private(folder: Path) -> bool:
-    """Returns whether a folder belongs to this user, and nobody else may write to it."""
-    if not hasattr(os, "getuid"):
-        return True
-    found = folder.stat()
-    # A link of a stranger could lead elsewhere tomorrow.
-    return found.st_uid == folder.lstat().st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -20,16 +20,13 @@ from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.guards.replay import check_values
 from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare, compared
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import attempt, check_size, compiled, programs_made
+from hypertorch.hypergradients.reverse_mode.compiled.costs import note_eager
+from hypertorch.hypergradients.reverse_mode.compiled.errors import (
     NotCompilableError,
     TooLargeError,
     TooManyProgramsError,
-    attempt,
-    check_size,
-    compiled,
-    programs_made,
 )
-from hypertorch.hypergradients.reverse_mode.compiled.costs import note_eager
 from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import back, forward, own_memory
 from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.compiled.step_data import counters_of, data_of, of_any_length

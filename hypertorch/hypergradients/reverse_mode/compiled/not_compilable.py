@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError, TooManyProgramsError
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError, TooManyProgramsError
 from hypertorch.inner import memo
 
 # An attempt takes a second. After this number of refusals no other problem of the family is tried.

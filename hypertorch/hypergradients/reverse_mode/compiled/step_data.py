@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
 from hypertorch.inner.loop import InnerLoop
 from hypertorch.types import Batch
 

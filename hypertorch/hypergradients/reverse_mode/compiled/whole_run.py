@@ -15,14 +15,7 @@ from hypertorch import tree
 from hypertorch.autodiff.noise import generator_states
 from hypertorch.hypergradients.base import BackendResult
 from hypertorch.hypergradients.reverse_mode.compiled.comparison import compare, compared
-from hypertorch.hypergradients.reverse_mode.compiled.compilation import (
-    NotCompilableError,
-    TooManyProgramsError,
-    attempt,
-    compilation,
-    compiled,
-    programs_made,
-)
+from hypertorch.hypergradients.reverse_mode.compiled.compilation import attempt, compilation, compiled, programs_made
 from hypertorch.hypergradients.reverse_mode.compiled.costs import (
     count,
     is_measured,
@@ -33,6 +26,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.costs import (
     tell_start,
     timed,
 )
+from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError, TooManyProgramsError
 from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import whole
 from hypertorch.hypergradients.reverse_mode.compiled.looped_steps import ONE_BY_ONE, may_loop, refuse_loop
 from hypertorch.hypergradients.reverse_mode.compiled.not_compilable import may_compile, refuse
