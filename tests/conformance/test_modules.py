@@ -200,7 +200,7 @@ def test_reverse_equals_central_differences(name: str) -> None:
     assert check.passed, str(check)
 
 
-@pytest.mark.sampled(3, among="forward by duals")
+@pytest.mark.sampled(4, among="forward")
 @pytest.mark.parametrize(
     ("name", "backend"),
     [

@@ -203,7 +203,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("case", "backend"), PAIRS)
 def test_no_inner_step_waits_for_the_device(case: str, backend: str) -> None:
     check(case, backend)
@@ -256,7 +256,7 @@ class Kept(fewshot.EpisodeSource):
 LEARNERS = leaves(fewshot, fewshot.Learner)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LEARNERS)
 @pytest.mark.parametrize("route", ["vmap", "loop"])
 def test_no_learner_waits_in_a_step(name: str, route: str) -> None:
