@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,12 +91,15 @@ def unroll(
     constants = tree.detach(hparams)
     kind = kind_of(problem)
 
+    look = partial(examine, bound, hparams, kind=kind, use="run")
+
     def run(slices: list[TaskSlice | None]) -> UnrollResult:
-        examine(bound, hparams, slices[0], kind=kind, use="run")
         with bound.running(), torch.no_grad():
             return _join([_unroll_slice(bound, constants, item, asked) for item in slices], slices)
 
-    return run(task_slices(problem.num_tasks, measured(execution, problem, ("unroll", kind), hparams, run)))
+    slices = task_slices(problem.num_tasks, measured(execution, problem, ("unroll", kind), hparams, look, run))
+    look(slices[0])
+    return run(slices)
 
 
 def _unroll_slice(

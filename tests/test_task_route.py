@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hypertorch as ht
+from hypertorch.autodiff.missing_derivatives import NotVectorisableError
 from hypertorch.inner.tasks import TASKS, TaskSlice, measured, task_slices
 from hypertorch.types import TensorDict
 from tests.helpers.memo import set_aside
@@ -43,12 +44,16 @@ def test_auto_measures_once_and_takes_the_faster_route(monkeypatch: pytest.Monke
         clock["now"] += 1.0 if len(slices) == 1 else 0.5
 
     hparams = problem.init_hparams()
-    assert measured(ht.Execution(), problem, "a stub", hparams, run).tasks == "loop"
+    assert measured(ht.Execution(), problem, "a stub", hparams, nothing_wrong, run).tasks == "loop"
     count = len(calls)
-    assert measured(ht.Execution(), problem, "a stub", hparams, run).tasks == "loop"
+    assert measured(ht.Execution(), problem, "a stub", hparams, nothing_wrong, run).tasks == "loop"
     assert len(calls) == count
     named = ht.Execution(tasks="vmap", chunk=2)
-    assert measured(named, problem, "a stub", hparams, run) == named
+    assert measured(named, problem, "a stub", hparams, nothing_wrong, run) == named
+
+
+def nothing_wrong(item: TaskSlice | None) -> None:
+    """What looks at a problem and finds nothing."""
 
 
 @pytest.fixture
@@ -127,7 +132,8 @@ def test_the_best_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> No
     seconds = iter([0.09, 0.002, 0.09, 0.002, 0.001, 0.09, 0.09, 0.09, 0.09, 0.09])
     monkeypatch.setattr("hypertorch.inner.tasks._time", lambda run: next(seconds))
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
-    assert measured(ht.Execution(), problem, "a stub", problem.init_hparams(), lambda slices: None).tasks == "vmap"
+    execution = measured(ht.Execution(), problem, "a stub", problem.init_hparams(), nothing_wrong, lambda slices: None)
+    assert execution.tasks == "vmap"
     assert next(seconds, None) is None
 
 
@@ -135,8 +141,38 @@ def test_the_best_of_several_times_counts(monkeypatch: pytest.MonkeyPatch) -> No
 def test_long_times_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     given = measured_as(monkeypatch, vmap=0.2, loop=0.9)
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
-    assert measured(ht.Execution(), problem, "a stub", problem.init_hparams(), lambda slices: None).tasks == "vmap"
+    execution = measured(ht.Execution(), problem, "a stub", problem.init_hparams(), nothing_wrong, lambda slices: None)
+    assert execution.tasks == "vmap"
     assert given == [0.2, 0.9]
+
+
+@pytest.mark.usefixtures("fresh_routes")
+@pytest.mark.parametrize(
+    ("loop", "finds", "route", "looked"),
+    [(0.5, False, "loop", [1]), (3.0, False, "vmap", [1, 3]), (3.0, True, "loop", [1, 3])],
+    ids=["a loop that wins", "vectorised tasks that win", "vectorised tasks that win and are wrong"],
+)
+def test_one_task_is_looked_at_first_and_vectorised_ones_where_they_win(
+    loop: float, finds: bool, route: str, looked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look at vectorised tasks takes longer than to run them."""
+    measured_as(monkeypatch, vmap=1.0, loop=loop)
+    problem = task_problem(network(), item=(1, 4, 4), num_tasks=3)
+    done: list[int] = []
+    ran: list[int] = []
+
+    def look(item: TaskSlice | None) -> None:
+        assert item is not None
+        assert done or not ran
+        done.append(item.stop)
+        if finds and not item.squeeze:
+            raise NotVectorisableError("a derivative differs", "Run them one by one.")
+
+    def run(slices: list[TaskSlice | None]) -> None:
+        ran.append(len(slices))
+
+    assert measured(ht.Execution(), problem, "a stub", problem.init_hparams(), look, run).tasks == route
+    assert done == looked
 
 
 @pytest.mark.usefixtures("fresh_routes")
@@ -161,10 +197,11 @@ def test_what_is_won_on_a_few_tasks_by_little_is_measured_on_all(
 
     monkeypatch.setattr("hypertorch.inner.tasks._time", timed)
     problem = task_problem(network(), item=(1, 4, 4), num_tasks=6)
-    assert measured(ht.Execution(chunk=chunk), problem, "a stub", problem.init_hparams(), run).tasks == route
+    execution = ht.Execution(chunk=chunk)
+    assert measured(execution, problem, "a stub", problem.init_hparams(), nothing_wrong, run).tasks == route
     whole = [(0, first), *([(first, 6)] if first < 6 else [])]
     each = [(task, task + 1) for task in range(6)]
-    assert ran == [[(0, 4)], each[:4]] * 6 + [whole, each] * 2
+    assert ran == [each[:1], [(0, 4)], *[[(0, 4)], each[:4]] * 5, *[whole, each] * 2]
 
 
 @pytest.mark.usefixtures("fresh_routes")

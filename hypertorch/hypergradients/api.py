@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -155,15 +156,17 @@ class _Run:
         self._backend = backend
         self._outer_step = outer_step
         self._kind = kind_of(problem)
+        self._examines = True
 
     def measured(self) -> Execution:
         """Returns the execution, its `tasks` measured if need be."""
-        bound = self._bound
-        run = self
-        if getattr(self._backend, "compile", False):
-            # To measure both ways to run tasks would compile both.
-            run = self._by(replace(self._backend, compile=False))  # type: ignore[call-arg]
-        return measured(bound.execution, bound.problem, (repr(self._backend), self._kind), self._hparams, run.over_all)
+        bound, backend = self._bound, self._backend
+        # To measure both ways to run tasks would compile both.
+        run = self._by(replace(backend, compile=False) if getattr(backend, "compile", False) else backend)  # type: ignore[call-arg]
+        run._examines = False
+        key = (repr(backend), self._kind)
+        look = partial(examine, bound, self._hparams, kind=self._kind, use=backend.takes)
+        return measured(bound.execution, bound.problem, key, self._hparams, look, run.over_all)
 
     def slices(self, num_tasks: int) -> list[TaskSlice | None]:
         """Returns the slices of the tasks in the order they are run."""
@@ -176,7 +179,8 @@ class _Run:
         """Returns what is found for one slice of tasks, in the form that it is run in; None for a problem without."""
         bound, backend = self._bound, self._backend
         # First of all: a function that depends on more than its arguments has no right derivative, by any backend.
-        examine(bound, self._hparams, item, kind=self._kind, use=backend.takes)
+        if self._examines:
+            examine(bound, self._hparams, item, kind=self._kind, use=backend.takes)
         with bound.running():
             # New leaves for each slice, so that its graph is freed with it.
             leaves = tree.leaves_requiring_grad(self._hparams)

@@ -231,19 +231,22 @@ def measured(
     problem: BilevelProblem,
     kind: Hashable,
     hparams: TensorDict,
+    look: Callable[[TaskSlice | None], None],
     run: Callable[[list[TaskSlice | None]], object],
 ) -> Execution:
     """Returns the execution with "auto" replaced by the way to run tasks that a measurement found to be the faster.
 
     A few tasks of the problem are run in either way, after a warm-up; where the vectorised one wins, but not clearly,
     all tasks. The loop, which holds the memory of one task, is taken unless the other wins by a fifth, and where an
-    operation cannot be vectorised. The answer is kept for problems of the same kind and sizes, and logged.
+    operation cannot be vectorised, or comes out wrong. The answer is kept for problems of the same kind and sizes, and
+    logged.
 
     Args:
         execution: what is asked for.
         problem: the problem; without tasks there is nothing to measure.
         kind: what is run (a backend, or a plain unroll) and the kind of problem: routes are measured for each.
         hparams: the outer variables.
+        look: raises where tasks in the form of a slice would not come out right.
         run: runs the given slices.
     """
     if execution.tasks != "auto" or problem.num_tasks is None:
@@ -255,29 +258,36 @@ def measured(
     sizes = (num_tasks, execution.chunk, execution.inner_dtype, problem.num_steps)
     key = (kind, sizes, shapes)
     chunk = execution.chunk
-    return replace(execution, tasks=recall(TASKS, key, lambda: _faster_route(num_tasks, chunk, run)))
+    return replace(execution, tasks=recall(TASKS, key, lambda: _faster_route(num_tasks, chunk, look, run)))
 
 
 def _faster_route(
-    num_tasks: int, chunk: int | None, run: Callable[[list[TaskSlice | None]], object]
+    num_tasks: int,
+    chunk: int | None,
+    look: Callable[[TaskSlice | None], None],
+    run: Callable[[list[TaskSlice | None]], object],
 ) -> Literal["vmap", "loop"]:
     together = task_slices(num_tasks, Execution(tasks="vmap", chunk=chunk))
     one_by_one = task_slices(num_tasks, Execution(tasks="loop"))
     first = together[0]
     assert first is not None
     few = min(first.stop, _MEASURED_TASKS)
-    some: list[TaskSlice | None] = [TaskSlice(start=0, stop=few)]
+    some = TaskSlice(start=0, stop=few)
+    # Where the problem is at fault, and not the route, it shows in one task alone.
+    look(one_by_one[0])
+    run(one_by_one[:1])
     try:
-        run(some)
+        run([some])
+        count, (vectorised, looped) = few, _seconds(run, [some], one_by_one[:few], _REPEATS)
+        if _WORTH_ITS_MEMORY * vectorised <= looped < _CLEARLY * vectorised and few < len(one_by_one):
+            count, (vectorised, looped) = len(one_by_one), _seconds(run, together, one_by_one, _REPEATS_OF_ALL)
+        route: Literal["vmap", "loop"] = "vmap" if looped >= _WORTH_ITS_MEMORY * vectorised else "loop"
+        # To look at vectorised tasks takes longer than to run them, and only the winner is looked at.
+        if route == "vmap":
+            look(some)
     except RuntimeError as error:
-        run(one_by_one[:few])  # raises too where the problem is at fault, and not the route
         _logger.info("tasks run one by one: an operation cannot be vectorised (%s)", error)
         return "loop"
-    run(one_by_one[:few])
-    count, (vectorised, looped) = few, _seconds(run, some, one_by_one[:few], _REPEATS)
-    if _WORTH_ITS_MEMORY * vectorised <= looped < _CLEARLY * vectorised and few < len(one_by_one):
-        count, (vectorised, looped) = len(one_by_one), _seconds(run, together, one_by_one, _REPEATS_OF_ALL)
-    route = "vmap" if looped >= _WORTH_ITS_MEMORY * vectorised else "loop"
     _logger.info(
         "%d tasks took %.1f ms vectorised and %.1f ms one by one: tasks run by %r",
         count,
