@@ -74,8 +74,8 @@ MORE_READS = {
     # Two figures, and whether the solution is finite.
     "Implicit": 3,
     "Implicit, conjugate gradients": 3,
-    # The momentum's range, that of the integers, the state that the run must end at, and what is left of information.
-    "reversible": 4,
+    # The momentum's range, that of the integers, and the state that the run must end at, with nothing left over.
+    "reversible": 3,
 }
 
 

@@ -178,9 +178,13 @@ class InformationBuffer:
         """Returns the information in every lane, of the integers' shape, float64 (unit: bits)."""
         return _WORD_BITS * len(self.words) + (self.head.double() + 1.0).log2()
 
+    def left(self) -> Tensor:
+        """Returns what is left, of the integers' shape: zeros for nothing, neither a product to undo nor a bit."""
+        return self.head if len(self._bounds) == 1 and not self.words else torch.ones_like(self.head)
+
     def is_empty(self) -> bool:
-        """Returns whether nothing is left, neither a product to undo nor a bit."""
-        return len(self._bounds) == 1 and not self.words and not bool(self.head.any())
+        """Returns whether nothing is left; it waits for the device."""
+        return not bool(self.left().any())
 
     def multiply(self, integers: Tensor, factor: Factor) -> Tensor:
         """Returns the integers times the factor, up to noise of its numerator, and keeps what that forgets.

@@ -128,10 +128,12 @@ class ExactReversal:
             name: value != encode(first)
             for name, value, first in zip(initial.names(), exact.integers(), initial.tensors(), strict=True)
         }
-        moved = tree.not_zero(gaps)
-        missed = [name for name in gaps if name in moved]
-        if not missed and all(buffer.is_empty() for buffer in exact.information.values()):
+        left = {f"information of {name}": buffer.left() for name, buffer in exact.information.items()}
+        # One look for all: each waits for the device.
+        moved = tree.not_zero({**gaps, **left})
+        if not moved:
             return
+        missed = [name for name in gaps if name in moved]
         what = f"`{missed[0]}` came back with other bits" if missed else "information was left over"
         raise ReplayError(
             f"the inner run went backwards and did not end at its initial state: {what}. The derivative would belong "
