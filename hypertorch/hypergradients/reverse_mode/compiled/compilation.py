@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 from torch.utils import _pytree as pytree
 
 from hypertorch.dynamics.settings import first_match
@@ -81,7 +82,14 @@ def compiled(
         program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device, loops))
         return _copied(program) if device.type == "cuda" and not loops else program
 
-    return memo.recall(PROGRAMS, (function, key, device.type), make)
+    # Hooks of all modules, which no program looks for.
+    hooks = [
+        *modules._global_forward_pre_hooks.values(),
+        *modules._global_forward_hooks.values(),
+        *modules._global_backward_pre_hooks.values(),
+        *modules._global_backward_hooks.values(),
+    ]
+    return memo.recall(PROGRAMS, (function, key, device.type, *hooks), make)
 
 
 def programs_made() -> int:
@@ -226,8 +234,9 @@ def _settings(dynamo: Any, compiler: Any) -> list[Any]:
     PyTorch makes a class for each, and a context variable that stays.
     """
     return [
-        # Without the first, `torch.autograd.grad` inside a function cannot be traced.
-        dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS),
+        # Without the first, `torch.autograd.grad` inside a function cannot be traced. Without the last, hooks that a
+        # module is given later would not be seen.
+        dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS, skip_nnmodule_hook_guards=False),
         compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"),
     ]
 
