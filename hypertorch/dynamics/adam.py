@@ -276,8 +276,11 @@ class RAdam(Moments):
         lr, _, beta1, beta2, eps = settings
         # `eps` is added to the uncorrected root, where PyTorch adds it; the correction is a part of `r`.
         step_size, root = lr / (1.0 - power(beta1, t)), safe_sqrt(v) + eps
-        # A learnt beta is not known to the host, and a branch on it would wait for the device at every step.
-        if isinstance(beta2, Tensor):
+        # A learnt beta is not known to the host, and a branch on it would wait for the device at every step. In a
+        # compiled loop the index is a tensor, too.
+        if isinstance(beta2, Tensor) or isinstance(t, Tensor):
+            if not isinstance(beta2, Tensor):
+                beta2 = torch.full((), beta2, dtype=torch.float64, device=w.device)
             trusted, r = _rectified(beta2, t)
             # Both are 1 where the root is not trusted: dividing by a zero that is not taken would make a NaN.
             root = torch.where(trusted, root, 1.0)

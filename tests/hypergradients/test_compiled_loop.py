@@ -42,6 +42,8 @@ RULES: dict[str, tuple[ht.Dynamics, TensorDict]] = {
     "a schedule": (D.SGD(lr=Hyper("lr", torch.exp, per="step")), {"lr": torch.linspace(-2.0, -3.0, 12, dtype=F64)}),
     "Adam": (D.Adam(lr=Hyper("lr", torch.exp), eps=1e-3), LR),
     "AMSGrad": (D.AdamW(lr=Hyper("lr", torch.exp), eps=1e-3, amsgrad=True), LR),
+    "RAdam": (D.RAdam(lr=Hyper("lr", torch.exp), eps=1e-3), LR),
+    "RAdam, all given": (D.RAdam(lr=0.1, eps=1e-3), {}),
     "NAdam": (D.NAdam(lr=Hyper("lr", torch.exp), eps=1e-3), LR),
     "Adagrad": (D.Adagrad(lr=Hyper("lr", torch.exp), lr_decay=0.1, eps=1e-3), LR),
     "RMSprop": (D.RMSprop(lr=Hyper("lr", torch.exp), eps=1e-3, momentum=0.5), LR),
