@@ -216,9 +216,10 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             # What PyTorch says of its own insides while it compiles is no fault of the user's.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", module=r"torch\b")
-            notes = logging.getLogger("torch._inductor.ir")
-            notes.addFilter(_is_error)
-            stack.callback(notes.removeFilter, _is_error)
+            for own in ("torch._inductor.ir", "torch._dynamo.convert_frame"):
+                notes = logging.getLogger(own)
+                notes.addFilter(_is_error)
+                stack.callback(notes.removeFilter, _is_error)
         except AttributeError as error:
             raise NotCompilableError(
                 f"PyTorch {torch.__version__} lacks parts of the compiler that trace derivatives (`{error.name}`). "
