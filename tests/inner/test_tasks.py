@@ -280,8 +280,8 @@ def test_a_route_measured_in_one_precision_serves_no_other() -> None:
     runs: list[object] = []
 
     def count(dtype: torch.dtype) -> int:
-        before = len(runs)
-        measured(ht.Execution(), problem, "a kind of its own", {"c": torch.ones((), dtype=dtype)}, runs.append)
+        before, hparams = len(runs), {"c": torch.ones((), dtype=dtype)}
+        measured(ht.Execution(), problem, "a kind of its own", hparams, lambda _: None, runs.append)
         return len(runs) - before
 
     assert count(torch.float32) > 0

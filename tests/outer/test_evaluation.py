@@ -90,7 +90,7 @@ def test_refused_metrics() -> None:
     hparams = Quadratics().init_hparams()
     with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned `outer_loss`, the name"):
         evaluate(Quadratics(metric="outer_loss"), hparams, num_episodes=2)
-    with pytest.raises(ValueError, match=r"returned `vector` of shape \(4, 3\), where shape \(4,\) was expected"):
+    with pytest.raises(ValueError, match=r"returned `vector` of shape \(3,\), where shape \(\) was expected"):
         evaluate(Odd(metric="vector"), hparams, num_episodes=2)
     with pytest.raises(ValueError, match=r"returned `distance` for 4 of 8 episodes only"):
         evaluate(Odd(), hparams, num_episodes=8)
