@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import hypertorch as ht
 from hypertorch import fewshot
 from hypertorch.errors import IncompatibleBackendError, NonFiniteError, NonFiniteWarning, ReplayError
+from hypertorch.hypergradients.guards.examination import SOUND
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.conformance.test_matrix import CASES, EXACT, NUM_STEPS, REVERSIBLE
@@ -231,7 +232,9 @@ def test_what_is_found_out_once_works_on_a_device(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(memo, "_entries", {})
         with StandIn() as device:
             problem = device.put(problem_of("SGD", STEPS))
-            hypergradient(problem, BACKENDS[backend](STEPS), problem.init_hparams())
+            result = hypergradient(problem, BACKENDS[backend](STEPS), problem.init_hparams())
+            assert {value.device for value in result.grads.values()} == {device.device}
+        assert memo.entries(SOUND)
 
 
 def test_a_solver_reads_once_in_every_iteration() -> None:

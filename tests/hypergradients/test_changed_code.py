@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.helpers.problems import normal
 
 Reverse = ht.hypergradients.Reverse
 INPUTS, TARGETS = normal(6, 3, seed=1), normal(6, 2, seed=2)
-Change: Any = Callable[[ExitStack, "Fit"], None]
+Change: TypeAlias = Callable[[ExitStack, "Fit"], object]
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +124,10 @@ def another_loss(inner: Fit, params: TensorDict, hparams: TensorDict) -> Tensor:
     return (hparams["weights"].sigmoid()[:, None] * outputs).square().mean()
 
 
+def halved(net: nn.Module) -> TensorDict:
+    return {name: 0.5 * value.detach() for name, value in net.named_parameters()}
+
+
 def doubled_before_squashed(module: nn.Module, own: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     return (2.0 * own[0],) if isinstance(module, Squash) else None
 
@@ -148,10 +152,8 @@ CHANGES: dict[str, Change] = {
     "a hook before": lambda stack, inner: inner.net[1].register_forward_pre_hook(lambda module, own: (2.0 * own[0],)),
     "a hook of all modules": of_all_modules(register_module_forward_hook, lambda module, own, output: 0.5 * output),
     "a hook before all modules": of_all_modules(register_module_forward_pre_hook, doubled_before_squashed),
+    "the initial params": attribute(Fit, "init_params", lambda self, hparams: halved(self.net)),
 }
-CHANGES["the initial params"] = attribute(
-    Fit, "init_params", lambda self, h: {name: 0.5 * value.detach() for name, value in self.net.named_parameters()}
-)
 
 
 @pytest.fixture

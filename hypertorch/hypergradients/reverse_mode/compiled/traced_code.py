@@ -1,4 +1,4 @@
-"""What traced code may not do, because PyTorch would trace it wrongly without a word."""
+"""What traced code may not do, and what is asked before its program runs again: PyTorch would be wrong in silence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OWN_CODE = frozenset({"torch", "hypertorch", "builtins"})
 
 @contextmanager
 def traced_code_is_checked(dynamo: Any) -> Iterator[None]:
-    """Refuses, while it lasts, what PyTorch would trace wrongly.
+    """Refuses what PyTorch would trace wrongly, and has it ask for changes that it would not see, while it lasts.
 
     Args:
         dynamo: PyTorch's tracer, a module that is loaded when first asked for.
