@@ -13,6 +13,7 @@ from hypertorch.dynamics.base import Dynamics, GradientDynamics
 from hypertorch.dynamics.learned_buffers import LearnedBuffers
 from hypertorch.dynamics.reversible.exact_arithmetic import (
     LARGEST_NUMBER,
+    UNITS,
     Factor,
     InformationBuffer,
     decode,
@@ -24,7 +25,10 @@ from hypertorch.dynamics.reversible.joint_entries import JointEntries
 from hypertorch.types import TensorDict, TensorMapping
 
 GradientFunction: TypeAlias = Callable[[TensorDict], TensorDict]
-"""From params to the gradient of the inner loss; the same params must give the same bits, whenever it is called."""
+"""From params to the gradient of the inner loss, both in the blocks of an `ExactState`.
+
+The same params must give the same bits, whenever it is called.
+"""
 
 
 class ExactState:
@@ -35,11 +39,13 @@ class ExactState:
         buffers: the optimiser's buffers, likewise.
         information: what products have forgotten, by the name of the buffer that was multiplied.
         factors: what buffers are multiplied by.
-        largest: for every param, the largest magnitude that was seen in it, its buffers, or what was added to either,
-            a scalar on the device; NaN if there was one.
+        largest: for every block of params, the largest magnitude that was seen in it, its buffers, or what was added
+            to either, a scalar on the device, in units of `2^-52`; NaN if there was one.
+        joint_params: which params are held side by side.
+        joint_buffers: which buffers are.
 
-    The attributes hold blocks: params that the rule treats alike side by side, under the name of the first. The methods
-    take and return entries under the names of the problem.
+    A state holds blocks: params that the rule treats alike side by side, under the name of the first. `joint_params`
+    and `joint_buffers` make entries of them, under the names of the problem.
 
     Args:
         params: the params before the first step.
@@ -57,7 +63,7 @@ class ExactState:
         joint_params: JointEntries,
         joint_buffers: JointEntries,
     ) -> None:
-        self._joint_params, self._joint_buffers = joint_params, joint_buffers
+        self.joint_params, self.joint_buffers = joint_params, joint_buffers
         params, buffers = joint_params.join(params), joint_buffers.join(buffers)
         # Integers from here on. The params as floats are made of them for each gradient, forwards and backwards alike.
         self.params = {name: encode(value) for name, value in params.items()}
@@ -68,27 +74,19 @@ class ExactState:
         self._dtypes = {name: value.dtype for name, value in params.items()}
         self._buffer_dtypes = {name: value.dtype for name, value in buffers.items()}
         for name, value in params.items():
-            self.watch(name, value)
-
-    def join(self, of_params: TensorMapping) -> TensorDict:
-        """Returns values of the params, such as gradients, in the blocks of the params."""
-        return self._joint_params.join(of_params)
+            self.watch(name, value.detach().double() * UNITS)
 
     def integers(self) -> list[Tensor]:
-        """Returns the integers of every param and buffer, in the order that they were given in."""
-        return [*self._joint_params.split(self.params).values(), *self._joint_buffers.split(self.buffers).values()]
+        """Returns the integers of every param and buffer of the problem, in the order that they were given in."""
+        return [*self.joint_params.split(self.params).values(), *self.joint_buffers.split(self.buffers).values()]
 
     def float_params(self) -> TensorDict:
-        """Returns the params as the loss sees them."""
-        return self._joint_params.split(
-            {name: decode(value, self._dtypes[name]) for name, value in self.params.items()}
-        )
+        """Returns the params in the dtype of the problem."""
+        return {name: decode(value, self._dtypes[name]) for name, value in self.params.items()}
 
     def float_buffers(self) -> TensorDict:
         """Returns the optimiser's buffers in the dtype of the problem."""
-        return self._joint_buffers.split(
-            {name: decode(value, self._buffer_dtypes[name]) for name, value in self.buffers.items()}
-        )
+        return {name: decode(value, self._buffer_dtypes[name]) for name, value in self.buffers.items()}
 
     def multiply(self, buffer: str, factor: Factor) -> None:
         """Multiplies a buffer by a factor below 1 and keeps what that forgets."""
@@ -103,14 +101,13 @@ class ExactState:
 
         Args:
             name: the block.
-            numbers: floating-point, or integers in units of `2^-52`.
+            numbers: in units of `2^-52`, integers or floating-point.
         """
         # An empty tensor has no largest entry, and PyTorch raises there.
-        found = [largest(value.detach()) for value in numbers if value.numel()]
+        found = [value for value in numbers if value.numel()]
         if found:
-            known = [self.largest[name]] if name in self.largest else []
-            # `amax` keeps NaN, so one look at the end sees what happened at any step.
-            self.largest[name] = torch.stack([*known, *found]).amax()
+            # With what was seen before, so one look at the end sees what happened at any step.
+            self.largest[name] = largest([*found, self.largest[name]] if name in self.largest else found)
 
     def out_of_range(self) -> dict[str, float]:
         """Returns the blocks whose part of the state left the range of the integers, with the magnitude; NaN for one.
@@ -119,7 +116,7 @@ class ExactState:
         """
         if not self.largest:
             return {}
-        values = torch.stack(list(self.largest.values())).tolist()
+        values = (torch.stack(list(self.largest.values())) / UNITS).tolist()
         # Negated, so that NaN is out of range.
         return {name: value for name, value in zip(self.largest, values, strict=True) if not value < LARGEST_NUMBER}
 

@@ -8,8 +8,10 @@ bits per product, and dividing takes it out again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,9 @@ LARGEST_NUMBER = 2.0**10
 LEAST_FACTOR = 2.0**-16
 GREATEST_FACTOR = 1.0 - 2.0**-53
 
-_UNITS = 2.0**52  # per 1.0
+UNITS = 2.0**52
+"""Units per 1.0."""
+
 _WORD_BITS = 32
 _LARGEST_NUMERATOR = 2**12  # the noise of a product, in units
 _EXCESS = 0.01  # information that a fraction may store beyond need, as a share of that need
@@ -35,22 +39,35 @@ _SWEEPS = 4
 def encode(numbers: Tensor) -> Tensor:
     """Returns the nearest integers in units of `2^-52`, int64; for numbers below `LARGEST_NUMBER` in magnitude."""
     # Scaling by a power of two is exact, so a number rounds once, and only by what lies below a unit.
-    return (numbers.detach().double() * _UNITS).round_().long()
+    return (numbers.detach().double() * UNITS).round_().long()
 
 
 def decode(integers: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Returns the numbers that integers stand for, rounded to `dtype`."""
     # Above 2 an integer has more bits than a double: what is lost is lost to the loss alone, and the integer stays.
     # By a power of two, whose reciprocal is exact: a product has the same bits as the quotient, and is faster.
-    return integers.double().mul_(1.0 / _UNITS).to(dtype)
+    return integers.double().mul_(1.0 / UNITS).to(dtype)
 
 
-def largest(values: Tensor) -> Tensor:
-    """Returns the largest magnitude of numbers, or of integers in units of `2^-52`, float64; NaN if one is."""
-    # Not by `abs`: the least int64 has no positive counterpart.
-    least, greatest = (value.double() for value in values.aminmax())
-    magnitude = torch.maximum(-least, greatest)
-    return magnitude if values.is_floating_point() else magnitude / _UNITS
+def add(integers: Tensor, numbers: Tensor) -> Tensor:
+    """Adds the nearest integers to numbers in units of `2^-52`, float64; both in place. Returns the sums."""
+    sums = _array(integers)
+    sums += _array(numbers.round_().long())
+    return integers
+
+
+def subtract(integers: Tensor, numbers: Tensor) -> Tensor:
+    """Undoes `add` of the same numbers, in place. Returns the differences."""
+    differences = _array(integers)
+    differences -= _array(numbers.round_().long())
+    return integers
+
+
+def largest(values: Sequence[Tensor]) -> Tensor:
+    """Returns the largest magnitude in tensors of integers or of numbers, float64; NaN if there is one."""
+    # Not by `abs` of the integers: the least int64 has no positive counterpart. `amax` keeps NaN.
+    extremes = [extreme.double() for value in values for extreme in value.aminmax()]
+    return torch.stack(extremes).abs_().amax()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,9 +228,15 @@ class InformationBuffer:
         # Rounded up: the bound must hold for every lane, whatever the integers were.
         self._bounds.append((bound * factor.largest_denominator - 1) // factor.numerator + 1)
 
-        integers, digit = _divmod(integers, factor.denominator)
-        self.head, noise = _divmod(_multiply_add(self.head, factor.denominator, digit), factor.numerator)
-        integers = _multiply_add(integers, factor.numerator, noise)
+        head, numbers = _array(self.head), _array(integers)
+        numerator, denominator = factor.numerator, _array(factor.denominator)
+        numbers, digit = _divmod(numbers, denominator)
+        # In place: fresh memory is what costs most.
+        digit += head * denominator
+        head, noise = _divmod(digit, numerator)
+        numbers *= numerator
+        numbers += noise
+        self.head, integers = _tensor(head), _tensor(numbers)
         return integers if _is_fraction(factor) else integers + _growth(integers, factor)
 
     def divide(self, integers: Tensor, factor: Factor) -> Tensor:
@@ -228,14 +251,20 @@ class InformationBuffer:
         """
         if len(self._bounds) == 1:
             raise IndexError("the information buffer holds no product to undo")
-        integers, noise = _divmod(_undo_growth(integers, factor), factor.numerator)
-        self.head, digit = _divmod(_multiply_add(self.head, factor.numerator, noise), factor.denominator)
+        head, numbers = _array(self.head), _array(_undo_growth(integers, factor))
+        numerator, denominator = factor.numerator, _array(factor.denominator)
+        numbers, noise = _divmod(numbers, numerator)
+        noise += head * numerator
+        head, digit = _divmod(noise, denominator)
+        numbers *= denominator
+        numbers += digit
+        self.head, integers = _tensor(head), _tensor(numbers)
         # The bound before the product is the last one again, so the same question as in `multiply` has the same answer.
         self._bounds.pop()
         if _overflows(self._bounds[-1], factor):
             word = self.words.pop().long() + 2 ** (_WORD_BITS - 1)
             self.head = (self.head << _WORD_BITS) + word
-        return _multiply_add(integers, factor.denominator, digit)
+        return integers
 
 
 def _overflows(bound: int, factor: Factor) -> bool:
@@ -243,23 +272,26 @@ def _overflows(bound: int, factor: Factor) -> bool:
     return bound * factor.largest_denominator > 2**63
 
 
-def _divmod(integers: Tensor, divisor: int | Tensor) -> tuple[Tensor, Tensor]:
+def _array(integers: Any) -> Any:
+    """Returns integers as what computes them fastest: on the host a NumPy array, with the same memory.
+
+    PyTorch's own kernels for int64 take two to eight times as long there. Both know the same operators.
+    """
+    return integers.numpy() if isinstance(integers, Tensor) and integers.device.type == "cpu" else integers
+
+
+def _tensor(array: Any) -> Tensor:
+    # NumPy makes a number of what has no axes.
+    return array if isinstance(array, Tensor) else torch.from_numpy(np.asarray(array))
+
+
+def _divmod(integers: Any, divisor: Any) -> tuple[Any, Any]:
     """Returns the quotient rounded down, and the remainder, which is never negative."""
-    if isinstance(divisor, Tensor):
-        quotient = torch.div(integers, divisor, rounding_mode="floor")
-        return quotient, integers - quotient * divisor
-    if integers.device.type == "cpu":
-        # By multiplication and shifts, where PyTorch divides.
-        quotient = torch.from_numpy(np.asarray(np.floor_divide(integers.numpy(), divisor)))
-    else:
-        quotient = torch.div(integers, divisor, rounding_mode="floor")
-    # The remainder by a product: PyTorch's own would divide once more.
-    return quotient, integers.sub(quotient, alpha=divisor)
-
-
-def _multiply_add(integers: Tensor, factor: int | Tensor, summand: Tensor) -> Tensor:
-    """Returns `integers * factor + summand`."""
-    return integers * factor + summand if isinstance(factor, Tensor) else summand.add(integers, alpha=factor)
+    quotient = integers // divisor
+    # The remainder by a product: one of its own would divide once more.
+    remainder = quotient * -divisor
+    remainder += integers
+    return quotient, remainder
 
 
 def _is_fraction(factor: Factor) -> bool:

@@ -13,7 +13,14 @@ from hypertorch.constraints import Box
 from hypertorch.dynamics.base import zero_buffers
 from hypertorch.dynamics.declared import STEP_SIZE, Range, setting
 from hypertorch.dynamics.reversible.base import ExactState, GradientFunction, ReversibleDynamics
-from hypertorch.dynamics.reversible.exact_arithmetic import GREATEST_FACTOR, LEAST_FACTOR, decode, encode
+from hypertorch.dynamics.reversible.exact_arithmetic import (
+    GREATEST_FACTOR,
+    LEAST_FACTOR,
+    UNITS,
+    Factor,
+    add,
+    subtract,
+)
 from hypertorch.dynamics.reversible.factor_schedule import FactorSchedule
 from hypertorch.dynamics.reversible.joint_entries import JointEntries, blocks_of
 from hypertorch.dynamics.settings import Hyper, Setting, own_setting, resolve
@@ -113,18 +120,16 @@ class ReversibleMomentum(ReversibleDynamics):
     @torch.no_grad()
     def step_exact(self, exact: ExactState, gradient: GradientFunction, hparams: TensorDict, index: int) -> None:
         """Takes a step on integers, in place."""
-        grads = exact.join(gradient(exact.float_params()))
+        grads = gradient(exact.float_params())
         for name in exact.params:
             factor = exact.factors.at(name, index)
-            # By the factor's own value, in double precision: the step back must compute the very same bits.
-            kick = (1.0 - factor.value) * grads[name].double()
-            # Before the gradient is subtracted: the step back adds the gradient first and divides after that.
+            kick = self._kick(grads[name], factor)
+            # Before the gradient is added: the step back subtracts the gradient first and divides after that.
             exact.multiply(f"velocity.{name}", factor)
-            exact.buffers[f"velocity.{name}"].sub_(encode(kick))
+            velocity = add(exact.buffers[f"velocity.{name}"], kick)
             # Of the new velocity, which is still there when the step back begins.
-            velocity = decode(exact.buffers[f"velocity.{name}"])
             move = self._move(velocity, name, hparams, index)
-            param = exact.params[name].add_(encode(move))
+            param = add(exact.params[name], move)
             # What is added is watched as well as the sums: a sum that has wrapped around may look small.
             exact.watch(name, kick, velocity, move, param)
 
@@ -132,19 +137,24 @@ class ReversibleMomentum(ReversibleDynamics):
     def unstep(self, exact: ExactState, gradient: GradientFunction, hparams: TensorDict, index: int) -> None:
         """Undoes the last step, in place: its operations in the opposite order, the gradient at the params before."""
         for name in exact.params:
-            velocity = decode(exact.buffers[f"velocity.{name}"])
-            exact.params[name].sub_(encode(self._move(velocity, name, hparams, index)))
+            subtract(exact.params[name], self._move(exact.buffers[f"velocity.{name}"], name, hparams, index))
         # At the params before the step, which are exact again: the gradient has the same bits as on the way there.
-        grads = exact.join(gradient(exact.float_params()))
+        grads = gradient(exact.float_params())
         for name in exact.params:
             factor = exact.factors.at(name, index)
-            exact.buffers[f"velocity.{name}"].add_(encode((1.0 - factor.value) * grads[name].double()))
+            subtract(exact.buffers[f"velocity.{name}"], self._kick(grads[name], factor))
             exact.divide(f"velocity.{name}", factor)
 
+    def _kick(self, grad: Tensor, factor: Factor) -> Tensor:
+        """Returns `-(1 - momentum) * g` in units of `2^-52`, in double precision."""
+        # By the factor's own value: the step back must compute the very same bits. Units are a power of two, so they
+        # change none.
+        return grad.double() * ((factor.value - 1.0) * UNITS)
+
     def _move(self, velocity: Tensor, name: str, hparams: TensorDict, index: int) -> Tensor:
-        """Returns `lr * v`, in double precision."""
+        """Returns `lr * v` of integers, in their units, in double precision."""
         lr = resolve(self.lr, hparams, name, index)
-        return (lr.double() if isinstance(lr, Tensor) else lr) * velocity
+        return velocity.double() * (lr.double() if isinstance(lr, Tensor) else lr)
 
 
 def _shared_value(setting: Setting, parameter: str, hparams: TensorDict) -> Hashable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,17 +29,26 @@ from hypertorch.types import TensorDict
 class ExactReversal:
     """One inner run in integers: `segments` undoes its steps from the last to the first, `vjp` differentiates them.
 
+    Steps are taken, undone and differentiated on the blocks of the exact state: params that the rule treats alike are
+    one tensor. The outer loss and the initial state are on the params of the problem.
+
+    Attributes:
+        differentiates_blocks: whether `vjp` does so too; else it takes and returns the params of the problem.
+
     Args:
         loop: the inner loop.
         variables: hyperparameters and context, as leaves.
         rule: the rule that the loop steps by.
     """
 
+    differentiates_blocks: ClassVar[bool] = True
+
     def __init__(self, loop: InnerLoop, variables: TensorDict, rule: ReversibleDynamics) -> None:
         self.loop = loop
         self.variables = variables
         self.rule = rule
         self.information_bits = torch.zeros(())
+        self._exact: ExactState  # while the run goes forward and back
         self._point: TensorDict = {}  # where the last gradient was taken: the params before that step
         self._graph: tuple[TensorDict, TensorDict] = {}, {}  # the same as leaves, and that gradient
         self._losses: list[Tensor] = []  # in the order of the run, which ends where it began
@@ -46,58 +56,92 @@ class ExactReversal:
     def segments(self) -> Iterator[Segment]:
         """Yields single steps, from the last to the first, and the initial state that they must lead to.
 
+        Around steps on blocks, a segment of no steps leads from the blocks to the problem's params, and one from
+        these to the blocks.
+
         Raises:
             NonFiniteError: if params, velocities or gradients leave the range of the integers.
             ReplayError: if the run backwards does not end at the initial state.
         """
-        loop = self.loop
-        exact = scan(self._advance, self._start(), range(loop.num_steps))
+        loop, num_steps = self.loop, self.loop.num_steps
+        exact = scan(self._advance, self._start(), range(num_steps))
         if exact.out_of_range():
             raise self._explain_range()
         self.information_bits = exact.information_bits(loop.has_tasks_axis)
         # The state before a step and the one after it, whatever the horizon is.
         loop.record.hold(2)
         # Read before a step is undone, which changes the integers in place.
-        after = InnerState(exact.float_params(), exact.float_buffers())
-        for step in reversed(range(loop.num_steps)):
+        after = self._floats(exact.float_params())
+        if self.differentiates_blocks:
+            yield Segment(num_steps, num_steps, after)
+        for step in reversed(range(num_steps)):
             self.rule.unstep(exact, self._gradient(step), self.variables, loop.first_index + step)
-            before = InnerState(self._point, exact.float_buffers())
+            before = self._floats(self._point)
             # The sweep differentiates a segment before it asks for the next: the kept graph is that of this step.
             yield Segment(step, step + 1, before, after)
             after = before
         first = initialisation(loop, self.variables, None)
         self._check_arrival(exact, first.departure)
+        if self.differentiates_blocks:
+            yield Segment(0, 0, first.departure.detached())
         yield first
 
     def vjp(self, segment: Segment) -> Differentiable:
         """Returns the step that was undone last, differentiated through the gradient that undid it."""
-        loop, variables, step = self.loop, self.variables, segment.start
         # The initial state, which was not stepped to: it has its own graph.
         if segment.connected:
-            return graph_vjp(loop, variables, segment)
+            return graph_vjp(self.loop, self.variables, segment)
+        return self._regrouped(segment) if segment.start == segment.stop else self._step_vjp(segment)
+
+    def _step_vjp(self, segment: Segment) -> Differentiable:
+        loop, variables, step = self.loop, self.variables, segment.start
         params, grads = self._graph
         leaves = InnerState(params, tree.leaves_requiring_grad(segment.departure.dynamics))
         with torch.enable_grad():
             # The rule once more, in floats: its gradient is there already,
             # with its graph, and is not taken a second time.
             end = InnerState(*self.rule.update(grads, params, leaves.dynamics, variables, loop.first_index + step))
-            term = loop.term(end, variables, step)
+            term = loop.term(self._entries(end), variables, step) if loop.has_terms else None
         loop.record.add_vjps(1, graph_steps=1)
 
         assert segment.arrival is not None
         return Differentiable(segment.arrival, partial(pulled_back, end, term, leaves, variables))
+
+    def _regrouped(self, segment: Segment) -> Differentiable:
+        """Returns a segment of no steps: from blocks to the problem's params after the last step, else to blocks."""
+        leaves = self.loop.leaves(segment.departure)
+        with torch.enable_grad():
+            end = self._entries(leaves) if segment.start else self._blocks(leaves)
+        return Differentiable(end, partial(pulled_back, end, None, leaves, self.variables))
+
+    def _floats(self, params: TensorDict) -> InnerState:
+        """Returns the state that the integers stand for, given its params, as `vjp` takes it."""
+        blocks = InnerState(params, self._exact.float_buffers())
+        return blocks if self.differentiates_blocks else self._entries(blocks)
+
+    def _entries(self, blocks: InnerState) -> InnerState:
+        """Returns the params and buffers of the problem that blocks hold."""
+        joint_params, joint_buffers = self._exact.joint_params, self._exact.joint_buffers
+        return InnerState(joint_params.split(blocks.params), joint_buffers.split(blocks.dynamics))
+
+    def _blocks(self, entries: InnerState) -> InnerState:
+        """Returns the blocks of the problem's params and buffers."""
+        joint_params, joint_buffers = self._exact.joint_params, self._exact.joint_buffers
+        return InnerState(joint_params.join(entries.params), joint_buffers.join(entries.dynamics))
 
     def _gradient(self, step: int) -> GradientFunction:
         """Returns the gradient of a step's loss, whose graph is kept until the next one is computed.
 
         Some kernels differ in the last bit with and without a graph, so forward and back must do the same.
         """
+        joint = self._exact.joint_params
 
-        def gradient(params: TensorDict) -> TensorDict:
-            self._point, leaves = params, tree.leaves_requiring_grad(params)
+        def gradient(blocks: TensorDict) -> TensorDict:
+            self._point, leaves = blocks, tree.leaves_requiring_grad(blocks)
             with torch.enable_grad():
-                loss = self.loop.loss_at(InnerState(leaves, {}), step)
-                grads = loss.gradient(leaves, self.variables)
+                params = joint.split(leaves)
+                loss = self.loop.loss_at(InnerState(params, {}), step)
+                grads = joint.join(loss.gradient(params, self.variables))
             self.loop.record.add_step(step, loss.value)
             self._note_loss(step)
             self._graph = leaves, grads
@@ -114,7 +158,10 @@ class ExactReversal:
         initial = initialisation(loop, self.variables, None).departure.detached()
         indices = range(loop.first_index, loop.first_index + loop.num_steps)
         batch_dims = int(loop.has_tasks_axis) if side_by_side else None
-        return self.rule.start_exact(initial.params, initial.dynamics, self.variables, indices, batch_dims=batch_dims)
+        self._exact = self.rule.start_exact(
+            initial.params, initial.dynamics, self.variables, indices, batch_dims=batch_dims
+        )
+        return self._exact
 
     def _advance(self, exact: ExactState, step: int) -> ExactState:
         """Takes a step, in place."""
@@ -193,6 +240,9 @@ class CompiledReversal(ExactReversal):
         rule: the rule that the loop steps by.
     """
 
+    # The compiled vjp is that of any dynamics, and calls params as the problem does.
+    differentiates_blocks: ClassVar[bool] = False
+
     def __init__(self, loop: InnerLoop, variables: TensorDict, rule: ReversibleDynamics) -> None:
         super().__init__(loop, variables, rule)
         # Before any program is compiled: what is wrong with the problem is said in its own words.
@@ -204,9 +254,11 @@ class CompiledReversal(ExactReversal):
         return self._steps.vjp(segment)
 
     def _gradient(self, step: int) -> GradientFunction:
-        def gradient(params: TensorDict) -> TensorDict:
-            self._point = params
-            grads = self._steps.gradient(params, step)
+        joint = self._exact.joint_params
+
+        def gradient(blocks: TensorDict) -> TensorDict:
+            self._point = blocks
+            grads = joint.join(self._steps.gradient(joint.split(blocks), step))
             self._note_loss(step)
             return grads
 
