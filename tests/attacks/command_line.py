@@ -30,7 +30,7 @@ from tests.attacks.strangers import Touch
 from tests.experiments.commands import SINUSOID
 
 # Kinds that only `-m slow` carries out: each input composes a configuration, which takes a third of a second.
-SLOW = ("settings of a run", "settings of a run, one by one", "folders of strangers")
+SLOW = ("other commands", "settings of a run", "settings of a run, one by one", "folders of strangers")
 
 NUMBERS = (
     "nan",

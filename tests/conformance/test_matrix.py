@@ -233,7 +233,7 @@ def assert_equal(actual: TensorDict, expected: TensorDict, tolerance: float) -> 
         assert error <= tolerance, f"{name}: relative error {error:.2g}"
 
 
-@pytest.mark.sampled(4, among="forward")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("case", "backend"), PAIRS)
 def test_exact_backends_agree(case: str, backend: str) -> None:
     hparams, expected = reference(case)
@@ -278,7 +278,7 @@ NOISY = [
 NOISY += [pytest.param("ReversibleMomentum", backend) for backend in REVERSIBLE]
 
 
-@pytest.mark.sampled(4, among="forward")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("case", "backend"), NOISY)
 @pytest.mark.parametrize("step_terms", [False, True])
 def test_exact_backends_agree_with_dropout_and_terms_at_inner_steps(case: str, backend: str, step_terms: bool) -> None:

@@ -548,7 +548,8 @@ def loss_on_new_bowls(dynamics: ht.Dynamics, hparams: TensorDict) -> float:
     return float(ht.unroll(problem, {**hparams, **idle}).outer_loss.mean())
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_learnt_rule_beats_tuned_gradient_descent(seed: int) -> None:
     torch.manual_seed(seed)
     dynamics = LearnedUpdate(CoordinatewiseLSTM(hidden=8, layers=1).double(), scale=1.0)

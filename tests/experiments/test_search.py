@@ -470,6 +470,7 @@ def test_conditions_leave_a_setting_out(command: Command) -> None:
     assert [list(trial.params.values()) for trial in study().trials] == [["adam"], ["sgd", "0.1"], ["sgd", "0.5"]]
 
 
+@pytest.mark.slow
 def test_hyperband_goes_on_bit_for_bit_and_runs_as_many_steps_as_computed(command: Command) -> None:
     code, error = search(
         command,

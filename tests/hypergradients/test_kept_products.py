@@ -107,6 +107,7 @@ def assert_eager(problem: ht.BilevelProblem, **options: Any) -> ht.Hypergradient
     return result
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("sizes", "kept"), [((20, 32, 3), 2), ((20, 4, 20), 2), ((4, 32, 3), 1), ((4, 5, 3), 0)], ids=str
 )
@@ -120,6 +121,7 @@ def test_products_that_sum_many_numbers_are_kept(graphs: Graphs, sizes: tuple[in
     assert graphs.turned == [0]
 
 
+@pytest.mark.slow
 def test_products_of_tasks_are_kept(graphs: Graphs) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.Tanh(), torch.nn.Linear(24, 3)).double()
     problem = task_problem(module, item=(20,), num_steps=4)

@@ -152,6 +152,7 @@ def test_a_budget_holds_whatever_the_horizon() -> None:
         assert peak(num_steps, Reverse(memory_budget=least + 2 * STATE)) <= least + 2 * STATE + 80 * 2 * SCALAR
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FLAT)
 def test_memory_is_flat_in_the_horizon(name: str) -> None:
     case = FLAT[name]
@@ -184,6 +185,7 @@ def test_a_plain_unroll_keeps_one_state() -> None:
 EVERY = {**FLAT, **{name: Flat(backend) for name, backend in GROWING.items()}}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", EVERY)
 def test_after_a_call_its_result_is_all_that_lives(name: str) -> None:
     memory, result = run(problem_of(10, EVERY[name].dynamics), EVERY[name].backend)

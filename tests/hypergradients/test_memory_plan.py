@@ -97,6 +97,7 @@ def counted_peak(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> int:
 SLOW = pytest.mark.slow  # many plans, each run twice
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[SLOW] if name in ("conv", "adam", "learnt momentum") else []) for name in PROBLEMS],
