@@ -71,6 +71,21 @@ def test_auto_goes_back_where_compilation_saves_nothing(monkeypatch: pytest.Monk
     assert len(watched) == 2  # the one that compiles, and the one that is measured
 
 
+def test_auto_uses_what_took_longer_to_compile_than_usual(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, watched = problem(), []
+    monkeypatch.setattr(whole_run, "compilation", lambda tell: watched.append(True) or compilation.compilation(tell))
+    for seconds in (costs.USUAL_PRICE, 10 * costs.USUAL_PRICE, 0.0, 0.0):
+        take(seconds, monkeypatch)
+        ht.hypergradient(asked, asked.init_hparams(), backend=Reverse(compile="auto"))
+    assert len(watched) == 3
+    # Nor does it go back where the compilation of another problem took long.
+    memo.note(costs.PRICE, None, 1000.0)
+    ht.hypergradient(asked, asked.init_hparams(), backend=Reverse(compile="auto"))
+    assert len(watched) == 4
+
+
 def test_auto_takes_the_price_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = problem()
     memo.note(costs.PRICE, None, 1000.0)

@@ -237,6 +237,29 @@ def test_a_run_backwards_is_compiled_too() -> None:
     assert_same(net_problem(REVERSIBLE, LEARNT, num_steps=12, dropout=0.5, step_terms=True), Reversible(compile=True))
 
 
+def test_a_run_backwards_ends_by_the_noise_of_its_integers_elsewhere_than_floats() -> None:
+    """With several momenta in one tensor that noise is larger, with small weights it is large beside them."""
+    several = ht.dynamics.ReversibleMomentum(lr=0.3, momentum=ht.Hyper("momentum", per="parameter"))
+    momenta = {
+        f"momentum.{name}": 0.5 + 0.4 * normal(*shape, seed=1).sigmoid()
+        for name, shape in (("first", (4, 6)), ("second", (6, 3)))
+    }
+    assert_same(net_problem(several, momenta, num_steps=15), Reversible(compile=True))
+    small = LambdaInner(lambda _: {"w": torch.full((3,), 1e-4, dtype=F64)}, lambda p, h, _: _square(p["w"] - h["c"]))
+    outer = LambdaOuter({"c": torch.full((3,), 2e-4, dtype=F64)}, lambda p, h, _: 1e8 * _square(p["w"]))
+    rule = ht.dynamics.ReversibleMomentum(lr=0.1, momentum=0.9)
+    problem = ht.BilevelProblem(small, outer, dynamics=rule, num_steps=15)
+    found, expected = (
+        ht.hypergradient(problem, problem.init_hparams(), backend=backend).grads["c"]
+        for backend in (Reversible(compile=True), Reverse())
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0.0)
+
+
+def _square(value: Tensor) -> Tensor:
+    return value.square().sum()
+
+
 @pytest.mark.slow
 def test_a_run_backwards_is_made_machine_code() -> None:
     assert_same(net_problem(REVERSIBLE, LEARNT, num_steps=12), Reversible(compile=True))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -103,49 +102,6 @@ def test_weights_tied_before_a_run_or_after_are_one_in_a_program() -> None:
     for weight, names in ((own, 3), (module[1].weight, 2), (own, 3)):
         module[3].weight = weight
         assert len(assert_looped(problem).grads) == names
-
-
-class _Late(LambdaOuter):
-    """Has terms that are told apart by their index after the steps that are compared."""
-
-    factor: Any
-
-    def step_loss(self, params: TensorDict, hparams: TensorDict, batch: Batch, index: int) -> Tensor:
-        return self.factor(index) * params["w"].square().sum()
-
-
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(
-    "factor",
-    [
-        lambda index: {10: 1.0, 15: 2.0}.get(index, 0.0),
-        lambda index: 1.0 if index % 16 in {10, 15} else 0.0,
-        lambda index: 1.0 if isinstance(index, int) and index >= 10 else 0.5,
-        lambda index: 1.0 if isinstance(index, (str, Integral)) and index >= 10 else 0.5,
-    ],
-    ids=["a dictionary", "a set", "its type", "its kind"],
-)
-@pytest.mark.filterwarnings("ignore:`compile=True`. a step of")
-def test_an_index_that_a_loop_would_miss_is_not_looped_over(factor: Any) -> None:
-    """It is a tensor there, of which Python's identity and type are not those of the number."""
-    inner = LambdaInner(lambda _: {"w": torch.zeros(3, dtype=F64)}, lambda p, h, _: (p["w"] - h["c"]).square().sum())
-    outer = _Late({"c": torch.ones(3, dtype=F64)}, lambda p, h, _: p["w"].square().sum())
-    outer.factor = factor
-    assert_looped(ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=20), looped=False)
-    assert "tensor in a loop" in str(memo.entries(UNLOOPED))
-
-
-@pytest.mark.parametrize("kept", [{}, {"checkpoint_every": 6}], ids=["all states", "some states"])
-@pytest.mark.filterwarnings("ignore:`compile=True`. a step of")
-def test_the_last_steps_of_a_loop_are_compared_too(kept: dict[str, int]) -> None:
-    """Identity is seen at the end alone, here of a number that Python keeps one object of."""
-    last = 19
-    inner = LambdaInner(lambda _: {"w": torch.zeros(3, dtype=F64)}, lambda p, h, _: (p["w"] - h["c"]).square().sum())
-    outer = _Late({"c": torch.ones(3, dtype=F64)}, lambda p, h, _: p["w"].square().sum())
-    outer.factor = lambda index: 1.0 if index is last else 0.0
-    problem = ht.BilevelProblem(inner, outer, dynamics=D.SGD(lr=0.05), num_steps=last + 1)
-    assert_looped(problem, looped=False, kept=kept)
-    assert "gives other numbers" in str(memo.entries(UNLOOPED))
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

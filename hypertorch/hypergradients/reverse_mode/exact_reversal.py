@@ -251,7 +251,9 @@ class CompiledReversal(ExactReversal):
 
     def vjp(self, segment: Segment) -> Differentiable:
         """Returns the step that was undone last, whose vjp is compiled."""
-        return self._steps.vjp(segment)
+        found = self._steps.vjp(segment)
+        # The same step in floats ends elsewhere by the noise of the integers. That steps are undone is seen at the end.
+        return found if segment.arrival is None else found._replace(end=segment.arrival)
 
     def _gradient(self, step: int) -> GradientFunction:
         joint = self._exact.joint_params

@@ -27,6 +27,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.errors import (
     TooManyProgramsError,
 )
 from hypertorch.hypergradients.reverse_mode.compiled.program_folder import FOLDER, keep_in_cache_of_user, refuse_folder
+from hypertorch.hypergradients.reverse_mode.compiled.step_index import refuse_large_numbers
 from hypertorch.hypergradients.reverse_mode.compiled.traced_code import traced_code_is_checked
 from hypertorch.inner import memo
 
@@ -103,6 +104,7 @@ def _make_code(
     """Returns the code of a traced function."""
     if loops:
         _refuse_large(graph)
+    refuse_large_numbers(graph)
     memo.note(MADE, None, programs_made() + 1)
     if backend == "inductor":
         refuse_folder()

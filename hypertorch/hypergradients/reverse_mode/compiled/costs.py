@@ -46,12 +46,13 @@ def synchronize(device: torch.device) -> None:
 def is_worth_compiling(family: Hashable) -> bool:
     """Returns whether runs without compilation have taken as long as a compilation takes, unless that saves nothing.
 
-    Compiling from there on takes at most twice the time of the better choice, however long the run is.
+    Compiling from there on takes at most twice the time of the better choice, however long the run is. What has been
+    compiled is used, whatever that or another compilation took.
 
     Args:
         family: what problems that share programs have in common.
     """
-    is_due = memo.get(SPENT, family, 0.0) >= memo.get(PRICE, None, USUAL_PRICE)
+    is_due = memo.get(RUNS, family, 0) > 0 or memo.get(SPENT, family, 0.0) >= memo.get(PRICE, None, USUAL_PRICE)
     return is_due and math.isfinite(memo.get(PAYS_FROM, family, 0.0))
 
 

@@ -16,6 +16,7 @@ from torch._higher_order_ops.scan import scan_op
 
 from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program
 from hypertorch.hypergradients.reverse_mode.compiled.step_data import Data
+from hypertorch.hypergradients.reverse_mode.compiled.step_index import as_number
 from hypertorch.inner.state import InnerState
 from hypertorch.types import TensorDict
 
@@ -26,11 +27,11 @@ def forward(
     """Returns the state after the steps, the states before each, and the inner losses before each."""
     variables = {**moving, **fixed}
 
-    def body(now: list[Tensor], index: Any, *own: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        loop = program.loop(lambda _: data.at(own))
+    def body(now: list[Tensor], counter: Tensor, *own: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        loop, index = program.loop(lambda _: data.at(own)), as_number(counter)
         end, loss = loop.transition(state.replace_tensors(now), variables, index, route="functional")
         assert loss.value is not None
-        return _carried(end.tensors(), index), [*own_memory(now), loss.value.clone()]
+        return _carried(end.tensors(), counter), [*own_memory(now), loss.value.clone()]
 
     last, (*before, values) = _scan(body, state.tensors(), [counters, *data.stacked.values()])
     return state.replace_tensors(last), before, values
@@ -53,10 +54,10 @@ def back(
     """
     num_tensors, names = len(seeds), list(moving)
 
-    def body(carry: list[Tensor], index: Any, *rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def body(carry: list[Tensor], counter: Tensor, *rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         cotangents, sums, total = _split(carry, num_tensors, len(names))
         now, own = rest[:num_tensors], rest[num_tensors:]
-        loop = program.loop(lambda _: data.at(own))
+        loop, index = program.loop(lambda _: data.at(own)), as_number(counter)
 
         def step(tensors: list[Tensor], own_moving: TensorDict) -> tuple[list[Tensor], Tensor | None]:
             variables = {**own_moving, **fixed}
@@ -70,7 +71,7 @@ def back(
         earlier, part = pull([*cotangents, *(torch.ones_like(term) for term in terms)])
         gathered = [sum_ + part[name] for sum_, name in zip(sums, names, strict=True)]
         total = [sum_ + term for sum_, term in zip(total, terms, strict=True)]
-        return [*_carried([*earlier, *gathered], index), *total], [value.clone()]
+        return [*_carried([*earlier, *gathered], counter), *total], [value.clone()]
 
     zeros = [torch.zeros_like(value) for value in moving.values()]
     none = [torch.zeros((), dtype=seeds[0].dtype, device=seeds[0].device)] if program.has_terms else []
@@ -138,14 +139,14 @@ def _split(tensors: list[Tensor], *lengths: int) -> list[list[Tensor]]:
     return [*parts, tensors]
 
 
-def _carried(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+def _carried(tensors: list[Tensor], counter: Tensor) -> list[Tensor]:
     """Returns the tensors as new ones, for the next step of a loop in a program.
 
     PyTorch's compiler takes what a step hands on as it got it (a sum to which zero is added, a param without a
     gradient) for a tensor with memory of its own, and gives the memory that it shares to others. The factor is one,
     and the compiler does not know.
     """
-    is_step = index >= 0
+    is_step = counter >= 0
     return [(value * is_step).contiguous() for value in tensors]
 
 

@@ -30,6 +30,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.errors import (
 from hypertorch.hypergradients.reverse_mode.compiled.looped_programs import back, forward, own_memory
 from hypertorch.hypergradients.reverse_mode.compiled.single_steps import Program, draws, try_dynamics
 from hypertorch.hypergradients.reverse_mode.compiled.step_data import counters_of, data_of, of_any_length
+from hypertorch.hypergradients.reverse_mode.compiled.step_index import LATEST_STEP
 from hypertorch.hypergradients.reverse_mode.graph import graph_vjp
 from hypertorch.hypergradients.reverse_mode.segments import initialisation
 from hypertorch.hypergradients.reverse_mode.sweep import (
@@ -107,6 +108,8 @@ def may_loop(loop: InnerLoop, variables: TensorDict) -> bool:
     """
     key = Program.of(loop).key
     if loop.has_buffers or loop.num_steps < 2 or memo.get(UNLOOPED, key, ""):
+        return False
+    if loop.first_index + loop.num_steps > LATEST_STEP:
         return False
     # Found out without a compiler, which takes seconds.
     return memo.recall(FIT_STEP, key, lambda: _is_fit(loop, tree.detach(variables)))

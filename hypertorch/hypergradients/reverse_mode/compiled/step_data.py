@@ -107,9 +107,9 @@ def _copy(value: Any, place: Tensor) -> None:
 
 
 def counters_of(loop: InnerLoop, steps: range) -> Tensor:
-    """Returns the indices of some steps, in double precision: a rule's powers of them are exact in every dtype."""
+    """Returns the indices of some steps, int64."""
     first = loop.first_index
-    indices = torch.arange(first + steps.start, first + steps.stop, dtype=torch.float64, device=loop.device)
+    indices = torch.arange(first + steps.start, first + steps.stop, device=loop.device)
     return of_any_length(indices)
 
 

@@ -8,11 +8,19 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
+from hypertorch.hypergradients.reverse_mode.compiled.step_index import (
+    attribute_of_no_index,
+    hash_of_no_index,
+    identity_of_no_index,
+    no_index,
+    number_of_index,
+    type_of_no_index,
+)
 
 _OWN_CODE = frozenset({"torch", "hypertorch", "builtins"})
 
@@ -38,8 +46,19 @@ def traced_code_is_checked(dynamo: Any) -> Iterator[None]:
         # Inside of a transform PyTorch sees no gradient asked for, and traces only the forward pass of a custom
         # function.
         change(kinds.misc.AutogradFunctionVariable, "call_apply", lambda _: _refuse_custom_function)
-        change(kinds.TensorVariable, "hash_impl", _hash_of_no_number)
-        change(kinds.BuiltinVariable, "call_isinstance", _type_of_no_number)
+        change(kinds.TensorVariable, "hash_impl", hash_of_no_index)
+        # What PyTorch has made of functions before is put aside: it was made without these changes.
+        change(kinds.BuiltinVariable, "call_function_handler_cache", lambda _: {})
+        change(kinds.BuiltinVariable, "call_isinstance", type_of_no_index)
+        for holder in (kinds.BuiltinVariable, kinds.TorchInGraphFunctionVariable):
+            change(holder, "call_function", number_of_index)
+        change(kinds.NumpyVariable, "call_function", no_index)
+        for holder in (kinds.builtin.GetAttrBuiltinVariable, kinds.builtin.HasAttrBuiltinVariable):
+            change(holder, "call_function", attribute_of_no_index)
+        # The tracer looks these two up by their names.
+        handlers = dynamo.symbolic_convert.compare_op_handlers
+        asked = {name: identity_of_no_index(handlers[name]) for name in ("is", "is not")}
+        stack.enter_context(patch.dict(handlers, asked))
         change(kinds.builder, "make_dupe_guard", _guard_of_one_object)
         for holder in (kinds.UserDefinedObjectVariable, kinds.UserDefinedClassVariable):
             change(holder, "get_source_by_walking_mro", _guard_of_methods)
@@ -58,41 +77,6 @@ def _refuse_custom_function(*_: Any) -> NoReturn:
         "a custom `torch.autograd.Function` is on the way, whose backward pass is lost when it is traced. Written out "
         "of operations of PyTorch it could be compiled."
     )
-
-
-def _hash_of_no_number(hash_of: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the hash of tensors in traced code, for all but single numbers.
-
-    The index of a step is a tensor in a loop. A dictionary or a set finds a tensor by identity, so that it would miss
-    the index at every step, in silence.
-    """
-
-    def hash_impl(tensor: Any, tx: Any) -> Any:
-        if _may_be_index(tensor, tx):
-            raise NotCompilableError(
-                "a number that is a tensor in a loop, such as the index of a step, is looked up in a dictionary or a "
-                "set, which finds tensors by identity. Compare it (`index == 10`), or look it up in a tensor"
-            )
-        return hash_of(tensor, tx)
-
-    return hash_impl
-
-
-def _type_of_no_number(is_instance: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what `isinstance` says in traced code, but not whether a number that may be an index is a whole one."""
-    dynamo: Any = torch._dynamo
-
-    def call_isinstance(function: Any, tx: Any, value: Any, types_: Any) -> Any:
-        if isinstance(value, dynamo.variables.TensorVariable) and _may_be_index(value, tx):
-            asked = types_.as_python_constant()
-            asked = asked if isinstance(asked, tuple) else (asked,)
-            if any(issubclass(int, own) and not issubclass(Tensor, own) for own in asked):
-                raise NotCompilableError(
-                    "a number that is a tensor in a loop, such as the index of a step, is asked whether it is an `int`"
-                )
-        return is_instance(function, tx, value, types_)
-
-    return call_isinstance
 
 
 def _guard_of_one_object(guard_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,14 +141,3 @@ def _guard_of_new_objects(look_up: Callable[..., Any]) -> Callable[..., Any]:
         return look_up(variable, tx, name, *rest, **more)
 
     return looked_up
-
-
-def _may_be_index(tensor: Any, tx: Any) -> bool:
-    """Returns whether a tensor of traced code may be the index of a step in a loop, or be computed from one.
-
-    Args:
-        tensor: as PyTorch's tracer holds it.
-        tx: what the tracer is at. The body of a loop is traced inside of what surrounds it.
-    """
-    value = tensor.as_proxy().node.meta["example_value"]
-    return tx.output.current_tracer.parent is not None and value.ndim == 0 and value.dtype is torch.float64
