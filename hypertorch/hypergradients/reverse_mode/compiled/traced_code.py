@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 import torch
 
@@ -57,8 +56,9 @@ def traced_code_is_checked(dynamo: Any) -> Iterator[None]:
             change(holder, "call_function", attribute_of_no_index)
         # The tracer looks these two up by their names.
         handlers = dynamo.symbolic_convert.compare_op_handlers
-        asked = {name: identity_of_no_index(handlers[name]) for name in ("is", "is not")}
-        stack.enter_context(patch.dict(handlers, asked))
+        for name in ("is", "is not"):
+            stack.callback(handlers.__setitem__, name, handlers[name])
+            handlers[name] = identity_of_no_index(handlers[name])
         change(kinds.builder, "make_dupe_guard", _guard_of_one_object)
         for holder in (kinds.UserDefinedObjectVariable, kinds.UserDefinedClassVariable):
             change(holder, "get_source_by_walking_mro", _guard_of_methods)
