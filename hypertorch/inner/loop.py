@@ -231,10 +231,26 @@ class InnerLoop:
 
     # The inner loss apart from the run.
 
-    def loss_at(self, state: InnerState, step: int, route: GradientRoute = "differentiable") -> InnerLoss:
-        """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded."""
+    def loss_at(
+        self,
+        state: InnerState,
+        step: int,
+        route: GradientRoute = "differentiable",
+        *,
+        separate_params: bool = False,
+    ) -> InnerLoss:
+        """Returns the inner loss of a step with its data and the state's buffers bound, and its noise seeded.
+
+        Args:
+            state: for its buffers.
+            step: the step.
+            route: how its gradient enters the derivative of a step.
+            separate_params: whether its gradient is taken at params of their own, which no other tensor was made of.
+        """
         index = self.first_index + step
-        loss = InnerLoss(self.functions.inner, self.buffers(state), self.draw(index), route)
+        loss = InnerLoss(
+            self.functions.inner, self.buffers(state), self.draw(index), route, separate_params=separate_params
+        )
         self.seed(index)
         return loss
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hypertorch.constraints import Box
 from hypertorch.dynamics.base import zero_buffers
 from hypertorch.dynamics.declared import STEP_SIZE, Range, setting
+from hypertorch.dynamics.elementwise import descend
 from hypertorch.dynamics.reversible.base import ExactState, GradientFunction, ReversibleDynamics
 from hypertorch.dynamics.reversible.exact_arithmetic import (
     GREATEST_FACTOR,
@@ -86,9 +87,9 @@ class ReversibleMomentum(ReversibleDynamics):
         new_state: TensorDict = {}
         for name, w in params.items():
             # Algorithm 1 of the paper, in its two lines.
-            v = momentum[name] * state[f"velocity.{name}"] - (1.0 - momentum[name]) * grads[name]
+            v = descend(momentum[name] * state[f"velocity.{name}"], grads[name], 1.0 - momentum[name])
             new_state[f"velocity.{name}"] = v
-            new_params[name] = w + lr[name] * v
+            new_params[name] = descend(w, v, -lr[name])
         return new_params, new_state
 
     def factors(self, params: TensorDict, hparams: TensorDict, indices: range) -> FactorSchedule:

@@ -140,7 +140,7 @@ class ExactReversal:
             self._point, leaves = blocks, tree.leaves_requiring_grad(blocks)
             with torch.enable_grad():
                 params = joint.split(leaves)
-                loss = self.loop.loss_at(InnerState(params, {}), step)
+                loss = self.loop.loss_at(InnerState(params, {}), step, separate_params=True)
                 grads = joint.join(loss.gradient(params, self.variables))
             self.loop.record.add_step(step, loss.value)
             self._note_loss(step)
