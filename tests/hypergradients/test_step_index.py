@@ -67,8 +67,8 @@ def between(index: int) -> Any:
 
 
 KINDS: dict[str, Callable[[int], Any]] = {
-    "an int": lambda index: 1.0 if isinstance(index, int) and index >= 12 else 0.5,
-    "a kind of int": lambda index: 1.0 if isinstance(index, (str, Integral)) and index >= 12 else 0.5,
+    "an int": lambda index: 1.0 + between(index) * (0.5 if isinstance(index, int) else 7.0),
+    "a kind of int": lambda index: 1.0 + between(index) * (0.5 if isinstance(index, (str, Integral)) else 7.0),
     "a tensor": lambda index: 1.0 + between(index) * (7.0 if isinstance(index, Tensor) else 0.5),
     "a tensor, by torch": lambda index: 1.0 + between(index) * (7.0 if torch.is_tensor(index) else 0.5),
     "its type": lambda index: 1.0 + between(index) * (0.5 if type(index) is int else 7.0),
@@ -82,7 +82,7 @@ KINDS: dict[str, Callable[[int], Any]] = {
     "what it is counted to": lambda index: 1.0 + between(index) * (0.5 if type(2 * index + 1) is int else 7.0),
     "a function of NumPy": lambda index: float(np.sin(index)),
     "looked up": lambda index: {12: 1.0, 15: 2.0}.get(index, 0.5),
-    "in a set": lambda index: 1.0 if index % 16 in {12, 15} else 0.5,
+    "in a set": lambda index: 1.0 if index % 100 in {12, 15} else 0.5,
 }
 
 
@@ -94,16 +94,11 @@ def test_what_a_program_cannot_tell_is_left_to_python(kind: str, route: str) -> 
     assert_eager(problem(KINDS[kind]), **ROUTES[route])
 
 
+@pytest.mark.parametrize(("kind", "word"), [("its type", "its type"), ("a function of NumPy", "NumPy")])
 @pytest.mark.filterwarnings("ignore:`compile=True`. a step of")
-def test_what_is_asked_is_said() -> None:
-    for kind, word in {
-        "in a set": "dictionary or a set",
-        "its type": "its type",
-        "a function of NumPy": "NumPy",
-    }.items():
-        assert_eager(problem(KINDS[kind]))
-        assert word in str(memo.entries(UNLOOPED))
-        memo.forget(UNLOOPED, next(iter(memo.entries(UNLOOPED)))[1])
+def test_what_is_asked_is_said(kind: str, word: str) -> None:
+    assert_eager(problem(KINDS[kind]))
+    assert word in str(memo.entries(UNLOOPED))
 
 
 LARGE: dict[str, Callable[[int], Any]] = {

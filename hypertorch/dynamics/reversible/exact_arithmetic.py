@@ -228,15 +228,7 @@ class InformationBuffer:
         # Rounded up: the bound must hold for every lane, whatever the integers were.
         self._bounds.append((bound * factor.largest_denominator - 1) // factor.numerator + 1)
 
-        head, numbers = _array(self.head), _array(integers)
-        numerator, denominator = factor.numerator, _array(factor.denominator)
-        numbers, digit = _divmod(numbers, denominator)
-        # In place: fresh memory is what costs most.
-        digit += head * denominator
-        head, noise = _divmod(digit, numerator)
-        numbers *= numerator
-        numbers += noise
-        self.head, integers = _tensor(head), _tensor(numbers)
+        integers = self._exchange(integers, factor.denominator, factor.numerator)
         return integers if _is_fraction(factor) else integers + _growth(integers, factor)
 
     def divide(self, integers: Tensor, factor: Factor) -> Tensor:
@@ -251,20 +243,28 @@ class InformationBuffer:
         """
         if len(self._bounds) == 1:
             raise IndexError("the information buffer holds no product to undo")
-        head, numbers = _array(self.head), _array(_undo_growth(integers, factor))
-        numerator, denominator = factor.numerator, _array(factor.denominator)
-        numbers, noise = _divmod(numbers, numerator)
-        noise += head * numerator
-        head, digit = _divmod(noise, denominator)
-        numbers *= denominator
-        numbers += digit
-        self.head, integers = _tensor(head), _tensor(numbers)
+        integers = self._exchange(_undo_growth(integers, factor), factor.numerator, factor.denominator)
         # The bound before the product is the last one again, so the same question as in `multiply` has the same answer.
         self._bounds.pop()
         if _overflows(self._bounds[-1], factor):
             word = self.words.pop().long() + 2 ** (_WORD_BITS - 1)
             self.head = (self.head << _WORD_BITS) + word
         return integers
+
+    def _exchange(self, integers: Tensor, divisor: int | Tensor, multiplier: int | Tensor) -> Tensor:
+        """Returns the integers divided and multiplied; the heads take the first remainder in and give another out.
+
+        With divisor and multiplier exchanged it undoes itself.
+        """
+        head, numbers, divisor, multiplier = (_array(value) for value in (self.head, integers, divisor, multiplier))
+        numbers, taken = _divmod(numbers, divisor)
+        # In place: fresh memory is what costs most.
+        taken += head * divisor
+        head, given = _divmod(taken, multiplier)
+        numbers *= multiplier
+        numbers += given
+        self.head = _tensor(head)
+        return _tensor(numbers)
 
 
 def _overflows(bound: int, factor: Factor) -> bool:

@@ -22,7 +22,8 @@ LATEST_STEP = 2**24
 """Loops in programs are for indices below this. What is computed with one of them alone is exact up to there."""
 
 _EXACT = 2**53  # whole numbers of double precision are exact up to it
-_OWN_CODE = frozenset({"torch", "hypertorch", "builtins", "math", "operator"})
+OWN_CODE = frozenset({"torch", "hypertorch", "builtins"})
+"""Packages whose code is no user's."""
 _ARITHMETIC = frozenset({builtins.__name__, math.__name__, operator.__name__, "_operator"})
 # What makes numbers of any length of short ones, with the first operands of which it does not.
 _GROWING: dict[Any, tuple[int, ...]] = {
@@ -203,7 +204,7 @@ def _is_users(tx: Any) -> bool:
     Args:
         tx: what the tracer is at.
     """
-    return tx.f_globals.get("__name__", "").partition(".")[0] not in _OWN_CODE
+    return tx.f_globals.get("__name__", "").partition(".")[0] not in OWN_CODE
 
 
 def _is_counted(value: Any, tx: Any) -> bool:

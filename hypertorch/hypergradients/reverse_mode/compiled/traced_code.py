@@ -13,6 +13,7 @@ import torch
 
 from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
 from hypertorch.hypergradients.reverse_mode.compiled.step_index import (
+    OWN_CODE,
     attribute_of_no_index,
     hash_of_no_index,
     identity_of_no_index,
@@ -20,8 +21,6 @@ from hypertorch.hypergradients.reverse_mode.compiled.step_index import (
     number_of_index,
     type_of_no_index,
 )
-
-_OWN_CODE = frozenset({"torch", "hypertorch", "builtins"})
 
 
 @contextmanager
@@ -133,7 +132,7 @@ def _guard_of_new_objects(look_up: Callable[..., Any]) -> Callable[..., Any]:
     def looked_up(variable: Any, tx: Any, name: str, *rest: Any, **more: Any) -> Any:
         own = type(variable.value)
         # Thousands of lookups are those of objects of PyTorch and of this library, which nobody edits in between.
-        is_users = own.__module__.partition(".")[0] not in _OWN_CODE
+        is_users = own.__module__.partition(".")[0] not in OWN_CODE
         if is_users and variable.source is None and variable.cls_source is not None:
             found = inspect.getattr_static(own, name, None)
             if isinstance(found, (FunctionType, property, classmethod, staticmethod)):
