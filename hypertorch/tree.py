@@ -183,7 +183,7 @@ def not_zero(tensors: TensorMapping) -> set[str]:
     Cost: one reduction per tensor and a single copy to the host.
     """
     # Stacked, so that the device is waited for once and not once per tensor.
-    found = torch.stack([tensor.detach().any() for tensor in tensors.values()]).tolist() if tensors else []
+    found = torch.stack([tensor.detach().count_nonzero() for tensor in tensors.values()]).tolist() if tensors else []
     return {name for name, holds in zip(tensors, found, strict=True) if holds}
 
 

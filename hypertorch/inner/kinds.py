@@ -53,7 +53,7 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
     """
     marks: list[Hashable] = []
     parts, known = [module], {module}
-    # Children are added on the way. `Module.modules` makes their names too, which takes longer.
+    # Children are added on the way. `Module.modules` and `Module.children` make their names too, which takes longer.
     for part in parts:
         # All modules of `torch.jit` have one class.
         marks.append(part.code if isinstance(part, ScriptModule) and hasattr(part, "forward") else type(part))
@@ -66,8 +66,8 @@ def _module_kind(module: nn.Module, depth: int) -> Hashable:
             hooks = getattr(part, name)
             if hooks:
                 marks += name, _mark(hooks, depth)
-        for child in part.children():
-            if child not in known:
+        for child in part._modules.values():
+            if child is not None and child not in known:
                 known.add(child)
                 parts.append(child)
     return tuple(marks)

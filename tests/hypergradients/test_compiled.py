@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from contextvars import copy_context
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +24,6 @@ from hypertorch.hypergradients.reverse_mode.compiled import (
     whole_run,
 )
 from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
-from hypertorch.hypergradients.reverse_mode.compiled.program_folder import refuse_folder
 from hypertorch.inner import memo
 from hypertorch.types import Batch, TensorDict
 from tests.helpers.memo import set_aside
@@ -451,72 +445,6 @@ def test_wrong_code_of_the_compiler_is_not_used() -> None:
     problem = ht.BilevelProblem(Ranked(), outer, dynamics=ht.dynamics.SGD(lr=1e-3), num_steps=4)
     with pytest.warns(UserWarning, match="gives other numbers"):  # a later version of PyTorch may be right
         assert_same(problem, Reverse(compile=True, snapshots=2))
-
-
-def test_a_compilation_waits_for_that_of_another_thread() -> None:
-    """The setup holds for the whole process: the first would undo it while the second compiles."""
-    is_inside, may_leave, order = threading.Event(), threading.Event(), []
-
-    def first() -> None:
-        with compilation.compilation(lambda: None):
-            is_inside.set()
-            may_leave.wait(30)
-            order.append("first")
-
-    def second() -> None:
-        with compilation.compilation(lambda: None):
-            order.append("second")
-
-    threads = [threading.Thread(target=first), threading.Thread(target=second)]
-    threads[0].start()
-    assert is_inside.wait(30)
-    threads[1].start()
-    threads[1].join(0.2)
-    may_leave.set()
-    for thread in threads:
-        thread.join(30)
-    assert order == ["first", "second"]
-    assert gc.isenabled()
-
-
-def test_compiled_runs_leave_no_settings_of_pytorch_behind() -> None:
-    """A patch of PyTorch's settings leaves a context variable for the life of the process."""
-
-    def number() -> int:
-        with compilation.compilation(lambda: None):
-            pass
-        return len(copy_context())
-
-    assert number() == number() == number()
-
-
-@pytest.mark.parametrize(("name", "is_taken"), [("ordinary", True), ("zwölf", True), ("a b", False), ("a'b", False)])
-def test_a_folder_of_programs_that_a_compiler_cannot_be_called_with_is_named(
-    name: str, is_taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
-    with nullcontext() if is_taken else pytest.raises(NotCompilableError, match=f"{name}.*blanks or quotes in a path"):
-        refuse_folder()
-
-
-@pytest.mark.parametrize("is_on", [True, False])
-def test_garbage_is_not_looked_for_while_a_program_is_compiled(is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    make = compilation._make_code
-    monkeypatch.setattr(compilation, "_make_code", lambda *own: (seen.append(gc.isenabled()), make(*own))[1])
-    problem = net_problem(MOMENTUM, LEARNT, num_steps=3)
-    was_on = gc.isenabled()
-    (gc.enable if is_on else gc.disable)()
-    try:
-        with compilation.compilation(lambda: None):
-            compilation.compiled(descend, "garbage", torch.device("cpu"))(torch.ones(2), torch.ones(2))
-            assert gc.isenabled() is is_on
-        assert_same(problem, Reverse(compile=True))
-        assert gc.isenabled() is is_on
-    finally:
-        (gc.enable if was_on else gc.disable)()
-    assert seen
-    assert not any(seen)
 
 
 @pytest.mark.parametrize(

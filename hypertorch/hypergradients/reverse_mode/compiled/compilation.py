@@ -10,7 +10,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from hypertorch.hypergradients.reverse_mode.compiled.errors import (
 )
 from hypertorch.hypergradients.reverse_mode.compiled.program_folder import FOLDER, keep_in_cache_of_user, refuse_folder
 from hypertorch.hypergradients.reverse_mode.compiled.step_index import refuse_large_numbers
-from hypertorch.hypergradients.reverse_mode.compiled.traced_code import traced_code_is_checked
+from hypertorch.hypergradients.reverse_mode.compiled.traced_code import is_checked, traced_code_is_checked
 from hypertorch.inner import memo
 
 # The argument of this name is a whole number that changes from call to call: it never makes a new program.
@@ -50,7 +50,6 @@ MOST_CALLS_LOOPED = 1_500
 # What is set up for a compilation holds for the whole process: a thread must not undo it while another one compiles.
 _one_at_a_time = threading.RLock()
 
-SETTINGS = "settings of PyTorch's compiler"
 PROGRAMS = "compiled programs"
 MADE = "number of programs that were compiled"
 
@@ -79,8 +78,16 @@ def compiled(
     def make() -> Callable[..., Any]:
         # A list of programs belongs to a code object.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        # Its types lack the last argument.
+        compile_function: Any = torch.compile
         # `fullgraph`: what cannot be traced raises, and all of it runs without compilation, with a warning.
-        program = torch.compile(own, fullgraph=True, dynamic=False, backend=partial(_make_code, BACKEND, device, loops))
+        program = compile_function(
+            own,
+            fullgraph=True,
+            dynamic=False,
+            backend=partial(_make_code, BACKEND, device, loops),
+            recompile_limit=_MOST_PROGRAMS,
+        )
         return _copied(program) if device.type == "cuda" and not loops else program
 
     # Hooks of all modules, which no program looks for.
@@ -102,6 +109,11 @@ def _make_code(
     backend: str, device: torch.device, loops: bool, graph: fx.GraphModule, inputs: list[Any]
 ) -> Callable[..., Any]:
     """Returns the code of a traced function."""
+    if not is_checked(torch._dynamo):
+        raise NotCompilableError(
+            "something else was compiled at the same time. PyTorch tells of the first of several compilations only, so "
+            "the checks of traced code were off. Compile where nothing else is compiled"
+        )
     if loops:
         _refuse_large(graph)
     refuse_large_numbers(graph)
@@ -207,63 +219,49 @@ def compilation(tell: Callable[[], None]) -> Iterator[None]:
             dynamo: Any = torch._dynamo
         except OSError as error:
             raise _refusal(error) from error
-        compiler: Any = torch.compiler
-        try:
-            for settings in memo.recall(SETTINGS, _MOST_PROGRAMS, partial(_settings, dynamo, compiler)):
-                stack.enter_context(settings)
-            stack.enter_context(traced_code_is_checked(dynamo))
-            # Text alone goes in and comes out; how patterns are matched cannot be traced.
-            compiler.assume_constant_result(first_match)
-            stack.enter_context(_watched(dynamo.callback.callback_handler, tell))
-            # What PyTorch says of its own insides while it compiles is no fault of the user's.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", module=r"torch\b")
-            for own in ("torch._inductor.ir", "torch._dynamo.convert_frame"):
-                notes = logging.getLogger(own)
-                notes.addFilter(_is_error)
-                stack.callback(notes.removeFilter, _is_error)
-        except AttributeError as error:
-            raise NotCompilableError(
-                f"PyTorch {torch.__version__} lacks parts of the compiler that trace derivatives (`{error.name}`). "
-                "PyTorch 2.13 has them"
-            ) from error
+        with _parts_of_the_compiler():
+            stack.enter_context(_watched(dynamo.callback.callback_handler, partial(_set_up, dynamo), tell))
+        # What PyTorch says of its own insides is no fault of the user's.
+        for own in ("torch._inductor.ir", "torch._dynamo.convert_frame"):
+            notes = logging.getLogger(own)
+            notes.addFilter(_is_error)
+            stack.callback(notes.removeFilter, _is_error)
         stack.enter_context(attempt())
         yield
 
 
-def _settings(dynamo: Any, compiler: Any) -> list[Any]:
-    """Returns contexts with the settings of PyTorch that programs are made by, for any number of uses.
-
-    PyTorch makes a class for each, and a context variable that stays.
-    """
-    return [
-        # Without the first, `torch.autograd.grad` inside a function cannot be traced. Without the last, hooks that a
-        # module is given later would not be seen.
-        dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_PROGRAMS, skip_nnmodule_hook_guards=False),
-        compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"),
-    ]
+@contextmanager
+def _parts_of_the_compiler() -> Iterator[None]:
+    """Refuses to compile by a PyTorch that lacks something which is used inside."""
+    try:
+        yield
+    except AttributeError as error:
+        raise NotCompilableError(
+            f"PyTorch {torch.__version__} lacks parts of the compiler that trace derivatives (`{error.name}`). "
+            "PyTorch 2.13 has them"
+        ) from error
 
 
 @contextmanager
-def _watched(handler: Any, tell: Callable[[], None]) -> Iterator[None]:
-    """Tells of compilations, during which Python's garbage collection is off.
-
-    The compiler makes millions of objects that stay; to look through them again and again takes a quarter of its time.
+def _watched(
+    handler: Any, set_up: Callable[[], AbstractContextManager[None]], tell: Callable[[], None]
+) -> Iterator[None]:
+    """Surrounds every compilation with what is set up for it. Runs of programs pay nothing for it.
 
     Args:
         handler: what PyTorch asks to be told when a compilation starts and ends.
+        set_up: what lasts as long as a compilation.
         tell: called once, when the first starts.
     """
-    is_on, untold = gc.isenabled(), [tell]
+    untold, stack = [tell], ExitStack()
 
     def start(_: Any) -> None:
         if untold:
             untold.pop()()
-        gc.disable()
+        stack.enter_context(set_up())
 
     def end(_: Any) -> None:
-        if is_on:
-            gc.enable()
+        stack.close()
 
     handler.register_start_callback(start)
     handler.register_end_callback(end)
@@ -273,6 +271,29 @@ def _watched(handler: Any, tell: Callable[[], None]) -> Iterator[None]:
         handler.remove_start_callback(start)
         handler.remove_end_callback(end)
         end(None)
+
+
+@contextmanager
+def _set_up(dynamo: Any) -> Iterator[None]:
+    """Sets PyTorch's compiler up for one compilation."""
+    compiler: Any = torch.compiler
+    with ExitStack() as stack:
+        with _parts_of_the_compiler():
+            # Without the first, `torch.autograd.grad` inside a function cannot be traced. Without the second, hooks
+            # that a module is given later would not be seen.
+            stack.enter_context(dynamo.config.patch(trace_autograd_ops=True, skip_nnmodule_hook_guards=False))
+            stack.enter_context(compiler.config.patch(dynamic_sources=f"L['{COUNTER}']"))
+            stack.enter_context(traced_code_is_checked(dynamo))
+            # Text alone goes in and comes out; how patterns are matched cannot be traced.
+            compiler.assume_constant_result(first_match)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"torch\b")
+        # The compiler makes millions of objects that stay; to look through them again and again takes a quarter of
+        # its time.
+        if gc.isenabled():
+            stack.callback(gc.enable)
+            gc.disable()
+        yield
 
 
 @contextmanager

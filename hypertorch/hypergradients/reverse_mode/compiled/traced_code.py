@@ -66,6 +66,15 @@ def traced_code_is_checked(dynamo: Any) -> Iterator[None]:
         yield
 
 
+def is_checked(dynamo: Any) -> bool:
+    """Returns whether what is traced now is checked.
+
+    Args:
+        dynamo: PyTorch's tracer.
+    """
+    return dynamo.variables.misc.AutogradFunctionVariable.call_apply is _refuse_custom_function
+
+
 def _refuse_custom_function(*_: Any) -> NoReturn:
     """Raises `NotCompilableError` for a `torch.autograd.Function`, in place of tracing it.
 
