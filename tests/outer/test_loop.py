@@ -1,4 +1,4 @@
-"""The outer loop: what it computes, logs, constrains, validates and refuses."""
+"""The outer loop: what it computes, logs, validates and refuses."""
 
 from __future__ import annotations
 
@@ -137,105 +137,6 @@ def test_figures_are_computed_only_where_they_are_logged(monkeypatch: pytest.Mon
     assert len(calls) == 1 + 2  # once before the first step, to see the names
 
 
-# Constraints
-
-
-def test_constraints_hold_after_every_step() -> None:
-    memory = outer.MemoryLogger()
-    constraints = {"st*": ht.constraints.Simplex(), "curvature": ht.constraints.Box(lower=1.999, upper=2.001)}
-    trained = make_loop(constraints=constraints, loggers=[memory]).run(5)
-    assert ht.constraints.Simplex().feasible(trained.hparams["start"])
-    assert all(1.999 <= value <= 2.001 for value in memory.series("hparams/curvature")[1])
-    assert float(trained.hparams["curvature"]) in (1.999, 2.001)
-
-
-def test_the_first_step_starts_from_inside() -> None:
-    memory = outer.MemoryLogger()
-    make_loop(constraints={"curvature": ht.constraints.Box(upper=1.5)}, loggers=[memory]).run(1)
-    assert memory.records[0]["hparams/curvature"] == 1.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearntRate(Quadratics):
-    """Quadratics whose inner step size is learnt directly, so that it has a natural constraint."""
-
-    def init_hparams(self) -> TensorDict:
-        return {**super().init_hparams(), "lr": torch.tensor(0.01, dtype=torch.float64)}
-
-    def at(self, outer_step: int) -> ht.BilevelProblem:
-        return replace(super().at(outer_step), dynamics=ht.dynamics.SGD(lr=ht.Hyper("lr")))
-
-
-def test_natural_constraints_apply_unless_replaced() -> None:
-    optimizer = partial(torch.optim.SGD, lr=10.0, maximize=True)
-    natural = make_loop(LearntRate(), optimizer=optimizer).run(1)
-    assert float(natural.hparams["lr"]) == 1e-12
-    chosen = make_loop(LearntRate(), optimizer=optimizer, constraints={"l?": ht.constraints.Box(lower=0.25)}).run(1)
-    assert float(chosen.hparams["lr"]) == 0.25
-    free = make_loop(LearntRate(), optimizer=optimizer, constraints={"lr": ht.constraints.Box()}).run(1)
-    assert float(free.hparams["lr"]) < 0
-
-
-class KeptInside(ht.OuterProblem):
-    """The outer problem of `Quadratics` with constraints of its own.
-
-    Args:
-        problem: the outer problem.
-        own: the constraints.
-    """
-
-    def __init__(self, problem: ht.OuterProblem, own: dict[str, ht.Constraint]) -> None:
-        self.problem, self.own = problem, own
-
-    def init_hparams(self) -> TensorDict:
-        return self.problem.init_hparams()
-
-    def constraints(self) -> dict[str, ht.Constraint]:
-        return self.own
-
-    def batch(self, outer_step: int) -> Batch:
-        return self.problem.batch(outer_step)
-
-    def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
-        return self.problem.loss(params, hparams, batch)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeptRate(LearntRate):
-    """Quadratics whose outer problem keeps the learnt step size in a set."""
-
-    own: dict[str, ht.Constraint]
-
-    def at(self, outer_step: int) -> ht.BilevelProblem:
-        problem = super().at(outer_step)
-        return replace(problem, outer=KeptInside(problem.outer, self.own))
-
-
-def test_constraints_of_the_outer_problem_win_over_natural_ones_and_lose_to_chosen_ones() -> None:
-    optimizer = partial(torch.optim.SGD, lr=10.0, maximize=True)
-    source = KeptRate(own={"l*": ht.Box(lower=0.5), "curvature": ht.Box(lower=1.0, upper=1.25)})
-    trained = make_loop(source, optimizer=optimizer).run(1)
-    assert float(trained.hparams["lr"]) == 0.5
-    assert float(trained.hparams["curvature"]) in (1.0, 1.25)
-    chosen = make_loop(source, optimizer=optimizer, constraints={"l?": ht.Box(lower=0.25)}).run(1)
-    assert float(chosen.hparams["lr"]) == 0.25
-    with pytest.raises(ValueError, match="`OuterProblem.constraints` has the entry 'rate', which matches none"):
-        make_loop(KeptRate(own={"rate": ht.Box()})).run(1)
-
-
-def test_a_name_wins_over_a_pattern_and_the_first_pattern_over_the_second() -> None:
-    nine, eight, seven = (ht.constraints.Box(lower=value, upper=value) for value in (9.0, 8.0, 7.0))
-    trained = make_loop(constraints={"*": nine, "c*": eight, "start": seven}).run(1)
-    assert trained.hparams["start"].tolist() == [7.0, 7.0, 7.0]
-    assert float(trained.hparams["curvature"]) == 9.0
-
-
-def test_a_pattern_that_matches_nothing_is_refused() -> None:
-    message = r"`constraints` has the entry 'lr\*', which matches none of .*'start', 'curvature'"
-    with pytest.raises(ValueError, match=message):
-        make_loop(constraints={"lr*": ht.constraints.Positive()}).run(1)
-
-
 # Validation
 
 
@@ -357,16 +258,6 @@ def test_other_errors_pass_through() -> None:
         make_loop(Quadratics(fail_at=2)).run(3)
 
 
-OWN_NAMES = ["outer_loss", "learning_rate", "learning_rate/1", "hypergradient_norm", "steps_per_second", "step",
-             "hparams/curvature", "validation/distance"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", OWN_NAMES)
-def test_a_metric_must_not_hide_a_figure_of_the_loop(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"`OuterProblem\.metrics` returned \['{name}'\], names that the outer loop"):
-        make_loop(Quadratics(metric=name)).run(1)
-
-
 def test_a_learning_rate_that_leaves_the_range_of_its_numbers_is_named() -> None:
     problem = ht.BilevelProblem(
         LambdaInner(lambda h: {"w": h["start"]}, lambda p, h, b: p["w"].square().sum()),
@@ -377,89 +268,6 @@ def test_a_learning_rate_that_leaves_the_range_of_its_numbers_is_named() -> None
     growing = partial(torch.optim.lr_scheduler.StepLR, step_size=2, gamma=1e45)
     with pytest.raises(NonFiniteError, match=r"`lr` = 1e\+44 after 2 outer steps.*Lower that setting"):
         make_loop(problem, scheduler=growing).run(4)
-
-
-class Loud(ht.hypergradients.Reverse):
-    """Fails where an outer step is taken."""
-
-    def compute(self, *_: object) -> ht.BackendResult:
-        raise AssertionError("an outer step was taken")
-
-
-def test_a_metric_is_refused_before_the_first_step() -> None:
-    """A record comes after `log_every` steps only, which may be hours."""
-    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned \['outer_loss'\], names that the outer"):
-        make_loop(Quadratics(metric="outer_loss", num_tasks=None), backend=Loud(), log_every=1000).run(2000)
-    with pytest.raises(ValueError, match="`each` of shape"):
-        make_loop(Measured(num_tasks=None, figures=lambda w: {"each": w}), backend=Loud()).run(2)
-
-
-def test_a_metric_of_a_later_problem_must_not_hide_a_figure_either() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Later(Quadratics):
-        def at(self, outer_step: int) -> ht.BilevelProblem:
-            return replace(self, metric="outer_loss" if outer_step == 2 else "distance").problem(outer_step)
-
-        def problem(self, outer_step: int) -> ht.BilevelProblem:
-            return super().at(outer_step)
-
-    memory = outer.MemoryLogger()
-    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned \['outer_loss'\]"):
-        make_loop(Later(), loggers=[memory]).run(4)
-    assert len(memory.records) == 2
-
-
-def test_every_name_that_the_loop_logs_is_refused_for_a_metric() -> None:
-    memory = outer.MemoryLogger()
-    validation = outer.Validation(source=Quadratics(), every=1, num_episodes=2, metric="distance")
-    make_loop(loggers=[memory], validation=validation).run(1)
-    logged = {name for record in memory.records for name in record} - {"distance"}
-    assert len(logged) == 10
-    for name in logged:
-        with pytest.raises(ValueError, match=rf"`OuterProblem\.metrics` returned \['{name}'\]"):
-            make_loop(Quadratics(metric=name)).run(1)
-
-
-def test_metrics_that_look_like_those_of_the_loop_are_kept() -> None:
-    memory = outer.MemoryLogger()
-    for name in ("outer_loss_train", "hparams_norm", "steps", "seconds", "train/outer_loss"):
-        make_loop(Quadratics(metric=name), loggers=[memory]).run(1)
-        assert name in memory.records[-1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measuring(Outer):
-    """Returns the metrics that it is given, of the fitted params."""
-
-    figures: Any
-
-    def metrics(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> TensorDict:
-        return self.figures(params["w"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured(Quadratics):
-    figures: Any
-
-    def at(self, outer_step: int) -> ht.BilevelProblem:
-        problem = super().at(outer_step)
-        return replace(problem, outer=Measuring(**vars(problem.outer), figures=self.figures))
-
-
-@pytest.mark.parametrize("num_tasks", [None, 4])
-def test_a_metric_of_several_entries_is_not_averaged_over_them(num_tasks: int | None) -> None:
-    source = Measured(num_tasks=num_tasks, figures=lambda w: {"each": w})
-    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned `each` of shape .*3,?\).*one figure"):
-        make_loop(source).run(1)
-    with pytest.raises(ValueError, match=r"`OuterProblem\.metrics` returned `number` as a float"):
-        make_loop(Measured(num_tasks=None, figures=lambda w: {"number": 0.5})).run(1)
-
-
-def test_a_metric_must_not_hide_an_interval() -> None:
-    source = Measured(figures=lambda w: {"error": w.sum(), "error_half_width": w.sum()})
-    validation = outer.Validation(source=source, every=100, num_episodes=2, metric="error")
-    with pytest.raises(ValueError, match=r"returned `error_half_width` beside `error`.*Rename the metric"):
-        make_loop(validation=validation).run(100)
 
 
 # What is said of the result
@@ -675,68 +483,6 @@ def test_an_optimizer_that_is_made_already_is_refused() -> None:
     made = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     with pytest.raises(TypeError, match=r"`optimizer` is a Adam, which is made already.*functools\.partial"):
         make_loop(optimizer=made)
-
-
-# Infinity
-
-
-class Leaping(torch.optim.SGD):
-    """Descends, and puts one entry out of bounds in one of its steps."""
-
-    def __init__(self, variables: list[Tensor], *, at: int, to: float) -> None:
-        super().__init__(variables, lr=0.1)
-        self._at, self._to, self._taken = at, to, 0
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        self._taken += 1
-        if self._taken == self._at:
-            with torch.no_grad():
-                self.param_groups[0]["params"][0][1] = self._to
-
-
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-def test_a_last_step_that_leaves_the_numbers_is_refused(value: float, tmp_path: Path) -> None:
-    checkpoints = outer.Checkpoints(tmp_path, every=2)
-    optimizer = partial(Leaping, at=5, to=value)
-    expected = r"`hparams\['start'\]` holds NaN or infinity after 5 outer steps: .*outer learning rate.*step_00000004"
-    with pytest.raises(NonFiniteError, match=expected):
-        make_loop(optimizer=optimizer, checkpoints=checkpoints).run(5)
-    assert [path.name for path in checkpoints.paths()] == ["step_00000002.safetensors", "step_00000004.safetensors"]
-    assert not (tmp_path / "hparams.safetensors").exists()
-    with pytest.raises(NonFiniteError, match="after 5 outer steps"):
-        make_loop(optimizer=optimizer).run(5)
-
-
-def test_infinity_is_in_no_checkpoint_and_in_no_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    validation = outer.Validation(source=Quadratics(), every=3, num_episodes=4, metric="distance")
-    optimizer = partial(Leaping, at=3, to=math.inf)
-    with pytest.raises(NonFiniteError, match="after 3 outer steps"):
-        make_loop(optimizer=optimizer, checkpoints=outer.Checkpoints(tmp_path, every=3)).run(9)
-    assert list(tmp_path.glob("*.safetensors")) == []
-    with monkeypatch.context() as patched:
-        validated: list[int] = []
-        patched.setattr(outer.Validation, "figure", lambda *_: validated.append(1) or 0.0)
-        with pytest.raises(NonFiniteError, match="after 3 outer steps"):
-            make_loop(optimizer=optimizer, validation=validation).run(9)
-        assert len(validated) == 1  # the look at its metric before the first step
-
-
-def test_an_interrupt_saves_no_infinity(tmp_path: Path) -> None:
-    checkpoints = outer.Checkpoints(tmp_path, every=2)
-    source = Quadratics(fail_at=3, failure=KeyboardInterrupt())
-    with pytest.raises(NonFiniteError, match="after 3 outer steps"):
-        make_loop(source, optimizer=partial(Leaping, at=3, to=math.inf), checkpoints=checkpoints).run(9)
-    assert [path.name for path in checkpoints.paths()] == ["step_00000002.safetensors"]
-
-
-def test_the_check_for_infinity_is_no_work_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hypertorch.outer import run as run_module
-
-    asked: list[str] = []
-    monkeypatch.setattr(run_module, "check_finite", lambda hparams, *, where, remedy: asked.append(where))
-    make_loop(checkpoints=outer.Checkpoints(tmp_path, every=10)).run(20)
-    assert asked == ["after 10 outer steps", "after 20 outer steps", "after 20 outer steps"]
 
 
 def test_a_problem_with_metrics_learns_a_schedule() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
-import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -19,100 +15,35 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
-from rich.console import Console
 
 import hypertorch as ht
 from experiments import train
 from experiments.common.commands.config_errors import CONFIGS
-from hydra_plugins.hypertorch_search import _summary, sweeper
+from hydra_plugins.hypertorch_search import sweeper
 from hydra_plugins.hypertorch_search._settings import check_settings
 from hydra_plugins.hypertorch_search._space import overrides_of, read_space
-from hydra_plugins.hypertorch_search._study import Studied
 from hydra_plugins.hypertorch_search.config import SearchConfig
 from hypertorch.search import hyperband, is_worse
 from hypertorch.search.halving import rungs
-from hypertorch.search.processes import Process
 from tests.experiments.commands import Command
+from tests.experiments.search.searches import (
+    LR,
+    MOMENTUM,
+    SMALL,
+    best_accuracy,
+    printed_commands,
+    records,
+    search,
+    settings,
+    states,
+    steps_run,
+    study,
+    table,
+)
 from tests.helpers import pages
 
 TRAIN = Path(train.__file__)
-# Half a second a run.
-SMALL = (
-    "experiment=rotation",
-    "experiment.num_steps=2",
-    "experiment.final_steps=3",
-    "experiment.hidden=4",
-    "outer_loop.num_outer_steps=2",
-    "outer_loop.log_every=1",
-    "outer_loop.progress=false",
-    "validation.every=1",
-    "validation.num_episodes=1",
-)
-LR = "outer_optimizer.lr=tag(log,interval(1e-2,1e1))"
-MOMENTUM = "dynamics.momentum=interval(0,0.9)"
-
-
-@pytest.fixture
-def pictures() -> None:
-    """Lets a search draw its pictures."""
-
-
-@pytest.fixture(autouse=True)
-def _without_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take as long as the rest of a search; the tests that look at them ask for `pictures`."""
-    if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(_summary, "draw_study", lambda *_: [])
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a search prints."""
-    lines: list[str] = []
-    monkeypatch.setattr(Console, "print", lambda self, *what, **_: lines.extend(map(str, what)))
-    return lines
-
-
-def search(command: Command, *words: str, folder: str = "sweep") -> tuple[int, str]:
-    return command("--multirun", "hydra/sweeper=search", *SMALL, f"paths.sweep_dir={folder}", *words)
-
-
-def settings(**values: object) -> list[str]:
-    return [f"hydra.sweeper.{name}={value}" for name, value in values.items()]
-
-
-def study(path: str | Path = "sweep/study.journal", name: str = "search") -> optuna.Study:
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    return optuna.load_study(study_name=name, storage=storage)
-
-
-def states(one: optuna.Study) -> list[str]:
-    return [trial.state.name for trial in one.trials]
-
-
-def records(folder: str | Path) -> list[dict[str, float]]:
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if "per_second" not in name} for line in lines]
-
-
-def best_accuracy(folder: str | Path) -> float:
-    return max(record.get("validation/accuracy", 0.0) for record in records(folder))
-
-
-def steps_run(folders: Sequence[Path]) -> int:
-    """The outer steps whose record was written, each counted as often as it was taken."""
-    return sum("hypergradient_norm" in record for folder in folders for record in records(folder))
-
-
-def table() -> list[dict[str, str]]:
-    with Path("sweep/trials.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def printed_commands(out: str) -> list[list[str]]:
-    return [shlex.split(line)[1:] for line in out.splitlines() if line.strip().startswith("scripts/train")]
 
 
 SAMPLERS: dict[str, list[str]] = {
@@ -256,143 +187,6 @@ def test_the_savings_of_the_page_are_those_of_the_brackets() -> None:
     trials = sum(bracket.sizes[0] for bracket in brackets)
     steps, restarted = (sum(getattr(one, name) for one in brackets) for name in ("continued_steps", "restarted_steps"))
     assert row[1:] == [str(trials), str(steps), str(restarted), f"{100 * (1 - steps / restarted):.1f} %"]
-
-
-REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "misspelt setting": (("outer_optimzer.lr=interval(0,1)", "hydra.sweeper.num_trials=2"), "outer_optimzer.lr"),
-    "misspelt setting of the search": ((LR, "hydra.sweeper.num_trails=2"), "`hydra.sweeper.num_trails` is no setting"),
-    "nothing to search": (("hydra.sweeper.num_trials=2",), "there is nothing to search"),
-    "no number": ((LR,), "`hydra.sweeper.num_trials` is not given"),
-    "an interval for the grid": ((LR, *settings(sampler="grid")), "`outer_optimizer.lr` is an interval"),
-    "a number for the grid": (("seed=0,1", *settings(sampler="grid", num_trials=2)), "grid runs every point once"),
-    "unknown sampler": ((LR, *settings(sampler="tep", num_trials=2)), "Use one of: random, grid, qmc, tpe"),
-    "unknown argument of the sampler": (
-        (LR, *settings(num_trials=2, settings="{n_starts:2}")),
-        "which the sampler tpe refuses",
-    ),
-    "end of a range": (("outer_optimizer.lr=interval(-1,1)", *settings(num_trials=2)), "Invalid learning rate: -1"),
-    "one choice": (("outer_optimizer.lr=1,fast", *settings(num_trials=2)), "fast"),
-    "empty interval": (("outer_optimizer.lr=interval(2,1)", *settings(num_trials=2)), "is no interval"),
-    "choices for numbers": (("seed=0,1", LR, *settings(sampler="cmaes", num_trials=2)), "`seed` is a choice"),
-    "one number for a covariance": ((LR, *settings(sampler="cmaes", num_trials=2)), "alone is searched"),
-    "whole numbers for small moves": (
-        ("experiment.hidden=int(interval(3,9))", LR, *settings(sampler="observer", num_trials=2)),
-        "`experiment.hidden` takes whole numbers",
-    ),
-    "several objectives for small moves": (
-        (LR, *settings(sampler="observer", num_trials=2, objectives="[validation,seconds]")),
-        "`hydra.sweeper.sampler` is 'observer', which goes by one number",
-    ),
-    "a move beyond the range": (
-        (LR, *settings(sampler="observer", num_trials=2, settings="{trusted_move:3}")),
-        "`trusted_move` is 3",
-    ),
-    "a start that is not searched": (
-        (LR, *settings(num_trials=2, starts="[{outer_optimizer.momentum:0.1}]")),
-        "`hydra.sweeper.starts` names 'outer_optimizer.momentum', which is not searched",
-    ),
-    "a start outside": ((LR, *settings(num_trials=2, starts="[{outer_optimizer.lr:1e9}]")), "for `outer_optimizer.lr`"),
-    "a start that is no table": ((LR, *settings(num_trials=2, starts="[3]")), "has the entry 3, which is no table"),
-    "starts that are no list": ((LR, *settings(num_trials=2, starts="3")), "`hydra.sweeper.starts` is 3, but it is a"),
-    "more starts than trials": (
-        (LR, *settings(num_trials=1, starts="[{outer_optimizer.lr:1},{outer_optimizer.lr:2}]")),
-        "has 2 points, more than",
-    ),
-    "starts of a grid": (
-        ("seed=0,1", *settings(sampler="grid", starts="[{seed:1}]")),
-        "grid runs every point",
-    ),
-    "unknown objective": ((LR, *settings(num_trials=2, objectives="[test]")), "Use some of: validation, seconds"),
-    "wrong direction": ((LR, *settings(num_trials=2, directions="[min]")), r"the experiment says ['max'] is better"),
-    "the test": ((LR, *settings(num_trials=2), "evaluation.splits=[test]"), "the test stays unseen"),
-    "resume": ((LR, *settings(num_trials=2), "resume=true"), "a search goes on by itself"),
-    "pruner without rungs": (
-        (LR, *settings(num_trials=2, pruner="successive_halving")),
-        "`hydra.sweeper.min_steps` is not",
-    ),
-    "rungs without pruner": ((LR, *settings(num_trials=2, min_steps=2)), "`hydra.sweeper.pruner` is null"),
-    "length that is no rung": (
-        (LR, *settings(pruner="hyperband", min_steps=2), "outer_loop.num_outer_steps=5"),
-        "leave out the length 5 of the run",
-    ),
-    "rungs between validations": (
-        (LR, *settings(pruner="hyperband", min_steps=1, eta=2), "validation.every=2"),
-        "`validation.every` is 2, but a rung of the search ends after 1",
-    ),
-    "what grows with the run": (
-        (LR, *settings(pruner="hyperband", min_steps=1, eta=2), "+experiment.foo=1"),
-        "experiment.foo",
-    ),
-    "racing without seeds": ((LR, *settings(num_trials=2, racing=True)), "`hydra.sweeper.seeds` is 1"),
-    "two objectives with rungs": (
-        (LR, *settings(pruner="hyperband", min_steps=1, eta=2, objectives="[validation,seconds]")),
-        "which goes by one number",
-    ),
-    "two kinds of seeds": (
-        ("seed=0,1", *settings(sampler="grid", seeds=2)),
-        "`seed` has several values, and `hydra.sweeper.seeds` is 2, which counts up from each",
-    ),
-    "two kinds of seeds in a race": (
-        ("seed=range(0,2)", LR, *settings(num_trials=2, seeds=2, racing="true")),
-        "trials would be compared over different seeds. Give seed one value, or leave",
-    ),
-    "how often is validated": (
-        ("validation.every=1,2", *settings(sampler="grid")),
-        "`validation.every` has several values, but trials are compared by their validation: a trial with more",
-    ),
-    "on how much is validated": (
-        ("++validation.num_episodes=1,2", *settings(sampler="grid")),
-        "`validation.num_episodes` has several values, but trials are compared by their validation",
-    ),
-    "storage": ((LR, *settings(num_trials=2, storage="nonsense://a")), "`hydra.sweeper.storage` is 'nonsense://a'"),
-}
-
-
-@pytest.mark.sampled(4)
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_mistake_is_refused_before_the_first_trial(case: str, command: Command, tmp_path: Path) -> None:
-    words, expected = REFUSED[case]
-    code, error = search(command, *words)
-    assert code == 1
-    assert expected in error and error.count("\n") == 1, error
-    assert not (tmp_path / "sweep").exists()
-
-
-@pytest.mark.slow
-def test_experiments_with_other_directions_are_no_one_search(command: Command) -> None:
-    words = ("experiment=noisy_digits,data_cleaning", "debug=default", *settings(num_trials=2))
-    code, error = command("--multirun", "hydra/sweeper=search", *words)
-    assert code == 1 and "which is better ('max',) with experiment=noisy_digits and ('min',) with" in error
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (("experiment=rotation,noisy_digits", "debug=default"), "`experiment` has several values"),
-        (("experiment=protonet", "debug=default,fewshot"), "`debug` has several values"),
-        (("experiment=protonet", "debug=fewshot", "episodes.way=2,3"), "`episodes.way` has several values"),
-    ],
-)
-def test_what_decides_on_what_is_validated_is_not_searched(
-    words: tuple[str, ...], expected: str, command: Command
-) -> None:
-    code, error = command("--multirun", "hydra/sweeper=search", *words, "hydra.sweeper.sampler=grid")
-    assert code == 1 and f"{expected}, but trials are compared by their validation" in error and "Give it one" in error
-
-
-@pytest.mark.slow
-def test_experiments_that_cannot_go_on_are_refused(command: Command) -> None:
-    halving = settings(pruner="successive_halving", num_trials=2, min_steps=1, eta=2)
-    code, error = command("--multirun", "hydra/sweeper=search", "experiment=sinusoid", "debug=fewshot", LR, *halving)
-    assert code == 1 and "`execution.tasks` is 'auto', which is measured" in error
-    code, error = command("--multirun", "hydra/sweeper=search", "experiment=real_time", "debug=default", LR, *halving)
-    assert code == 1 and "`experiment.num_updates` depends on `outer_loop.num_outer_steps`" in error
-
-
-def test_a_schedule_length_without_a_schedule_is_refused(command: Command) -> None:
-    code, error = command(*SMALL, "outer_loop.scheduler=null", "outer_loop.schedule_length=9")
-    assert code == 1 and "`outer_loop.schedule_length` is given, but the run has no learning-rate schedule" in error
 
 
 @pytest.mark.slow
@@ -589,51 +383,6 @@ def test_a_race_ends_at_the_first_seed_at_which_the_test_says_so(command: Comman
     assert [(row["seeds"], row["last_step"]) for row in table()] == [("4", ""), (str(len(run)), "")]
 
 
-def test_what_a_process_leaves_behind_is_taken_up(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug ends the search with its traceback; the same command finishes the trial that it ended in."""
-    words = (LR, *settings(sampler="random", num_trials=3), "outer_loop.checkpoints.every=1")
-    real, calls = ht.OuterLoop.run, []
-
-    def run(self: ht.OuterLoop, num_outer_steps: int, **rest: object) -> ht.Trained:
-        calls.append(num_outer_steps)
-        if len(calls) == 2:
-            real(self, 1, **rest)
-            raise ZeroDivisionError
-        return real(self, num_outer_steps, **rest)
-
-    monkeypatch.setattr(ht.OuterLoop, "run", run)
-    with pytest.raises(ZeroDivisionError):
-        search(command, *words)
-    assert states(study()) == ["COMPLETE", "RUNNING"]
-    left = study().trials[1].params
-    code, error = search(command, *words)
-    assert code == 0, error
-    assert "resuming in" in error
-    assert states(study()) == ["COMPLETE"] * 3 and study().trials[1].params == left
-    assert steps_run([Path("sweep/1")]) == 2  # one before, one after
-    assert len(calls) == 4
-
-
-@pytest.mark.slow
-def test_a_trial_that_counts_seconds_begins_anew(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU seconds of its second part are not those of the trial."""
-    words = (LR, *settings(sampler="random", num_trials=1, objectives="[validation,seconds]"))
-    real = ht.OuterLoop.run
-
-    def run(self: ht.OuterLoop, num_outer_steps: int, **rest: object) -> ht.Trained:
-        real(self, 1, **rest)
-        raise ZeroDivisionError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ht.OuterLoop, "run", run)
-        with pytest.raises(ZeroDivisionError):
-            search(command, *words)
-    code, error = search(command, *words)
-    assert code == 0, error
-    assert "resuming" not in error
-    assert steps_run([Path("sweep/0_attempt_1")]) == 2 and steps_run([Path("sweep/0")]) == 1
-
-
 def test_without_optuna_it_says_how_to_install_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     Plugins.instance()  # which runs the module once more when it is first asked for
     monkeypatch.setattr(sweeper, "_SEARCH", "missing_engine")
@@ -653,100 +402,3 @@ def test_no_start_of_hydra_imports_an_engine() -> None:
         "assert not {'optuna', 'scipy', 'sqlalchemy', 'matplotlib', 'hypertorch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=TRAIN.parents[1], check=True)
-
-
-@pytest.mark.slow
-def test_a_trial_of_a_living_process_is_left_alone(command: Command) -> None:
-    words = (LR, *settings(sampler="random", num_trials=2))
-    assert search(command, *words, "hydra.sweeper.num_trials=1")[0] == 0
-    one = study()
-    storage = one._storage
-    with Process(storage, storage.get_study_id_from_name("search")) as other:
-        theirs = one.ask()
-        theirs.set_user_attr("process", other.name)
-        assert search(command, *words)[0] == 0
-        assert states(study()) == ["COMPLETE", "RUNNING"]
-        code, error = search(command, *words, *settings(pruner="successive_halving", min_steps=1, eta=2))
-        assert code == 1 and "whose pruner is None" in error
-    assert search(command, *words)[0] == 0
-    assert states(study()) == ["COMPLETE", "COMPLETE"]
-
-
-def test_a_trial_without_a_name_is_left_where_no_other_process_is_at_work() -> None:
-    """A process that was killed between beginning it and writing its name on it; a living one is about to."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = optuna.storages.InMemoryStorage()
-    one = optuna.create_study(storage=storage, study_name="search")
-    one.enqueue_trial({"lr": "0.5"})
-    one.ask()
-    space = read_space(OverridesParser.create().parse_overrides(["lr=0.5,1.0"]), {})
-    with Process(storage, 0) as process:
-        studied = Studied(one, storage, process, space)
-        with Process(storage, 0):
-            assert studied.take_up(2) == []
-        assert [drawn.number for drawn in studied.take_up(2)] == [0]
-        assert studied.take_up(2) == []
-
-
-LONGER = (
-    *("experiment=rotation", "outer_loop.num_outer_steps=20", "outer_loop.checkpoints.every=1", "validation.every=5"),
-    *("outer_loop.progress=false", "paths.sweep_dir=sweep"),
-)
-
-
-def started(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """A search in a process of its own."""
-    path = os.pathsep.join([str(TRAIN.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, str(TRAIN), "--multirun", "hydra/sweeper=search", *LONGER, LR, *words]
-    return subprocess.Popen(
-        line, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-@pytest.mark.slow
-def test_a_killed_search_loses_at_most_the_batch_that_ran(tmp_path: Path) -> None:
-    words = settings(sampler="tpe", num_trials=4)
-    first = started(tmp_path, *words)
-    deadline = time.monotonic() + 120.0
-    while not (tmp_path / "sweep/1/checkpoints/step_00000004.safetensors").exists():
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    first.kill()
-    first.communicate()
-    before = study(tmp_path / "sweep/study.journal")
-    assert states(before) == ["COMPLETE", "RUNNING"]
-    begun = [trial.params for trial in before.trials]
-    second = started(tmp_path, *words)
-    out, _ = second.communicate()
-    assert second.returncode == 0, out
-    after = study(tmp_path / "sweep/study.journal")
-    assert states(after) == ["COMPLETE"] * 4
-    assert [trial.params for trial in after.trials[:2]] == begun
-    # The killed trial went on: no step but that under way was taken again, and its record replaced.
-    assert steps_run([tmp_path / "sweep/1"]) == 20
-    assert "resuming in" in out
-
-
-@pytest.mark.slow
-def test_two_processes_share_one_study(tmp_path: Path) -> None:
-    both = [started(tmp_path, *settings(sampler="random", num_trials=8)) for _ in range(2)]
-    outs = [one.communicate()[0] for one in both]
-    assert [one.returncode for one in both] == [0, 0], outs
-    found = study(tmp_path / "sweep/study.journal")
-    ran = [trial for trial in found.trials if trial.state is TrialState.COMPLETE]
-    assert len(ran) == 8 and {trial.number for trial in ran} == set(range(8))
-    assert len({trial.params["outer_optimizer.lr"] for trial in ran}) == 8
-    assert len({trial.user_attrs["process"] for trial in ran}) == 2
-
-
-@pytest.mark.slow
-def test_trials_beside_each_other_by_joblib(tmp_path: Path) -> None:
-    words = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "dynamics.lr=0.1,1e38")
-    one = started(tmp_path, *words, *settings(sampler="random", num_trials=4, n_jobs=2))
-    out, _ = one.communicate()
-    assert one.returncode == 0, out
-    found = study(tmp_path / "sweep/study.journal")
-    for trial in found.trials:
-        assert trial.state.name == ("COMPLETE" if trial.params["dynamics.lr"] == "0.1" else "FAIL")
-    assert {trial.state.name for trial in found.trials} == {"COMPLETE", "FAIL"}
