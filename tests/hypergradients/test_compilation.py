@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from pathlib import Path
@@ -18,6 +19,7 @@ import hypertorch as ht
 from hypertorch.hypergradients.reverse_mode.compiled import compilation, looped_steps, not_compilable
 from hypertorch.hypergradients.reverse_mode.compiled.errors import NotCompilableError
 from hypertorch.hypergradients.reverse_mode.compiled.program_folder import refuse_folder
+from hypertorch.hypergradients.reverse_mode.compiled.traced_code import is_checked
 from hypertorch.types import TensorDict
 from tests.helpers.memo import set_aside
 from tests.helpers.problems import net_problem
@@ -59,6 +61,33 @@ def test_a_program_is_set_up_for_where_it_is_compiled_and_not_where_it_runs(monk
     torch.testing.assert_close(hypergradient(Reverse(compile=True)), first, rtol=0, atol=0)
     assert not made
     torch.testing.assert_close(first, hypergradient(Reverse()))
+
+
+def test_a_compiled_run_inside_of_another_leaves_nothing_behind() -> None:
+    dynamo: Any = torch._dynamo
+    before = dynamo.config.trace_autograd_ops
+    with compilation.compilation(lambda: None), compilation.compilation(lambda: None):
+        compilation.compiled(halve, "inside", torch.device("cpu"))(torch.ones(2))
+    assert not is_checked(dynamo)
+    assert dynamo.config.trace_autograd_ops is before
+    assert gc.isenabled()
+
+
+def test_what_another_thread_compiles_in_the_meantime_is_compiled_as_ever() -> None:
+    told: list[str] = []
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        seen.append(is_checked(torch._dynamo))
+        return graph.forward
+
+    other = threading.Thread(target=lambda: torch.compile(halve, backend=backend)(torch.ones(3)))
+    with compilation.compilation(lambda: told.append("began")):
+        other.start()
+        other.join()
+        assert not is_checked(torch._dynamo)
+    assert seen == [False]
+    assert not told
 
 
 def test_code_that_was_traced_without_the_checks_is_not_used() -> None:

@@ -253,15 +253,18 @@ def _watched(
         set_up: what lasts as long as a compilation.
         tell: called once, when the first starts.
     """
-    untold, stack = [tell], ExitStack()
+    untold, stack, thread = [tell], ExitStack(), threading.get_ident()
 
     def start(_: Any) -> None:
-        if untold:
-            untold.pop()()
-        stack.enter_context(set_up())
+        # PyTorch tells of what other threads compile too, which is no business of this run.
+        if threading.get_ident() == thread:
+            if untold:
+                untold.pop()()
+            stack.enter_context(set_up())
 
     def end(_: Any) -> None:
-        stack.close()
+        if threading.get_ident() == thread:
+            stack.close()
 
     handler.register_start_callback(start)
     handler.register_end_callback(end)
@@ -270,7 +273,7 @@ def _watched(
     finally:
         handler.remove_start_callback(start)
         handler.remove_end_callback(end)
-        end(None)
+        stack.close()
 
 
 @contextmanager
@@ -278,6 +281,11 @@ def _set_up(dynamo: Any) -> Iterator[None]:
     """Sets PyTorch's compiler up for one compilation."""
     compiler: Any = torch.compiler
     with ExitStack() as stack:
+        with _parts_of_the_compiler():
+            is_set_up = is_checked(dynamo)
+        if is_set_up:  # by the run around this one, which PyTorch tells first
+            yield
+            return
         with _parts_of_the_compiler():
             # Without the first, `torch.autograd.grad` inside a function cannot be traced. Without the second, hooks
             # that a module is given later would not be seen.
