@@ -134,8 +134,10 @@ def test_a_resumed_run_is_judged_anew(tmp_path: Path) -> None:
 
 def test_one_wait_where_nothing_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    original = Tensor.any
-    monkeypatch.setattr(Tensor, "any", lambda self, *args, **named: looks.append(1) or original(self, *args, **named))
+    original = Tensor.count_nonzero
+    monkeypatch.setattr(
+        Tensor, "count_nonzero", lambda self, *args, **named: looks.append(1) or original(self, *args, **named)
+    )
     make_loop(quadratic(lambda h: h["x"] + h["free"], x=1.0, free=0.2)).run(8)
     assert len(looks) == 2
     looks.clear()
