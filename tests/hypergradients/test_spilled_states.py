@@ -335,6 +335,10 @@ def test_a_state_that_is_not_what_was_kept_is_noticed(tmp_path: Path, monkeypatc
 # Memory and disk.
 
 
+# Bytes of a state of `problem_of`: params and momenta.
+STATE = 2 * 4 * (20 * 16 + 16 + 16 * 5 + 5)
+
+
 def problem_of(num_steps: int) -> ht.BilevelProblem:
     return sized_problem(mlp(20, 16, 5), 80, 20, num_steps=num_steps, dynamics=ht.dynamics.SGD(lr=0.1, momentum=0.5))
 
@@ -350,7 +354,8 @@ def counted(problem: ht.BilevelProblem, backend: ht.Hypergradient) -> int:
 @pytest.mark.parametrize("kept", [{"checkpoint_every": 1}, {"checkpoint_every": 4}], ids=str)
 def test_memory_does_not_grow_with_the_horizon(kept: dict, tmp_path: Path) -> None:
     short, long = (counted(problem_of(num_steps), Reverse(**kept, spill_to=tmp_path)) for num_steps in (12, 36))
-    assert long - short <= 24 * 2 * 4  # an inner loss for every step, and for every step run again
+    # An inner loss for every step, and for every step run again. One state more or less is on its way to the file.
+    assert long - short <= 24 * 2 * 4 + STATE
 
 
 @pytest.mark.parametrize("kept", [{"checkpoint_every": 7}, {"checkpoint_every": 7, "derivative": "mixed"}], ids=str)
@@ -370,15 +375,14 @@ def test_losses_of_a_long_run_share_memory_and_are_those_of_their_steps(kept: di
 
 def test_revolve_holds_few_of_its_states(tmp_path: Path) -> None:
     few, many = (counted(problem_of(30), Reverse(snapshots=c, spill_to=tmp_path)) for c in (4, 25))
-    assert many == pytest.approx(few, rel=0.02)
+    assert abs(many - few) <= 0.02 * few + STATE  # one state more or less is on its way to the file
     assert many < counted(problem_of(30), Reverse(snapshots=25)) / 2
 
 
 def test_the_file_is_as_large_as_it_takes(tmp_path: Path, sizes: list[int]) -> None:
     problem = problem_of(10)
-    state = 2 * 4 * (20 * 16 + 16 + 16 * 5 + 5)
     ht.hypergradient(problem, problem.init_hparams(), backend=Reverse(checkpoint_every=3, spill_to=tmp_path))
-    assert sizes == [3 * state]  # of four kept states, one stays in memory
+    assert sizes == [3 * STATE]  # of four kept states, one stays in memory
 
 
 # The plan.
