@@ -315,6 +315,8 @@ def test_an_outer_loss_that_rose_tenfold_is_said(factor: float) -> None:
 
 
 def test_an_outer_loss_that_rose_from_zero_is_no_multiple_of_it() -> None:
+    """A warning would be an error here."""
+
     @dataclass(frozen=True, kw_only=True)
     class FromZero(Outer):
         def loss(self, params: TensorDict, hparams: TensorDict, batch: Batch) -> Tensor:
