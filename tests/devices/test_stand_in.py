@@ -490,7 +490,15 @@ class TestTheStandIn:
             torch.ones(3).pin_memory().to(device.device, non_blocking=True)
             there[there > 0] = 2.0
             torch.zeros(3, device=device.device)
+            assert there.to("meta").is_meta
             assert not device.reads and not device.uploads
+
+    def test_tangents_are_carried_together(self) -> None:
+        # PyTorch takes the sum with a zero tangent without values first. A route that fails is replaced by a slow one.
+        with StandIn() as device:
+            value, tangents = device.put(torch.tensor(0.9)), device.put(torch.ones(2))
+            push = torch.func.vmap(lambda tangent: torch.func.jvp(lambda x: x - 1.0, (value,), (tangent,))[1])
+            assert torch.equal(push(tangents).cpu(), torch.ones(2))
 
     def test_a_generator_belongs_to_a_device(self) -> None:
         with StandIn() as device:

@@ -171,8 +171,8 @@ class StandIn(TorchDispatchMode):
         leaves = target is not None and not self.is_mine(target)
         to_host = (leaves and bool(mine)) or (func is aten.copy_.default and not isinstance(args[0], DeviceTensor))
         waits = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
-        # Room on the host in the shape of a tensor of the device: no value is copied.
-        copies = func in (aten._to_copy.default, aten.copy_.default)
+        # Room on the host in the shape of a tensor of the device, and a tensor without values: nothing is copied.
+        copies = func in (aten._to_copy.default, aten.copy_.default) and (target is None or target.type != "meta")
         if (to_host and copies and (waits or id(args[0]) not in self._pinned)) or self._reads(func, args, kwargs):
             self.reads[_place(func)] += 1
         elif copies and not to_host:
@@ -180,7 +180,7 @@ class StandIn(TorchDispatchMode):
                 self.uploads[_place(func)] += 1
         elif others and mine and not to_host:
             self._check_devices(func, args, others)
-        own = {**kwargs, "device": HOST} if target is not None else dict(kwargs)
+        own = dict(kwargs) if target is None or leaves else {**kwargs, "device": HOST}
         result = self._compute(func, *pytree.tree_map_only(DeviceTensor, lambda value: value.host, (args, own)))
         if to_host:
             return args[0] if func is aten.copy_.default else result
