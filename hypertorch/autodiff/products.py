@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hypertorch.autodiff.zero_tangents import quicken_zero_tangents
 from hypertorch.types import TensorDict
 
 K = TypeVar("K", bound=Hashable)
@@ -103,10 +104,11 @@ def jvps(
 
 @cache
 def load_forward_mode() -> None:
-    """Makes the first dual number of this process.
+    """Makes the first dual number of this process, and operations with a tangent of zero quick.
 
     PyTorch then compiles some formulas in a way that it warns of as deprecated, which is no fault of the user's.
     """
+    quicken_zero_tangents()
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
@@ -127,7 +129,7 @@ def _jvps_at_once(
             for part in outputs
         )
         # `jvp` refuses a function without outputs. One whose outputs are all constant has none left here.
-        return (moved, duals), (outputs, values)
+        return (moved, () if any(moved) else next(filter(None, duals))), (outputs, values)
 
     def push(*tangent: TensorDict) -> tuple[tuple[TensorDict, ...], tuple[TensorDict, ...], TensorDict]:
         pushed: Any = torch.func.jvp(at, moving, tangent, has_aux=True)
