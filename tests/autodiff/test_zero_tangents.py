@@ -33,6 +33,7 @@ OPERATIONS: dict[str, Callable[[Any, Any], Tensor]] = {
     "add three times": lambda one, other: torch.add(one, other, alpha=3),
     "sub": torch.sub,
     "sub three times": lambda one, other: torch.sub(one, other, alpha=3),
+    "sub from": lambda one, other: other - one,
     "mul": torch.mul,
     "div": torch.div,
 }
